@@ -1,0 +1,347 @@
+// Score programs `attention` and `gated` (Ilse, Tomczak, Welling 2018, eqs. 8 and 9):
+//   score[i, k] = w_k . drop(act(V x_i + b_V)) + c_k
+//   score[i, k] = w_k . (drop(act(V x_i + b_V)) * drop(sigmoid(U x_i + b_U))) + c_k
+//
+// Hidden units are taken in groups small enough that the products of V and of U for one group fill one packed block:
+// 32 units gated ([V | U]), 64 plain. A tile of rows is multiplied with one block, gated in place and reduced to scores
+// before the next block, so nothing of size N x D exists.
+#pragma once
+
+#include "../philox.h"
+#include "pool.h"
+
+namespace milkernels {
+
+// Parameters as the program wants them: contiguous, in the accumulation type; null where absent.
+template <typename A>
+struct AttentionParameters {
+  const A *v_weight, *v_bias;  // [hidden, width], [hidden]
+  const A *u_weight, *u_bias;  // the same, or null: plain attention
+  const A *w_weight, *w_bias;  // [heads, hidden], [heads]
+  int64_t width, hidden, heads;
+
+  bool gated() const { return u_weight != nullptr; }
+};
+
+// One slice's sums of parameter gradients, columns in the program's unit order. `projection` is [columns, width].
+template <typename A>
+struct AttentionGradients {
+  A *projection, *bias, *w_weight, *w_bias;
+  int64_t size;  // of everything, from `projection` on
+
+  void set_zero() const { std::fill_n(projection, size, A(0)); }
+};
+
+template <typename A>
+class AttentionSlices {
+ public:
+  AttentionSlices(int64_t count, int64_t columns, int64_t width, int64_t units, int64_t heads, bool projection)
+      : count_(count), projection_(projection ? columns * width : 0), columns_(columns), w_(heads * units),
+        heads_(heads), buffer_(count * size()) {}
+  int64_t count() const { return count_; }
+  int64_t size() const { return projection_ + columns_ + w_ + heads_; }
+  AttentionGradients<A> at(int64_t slice) const {
+    A* const p = buffer_.get() + slice * size();
+    return {p, p + projection_, p + projection_ + columns_, p + projection_ + columns_ + w_, size()};
+  }
+  // Sums the slices, in order, into the first.
+  AttentionGradients<A> reduce() const {
+    at::parallel_for(0, size(), 4096, [&](int64_t begin, int64_t end) {
+      A* const total = buffer_.get();
+      for (int64_t s = 1; s < count_; ++s) {
+        const A* const part = total + s * size();
+        for (int64_t i = begin; i < end; ++i) total[i] += part[i];
+      }
+    });
+    return at(0);
+  }
+
+ private:
+  int64_t count_, projection_, columns_, w_, heads_;
+  Buffer<A> buffer_;
+};
+
+template <typename T, typename E>
+class AttentionScore {
+ public:
+  using A = acc_t<T>;
+  using V = Vectorized<A>;
+
+  AttentionScore(const AttentionParameters<A>& p, Activation activation, Dropout dropout, int planes)
+      : p_(p), dropout_(dropout), planes_(planes), group_(p.gated() ? kBlock / 2 : kBlock),
+        groups_(ceil_div(p.hidden, group_)), projection_(columns() * p.width), bias_(columns(), A(0)),
+        w_(p.heads * units(), A(0)), gate_(select_gate(activation, p.gated())),
+        packed_(Packed<E>::from_columns(arrange_projection(), p.width, columns(), planes)) {
+    for (int64_t c = 0; c < columns(); ++c) {
+      const A* const bias = is_u(c) ? p.u_bias : p.v_bias;
+      if (bias != nullptr && unit(c) < p.hidden) bias_[c] = bias[unit(c)];
+    }
+    for (int64_t k = 0; k < p.heads; ++k) {
+      std::copy_n(p.w_weight + k * p.hidden, p.hidden, w_.begin() + k * units());
+    }
+  }
+
+  int64_t heads() const { return p_.heads; }
+  int64_t units() const { return groups_ * group_; }    // hidden units, padded
+  int64_t columns() const { return groups_ * kBlock; }  // of the projection: V and U of group 0, of group 1, ..
+  int64_t unit(int64_t column) const { return column / kBlock * group_ + column % group_; }
+  bool is_u(int64_t column) const { return p_.gated() && column % kBlock >= group_; }
+
+  // --- forward
+
+  struct Scratch {
+    MatrixUnits matrix_units;
+    Buffer<E> staged;
+    Buffer<A> block, keep;
+  };
+  Scratch make_scratch() const {
+    return {{}, Buffer<E>(planes_ * kBlock * packed_.depth()), Buffer<A>(kBlock * kBlock), Buffer<A>(kBlock * kBlock)};
+  }
+
+  void scores(const Tile<T>& tile, A* scores, Scratch& s) const {
+    const int64_t rows = round_up(tile.rows, kRowMultiple), heads = p_.heads;
+    const auto x = stage(tile.x, tile.ld, tile.mask, tile.rows, rows, p_.width, packed_.depth(), planes_, s.staged.get());
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      for (int64_t k = 0; k < heads; ++k) scores[r * heads + k] = p_.w_bias ? p_.w_bias[k] : A(0);
+    }
+    A* const block = s.block.get();
+    for (int64_t g = 0; g < groups_; ++g) {
+      product<E>(rows, kBlock, packed_.depth(), x, packed_.block(g), planes_, block, kBlock, false);
+      if (dropout_) fill_keep(tile.first, rows, g, s.keep.get());
+      (this->*gate_.forward)(block, rows, g, s.keep.get());
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        for (int64_t k = 0; k < heads; ++k) {
+          const A* const w = w_.data() + k * units() + g * group_;
+          V sum(A(0));
+          for (int64_t j = 0; j < group_; j += V::size()) {
+            sum = fmadd(V::loadu(block + r * kBlock + j), V::loadu(w + j), sum);
+          }
+          scores[r * heads + k] += horizontal_sum(sum);
+        }
+      }
+    }
+  }
+
+  // --- backward
+
+  // Before the first `backward` that wants grad_x: the projection as the right operand of [rows, columns] products.
+  void prepare_input_gradient() {
+    packed_rows_.emplace(Packed<E>::from_rows(projection_.get(), columns(), p_.width, planes_));
+  }
+
+  struct BackwardScratch {
+    MatrixUnits matrix_units;
+    Buffer<E> staged, right, grad, grad_t;
+    Buffer<A> block, keep;
+  };
+  BackwardScratch make_backward_scratch() const {
+    const int64_t x_size = planes_ * kChunk * packed_.depth(), grad_size = planes_ * kChunk * columns();
+    return {{}, Buffer<E>(x_size), Buffer<E>(Matrix<E>::kRowsTogether > 1 ? x_size : 0), Buffer<E>(grad_size),
+            Buffer<E>(grad_size), Buffer<A>(kBlock * kBlock), Buffer<A>(kBlock * kBlock)};
+  }
+
+  // Hidden units are computed again, tile by tile. grad_scores [kChunk, heads] is 0 for masked rows and past the last;
+  // store_dx(row, column, count, values) takes the program's part of grad_x; `first`: the sums in `out` start here.
+  template <typename StoreDx>
+  void backward(const Tile<T>& chunk, const A* grad_scores, bool input_gradient, const StoreDx& store_dx,
+                const AttentionGradients<A>& out, bool first, BackwardScratch& s) const {
+    const int64_t rows = round_up(chunk.rows, kRowMultiple), depth = packed_.depth(), heads = p_.heads;
+    const int64_t plane_stride = rows * columns();
+    const auto x = stage(chunk.x, chunk.ld, chunk.mask, chunk.rows, rows, p_.width, depth, planes_, s.staged.get());
+    if (first) std::fill(out.bias, out.projection + out.size, A(0));
+    for (int64_t k = 0; k < heads; ++k) {
+      double sum = 0;
+      for (int64_t r = 0; r < chunk.rows; ++r) sum += grad_scores[r * heads + k];
+      out.w_bias[k] += static_cast<A>(sum);
+    }
+    A* const block = s.block.get();
+    for (int64_t t = 0; t < rows; t += kBlock) {
+      const int64_t count = std::min(kBlock, rows - t);
+      E* const grad = s.grad.get() + t * columns();
+      for (int64_t g = 0; g < groups_; ++g) {
+        product<E>(count, kBlock, depth, x.rows_from(t), packed_.block(g), planes_, block, kBlock, false);
+        if (dropout_) fill_keep(chunk.first + t, count, g, s.keep.get());
+        (this->*gate_.backward)(block, count, g, s.keep.get(), grad_scores + t * heads, grad + g * kBlock, plane_stride,
+                                out);
+      }
+      if (!input_gradient) continue;
+      for (int64_t l = 0; l < p_.width; l += kBlock) {
+        product<E>(count, kBlock, columns(), {grad, columns(), plane_stride}, packed_rows_->block(l / kBlock), planes_,
+                   block, kBlock, false);
+        const int64_t real = std::min(count, chunk.rows - t), wide = std::min(kBlock, p_.width - l);
+        for (int64_t r = 0; r < real; ++r) store_dx(t + r, l, wide, block + r * kBlock);
+      }
+    }
+    if (out.bias != out.projection) add_projection_gradient(x, rows, out.projection, first, s);
+  }
+
+  // The gradients of V, U (either may be null), in the caller's order, from the reduced sums.
+  void projection_gradient(const AttentionGradients<A>& sums, A* v, A* u, A* v_bias, A* u_bias, A* w) const {
+    for (int64_t c = 0; c < columns(); ++c) {
+      if (unit(c) >= p_.hidden) continue;
+      A *const weight = is_u(c) ? u : v, *const bias = is_u(c) ? u_bias : v_bias;
+      if (weight) std::copy_n(sums.projection + c * p_.width, p_.width, weight + unit(c) * p_.width);
+      if (bias) bias[unit(c)] = sums.bias[c];
+    }
+    for (int64_t k = 0; w != nullptr && k < p_.heads; ++k) {
+      std::copy_n(sums.w_weight + k * units(), p_.hidden, w + k * p_.hidden);
+    }
+  }
+
+ private:
+  using Forward = void (AttentionScore::*)(A*, int64_t, int64_t, const A*) const;
+  using Backward = void (AttentionScore::*)(A*, int64_t, int64_t, const A*, const A*, E*, int64_t,
+                                            const AttentionGradients<A>&) const;
+  struct Gate {
+    Forward forward;
+    Backward backward;
+  };
+
+  template <Activation F>
+  static Gate gate_of(bool gated) {
+    if (gated) return {&AttentionScore::gate_forward<F, true>, &AttentionScore::gate_backward<F, true>};
+    return {&AttentionScore::gate_forward<F, false>, &AttentionScore::gate_backward<F, false>};
+  }
+  static Gate select_gate(Activation f, bool gated) {
+    switch (f) {
+      case Activation::kTanh: return gate_of<Activation::kTanh>(gated);
+      case Activation::kRelu: return gate_of<Activation::kRelu>(gated);
+      case Activation::kGelu: return gate_of<Activation::kGelu>(gated);
+      default: return gate_of<Activation::kIdentity>(gated);
+    }
+  }
+
+  // V and U with their rows in column order, [columns, width]; rows of padding are zeros.
+  const A* arrange_projection() {
+    for (int64_t c = 0; c < columns(); ++c) {
+      A* const to = projection_.get() + c * p_.width;
+      if (unit(c) < p_.hidden) std::copy_n((is_u(c) ? p_.u_weight : p_.v_weight) + unit(c) * p_.width, p_.width, to);
+      else std::fill_n(to, p_.width, A(0));
+    }
+    return projection_.get();
+  }
+
+  // What a hidden unit is multiplied by: 0 or the scale, of both branches together. Rows of `keep` are kBlock long.
+  void fill_keep(int64_t first_row, int64_t rows, int64_t g, A* keep) const {
+    constexpr int kLanes = 16;
+    alignas(64) uint32_t c[4][kLanes], words[2][kLanes][kBlock / 2];  // 16-bit lanes in unit order, low half first
+    const int branches = p_.gated() ? 2 : 1;
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      for (int64_t j = 0; j < group_; j += 8) {
+        for (int branch = 0; branch < branches; ++branch) {
+          for (int i = 0; i < kLanes; ++i) {
+            const uint64_t row = first_row + r + i;
+            c[0][i] = static_cast<uint32_t>(row);
+            c[1][i] = static_cast<uint32_t>(row >> 32);
+            c[2][i] = static_cast<uint32_t>((g * group_ + j) / 8);
+            c[3][i] = branch;
+          }
+          philox<kLanes>(dropout_.seed, c[0], c[1], c[2], c[3]);
+          for (int i = 0; i < kLanes; ++i) {
+            for (int word = 0; word < 4; ++word) words[branch][i][j / 2 + word] = c[word][i];
+          }
+        }
+      }
+      const A scale = A(dropout_.scale) * (branches == 2 ? A(dropout_.scale) : A(1));
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows - r); ++i) {
+        uint16_t lanes[2][kBlock];
+        std::memcpy(lanes[0], words[0][i], group_ * sizeof(uint16_t));
+        std::memcpy(lanes[1], words[branches - 1][i], group_ * sizeof(uint16_t));
+        A* const to = keep + (r + i) * kBlock;
+        for (int64_t j = 0; j < group_; ++j) {
+          to[j] = std::min(lanes[0][j], lanes[1][j]) >= dropout_.threshold ? scale : A(0);
+        }
+      }
+    }
+  }
+
+  // Turns the products of a group into its hidden units, in place.
+  template <Activation F, bool GATED>
+  void gate_forward(A* block, int64_t rows, int64_t g, const A* keep) const {
+    const A* const bias = bias_.data() + g * kBlock;
+    for (int64_t r = 0; r < rows; ++r) {
+      A* const row = block + r * kBlock;
+      for (int64_t j = 0; j < group_; j += V::size()) {
+        const V a = V::loadu(row + j) + V::loadu(bias + j);
+        V b;
+        if constexpr (GATED) b = V::loadu(row + group_ + j) + V::loadu(bias + group_ + j);
+        V h = gate<F, GATED, A>(a, b);
+        if (dropout_) h = h * V::loadu(keep + r * kBlock + j);
+        h.store(row + j);
+      }
+    }
+  }
+
+  // The products of a group become its hidden units, in place; the gradient of the products goes to `grad` (rows
+  // columns() apart), and the sums for the biases and w grow.
+  template <Activation F, bool GATED>
+  void gate_backward(A* block, int64_t rows, int64_t g, const A* keep, const A* grad_scores, E* grad,
+                     int64_t plane_stride, const AttentionGradients<A>& out) const {
+    const A *const bias = bias_.data() + g * kBlock, *const w = w_.data() + g * group_;
+    A unsplit[kBlock], bias_sum[kBlock] = {};  // of this tile: long running sums lose digits
+    for (int64_t r = 0; r < rows; ++r) {
+      A* const row = block + r * kBlock;
+      const A* const ds = grad_scores + r * p_.heads;
+      A* to = unsplit;
+      if constexpr (std::is_same_v<A, E>) to = grad + r * columns();
+      const auto emit = [&](int64_t j, V value) {
+        value.store(to + j);
+        (V::loadu(bias_sum + j) + value).store(bias_sum + j);
+      };
+      for (int64_t j = 0; j < group_; j += V::size()) {
+        const V a = V::loadu(row + j) + V::loadu(bias + j);
+        V b;
+        if constexpr (GATED) b = V::loadu(row + group_ + j) + V::loadu(bias + group_ + j);
+        const GateGrad<A> d = gate_grad<F, GATED, A>(a, b);
+        V dg = V(ds[0]) * V::loadu(w + j), h = d.g;
+        for (int64_t k = 1; k < p_.heads; ++k) dg = fmadd(V(ds[k]), V::loadu(w + k * units() + j), dg);
+        if (dropout_) {
+          const V factor = V::loadu(keep + r * kBlock + j);
+          dg = dg * factor;
+          h = h * factor;
+        }
+        emit(j, dg * d.da);
+        if constexpr (GATED) emit(group_ + j, dg * d.db);
+        h.store(row + j);
+      }
+      if constexpr (!std::is_same_v<A, E>) write_elements(unsplit, grad + r * columns(), kBlock, planes_, plane_stride);
+    }
+    for (int64_t j = 0; j < kBlock; ++j) out.bias[g * kBlock + j] += bias_sum[j];
+    for (int64_t k = 0; k < p_.heads; ++k) {
+      A* const sum = out.w_weight + k * units() + g * group_;
+      for (int64_t j = 0; j < group_; j += V::size()) {
+        V total(A(0));
+        for (int64_t r = 0; r < rows; ++r) {
+          total = fmadd(V(grad_scores[r * p_.heads + k]), V::loadu(block + r * kBlock + j), total);
+        }
+        (V::loadu(sum + j) + total).store(sum + j);
+      }
+    }
+  }
+
+  // projection [columns, width] += grad^T x over the rows of a chunk.
+  void add_projection_gradient(Matrix<E> x, int64_t rows, A* projection, bool first, BackwardScratch& s) const {
+    const int64_t stride = rows * columns(), width = p_.width;
+    for (int p = 0; p < planes_; ++p) transpose(s.grad.get() + p * stride, rows, columns(), s.grad_t.get() + p * stride);
+    const auto right = stage_right(x, rows, width, planes_, s.right.get());
+    const Matrix<E> left{s.grad_t.get(), rows, stride};
+    for (int64_t l = 0; l < width; l += kBlock) {
+      for (int64_t c = 0; c < columns(); c += kBlock) {
+        product<E>(kBlock, std::min(kBlock, width - l), rows, left.rows_from(c), right.columns_from(l), planes_,
+                   projection + c * width + l, width, !first);
+      }
+    }
+  }
+
+  AttentionParameters<A> p_;
+  Dropout dropout_;
+  int planes_;
+  int64_t group_, groups_;
+  Buffer<A> projection_;
+  std::vector<A> bias_, w_;  // [columns], [heads, units]
+  Gate gate_;
+  Packed<E> packed_;
+  std::optional<Packed<E>> packed_rows_;
+};
+
+}  // namespace milkernels

@@ -1,0 +1,26 @@
+// What every op on the CPU needs of its arguments.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <vector>
+
+namespace milkernels {
+
+// x as rows of consecutive elements, copied only if its elements are not consecutive or its rows overlap.
+at::Tensor rows_of(const at::Tensor& x);
+
+// Offsets [bags + 1] as int64, or {0, rows} where absent; ValueError unless they start at 0, never decrease and end at
+// `rows`.
+std::vector<int64_t> checked_offsets(const std::optional<at::Tensor>& offsets, int64_t rows);
+
+// In what the products run: 0 for the accumulation type, else the number of bfloat16 planes of each factor. Half types
+// and, where the user allows it, float32 take the matrix units if the machine has them: bfloat16 one plane, float16 two
+// (exact), float32 one at precision "medium", two at "high".
+int bf16_planes(at::ScalarType x, std::optional<at::ScalarType> compute);
+
+// Tests take the layouts of the matrix units on any machine.
+void emulate_matrix_units(bool on);
+
+}  // namespace milkernels

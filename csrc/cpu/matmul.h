@@ -1,0 +1,244 @@
+// Products of small matrices through PyTorch's own micro-kernels: which element type they run in, how the operands are
+// laid out for it, and the call. Three kinds of element:
+//   float     brgemm in float32 (oneDNN where it can, BLAS elsewhere); half types are converted tile by tile
+//   double    at::mm, for float64
+//   BFloat16  brgemm on the matrix units (AMX). A number is the sum of `planes` bfloat16 numbers: one plane is bfloat16
+//             itself, two hold a float16 exactly, and hi*hi + hi*lo + lo*hi is then the float16 product.
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+
+#include "rows.h"
+
+namespace milkernels {
+
+using at::BFloat16;
+using at::Half;
+
+constexpr int64_t kBlock = 64;      // columns of a packed block, and rows of a tile
+constexpr int64_t kRowMultiple = 8;  // rows of a product: few distinct shapes, each costs about 0.1 ms when first met
+
+// A matrix by rows; plane p of a split number is plane_stride further on. For the right operand of a BFloat16 product
+// rows come in pairs: element (k, n) is at (k / 2) * 2 * ld + 2 * n + k % 2.
+template <typename E>
+struct Matrix {
+  const E* data;
+  int64_t ld;
+  int64_t plane_stride = 0;
+
+  static constexpr int64_t kRowsTogether = std::is_same_v<E, BFloat16> ? 2 : 1;  // in a right operand
+
+  Matrix rows_from(int64_t r) const { return {data + r * ld, ld, plane_stride}; }                  // left operand
+  Matrix columns_from(int64_t c) const { return {data + c * kRowsTogether, ld, plane_stride}; }  // right operand
+};
+
+inline bool has_matrix_units() {
+  static const bool value = at::native::cpublas::could_pack(at::kBFloat16);
+  return value;
+}
+
+// Without matrix units a BFloat16 product is reached by tests only: the layouts are then provable on any machine.
+inline void bf16_product(int64_t M, int64_t N, int64_t K, Matrix<BFloat16> a, Matrix<BFloat16> b, float* c, int64_t ldc,
+                         bool add) {
+  if (has_matrix_units()) {
+    at::native::cpublas::brgemm(M, N, K, a.ld, b.ld, ldc, add, a.data, b.data, c, /*is_vnni=*/true);
+    return;
+  }
+  for (int64_t m = 0; m < M; ++m) {
+    for (int64_t n = 0; n < N; ++n) {
+      float sum = add ? c[m * ldc + n] : 0.f;
+      for (int64_t k = 0; k < K; ++k) {
+        sum += float(a.data[m * a.ld + k]) * float(b.data[k / 2 * 2 * b.ld + 2 * n + k % 2]);
+      }
+      c[m * ldc + n] = sum;
+    }
+  }
+}
+
+// c = a b, or c += a b; c is [M, N] in the accumulation type.
+template <typename E>
+inline void product(int64_t M, int64_t N, int64_t K, Matrix<E> a, Matrix<E> b, int planes, acc_t<E>* c, int64_t ldc,
+                    bool add) {
+  if constexpr (std::is_same_v<E, float>) {
+    at::native::cpublas::brgemm(M, N, K, a.ld, b.ld, ldc, add, a.data, b.data, c, /*is_vnni=*/false);
+  } else if constexpr (std::is_same_v<E, double>) {
+    const auto view = [](const double* p, int64_t rows, int64_t columns, int64_t ld) {
+      return at::from_blob(const_cast<double*>(p), {rows, columns}, {ld, 1}, at::kDouble);
+    };
+    auto out = view(c, M, N, ldc);
+    if (add) {
+      at::addmm_out(out, out, view(a.data, M, K, a.ld), view(b.data, K, N, b.ld));
+    } else {
+      at::mm_out(out, view(a.data, M, K, a.ld), view(b.data, K, N, b.ld));
+    }
+  } else {
+    for (int order = planes - 1; order >= 0; --order) {  // small terms first
+      for (int p = 0; p <= order; ++p, add = true) {
+        bf16_product(M, N, K, {a.data + p * a.plane_stride, a.ld}, {b.data + (order - p) * b.plane_stride, b.ld}, c,
+                     ldc, add);
+      }
+    }
+  }
+}
+
+// Gives the matrix units back; each thread does so when it leaves a parallel region, also by an exception.
+struct MatrixUnits {
+  MatrixUnits() = default;
+  MatrixUnits(MatrixUnits&& other) noexcept : used(std::exchange(other.used, false)) {}
+  ~MatrixUnits() {
+    if (used && has_matrix_units()) at::native::cpublas::brgemm_release();
+  }
+  bool used = true;
+};
+
+// Writes n numbers as E: converted, or split into planes.
+template <typename S, typename E>
+inline void write_elements(const S* x, E* y, int64_t n, int planes, int64_t plane_stride) {
+  if constexpr (std::is_same_v<E, BFloat16>) {
+    if (planes > 1 || std::is_same_v<S, double>) {
+      for (int64_t i = 0; i < n; ++i) {
+        float rest = static_cast<float>(x[i]);
+        for (int p = 0; p < planes; ++p) {
+          const BFloat16 part(rest);
+          y[p * plane_stride + i] = part;
+          rest -= static_cast<float>(part);
+        }
+      }
+      return;
+    }
+  }
+  convert_row(x, y, n);
+}
+
+// The right operand of a product, in column blocks of kBlock; columns past N and an odd last row are zeros.
+template <typename E>
+class Packed {
+ public:
+  using A = acc_t<E>;
+
+  Packed(int64_t rows, int64_t columns, int planes)
+      : rows_(rows), columns_(columns), depth_(round_up(rows, kPair)), planes_(planes),
+        plane_stride_(round_up(columns, kBlock) * depth_), buffer_(planes * plane_stride_) {}
+
+  // element (k, n) is source[n * rows + k]
+  static Packed from_columns(const A* source, int64_t rows, int64_t columns, int planes) {
+    Packed packed(rows, columns, planes);
+    packed.for_blocks([&](int64_t n, int64_t count, E* block, E* scratch) {
+      for (int64_t j = 0; j < count; ++j) {
+        write_elements(source + (n + j) * rows, scratch, rows, planes, packed.depth_);
+        for (int p = 0; p < planes; ++p) {
+          E* const to = block + p * packed.plane_stride_ + j * kPair;
+          for (int64_t k = 0; k < rows; ++k) to[k / kPair * kPair * kBlock + k % kPair] = scratch[p * packed.depth_ + k];
+        }
+      }
+    });
+    return packed;
+  }
+
+  // element (k, n) is source[k * columns + n]
+  static Packed from_rows(const A* source, int64_t rows, int64_t columns, int planes) {
+    Packed packed(rows, columns, planes);
+    packed.for_blocks([&](int64_t n, int64_t count, E* block, E* scratch) {
+      for (int64_t k = 0; k < rows; ++k) {
+        write_elements(source + k * columns + n, scratch, count, planes, kBlock);
+        for (int p = 0; p < planes; ++p) {
+          E* const to = block + p * packed.plane_stride_ + k / kPair * kPair * kBlock + k % kPair;
+          for (int64_t j = 0; j < count; ++j) to[j * kPair] = scratch[p * kBlock + j];
+        }
+      }
+    });
+    return packed;
+  }
+
+  int64_t depth() const { return depth_; }
+  Matrix<E> block(int64_t b) const { return {buffer_.get() + b * kBlock * depth_, kBlock, plane_stride_}; }
+
+ private:
+  static constexpr int64_t kPair = Matrix<E>::kRowsTogether;
+
+  // fill(first column, columns, block, scratch) for every block, in parallel.
+  template <typename F>
+  void for_blocks(const F& fill) {
+    at::parallel_for(0, ceil_div(columns_, kBlock), 1, [&](int64_t begin, int64_t end) {
+      Buffer<E> scratch(planes_ * std::max(depth_, kBlock));
+      for (int64_t b = begin; b < end; ++b) {
+        E* const block = buffer_.get() + b * kBlock * depth_;
+        const int64_t count = std::min(kBlock, columns_ - b * kBlock);
+        if (count < kBlock || depth_ != rows_) {
+          for (int p = 0; p < planes_; ++p) std::fill_n(block + p * plane_stride_, kBlock * depth_, E(0));
+        }
+        fill(b * kBlock, count, block, scratch.get());
+      }
+    });
+  }
+
+  int64_t rows_, columns_, depth_;
+  int planes_;
+  int64_t plane_stride_;
+  Buffer<E> buffer_;
+};
+
+// Whether row r of a tile takes part; no mask: all do.
+inline bool is_real(const bool* mask, int64_t r) { return mask == nullptr || mask[r]; }
+
+// Rows of x as the left operand of a product: as they lie where type and layout allow, else written to `buffer` of
+// planes * padded_rows * depth elements, masked rows and padding as zeros (whatever a masked row holds, its products
+// are then finite, and 0 times them is 0).
+template <typename T, typename E>
+inline Matrix<E> stage(const T* x, int64_t ld, const bool* mask, int64_t rows, int64_t padded_rows, int64_t width,
+                       int64_t depth, int planes, E* buffer) {
+  if constexpr (std::is_same_v<T, E>) {
+    const bool whole = rows == padded_rows && width == depth && planes == 1;
+    if (whole && (mask == nullptr || std::all_of(mask, mask + rows, [](bool m) { return m; }))) return {x, ld};
+  }
+  const int64_t plane_stride = padded_rows * depth;
+  for (int64_t r = 0; r < padded_rows; ++r) {
+    E* const to = buffer + r * depth;
+    const bool real = r < rows && is_real(mask, r);
+    if (real) write_elements(x + r * ld, to, width, planes, plane_stride);
+    for (int p = 0; p < planes; ++p) {
+      std::fill(to + p * plane_stride + (real ? width : 0), to + p * plane_stride + depth, E(0));
+    }
+  }
+  return {buffer, depth, plane_stride};
+}
+
+// Rows staged by `stage` as the right operand: float and double as they are, BFloat16 with rows in pairs.
+template <typename E>
+inline Matrix<E> stage_right(Matrix<E> a, int64_t rows, int64_t width, int planes, E* buffer) {
+  if constexpr (!std::is_same_v<E, BFloat16>) {
+    return a;
+  } else {
+    for (int p = 0; p < planes; ++p) {
+      for (int64_t r = 0; r < rows; r += 2) {
+        const BFloat16* even = a.data + p * a.plane_stride + r * a.ld;
+        BFloat16* to = buffer + (p * rows + r) * width;
+        for (int64_t i = 0; i < width; ++i) {
+          to[2 * i] = even[i];
+          to[2 * i + 1] = even[a.ld + i];
+        }
+      }
+    }
+    return {buffer, width, rows * width};
+  }
+}
+
+// to[c][r] = from[r][c] for every plane; the destination has rows of `rows` elements.
+template <typename E>
+inline void transpose(const E* from, int64_t rows, int64_t columns, E* to) {
+  constexpr int64_t kTile = 16;
+  for (int64_t c = 0; c < columns; c += kTile) {
+    for (int64_t r = 0; r < rows; r += kTile) {
+      const int64_t height = std::min(kTile, rows - r), width = std::min(kTile, columns - c);
+      for (int64_t j = 0; j < width; ++j) {
+        for (int64_t i = 0; i < height; ++i) to[(c + j) * rows + r + i] = from[(r + i) * columns + c + j];
+      }
+    }
+  }
+}
+
+}  // namespace milkernels

@@ -1,0 +1,205 @@
+// Work on rows of a tile: weighted sums and dot products, in the accumulation type, from any storage type.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "vec_math.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace milkernels {
+
+// float64 accumulates in float64, everything else in float32.
+template <typename T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+// An uninitialised array from PyTorch's allocator (aligned, and seen by its memory profiler).
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n) : data_(c10::GetCPUAllocator()->allocate(std::max<int64_t>(n, 1) * sizeof(T))) {}
+  T* get() const { return static_cast<T*>(data_.get()); }
+
+ private:
+  c10::DataPtr data_;
+};
+
+// Runs work(item, scratch) for 0 <= item < n; a thread takes the next item when it is free, so that skipped
+// (masked) items do not unbalance the threads. Results may not depend on which thread runs what.
+template <typename MakeScratch, typename Work>
+void parallel_items(int64_t n, const MakeScratch& make_scratch, const Work& work) {
+  std::atomic<int64_t> next{0};
+  const int64_t workers = std::min<int64_t>(at::in_parallel_region() ? 1 : at::get_num_threads(), n);
+  at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    auto scratch = make_scratch();
+    for (int64_t item; (item = next.fetch_add(1)) < n;) work(item, scratch);
+  });
+}
+
+// Fresh pages of a large output are faulted in 4 KB at a time unless the system is told that large ones will do.
+inline void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  if (bytes < int64_t(4 * kHuge)) return;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(data) + bytes;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), (end - begin) & ~(kHuge - 1), MADV_HUGEPAGE);
+#endif
+}
+
+// Two vectors of the accumulation type from 2 * size() consecutive elements; `count` of them where fewer are there.
+template <typename T>
+struct Pair {
+  using A = acc_t<T>;
+  using V = Vectorized<A>;
+  static constexpr int64_t width = 2 * V::size();
+  V lo, hi;
+
+  static Pair load(const T* p) {
+    if constexpr (std::is_same_v<T, A>) {
+      return {V::loadu(p), V::loadu(p + V::size())};
+    } else {
+      auto [lo, hi] = at::vec::convert_to_float<T>(Vectorized<T>::loadu(p));
+      return {lo, hi};
+    }
+  }
+  static Pair load(const T* p, int64_t count) {
+    T padded[width] = {};
+    std::memcpy(static_cast<void*>(padded), p, count * sizeof(T));
+    return load(padded);
+  }
+  void store(T* p) const {
+    if constexpr (std::is_same_v<T, A>) {
+      lo.store(p);
+      hi.store(p + V::size());
+    } else {
+      at::vec::convert_from_float<T>(lo, hi).store(p);
+    }
+  }
+  void store(T* p, int64_t count) const {
+    T padded[width];
+    store(padded);
+    std::memcpy(static_cast<void*>(p), padded, count * sizeof(T));
+  }
+};
+
+// Calls f(offset, step) over [0, n) in whole steps of WIDTH and one of the elements left over. A step is a type where
+// it is whole, so that load_pair and store_pair know it when they are compiled.
+struct WholeStep {};
+template <int64_t WIDTH, typename F>
+inline void for_steps(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + WIDTH <= n; i += WIDTH) f(i, WholeStep{});
+  if (i < n) f(i, n - i);
+}
+template <typename T>
+inline Pair<T> load_pair(const T* p, WholeStep) { return Pair<T>::load(p); }
+template <typename T>
+inline Pair<T> load_pair(const T* p, int64_t count) { return Pair<T>::load(p, count); }
+template <typename T>
+inline void store_pair(const Pair<T>& v, T* p, WholeStep) { v.store(p); }
+template <typename T>
+inline void store_pair(const Pair<T>& v, T* p, int64_t count) { v.store(p, count); }
+
+template <typename A>
+inline A horizontal_sum(Vectorized<A> v) {
+  return at::vec::vec_reduce_all<A>([](Vectorized<A>& x, Vectorized<A>& y) { return x + y; }, v);
+}
+
+// y[i] for n elements of type S, converted to T.
+template <typename S, typename T>
+inline void convert_row(const S* x, T* y, int64_t n) {
+  if constexpr (std::is_same_v<S, T>) {
+    std::memcpy(static_cast<void*>(y), x, n * sizeof(T));
+  } else if constexpr (std::is_same_v<acc_t<S>, acc_t<T>>) {
+    for_steps<Pair<S>::width>(n, [&](int64_t i, auto step) {
+      const auto v = load_pair(x + i, step);
+      store_pair(Pair<T>{v.lo, v.hi}, y + i, step);
+    });
+  } else {
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<T>(x[i]);
+  }
+}
+
+// out = scale * out + sum_r weight[r] * x[index[r]], rows of `width` elements `ld` apart. With scale 0 `out` is not
+// read. The sum of a call is formed on its own before it is added: long running sums lose digits.
+template <typename T, typename A>
+inline void weighted_sum(const T* x, int64_t ld, const int32_t* index, const A* weight, int64_t n, int64_t width,
+                         A scale, A* out) {
+  using V = Vectorized<A>;
+  constexpr int64_t kPair = Pair<T>::width;
+  const V s(scale);
+  const auto add = [&](A* o, V sum) { (scale == A(0) ? sum : fmadd(s, V::loadu(o), sum)).store(o); };
+  int64_t l = 0;
+  for (; l + 4 * kPair <= width; l += 4 * kPair) {
+    V sum[8];
+    for (auto& v : sum) v = V(A(0));
+    for (int64_t r = 0; r < n; ++r) {
+      const T* row = x + index[r] * ld + l;
+      const V w(weight[r]);
+      for (int u = 0; u < 4; ++u) {
+        const auto v = Pair<T>::load(row + u * kPair);
+        sum[2 * u] = fmadd(w, v.lo, sum[2 * u]);
+        sum[2 * u + 1] = fmadd(w, v.hi, sum[2 * u + 1]);
+      }
+    }
+    for (int u = 0; u < 8; ++u) add(out + l + u * V::size(), sum[u]);
+  }
+  for (; l < width; l += kPair) {
+    const int64_t count = std::min(kPair, width - l);
+    V lo(A(0)), hi(A(0));
+    for (int64_t r = 0; r < n; ++r) {
+      const T* row = x + index[r] * ld + l;
+      const auto v = count == kPair ? Pair<T>::load(row) : Pair<T>::load(row, count);
+      const V w(weight[r]);
+      lo = fmadd(w, v.lo, lo);
+      hi = fmadd(w, v.hi, hi);
+    }
+    A buffer[kPair], *o = buffer;
+    if (scale != A(0)) std::copy_n(out + l, count, buffer);
+    add(o, lo);
+    add(o + V::size(), hi);
+    std::copy_n(buffer, count, out + l);
+  }
+}
+
+// out[r] = <x[index[r]] - center, v>, four rows at a time so that center and v are loaded once for them. Subtracting
+// first keeps digits that the difference of two dot products loses when features have a mean.
+template <typename T, typename A>
+inline void centered_dots(const T* x, int64_t ld, const int32_t* index, int64_t n, const A* center, const A* v,
+                          int64_t width, A* out) {
+  using V = Vectorized<A>;
+  constexpr int64_t kPair = Pair<T>::width;
+  int64_t r = 0;
+  const auto rows = [&](auto count) {
+    constexpr int R = decltype(count)::value;
+    V sum[R];
+    for (auto& s : sum) s = V(A(0));
+    for_steps<kPair>(width, [&](int64_t l, auto step) {
+      const auto c = load_pair(center + l, step), w = load_pair(v + l, step);
+      for (int i = 0; i < R; ++i) {
+        const auto p = load_pair(x + index[r + i] * ld + l, step);
+        sum[i] = fmadd(p.lo - c.lo, w.lo, sum[i]);
+        sum[i] = fmadd(p.hi - c.hi, w.hi, sum[i]);
+      }
+    });
+    for (int i = 0; i < R; ++i) out[r + i] = horizontal_sum(sum[i]);
+    r += R;
+  };
+  while (r + 4 <= n) rows(std::integral_constant<int, 4>{});
+  while (r < n) rows(std::integral_constant<int, 1>{});
+}
+
+}  // namespace milkernels

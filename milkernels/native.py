@@ -1,0 +1,58 @@
+"""Adapter to the compiled extension.
+
+The C++ kernels are compiled once per instruction set, each into a module of its own; importing one registers its
+kernels with PyTorch's dispatcher.  Exactly one is imported: the best that this machine runs, by PyTorch's own
+judgement, so ``ATEN_CPU_CAPABILITY=default|avx2|avx512`` chooses here as it does in PyTorch.
+"""
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_MODULES = {"AVX512": "_C_avx512", "AVX2": "_C_avx2", "DEFAULT": "_C_default"}  # best first
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+OPS = frozenset({"attention_pool", "attention_scores"})
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The best extension module that was built and that this machine runs, or None and why not."""
+    order = list(_MODULES)
+    capability = torch.backends.cpu.get_cpu_capability()
+    candidates = order[order.index(capability) if capability in order else -1 :]
+    error = None
+    for name in candidates:
+        try:
+            return importlib.import_module(f"milkernels.{_MODULES[name]}"), None
+        except ImportError as failure:
+            error = error or str(failure)
+    return None, f"the compiled extension could not be imported ({error}); build it with `pip install .`"
+
+
+_extension, _load_error = _load()
+
+
+def load_error() -> str | None:
+    """Why there is no compiled extension, or None."""
+    return _load_error
+
+
+def build_info() -> dict[str, str]:
+    """What the loaded extension says of itself; empty where there is none."""
+    return {} if _extension is None else {"module": _extension.__name__, **_extension.build_info()}
+
+
+def unsupported(op: str, x: Tensor, *parameters: Tensor | None) -> str | None:
+    """Why this backend cannot serve ``op`` on these tensors, or None if it can."""
+    if op not in OPS:
+        return f"it has no kernel for {op}"
+    if _extension is None:
+        return _load_error
+    if x.device.type != "cpu":
+        return f"it has no kernels for {x.device.type} tensors"
+    if x.dtype not in _DTYPES:
+        return f"it has no kernels for {x.dtype}"
+    if x.dtype != torch.float64 and any(p is not None and p.dtype == torch.float64 for p in parameters):
+        return f"float64 parameters with {x.dtype} x"
+    return None
