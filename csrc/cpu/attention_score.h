@@ -69,9 +69,9 @@ class AttentionScore {
 
   AttentionScore(const AttentionParameters<A>& p, Activation activation, Dropout dropout, int planes)
       : p_(p), dropout_(dropout), planes_(planes), group_(p.gated() ? kBlock / 2 : kBlock),
-        groups_(ceil_div(p.hidden, group_)), projection_(columns() * p.width), bias_(columns(), A(0)),
+        groups_(ceil_div(p.hidden, group_)), bias_(columns(), A(0)),
         w_(p.heads * units(), A(0)), gate_(select_gate(activation, p.gated())),
-        packed_(Packed<E>::from_columns(arrange_projection(), p.width, columns(), planes)) {
+        packed_(Packed<E>::from_columns(p.width, columns(), planes, [&](int64_t c) { return projection_row(c); })) {
     for (int64_t c = 0; c < columns(); ++c) {
       const A* const bias = is_u(c) ? p.u_bias : p.v_bias;
       if (bias != nullptr && unit(c) < p.hidden) bias_[c] = bias[unit(c)];
@@ -126,7 +126,8 @@ class AttentionScore {
 
   // Before the first `backward` that wants grad_x: the projection as the right operand of [rows, columns] products.
   void prepare_input_gradient() {
-    packed_rows_.emplace(Packed<E>::from_rows(projection_.get(), columns(), p_.width, planes_));
+    packed_rows_.emplace(
+        Packed<E>::from_rows(columns(), p_.width, planes_, [&](int64_t c) { return projection_row(c); }));
   }
 
   struct BackwardScratch {
@@ -211,14 +212,9 @@ class AttentionScore {
     }
   }
 
-  // V and U with their rows in column order, [columns, width]; rows of padding are zeros.
-  const A* arrange_projection() {
-    for (int64_t c = 0; c < columns(); ++c) {
-      A* const to = projection_.get() + c * p_.width;
-      if (unit(c) < p_.hidden) std::copy_n((is_u(c) ? p_.u_weight : p_.v_weight) + unit(c) * p_.width, p_.width, to);
-      else std::fill_n(to, p_.width, A(0));
-    }
-    return projection_.get();
+  // The row of V or U that makes a column of the projection; null for padding.
+  const A* projection_row(int64_t c) const {
+    return unit(c) < p_.hidden ? (is_u(c) ? p_.u_weight : p_.v_weight) + unit(c) * p_.width : nullptr;
   }
 
   // What a hidden unit is multiplied by: 0 or the scale, of both branches together. Rows of `keep` are kBlock long.
@@ -322,7 +318,9 @@ class AttentionScore {
   // projection [columns, width] += grad^T x over the rows of a chunk.
   void add_projection_gradient(Matrix<E> x, int64_t rows, A* projection, bool first, BackwardScratch& s) const {
     const int64_t stride = rows * columns(), width = p_.width;
-    for (int p = 0; p < planes_; ++p) transpose(s.grad.get() + p * stride, rows, columns(), s.grad_t.get() + p * stride);
+    for (int p = 0; p < planes_; ++p) {
+      transpose(s.grad.get() + p * stride, columns(), rows, columns(), s.grad_t.get() + p * stride, rows);
+    }
     const auto right = stage_right(x, rows, width, planes_, s.right.get());
     const Matrix<E> left{s.grad_t.get(), rows, stride};
     for (int64_t l = 0; l < width; l += kBlock) {
@@ -337,7 +335,6 @@ class AttentionScore {
   Dropout dropout_;
   int planes_;
   int64_t group_, groups_;
-  Buffer<A> projection_;
   std::vector<A> bias_, w_;  // [columns], [heads, units]
   Gate gate_;
   Packed<E> packed_;

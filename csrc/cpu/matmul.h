@@ -99,19 +99,37 @@ struct MatrixUnits {
 template <typename S, typename E>
 inline void write_elements(const S* x, E* y, int64_t n, int planes, int64_t plane_stride) {
   if constexpr (std::is_same_v<E, BFloat16>) {
-    if (planes > 1 || std::is_same_v<S, double>) {
-      for (int64_t i = 0; i < n; ++i) {
-        float rest = static_cast<float>(x[i]);
-        for (int p = 0; p < planes; ++p) {
-          const BFloat16 part(rest);
-          y[p * plane_stride + i] = part;
-          rest -= static_cast<float>(part);
-        }
+    for_steps<Pair<S>::width>(n, [&](int64_t i, auto step) {
+      auto rest = load_pair(x + i, step);
+      for (int p = 0; p < planes; ++p) {
+        E* const to = y + p * plane_stride + i;
+        store_pair(Pair<E>{rest.lo, rest.hi}, to, step);
+        const auto part = load_pair(to, step);
+        rest.lo = rest.lo - part.lo;
+        rest.hi = rest.hi - part.hi;
       }
-      return;
-    }
+    });
+    return;
   }
   convert_row(x, y, n);
+}
+
+// to[c][r] = from[r][c]
+template <typename E>
+inline void transpose(const E* from, int64_t ld_from, int64_t rows, int64_t columns, E* to, int64_t ld_to) {
+  constexpr int64_t kTile = 16;
+  for (int64_t c = 0; c < columns; c += kTile) {
+    for (int64_t r = 0; r < rows; r += kTile) {
+      const E* const source = from + r * ld_from + c;
+      E* const target = to + c * ld_to + r;
+      const int64_t height = std::min(kTile, rows - r), width = std::min(kTile, columns - c);
+      if (height == kTile && width == kTile) {
+        at::vec::transpose_mxn<E, kTile, kTile>(source, ld_from, target, ld_to);
+      } else {
+        at::vec::transpose_mxn<E>(source, ld_from, target, ld_to, height, width);
+      }
+    }
+  }
 }
 
 // The right operand of a product, in column blocks of kBlock; columns past N and an odd last row are zeros.
@@ -124,30 +142,49 @@ class Packed {
       : rows_(rows), columns_(columns), depth_(round_up(rows, kPair)), planes_(planes),
         plane_stride_(round_up(columns, kBlock) * depth_), buffer_(planes * plane_stride_) {}
 
-  // element (k, n) is source[n * rows + k]
-  static Packed from_columns(const A* source, int64_t rows, int64_t columns, int planes) {
+  // Element (k, n) is column(n)[k]; a null column is zeros.
+  template <typename Column>
+  static Packed from_columns(int64_t rows, int64_t columns, int planes, const Column& column) {
+    constexpr int64_t kPiece = 16;  // of a column at a time, so that the lines written to stay in the nearest cache
     Packed packed(rows, columns, planes);
-    packed.for_blocks([&](int64_t n, int64_t count, E* block, E* scratch) {
-      for (int64_t j = 0; j < count; ++j) {
-        write_elements(source + (n + j) * rows, scratch, rows, planes, packed.depth_);
-        for (int p = 0; p < planes; ++p) {
-          E* const to = block + p * packed.plane_stride_ + j * kPair;
-          for (int64_t k = 0; k < rows; ++k) to[k / kPair * kPair * kBlock + k % kPair] = scratch[p * packed.depth_ + k];
+    packed.for_blocks([&](int64_t n, E* block) {
+      if constexpr (kPair == 1) {  // columns that lie one after the other are a matrix to transpose
+        if (n + kBlock <= columns && lie_together(n, rows, column)) {
+          transpose(column(n), rows, kBlock / 2, rows, block, kBlock);
+          transpose(column(n + kBlock / 2), rows, kBlock / 2, rows, block + kBlock / 2, kBlock);
+          return;
+        }
+      }
+      E piece[3 * kPiece];
+      for (int64_t k = 0; k < rows; k += kPiece) {
+        const int64_t count = std::min(kPiece, rows - k);
+        for (int64_t j = 0; j < kBlock; ++j) {
+          const A* const from = n + j < columns ? column(n + j) : nullptr;
+          if (from != nullptr) write_elements(from + k, piece, count, planes, kPiece);
+          else std::fill_n(piece, 3 * kPiece, E(0));
+          for (int p = 0; p < planes; ++p) {
+            E* const to = block + p * packed.plane_stride_ + k * kBlock + j * kPair;
+            for (int64_t i = 0; i < count; ++i) to[i / kPair * kPair * kBlock + i % kPair] = piece[p * kPiece + i];
+          }
         }
       }
     });
     return packed;
   }
 
-  // element (k, n) is source[k * columns + n]
-  static Packed from_rows(const A* source, int64_t rows, int64_t columns, int planes) {
+  // Element (k, n) is row(k)[n]; a null row is zeros.
+  template <typename Row>
+  static Packed from_rows(int64_t rows, int64_t columns, int planes, const Row& row) {
     Packed packed(rows, columns, planes);
-    packed.for_blocks([&](int64_t n, int64_t count, E* block, E* scratch) {
+    packed.for_blocks([&](int64_t n, E* block) {
+      E piece[3 * kBlock];
+      const int64_t count = std::min(kBlock, columns - n);
       for (int64_t k = 0; k < rows; ++k) {
-        write_elements(source + k * columns + n, scratch, count, planes, kBlock);
+        std::fill_n(piece, 3 * kBlock, E(0));
+        if (const A* const from = row(k)) write_elements(from + n, piece, count, planes, kBlock);
         for (int p = 0; p < planes; ++p) {
           E* const to = block + p * packed.plane_stride_ + k / kPair * kPair * kBlock + k % kPair;
-          for (int64_t j = 0; j < count; ++j) to[j * kPair] = scratch[p * kBlock + j];
+          for (int64_t j = 0; j < kBlock; ++j) to[j * kPair] = piece[p * kBlock + j];
         }
       }
     });
@@ -160,18 +197,26 @@ class Packed {
  private:
   static constexpr int64_t kPair = Matrix<E>::kRowsTogether;
 
-  // fill(first column, columns, block, scratch) for every block, in parallel.
+  // Whether the columns of either half of the block from n on lie one after the other.
+  template <typename Column>
+  static bool lie_together(int64_t n, int64_t rows, const Column& column) {
+    for (int64_t j = 0; j < kBlock; ++j) {
+      const A* const half = column(n + j / (kBlock / 2) * (kBlock / 2));
+      if (half == nullptr || column(n + j) != half + j % (kBlock / 2) * rows) return false;
+    }
+    return true;
+  }
+
+  // fill(first column, block) for every block, in parallel.
   template <typename F>
   void for_blocks(const F& fill) {
     at::parallel_for(0, ceil_div(columns_, kBlock), 1, [&](int64_t begin, int64_t end) {
-      Buffer<E> scratch(planes_ * std::max(depth_, kBlock));
       for (int64_t b = begin; b < end; ++b) {
         E* const block = buffer_.get() + b * kBlock * depth_;
-        const int64_t count = std::min(kBlock, columns_ - b * kBlock);
-        if (count < kBlock || depth_ != rows_) {
-          for (int p = 0; p < planes_; ++p) std::fill_n(block + p * plane_stride_, kBlock * depth_, E(0));
+        for (int p = 0; depth_ != rows_ && p < planes_; ++p) {  // the row that makes an odd number even
+          std::fill_n(block + p * plane_stride_ + (depth_ - kPair) * kBlock, kPair * kBlock, E(0));
         }
-        fill(b * kBlock, count, block, scratch.get());
+        fill(b * kBlock, block);
       }
     });
   }
@@ -215,29 +260,12 @@ inline Matrix<E> stage_right(Matrix<E> a, int64_t rows, int64_t width, int plane
   } else {
     for (int p = 0; p < planes; ++p) {
       for (int64_t r = 0; r < rows; r += 2) {
-        const BFloat16* even = a.data + p * a.plane_stride + r * a.ld;
-        BFloat16* to = buffer + (p * rows + r) * width;
-        for (int64_t i = 0; i < width; ++i) {
-          to[2 * i] = even[i];
-          to[2 * i + 1] = even[a.ld + i];
-        }
+        const auto* const even = reinterpret_cast<const uint16_t*>(a.data + p * a.plane_stride + r * a.ld);
+        auto* const to = reinterpret_cast<uint32_t*>(buffer + (p * rows + r) * width);
+        for (int64_t i = 0; i < width; ++i) to[i] = even[i] | uint32_t{even[a.ld + i]} << 16;
       }
     }
     return {buffer, width, rows * width};
-  }
-}
-
-// to[c][r] = from[r][c] for every plane; the destination has rows of `rows` elements.
-template <typename E>
-inline void transpose(const E* from, int64_t rows, int64_t columns, E* to) {
-  constexpr int64_t kTile = 16;
-  for (int64_t c = 0; c < columns; c += kTile) {
-    for (int64_t r = 0; r < rows; r += kTile) {
-      const int64_t height = std::min(kTile, rows - r), width = std::min(kTile, columns - c);
-      for (int64_t j = 0; j < width; ++j) {
-        for (int64_t i = 0; i < height; ++i) to[(c + j) * rows + r + i] = from[(r + i) * columns + c + j];
-      }
-    }
   }
 }
 

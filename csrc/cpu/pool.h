@@ -1,6 +1,6 @@
 // The pooling driver: score each instance, softmax the scores inside its bag, sum the instances by their weights.
 //
-// Rows of all bags lie back to back and are cut into chunks of kChunk, whatever the bags; a chunk is scored in tiles of
+// Rows of all bags lie back to back and are cut into chunks of 256 (or 64), whatever the bags; a chunk is scored in tiles of
 // kBlock rows that cross bag boundaries. The rows that chunk c and bag b share are one segment; its running softmax and
 // weighted sum live in slot c + b of the partial results, which no other segment has, since from one segment to the
 // next c or b or both grow. Slots of a bag are merged in order, so results do not depend on the number of threads.
@@ -21,7 +21,9 @@
 
 namespace milkernels {
 
+// Rows of a chunk: fewer where there are few, so that all threads find work. They depend on shapes only.
 constexpr int64_t kChunk = 256;
+inline int64_t chunk_rows(int64_t rows) { return rows <= 2048 ? kBlock : kChunk; }
 
 // Rows [first, first + rows) of x, never more than a chunk; mask null: all are real.
 template <typename T>
@@ -47,7 +49,8 @@ struct Ragged {
   std::vector<int64_t> offsets;
 
   int64_t bags() const { return static_cast<int64_t>(offsets.size()) - 1; }
-  int64_t chunks() const { return ceil_div(rows, kChunk); }
+  int64_t chunk() const { return chunk_rows(rows); }
+  int64_t chunks() const { return ceil_div(rows, chunk()); }
   int64_t partials() const { return chunks() + bags(); }
   int64_t bag_of(int64_t row) const {
     return std::upper_bound(offsets.begin(), offsets.end(), row) - offsets.begin() - 1;
@@ -148,8 +151,8 @@ void pool_forward(const Program& program, const Ragged<T>& in, acc_t<T>* scores,
 
   parallel_items(in.chunks(), [&] { return program.make_scratch(); }, [&](int64_t chunk, auto& scratch) {
     Selection<A> selected;
-    const int64_t end = std::min(in.rows, (chunk + 1) * kChunk);
-    for (int64_t first = chunk * kChunk; first < end; first += kBlock) {
+    const int64_t end = std::min(in.rows, (chunk + 1) * in.chunk());
+    for (int64_t first = chunk * in.chunk(); first < end; first += kBlock) {
       const Tile<T> tile = in.tile(first, std::min(kBlock, end - first));
       A* const out = scores + first * heads;
       if (!tile.any_real()) {
@@ -172,7 +175,7 @@ void pool_forward(const Program& program, const Ragged<T>& in, acc_t<T>* scores,
   at::parallel_for(0, in.bags() * heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / heads, from = in.offsets[b], to = in.offsets[b + 1];
-      const int64_t first = from / kChunk + b, last = from < to ? (to - 1) / kChunk + b : first - 1;
+      const int64_t first = from / in.chunk() + b, last = from < to ? (to - 1) / in.chunk() + b : first - 1;
       partials->merge(first, last, i % heads, bag + i * in.width, lse + i);
     }
   });
@@ -227,7 +230,7 @@ void score_gradients(const Ragged<T>& in, const PoolGradients<A>& g, int64_t hea
 // depend on shapes alone, so sums do not depend on the threads. Accumulators take at most 64 MB, but are at least 4.
 inline int64_t num_slices(int64_t rows, int64_t accumulator_bytes) {
   const int64_t most = std::clamp<int64_t>((int64_t{64} << 20) / std::max<int64_t>(accumulator_bytes, 1), 4, 16);
-  return std::clamp<int64_t>(ceil_div(rows, kChunk), 1, most);
+  return std::clamp<int64_t>(ceil_div(rows, chunk_rows(rows)), 1, most);
 }
 
 // grad_x [rows, width] or null. `slices` holds the program's accumulators.
@@ -236,7 +239,7 @@ void pool_backward(const Program& program, const Ragged<T>& in, const PoolGradie
                    Slices& slices) {
   using A = acc_t<T>;
   const int64_t heads = program.heads(), width = in.width;
-  const int64_t chunks_per_slice = ceil_div(in.chunks(), slices.count());
+  const int64_t slice_rows = ceil_div(in.chunks(), slices.count()) * in.chunk();
   if (grad_x != nullptr) advise_huge_pages(grad_x, in.rows * width * int64_t(sizeof(T)));
 
   parallel_items(slices.count(), [&] { return program.make_backward_scratch(); }, [&](int64_t slice, auto& scratch) {
@@ -244,9 +247,9 @@ void pool_backward(const Program& program, const Ragged<T>& in, const PoolGradie
     std::vector<int64_t> bag_of(kChunk);
     auto accumulators = slices.at(slice);
     bool first_chunk = true;
-    const int64_t end = std::min(in.rows, (slice + 1) * chunks_per_slice * kChunk);
-    for (int64_t first = slice * chunks_per_slice * kChunk; first < end; first += kChunk) {
-      const Tile<T> chunk = in.tile(first, std::min(kChunk, end - first));
+    const int64_t end = std::min(in.rows, (slice + 1) * slice_rows);
+    for (int64_t first = slice * slice_rows; first < end; first += in.chunk()) {
+      const Tile<T> chunk = in.tile(first, std::min(in.chunk(), end - first));
       if (!chunk.any_real()) {
         if (grad_x != nullptr) std::fill_n(grad_x + first * width, chunk.rows * width, T(0));
         continue;

@@ -53,10 +53,12 @@ struct Range<double> {
   static constexpr double lowest = -708., tanh = 80., sigmoid = 300.;
 };
 
-// exp of a number that is at most 0, or NaN (softmax weights).
+// exp of a number that is at most 0, or NaN (softmax weights); 0 where it would not be a normal number.
 template <typename A>
 inline Vectorized<A> exp_nonpositive(Vectorized<A> x) {
-  return exp_clamped(at::vec::clamp_min(x, Vectorized<A>(Range<A>::lowest)));
+  using V = Vectorized<A>;
+  const V lowest(Range<A>::lowest);
+  return V::blendv(exp_clamped(at::vec::clamp_min(x, lowest)), V(A(0)), x < lowest);
 }
 
 // 1 + exp(-b); sigmoid(b) is its reciprocal.

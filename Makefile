@@ -1,0 +1,83 @@
+# Every target is sufficient by itself on a machine with Python 3.10+ and a C++ compiler.
+#
+#   make install                    .venv with PyTorch, this package (editable) and its compiled extension
+#   make bench ARGS="--op ..."      benchmarks
+#   make test  ARGS="-k bags"       tests
+#   make lint | format | info | clean
+#
+# PYTHON        the interpreter; if it has PyTorch already, that one is used and nothing is downloaded that is there
+# TORCH         what to install otherwise;  TORCH_INDEX  where from, if not from pip's default
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+RUFF := $(shell sed -n 's/.*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
+SOURCES := setup.py $(shell find csrc -type f)
+PYTHON_FILES := milkernels tests benchmarks setup.py
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: install bench test lint format info clean
+
+install: $(VENV)/.built
+
+bench: $(VENV)/.built
+	@$(PY) -c "import numpy, rich, matplotlib, psutil" 2>/dev/null || $(PIP) install "milkernels[bench]"
+	$(PY) -m milkernels bench $(ARGS)
+
+test: $(VENV)/.built
+	@$(PY) -c "import pytest, numpy" 2>/dev/null || $(PIP) install "milkernels[test]"
+	$(PY) -m pytest -ra --durations=15 $(ARGS)
+
+lint: $(VENV)/.ruff
+	$(PY) -m ruff check $(PYTHON_FILES)
+	$(PY) -m ruff format --check $(PYTHON_FILES)
+
+format: $(VENV)/.ruff
+	$(PY) -m ruff check --fix $(PYTHON_FILES)
+	$(PY) -m ruff format $(PYTHON_FILES)
+
+info: $(VENV)/.built
+	$(PY) -m milkernels info
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info milkernels/*.so .pytest_cache .ruff_cache .benchmarks
+	find milkernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# Where $(PYTHON) has PyTorch the environment sees its packages.  --system-site-packages alone is not enough: if
+# $(PYTHON) lives in a virtual environment itself, that option skips it and shows the one below.
+$(VENV)/.created:
+	@rm -rf $(VENV)
+	@if $(PYTHON) -c "import torch, pip" 2>/dev/null; then \
+		$(PYTHON) -m venv --system-site-packages --without-pip $(VENV); \
+		site=$$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+		$(PYTHON) -c "import sysconfig as s; p = dict.fromkeys([s.get_path('purelib'), s.get_path('platlib')]); \
+			print('import site;', *(f'site.addsitedir({d!r});' for d in p))" > "$$site/parent.pth"; \
+	else \
+		$(PYTHON) -m venv $(VENV); \
+	fi
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.created
+	@$(PY) -c "import torch" 2>/dev/null || $(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@$(PY) -c "import setuptools as s; assert int(s.__version__.split('.')[0]) >= 77" 2>/dev/null \
+		|| $(PIP) install "setuptools>=77"
+	@command -v ninja >/dev/null || $(PIP) install ninja || echo "no ninja: the build will be slower"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	MILKERNELS_BUILD_EXT=0 MILKERNELS_BUILD_CUDA=0 $(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+# Apart from the installation, because pip would hide what the compiler says.
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(VENV)/.ruff: $(VENV)/.created pyproject.toml
+	@$(PY) -m ruff --version 2>/dev/null | grep -qx "$(subst ==, ,$(RUFF))" || $(PIP) install $(RUFF)
+	@touch $@

@@ -1,0 +1,65 @@
+"""Fused kernels for multiple-instance learning in PyTorch: score, softmax and pool ragged bags."""
+
+from importlib import metadata
+
+from milkernels.backends import use_backend
+from milkernels.bags import Bags, collate_bags
+from milkernels.functional import (
+    DSMILPooled,
+    InstanceMax,
+    LossAttentionPooled,
+    MaxPooled,
+    Pooled,
+    TopInstances,
+    attention_pool,
+    attention_scores,
+    attention_weights,
+    dsmil_pool,
+    gated_attention_pool,
+    gated_attention_scores,
+    instance_max,
+    loss_attention_pool,
+    max_pool,
+    mean_pool,
+    merge_pooled,
+    query_pool,
+    query_scores,
+    segment_softmax,
+    softmax_pool,
+    topk_instances,
+    weighted_pool,
+)
+
+try:
+    __version__ = metadata.version("milkernels")
+except metadata.PackageNotFoundError:  # run from a source tree that was not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Bags",
+    "DSMILPooled",
+    "InstanceMax",
+    "LossAttentionPooled",
+    "MaxPooled",
+    "Pooled",
+    "TopInstances",
+    "attention_pool",
+    "attention_scores",
+    "attention_weights",
+    "collate_bags",
+    "dsmil_pool",
+    "gated_attention_pool",
+    "gated_attention_scores",
+    "instance_max",
+    "loss_attention_pool",
+    "max_pool",
+    "mean_pool",
+    "merge_pooled",
+    "query_pool",
+    "query_scores",
+    "segment_softmax",
+    "softmax_pool",
+    "topk_instances",
+    "use_backend",
+    "weighted_pool",
+]

@@ -1,0 +1,597 @@
+"""Ragged bags: the layout, its checks, its conversions and the schedule that every backend shares.
+
+**Layout.** ``x [N, L]`` holds the instances of all bags back to back.  ``offsets [B + 1]`` (int32 or int64,
+on the device of ``x``) starts at 0, never decreases and ends at N.  Bag ``b`` is
+``x[offsets[b]:offsets[b + 1]]`` and may be empty.  ``offsets=None`` is one bag.
+
+**Schedule.** Rows are cut into flat chunks of ``chunk_rows(N)`` rows, which may cross bag boundaries.  A *segment* is
+a maximal run of rows inside one chunk and one bag: what one worker reduces to one partial result.  The
+segment of chunk ``c`` and bag ``b`` writes its partial into slot ``c + b``.  From a segment to the next one
+``c`` or ``b`` or both grow and neither shrinks, so slots are unique and in row order, and
+``ceil(N / chunk) + B`` of them are enough.  No table is needed: a bag of rows ``[start, end)`` that is not
+empty owns the chunks ``start // chunk`` to ``(end - 1) // chunk``, and merging its partials in slot order
+gives the same bits whatever ran in parallel.  ``segments`` is this paragraph as code.
+"""
+
+import itertools
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Extras = Mapping[str, Tensor] | None
+
+_INT_TYPES = (torch.int32, torch.int64)
+_TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # fake, proxy, functional
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether the values of a CPU tensor are real and may be read, i.e. nothing is tracing."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if type(tensor) is not Tensor and not isinstance(tensor, torch.nn.Parameter):
+        return False  # FakeTensor, FunctionalTensor and other subclasses
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return True
+    return all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACING_MODES)
+
+
+def check_offsets(offsets: Tensor, num_rows: int, device: torch.device) -> None:
+    """Checks that ``offsets`` cuts ``num_rows`` rows on ``device`` into bags.
+
+    Values are read on the CPU only: never on another device, where that would synchronise, and never under
+    tracing.
+
+    Raises:
+        TypeError: not a tensor, or neither int32 nor int64.
+        ValueError: not 1-D, without elements, on another device than the rows; for values that are read: not
+            starting at 0, decreasing, not ending at ``num_rows``.
+    """
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"offsets must be a tensor; got {type(offsets).__name__}")
+    if offsets.dtype not in _INT_TYPES:
+        raise TypeError(f"offsets must be int32 or int64; got {offsets.dtype}")
+    if offsets.ndim != 1 or offsets.shape[0] < 1:
+        raise ValueError(f"offsets must be 1-D, one element more than bags; got shape {tuple(offsets.shape)}")
+    if offsets.device != device:
+        raise ValueError(f"offsets must be on the device of the instances, {device}; got {offsets.device}")
+    if offsets.device.type == "cpu" and _has_values(offsets):
+        _check_values(offsets, num_rows)
+
+
+def _check_values(offsets: Tensor, num_rows: int) -> None:
+    if offsets.shape[0] > 256 and bool((offsets[1:] >= offsets[:-1]).all()):
+        offsets = offsets[:: offsets.shape[0] - 1]  # in order: reading the ends is enough
+    offsets = offsets.tolist()  # the cheapest way to look at a few
+    if offsets[0] != 0:
+        raise ValueError(f"offsets must start at 0; got {offsets[0]}")
+    if offsets != sorted(offsets):
+        at = next(i for i in range(1, len(offsets)) if offsets[i] < offsets[i - 1])
+        got = f"{offsets[at]} after {offsets[at - 1]} at position {at}"
+        raise ValueError(f"offsets must not decrease; got {got}")
+    if offsets[-1] != num_rows:
+        raise ValueError(f"offsets must end at the number of instances, {num_rows}; got {offsets[-1]}")
+
+
+def bag_lengths(offsets: Tensor) -> Tensor:
+    """The number of instances of each bag, ``[B]`` in the type of ``offsets``."""
+    return offsets[1:] - offsets[:-1]
+
+
+def bag_index(offsets: Tensor | None, num_rows: int, device: torch.device | None = None) -> Tensor:
+    """The bag of each row, ``[num_rows]`` int64, always within ``[0, B - 1]`` even if ``offsets`` are wrong.
+
+    Does not synchronise and can be traced with a dynamic ``num_rows``.  ``device`` is where the result lies
+    when ``offsets`` is None (one bag); otherwise it lies with ``offsets``.
+    """
+    if offsets is None:
+        return torch.zeros(num_rows, dtype=torch.int64, device=device)
+    # Not repeat_interleave(lengths, output_size=num_rows): on CUDA it trusts output_size and writes out of
+    # bounds when the offsets do not end there; without output_size it synchronises.
+    rows = torch.arange(num_rows, device=offsets.device)
+    bag = torch.searchsorted(offsets.to(torch.int64).contiguous(), rows, right=True) - 1
+    return bag.clamp(0, offsets.shape[0] - 2)
+
+
+def chunk_rows(num_rows: int) -> int:
+    """Rows of one chunk: fewer where there are few, so that all workers find work; it depends on shapes alone."""
+    return 64 if num_rows <= 2048 else 256
+
+
+def num_partials(num_rows: int, num_bags: int) -> int:
+    """How many slots for partial results the schedule needs."""
+    return -(-num_rows // chunk_rows(num_rows)) + num_bags
+
+
+def segments(offsets: Tensor | None, num_rows: int) -> Iterator[tuple[int, int, int, int]]:
+    """The segments ``(slot, bag, start, end)`` in row order, on the host: what kernels must agree with."""
+    bounds, rows = [0, num_rows] if offsets is None else offsets.tolist(), chunk_rows(num_rows)
+    for bag, (bag_start, bag_end) in enumerate(itertools.pairwise(bounds)):
+        if bag_start == bag_end:
+            continue
+        for chunk in range(bag_start // rows, (bag_end - 1) // rows + 1):
+            start, end = max(bag_start, chunk * rows), min(bag_end, (chunk + 1) * rows)
+            yield chunk + bag, bag, start, end
+
+
+class Bags:
+    """A batch of bags: instances back to back and where each bag begins.
+
+    Args:
+        values: ``[N, L]`` instances of all bags, of any type.
+        offsets: ``[B + 1]`` int32 or int64 on the device of ``values``; None makes one bag.
+        mask: ``[N]``, bool or 0/1 of any type, non-zero = a real instance; kept as bool.  None: all are real.
+        extras: per-instance tensors by name (coordinates, labels), each ``[N, ...]``, on the same device.
+
+    The offsets are checked once, here; for tensors on a GPU this reads them and is the one synchronisation.
+    Nothing is copied, so the attributes ``values``, ``offsets`` and ``extras`` are what was passed in.
+    ``Bags`` is a pytree.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a shape, device or offset that does not fit.
+    """
+
+    def __init__(
+        self,
+        values: Tensor,
+        offsets: Tensor | None = None,
+        mask: Tensor | None = None,
+        extras: Extras = None,
+    ):
+        _check_dims("values", values)
+        num_rows = values.shape[0]
+        if offsets is None:
+            offsets = _even_offsets(1, num_rows, values.device)
+        else:
+            check_offsets(offsets, num_rows, values.device)
+            if offsets.device.type not in ("cpu", "meta") and _has_values(offsets):
+                _check_values(offsets, num_rows)
+        self.values, self.offsets = values, offsets
+        self.mask, self.extras = _checked_mask(mask, values), _checked_extras(extras, values)
+
+    @classmethod
+    def _unchecked(cls, values: Tensor, offsets: Tensor, mask: Tensor | None, extras: dict) -> "Bags":
+        bags = cls.__new__(cls)
+        bags.values, bags.offsets, bags.mask, bags.extras = values, offsets, mask, extras
+        return bags
+
+    def _map(self, fn, offsets: Tensor | None = None) -> "Bags":
+        """Applies ``fn`` to every per-instance tensor, and to the offsets unless new ones are given."""
+        offsets = fn(self.offsets) if offsets is None else offsets
+        mask = None if self.mask is None else fn(self.mask)
+        return self._unchecked(fn(self.values), offsets, mask, {k: fn(v) for k, v in self.extras.items()})
+
+    @classmethod
+    def from_bag(cls, x: Tensor, mask: Tensor | None = None, extras: Extras = None) -> "Bags":
+        """One bag ``[N, L]``; no copy."""
+        return cls(x, None, mask, extras)
+
+    @classmethod
+    def from_list(
+        cls,
+        tensors: Iterable[Tensor],
+        masks: Iterable[Tensor] | None = None,
+        extras: Mapping[str, Iterable[Tensor]] | None = None,
+    ) -> "Bags":
+        """Bags from a list of ``[n_b, L]`` tensors of one type and device; a single one is not copied.
+
+        ``masks`` has one ``[n_b]`` and each of ``extras`` one ``[n_b, ...]`` tensor per bag.
+
+        Raises:
+            TypeError: something that is not a tensor.
+            ValueError: no tensor at all, or widths, types, devices or lengths that do not fit together.
+        """
+        tensors = list(tensors)
+        if not tensors:
+            raise ValueError("from_list needs at least one tensor, to know the width; got an empty list")
+        for i, tensor in enumerate(tensors):
+            _check_dims(f"tensors[{i}]", tensor)
+        lengths = [tensor.shape[0] for tensor in tensors]
+        values = _concatenate("tensors", tensors, lengths)
+        mask = None if masks is None else _concatenate("masks", masks, lengths)
+        joined = {k: _concatenate(f"extras[{k!r}]", parts, lengths) for k, parts in (extras or {}).items()}
+        offsets = _offsets_of(lengths, values.device)
+        return cls._unchecked(values, offsets, _checked_mask(mask, values), _checked_extras(joined, values))
+
+    @classmethod
+    def from_padded(
+        cls,
+        x: Tensor,
+        mask: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        extras: Extras = None,
+    ) -> "Bags":
+        """A padded batch as it lies: rows ``[B * M, L]``, bags of M rows each, padding masked out.
+
+        No copy and no synchronisation where ``x`` can be viewed as ``[B * M, L]`` (a copy otherwise).
+
+        Args:
+            x: ``[B, M, L]``.
+            mask: ``[B, M]``, non-zero = real, holes allowed.  Or
+            lengths: ``[B]``, the first ``lengths[b]`` rows of bag b are real.  With neither, all rows are.
+            extras: ``[B, M, ...]`` tensors by name.
+
+        Raises:
+            TypeError: an argument of the wrong type.
+            ValueError: shapes that do not fit; mask and lengths; a length not in [0, M] (if on the CPU).
+        """
+        _check_dims("x", x, "[B, M, L]", 3)
+        num_bags, longest = x.shape[:2]
+        if mask is not None and lengths is not None:
+            raise ValueError("give mask or lengths, not both; got both")
+        if lengths is not None:
+            mask = _prefix_mask(lengths, num_bags, longest, x.device)
+
+        def flat(name: str, tensor: Tensor) -> Tensor:
+            _check_rows(name, tensor, (num_bags, longest), x.device)
+            return tensor.reshape(num_bags * longest, *tensor.shape[2:])
+
+        values = flat("x", x)
+        mask = None if mask is None else _checked_mask(flat("mask", mask), values)
+        extras = {name: flat(f"extras[{name!r}]", tensor) for name, tensor in (extras or {}).items()}
+        return cls._unchecked(values, _even_offsets(num_bags, longest, x.device), mask, extras)
+
+    @classmethod
+    def from_nested(cls, x: Tensor) -> "Bags":
+        """Bags from a nested tensor ``[B, ragged, L]`` of layout ``torch.jagged``; no copy.
+
+        A nested tensor with holes (``torch.nested.narrow``) has them masked out.
+
+        Raises:
+            TypeError: not a nested tensor of that layout.
+            ValueError: not 3-D, or ragged in another dimension.
+        """
+        if not isinstance(x, Tensor) or not x.is_nested or x.layout != torch.jagged:
+            got = getattr(x, "layout", type(x).__name__)
+            raise TypeError(f"from_nested takes a nested tensor of layout torch.jagged; got {got}")
+        if x.ndim != 3 or x._ragged_idx != 1:
+            raise ValueError(f"a nested tensor must be [B, ragged, L]; got shape {tuple(x.shape)}")
+        values, offsets, lengths = x.values(), x.offsets(), x.lengths()
+        if lengths is None:
+            return cls(values, offsets)
+        # Rows in no bag go to a neighbour, masked out, so that the offsets run from 0 to N.
+        num_rows = values.shape[0]
+        outer = torch.cat([offsets[:1] * 0, offsets[1:-1], offsets[:1] * 0 + num_rows])
+        index = bag_index(outer, num_rows)
+        rows = torch.arange(num_rows, device=values.device)
+        mask = (rows >= offsets[index]) & (rows < (offsets[:-1] + lengths)[index])
+        return cls(values, outer, mask)
+
+    @classmethod
+    def from_batch(
+        cls,
+        x: Tensor,
+        batch: Tensor,
+        num_bags: int | None = None,
+        mask: Tensor | None = None,
+        extras: Extras = None,
+    ) -> "Bags":
+        """Bags from ``x [N, L]``, not copied, and the bag of each row, ``batch [N]`` int32 or int64, sorted.
+
+        ``num_bags=None`` takes ``batch[-1] + 1``.  Reads ``batch``, on a GPU too, so it synchronises.
+
+        Raises:
+            TypeError: ``batch`` is no tensor, or neither int32 nor int64.
+            ValueError: ``batch`` is not sorted, does not fit ``x``, or is outside ``[0, num_bags)``.
+        """
+        _check_dims("x", x)
+        _check_rows("batch", batch, (x.shape[0],), x.device)
+        if batch.dtype not in _INT_TYPES:
+            raise TypeError(f"batch must be int32 or int64; got {batch.dtype}")
+        if batch.ndim != 1:
+            raise ValueError(f"batch must be 1-D; got shape {list(batch.shape)}")
+        steps = batch[1:] < batch[:-1]
+        if bool(steps.any()):
+            at = int(steps.nonzero()[0]) + 1
+            got = f"{int(batch[at])} after {int(batch[at - 1])} at position {at}"
+            raise ValueError(f"batch must be sorted; got {got}")
+        first, last = (int(batch[0]), int(batch[-1])) if len(batch) else (0, -1)
+        num_bags = last + 1 if num_bags is None else num_bags
+        if first < 0 or last >= num_bags:
+            raise ValueError(f"batch must be within [0, {num_bags}); got {first} to {last}")
+        bounds = torch.arange(num_bags + 1, device=batch.device, dtype=batch.dtype)
+        offsets = torch.searchsorted(batch.contiguous(), bounds)
+        return cls._unchecked(x, offsets, _checked_mask(mask, x), _checked_extras(extras, x))
+
+    def to_list(self) -> list[Tensor]:
+        """The bags as ``[n_b, L]`` tensors: views, or, if there is a mask, copies without the masked rows."""
+        return list(self.compact())
+
+    def to_padded(self, padding_value: float = 0.0) -> tuple[Tensor, Tensor]:
+        """``(x [B, M, L], mask [B, M] bool)``, M the longest bag; ``padding_value`` fills past a bag's end.
+
+        Masked instances stay where they are, with mask False.  A view if all bags have the same length; reads
+        the offsets, so it synchronises on a GPU.
+        """
+        spans = self._spans()
+        lengths = [end - start for start, end in spans]
+        longest = max(lengths, default=0)
+        mask = self.values.new_ones(self.num_instances, dtype=torch.bool) if self.mask is None else self.mask
+        if all(length == longest for length in lengths):
+            shape = (len(lengths), longest)
+            return self.values.view(*shape, self.values.shape[1]), mask.view(shape)
+        rows = [self.values[start:end] for start, end in spans]
+        real = [mask[start:end] for start, end in spans]
+        pad = torch.nn.utils.rnn.pad_sequence
+        return pad(rows, batch_first=True, padding_value=padding_value), pad(real, batch_first=True)
+
+    def to_nested(self) -> Tensor:
+        """A nested tensor ``[B, ragged, L]``, ``torch.jagged``; a copy only to drop masked rows."""
+        bags = self.compact()
+        return torch.nested.nested_tensor_from_jagged(bags.values, bags.offsets)
+
+    def to_batch(self) -> Tensor:
+        """The bag of each row, ``[N]`` int64: the ``batch`` index that goes with ``values``."""
+        return bag_index(self.offsets, self.num_instances)
+
+    def compact(self) -> "Bags":
+        """The same bags without masked rows and without a mask; a copy, or ``self`` if there is no mask.
+
+        Synchronises on a GPU, as the number of rows that stay must be known.
+        """
+        if self.mask is None:
+            return self
+        kept = torch.nn.functional.pad(self.mask.cumsum(0), (1, 0))  # how many rows stay before each row
+        rows = self.mask.nonzero().squeeze(1)
+        bags = self._map(lambda t: t.index_select(0, rows), kept[self.offsets.long()].to(self.offsets.dtype))
+        bags.mask = None
+        return bags
+
+    def to(
+        self,
+        device: torch.device | str | int | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ) -> "Bags":
+        """Moves every tensor to ``device``; converts ``values``, if floating, to ``dtype``."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        bags = self if device is None else self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        values = bags.values.to(dtype) if bags.values.is_floating_point() else bags.values
+        return self._unchecked(values, bags.offsets, bags.mask, bags.extras)
+
+    def pin_memory(self) -> "Bags":
+        """Every tensor in page-locked memory; ``DataLoader(pin_memory=True)`` calls this."""
+        return self._map(lambda t: t.pin_memory())
+
+    def detach(self) -> "Bags":
+        """The same bags outside of the autograd graph."""
+        return self._map(lambda t: t.detach())
+
+    @property
+    def num_instances(self) -> int:
+        """N, masked rows included."""
+        return self.values.shape[0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """The number of rows of each bag, ``[B]``, masked rows included."""
+        return bag_lengths(self.offsets)
+
+    def __len__(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    def _spans(self) -> list[tuple[int, int]]:
+        return list(itertools.pairwise(self.offsets.tolist()))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Every bag as ``bags[i]`` gives it; reads the offsets once."""
+        return (self.values[start:end] for start, end in self._spans())
+
+    def __getitem__(self, index) -> "Tensor | Bags":
+        """An int gives that bag's rows ``[n_b, L]``, a view, masked rows included.
+
+        A slice gives ``Bags``, a view if its step is 1.  A list or 1-D tensor of ints, or of B bools, gathers
+        ``Bags``.  All read the offsets, so they synchronise on a GPU.
+        """
+        rows = range(len(self))
+        if isinstance(index, slice):
+            picked = rows[index]
+            return self._narrow(picked.start, len(picked)) if picked.step == 1 else self._gather(picked)
+        if isinstance(index, Tensor) and index.ndim or not hasattr(index, "__index__"):
+            if not isinstance(index, list) and not hasattr(index, "__array__"):
+                raise TypeError(f"a bag index must be an int, slice, list or tensor; got {index!r}")
+            picked = torch.as_tensor(index).cpu()
+            picked = torch.arange(len(self))[picked if picked.numel() else picked.long()]
+            if picked.ndim != 1:
+                raise IndexError(f"a bag index must be 1-D; got {index!r}")
+            return self._gather(picked.tolist())
+        bag = operator.index(index)
+        if bag not in range(-len(self), len(self)):
+            raise IndexError(f"bag index must be within [{-len(self)}, {len(self)}); got {bag}")
+        start, end = self.offsets[rows[bag] : rows[bag] + 2].tolist()
+        return self.values[start:end]
+
+    def _narrow(self, first: int, count: int) -> "Bags":
+        offsets = self.offsets[first : first + count + 1]
+        start, end = offsets[[0, -1]].tolist()
+        return self._map(lambda t: t[start:end], offsets - start)
+
+    def _gather(self, positions: Sequence[int]) -> "Bags":
+        spans = self._spans()
+        spans = [spans[i] for i in positions]
+        offsets = _offsets_of([end - start for start, end in spans], self.offsets.device, self.offsets.dtype)
+        return self._map(lambda t: torch.cat([t[:0], *(t[start:end] for start, end in spans)]), offsets)
+
+    def __repr__(self) -> str:
+        if not isinstance(self.values, Tensor):  # a pytree of something else than tensors
+            return f"Bags({self.values!r}, {self.offsets!r}, {self.mask!r}, {self.extras!r})"
+        shape, kind, device = list(self.values.shape), self.values.dtype, self.values.device
+        mask = "" if self.mask is None else ", mask"
+        extras = f", extras={list(self.extras)}" if self.extras else ""
+        return f"Bags({len(self)} bags, values={shape} {kind} on {device}{mask}{extras})"
+
+
+# Pytree: the tensors are the leaves; whether there is a mask and the names of the extras are the structure.
+
+
+def _flatten_with_keys(bags: Bags):
+    mask = [] if bags.mask is None else [("mask", bags.mask)]
+    leaves = [("values", bags.values), ("offsets", bags.offsets), *mask, *bags.extras.items()]
+    return [(pytree.GetAttrKey(key), leaf) for key, leaf in leaves], (bool(mask), tuple(bags.extras))
+
+
+def _flatten(bags: Bags):
+    keyed, context = _flatten_with_keys(bags)
+    return [leaf for _, leaf in keyed], context
+
+
+def _unflatten(leaves: Iterable[Any], context: tuple[bool, tuple[str, ...]]) -> Bags:
+    has_mask, names = context
+    values, offsets, *rest = leaves
+    mask = rest.pop(0) if has_mask else None
+    return Bags._unchecked(values, offsets, mask, dict(zip(names, rest, strict=True)))
+
+
+pytree.register_pytree_node(
+    Bags,
+    _flatten,
+    _unflatten,
+    serialized_type_name="milkernels.Bags",
+    to_dumpable_context=lambda context: [context[0], list(context[1])],
+    from_dumpable_context=lambda dumped: (dumped[0], tuple(dumped[1])),
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+
+
+def collate_bags(
+    batch: Sequence[Any],
+    *,
+    per_instance: Sequence[str | int] | Mapping[int, str] = (),
+    features: str = "features",
+):
+    """A ``collate_fn`` for ``torch.utils.data.DataLoader`` that makes ``Bags`` of the samples' features.
+
+    Args:
+        batch: samples, all alike: feature tensors ``[n, L]``, tuples ``(features, *rest)`` or dicts.
+        per_instance: what has one row per instance, ``[n, ...]``, and goes into ``Bags.extras``: keys of a
+            dict, or positions in a tuple (features are 0), named ``"1"``... or as in ``{1: "coords"}``.
+        features: the key of the features in a dict.
+
+    Returns:
+        ``Bags``; or a tuple or dict like the samples, with ``Bags`` in the place of the features, without
+        what went into the extras, the rest collated by ``default_collate``.  For ``DataLoader`` set options
+        with ``functools.partial``.
+
+    Raises:
+        TypeError: samples of another or of mixed types, or features that are no tensors.
+        ValueError: no samples; a key or position that is missing; lengths, widths or types that do not fit.
+    """
+    if not batch:
+        raise ValueError("collate_bags needs at least one sample; got an empty batch")
+    kind = next((k for k in (Tensor, Mapping, (tuple, list)) if isinstance(batch[0], k)), ())
+    if not all(isinstance(sample, kind) for sample in batch):
+        got = ", ".join(sorted({type(sample).__name__ for sample in batch}))
+        raise TypeError(f"samples must be all tensors, all tuples (features, *rest) or all dicts; got {got}")
+    if kind is Tensor:
+        batch, features = [{0: sample} for sample in batch], 0
+    elif kind is not Mapping:
+        batch, features = [dict(enumerate(sample)) for sample in batch], 0
+    if isinstance(per_instance, (str, int)):
+        per_instance = (per_instance,)
+    if not isinstance(per_instance, Mapping):
+        per_instance = {key: str(key) for key in per_instance}
+    columns = _columns(batch, features, per_instance)
+    extras = {name: _as_tensors(columns.pop(key)) for key, name in per_instance.items()}
+    bags = Bags.from_list(_as_tensors(columns[features]), extras=extras)
+    made = {k: bags if k == features else _collate_rest(k, column) for k, column in columns.items()}
+    return bags if kind is Tensor else made if kind is Mapping else tuple(made.values())
+
+
+def _columns(batch: Sequence[Mapping], features, per_instance: Mapping) -> dict[Any, list]:
+    keys = list(batch[0])
+    for i, sample in enumerate(batch):
+        if set(sample) != set(keys):
+            raise ValueError(f"samples must have the same entries, {keys}; sample {i} has {list(sample)}")
+    for key in (features, *per_instance):
+        if key not in keys:
+            raise ValueError(f"samples have no {key!r}; they have {keys}")
+    if features in per_instance:
+        raise ValueError(f"per_instance must not name the features; got {features!r}")
+    return {key: [sample[key] for sample in batch] for key in keys}
+
+
+def _as_tensors(column: list) -> list[Tensor]:
+    """NumPy arrays, which feature files are read as, become tensors; anything else is left to the checks."""
+    return [torch.as_tensor(item) if hasattr(item, "__array__") else item for item in column]
+
+
+def _collate_rest(key, column: list):
+    shapes = [tuple(item.shape) for item in column if hasattr(item, "shape")]
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            f"{key!r} has different shapes in this batch, {shapes}; if it has one row per instance, "
+            f"name it: per_instance=({key!r},)"
+        )
+    return torch.utils.data.default_collate(column)
+
+
+def _check_dims(name: str, x: Tensor, expected: str = "[N, L]", ndim: int = 2) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    if x.ndim != ndim:
+        raise ValueError(f"{name} must be {expected}; got shape {tuple(x.shape)}")
+
+
+def _check_rows(name: str, tensor: Tensor, leading: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    if tuple(tensor.shape[: len(leading)]) != leading or tensor.device != device:
+        got = f"shape {list(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{name} must begin with dimensions {list(leading)}, on {device}; got {got}")
+
+
+def _checked_mask(mask: Tensor | None, values: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    _check_rows("mask", mask, (values.shape[0],), values.device)
+    if mask.ndim != 1:
+        raise ValueError(f"mask must be [{values.shape[0]}]; got shape {list(mask.shape)}")
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def _checked_extras(extras: Extras, values: Tensor) -> dict[str, Tensor]:
+    for name, tensor in (extras or {}).items():
+        _check_rows(f"extras[{name!r}]", tensor, (values.shape[0],), values.device)
+    return dict(extras or {})
+
+
+def _concatenate(name: str, parts: Iterable[Tensor], lengths: list[int]) -> Tensor:
+    """One tensor from the parts of all bags; torch.cat would promote types silently."""
+    parts = list(parts)
+    if len(parts) != len(lengths):
+        raise ValueError(f"{name} must have one tensor per bag, {len(lengths)}; got {len(parts)}")
+    for i, (part, length) in enumerate(zip(parts, lengths, strict=True)):
+        _check_rows(f"{name}[{i}]", part, (length,), getattr(parts[0], "device", None))
+        got, expected = ((list(p.shape[1:]), p.dtype) for p in (part, parts[0]))
+        if got != expected:
+            raise ValueError(
+                f"{name} must share one width and type; {name}[{i}] has {got[0]}, {got[1]} "
+                f"and {name}[0] has {expected[0]}, {expected[1]}"
+            )
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _offsets_of(lengths: list[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.tensor(list(itertools.accumulate(lengths, initial=0)), dtype=dtype, device=device)
+
+
+def _even_offsets(num_bags: int, length: int, device: torch.device) -> Tensor:
+    return torch.arange(num_bags + 1, device=device) * length  # no copy from the host, so no synchronisation
+
+
+def _prefix_mask(lengths, num_bags: int, longest: int, device: torch.device) -> Tensor:
+    lengths = torch.as_tensor(lengths)
+    if lengths.shape != (num_bags,) or lengths.is_floating_point():
+        raise ValueError(f"lengths must be [{num_bags}] ints; got {list(lengths.shape)} of {lengths.dtype}")
+    if lengths.device.type == "cpu" and _has_values(lengths) and num_bags:
+        low, high = lengths.min().item(), lengths.max().item()
+        if low < 0 or high > longest:
+            raise ValueError(f"lengths must be within [0, {longest}]; got {low} to {high}")
+    return torch.arange(longest, device=device) < lengths.to(device)[:, None]

@@ -1,0 +1,1 @@
+"""``python -m milkernels bench``: how fast the ops go on this machine, and how far from its limits."""

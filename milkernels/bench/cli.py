@@ -1,0 +1,182 @@
+"""The command ``python -m milkernels bench``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from milkernels.bench import contenders, report
+from milkernels.bench.run import Bench, Options, Result
+from milkernels.bench.workload import DTYPES, Workload, load_features
+from milkernels.testing import CASES, FEATURES, MODES, Shape, even_lengths, skewed_lengths, small_lengths
+
+_WIDTH = 170  # columns of the table where the output is no terminal
+_EXAMPLES = """examples:
+  python -m milkernels bench
+  python -m milkernels bench --distribution skewed --dtype float32 --mode fwd,step,frozen
+  python -m milkernels bench --op dsmil_pool --heads 2 --hidden 128 --contenders eager
+  python -m milkernels bench --features musk2.npz --json result.json --plot result.png
+"""
+
+
+def _names(known: Sequence[str]):
+    def parse(text: str) -> list[str]:
+        names = list(dict.fromkeys(filter(None, text.split(","))))
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            raise argparse.ArgumentTypeError(f"{text!r}: give some of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
+    return value
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m milkernels bench",
+        description="Times an op against what people write today, on this machine, after checking its "
+        "results against float64. Without arguments: one bag of 100,000 instances.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--op", choices=CASES, default="gated_attention_pool", metavar="OP", help=", ".join(CASES))
+    shape = p.add_argument_group("shape")
+    shape.add_argument("--instances", type=_positive, default=100_000)
+    shape.add_argument("--dim", type=_positive, default=512)
+    shape.add_argument("--hidden", type=_positive, default=256)
+    shape.add_argument("--heads", type=_positive, default=1, help="or classes, where the op has some")
+    bags = shape.add_mutually_exclusive_group()
+    bags.add_argument("--lengths", type=_lengths, help="of the bags: 100,200,...")
+    bags.add_argument(
+        "--distribution",
+        choices=("one", "even", "skewed", "small"),
+        help="of the bags' lengths; small: 5 to 50 whatever --instances says",
+    )
+    shape.add_argument("--bags", type=_positive, help="how many (even 32, skewed 32, small 512)")
+    shape.add_argument("--padded", action="store_true", help="hand over a padded batch and its mask")
+    shape.add_argument(
+        "--features", default="relu", help=f"{' or '.join(FEATURES)}, or FILE.npz with features and offsets"
+    )
+    what = p.add_argument_group("what is measured")
+    what.add_argument("--dtype", type=_names(list(DTYPES)), default=["float32", "bfloat16"])
+    what.add_argument("--mode", type=_names(MODES), default=["fwd", "step"], help=", ".join(MODES))
+    what.add_argument("--backends", help="native, triton, reference; default: the one that serves the op")
+    what.add_argument(
+        "--contenders", help=f"{', '.join(contenders.REGISTRY)}; default: eager, compile and peers"
+    )
+    what.add_argument("--dropout", type=float, default=0.0)
+    what.add_argument("--seed", type=int, default=0)
+    what.add_argument("--threads", type=_positive)
+    what.add_argument("--budget", type=float, default=60.0, help="seconds of timing in all (default 60)")
+    what.add_argument("--rounds", type=_positive, help="exactly so many, whatever they take")
+    what.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    output = p.add_argument_group("output")
+    output.add_argument("--json", type=Path, metavar="FILE")
+    output.add_argument("--plot", type=Path, metavar="FILE", help="a PNG")
+    output.add_argument("--save", action="store_true", help="write benchmarks/results/<device>.json")
+    return p
+
+
+def _shape(arguments: argparse.Namespace) -> Shape:
+    lengths, dim = arguments.lengths, arguments.dim
+    if arguments.features not in FEATURES:
+        features, lengths = load_features(arguments.features)
+        dim = features.shape[1]
+    elif lengths is None:
+        kind = arguments.distribution or ("even" if arguments.bags else "one")
+        if kind == "one":
+            lengths = (arguments.instances,)
+        elif kind == "small":
+            lengths = small_lengths(arguments.bags or 512, arguments.seed)
+        else:
+            make = even_lengths if kind == "even" else lambda b, n: skewed_lengths(b, n, arguments.seed)
+            lengths = make(arguments.bags or 32, arguments.instances)
+    if 0 in lengths:
+        raise ValueError(f"{arguments.instances} instances are too few for {len(lengths)} bags")
+    return Shape(lengths, dim, arguments.hidden, arguments.heads)
+
+
+def _contenders(arguments: argparse.Namespace, workload: Workload) -> list[str]:
+    """The names to run: peers, then ours."""
+    known = list(contenders.REGISTRY)
+    case = workload.case
+    if arguments.contenders:
+        names = known if arguments.contenders == "all" else _names(known)(arguments.contenders)
+    else:
+        names = contenders.default_contenders(case, workload.shape.bags)
+    if arguments.backends:
+        ours = [name for name in known if contenders.REGISTRY[name].ours]
+        return list(dict.fromkeys([*names, *_names(ours)(arguments.backends)]))
+    if any(contenders.REGISTRY[name].ours for name in names):
+        return names
+    tiny = case.inputs(Shape((2,), workload.shape.dim, workload.shape.hidden, workload.shape.heads))
+    return [*names, *contenders.default_backends(case, tiny)]
+
+
+def _run(bench: Bench, console: Console) -> Result:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        bench.say = lambda text: progress.update(task, description=text)
+        return bench.run()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; the exit code is 1 where one of our results is wrong or missing, else 0."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    p = parser()
+    arguments = p.parse_args(argv)
+    try:
+        shape = _shape(arguments)
+        workload = Workload(
+            arguments.op, shape, arguments.features, arguments.padded, arguments.dropout, arguments.seed
+        )
+        names = _contenders(arguments, workload)
+        unknown = [mode for mode in arguments.mode if mode not in workload.case.modes()]
+        if unknown:
+            raise ValueError(f"{arguments.op} has no parameters to train: no mode {', '.join(unknown)}")
+    except (ValueError, OSError, argparse.ArgumentTypeError) as error:
+        p.error(str(error))
+    options = Options(
+        dtypes=arguments.dtype,
+        modes=arguments.mode,
+        contenders=names,
+        budget=arguments.budget,
+        rounds=arguments.rounds,
+        threads=arguments.threads,
+        memory=not arguments.no_memory,
+    )
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)
+    result = _run(Bench(workload, options), console)
+    report.show(console, result, workload)
+    _write(arguments, result, workload, argv)
+    return int(result.failed)
+
+
+def _write(arguments: argparse.Namespace, result: Result, workload: Workload, argv: list[str]) -> None:
+    targets = [arguments.json] if arguments.json else []
+    if arguments.save:
+        targets.append(report.ROOT / "benchmarks" / "results" / f"{report.device_slug()}.json")
+    if targets:
+        content = report.to_json(result, workload, argv)
+        for path in targets:
+            report.write(content, path)
+    if arguments.plot:
+        from milkernels.bench import plots  # matplotlib takes a second to import
+
+        plots.save(result, workload, arguments.plot)

@@ -1,0 +1,191 @@
+"""Who is measured.  Peers are looked for when they are asked for, and named with their version."""
+
+import importlib.metadata
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from milkernels.testing import Inputs, OpCase, evaluate
+from milkernels.testing.formulas import attention_scores_eager
+
+Compute = Callable[[Inputs], dict[str, Tensor]]
+PREFIX = 4096  # instances on which a slow contender is warmed up, guessed and judged
+
+
+class Unavailable(Exception):
+    """Why a contender does not run here."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """``prepare(case, inputs, static)`` returns what is timed and the inputs it is timed on.
+
+    ``static`` says that only these inputs will be seen; without it the shape may change between calls.
+    """
+
+    name: str
+    prepare: Callable[[OpCase, Inputs, bool], tuple[Compute, Inputs]]
+    version: Callable[[], str] = lambda: ""
+    ours: bool = False  # held to the error promise; its failure is the command's
+    peer: bool = False  # somebody else's code for the same thing
+    work: Callable[[Inputs], float] = lambda inputs: 1.0  # its arithmetic over eager's, to guess its time
+
+    def label(self, case: OpCase, inputs: Inputs) -> str:
+        if self.name == "eager" and case.takes_offsets and len(inputs.lengths) > 1:
+            return "eager (loop over bags)"
+        if self.name == "compile" and case.takes_offsets and len(inputs.lengths) > 1:
+            return "compile (loop over bags)"
+        return " ".join(filter(None, (self.name, self.version())))
+
+
+def _eager(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
+    return case.eager, inputs
+
+
+def _compile(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
+    torch.compiler.reset()  # what was compiled before counts against PyTorch's limit of recompilations
+    one_shape = static and (len(inputs.lengths) == 1 or not case.takes_offsets)
+    one_bag = torch.compile(case.one_bag, dynamic=not one_shape)
+    return lambda i: case.eager(i, one_bag), inputs
+
+
+def _ours(backend: str) -> Callable[[OpCase, Inputs, bool], tuple[Compute, Inputs]]:
+    def prepare(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
+        try:
+            with torch.no_grad():
+                case.call(case.prefix(inputs, 1), backend)
+        except RuntimeError as error:
+            if not str(error).startswith(
+                "backend "
+            ):  # a backend that was asked for and cannot; the rest are bugs
+                raise
+            raise Unavailable(str(error)) from error
+        return lambda i: case.call(i, backend), inputs
+
+    return prepare
+
+
+def _is_attention_pool(case: OpCase) -> bool:
+    return "attention" in case.tags and case.takes_offsets
+
+
+def _padding(inputs: Inputs) -> float:
+    return max(inputs.lengths) * len(inputs.lengths) / max(1, sum(inputs.lengths))
+
+
+def _padded(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
+    """A padded batch with a mask: what a DataLoader that pads hands over."""
+    if not _is_attention_pool(case):
+        raise Unavailable("no padded formula for this op")
+    bags, longest, dim = len(inputs.lengths), max(inputs.lengths), inputs.x.shape[1]
+    hidden = sum(t.shape[0] for name, t in inputs.parameters.items() if name in ("v_weight", "u_weight"))
+    needed = bags * longest * (2 * dim + 4 * hidden) * inputs.x.element_size()
+    if needed > 0.5 * available_memory():
+        raise Unavailable(f"the padded batch and its temporaries need {needed / 1e9:.1f} GB")
+    inside = torch.arange(longest) < torch.tensor(inputs.lengths).unsqueeze(1)
+    batch = inputs.x.new_zeros(bags, longest, dim)
+    batch[inside] = inputs.x.detach()
+    real = inside
+    if inputs.mask is not None:
+        real = torch.zeros_like(inside)
+        real[inside] = inputs.mask.bool()
+
+    def compute(i: Inputs) -> dict[str, Tensor]:
+        scores = attention_scores_eager(i.x, i.parameters, i.options)["scores"]
+        weights = torch.softmax(scores.masked_fill(~i.mask.unsqueeze(-1), -math.inf), dim=1)
+        return {"bag": torch.bmm(weights.transpose(1, 2), i.x)}
+
+    return compute, replace(inputs, x=batch, mask=real)
+
+
+def available_memory() -> int:
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+class _Gate(torch.nn.Module):
+    """A score program as the gate network of another library's aggregation."""
+
+    def __init__(self, inputs: Inputs):
+        super().__init__()
+        self.inputs = inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return attention_scores_eager(x, self.inputs.parameters, self.inputs.options)["scores"]
+
+
+def _pyg(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
+    if not _is_attention_pool(case) or inputs.mask is not None or inputs.parameters["w_weight"].shape[0] > 1:
+        raise Unavailable("AttentionalAggregation pools with one attention head and no mask")
+    try:
+        from torch_geometric.nn import AttentionalAggregation
+    except ImportError as error:
+        raise Unavailable(f"PyTorch Geometric: {error}") from error
+    index = torch.repeat_interleave(torch.arange(len(inputs.lengths)), torch.tensor(inputs.lengths))
+    aggregate = AttentionalAggregation(_Gate(inputs))
+
+    def compute(i: Inputs) -> dict[str, Tensor]:
+        return {"bag": aggregate(i.x, index, dim_size=len(i.lengths)).unsqueeze(1)}
+
+    return compute, inputs
+
+
+def _installed(package: str) -> Callable[[], str]:
+    def version() -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+
+    return version
+
+
+REGISTRY: dict[str, Contender] = {
+    c.name: c
+    for c in (
+        Contender("eager", _eager),
+        Contender("compile", _compile),
+        Contender("padded", _padded, peer=True, work=_padding),
+        Contender("pyg", _pyg, version=_installed("torch_geometric"), peer=True),
+        Contender("native", _ours("native"), ours=True),
+        Contender("triton", _ours("triton"), ours=True),
+        Contender("reference", _ours("reference"), ours=True),
+    )
+}
+
+
+def default_contenders(case: OpCase, bags: int) -> list[str]:
+    """Eager and torch.compile; on several bags also the peers that are there and have this op."""
+    names = ["eager", "compile"]
+    if bags > 1 and _is_attention_pool(case):
+        names += ["padded", *(["pyg"] if _installed("torch_geometric")() else [])]
+    return names
+
+
+def default_backends(case: OpCase, inputs: Inputs) -> list[str]:
+    """The backend that serves the op here, by its own name."""
+    for name in ("native", "triton"):
+        try:
+            _ours(name)(case, inputs, True)
+        except Unavailable:
+            continue
+        return [name]
+    return ["reference"]
+
+
+def warmed_up(
+    contender: Contender, case: OpCase, inputs: Inputs, mode: str, *, whole: bool
+) -> tuple[Compute, Inputs]:
+    """What to time, after one run on all instances, or on a prefix where one run is all there is time for."""
+    part = inputs if whole or len(inputs.x) <= PREFIX else case.prefix(inputs, PREFIX)
+    compute, its_inputs = contender.prepare(case, part, part is inputs)
+    evaluate(compute, its_inputs, mode, case.primary)
+    if part is inputs:
+        return compute, its_inputs
+    if contender.name == "compile":
+        return compute, inputs  # compiled for any length; preparing again would compile again
+    return contender.prepare(case, inputs, False)

@@ -1,0 +1,128 @@
+"""The correctness gate: no time is printed for a result that breaks the error promise."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from milkernels.bench.contenders import PREFIX, Compute
+from milkernels.testing import (
+    Inputs,
+    OpCase,
+    Promise,
+    Reference,
+    errors_of,
+    evaluate,
+    float64_reference,
+    promise_from_errors,
+)
+
+SLOW = 5.0  # seconds that one run for the gate may take
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """Float64 results and eager's errors, on all instances or on a prefix of them."""
+
+    judged: Inputs
+    reference: Reference
+    eager_errors: dict[str, float]
+    dtype: torch.dtype
+    whole: Reference | None  # float64 results on all instances, where ``judged`` is a prefix
+    note: str = ""
+
+
+def prefix_seconds(case: OpCase, inputs: Inputs, compute: Compute, mode: str) -> float:
+    """The time of one run on all instances, guessed from a second run on a prefix of them."""
+    part = case.prefix(inputs, PREFIX) if len(inputs.x) > PREFIX else inputs
+    evaluate(compute, part, mode, case.primary)
+    start = time.perf_counter()
+    evaluate(compute, part, mode, case.primary)
+    return (time.perf_counter() - start) * len(inputs.x) / len(part.x)
+
+
+def _float64_bytes(inputs: Inputs, case: OpCase, mode: str) -> int:
+    hidden = max((t.shape[0] for name, t in inputs.parameters.items() if name.endswith("weight")), default=0)
+    per_instance = 2 * inputs.x.shape[1] + 6 * hidden if mode != "fwd" else inputs.x.shape[1] + 4 * hidden
+    return 8 * len(inputs.x) * per_instance
+
+
+def yardstick(case: OpCase, inputs: Inputs, mode: str, seconds: float, memory: int) -> Yardstick:
+    """``seconds`` is eager's guessed time in this mode, ``memory`` what may be used."""
+    dtype = inputs.x.dtype
+    fits = _float64_bytes(inputs, case, mode) <= memory
+    if (seconds <= SLOW and fits) or len(inputs.x) <= PREFIX:
+        judged, whole, note = inputs, None, ""
+    else:
+        judged = case.prefix(inputs, PREFIX)
+        whole = float64_reference(case, inputs, mode) if fits else None
+        why = f"eager would take {seconds:.0f} s" if fits else "float64 would not fit into memory"
+        note = f"judged on the first {PREFIX} instances ({why})"
+        if whole is not None:
+            note += "; all instances are held to eager's relative error there"
+    reference = float64_reference(case, judged, mode)
+    return Yardstick(judged, reference, _eager_errors(case, judged, reference, mode), dtype, whole, note)
+
+
+def _eager_errors(case: OpCase, inputs: Inputs, reference: Reference, mode: str) -> dict[str, float]:
+    dtype = inputs.x.dtype
+    # Float64 has no better type to show its error, which is float32's scaled by the ratio of their eps.
+    measured = inputs.to(torch.float32) if dtype == torch.float64 else inputs
+    measured = measured.with_keep()
+    results = case.complete(evaluate(case.eager, measured, mode, case.primary), measured)
+    if dtype != torch.float64:
+        return errors_of(results, reference)
+    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    rounded = float64_reference(case, inputs.to(torch.float32), mode)
+    return {name: error * scale for name, error in errors_of(results, rounded).items()}
+
+
+def _results(case: OpCase, compute: Compute, inputs: Inputs, mode: str) -> dict[str, torch.Tensor]:
+    return case.complete(evaluate(compute, inputs, mode, case.primary), inputs)
+
+
+def _for_mode(reference: Reference, mode: str) -> Reference:
+    def asked(name: str) -> bool:
+        return not name.startswith("grad_") or (mode != "fwd" and (mode == "step" or name != "grad_x"))
+
+    return Reference({n: t for n, t in reference.results.items() if asked(n)}, reference.summands)
+
+
+def judge(case: OpCase, stick: Yardstick, compute: Compute, inputs: Inputs, mode: str) -> Promise:
+    """Holds every output, and in the training modes every gradient, to the error promise."""
+    reference = _for_mode(stick.reference, mode)
+    promise = promise_from_errors(
+        _results(case, compute, stick.judged, mode), stick.eager_errors, reference, stick.dtype
+    )
+    if stick.whole is None or not promise.ok:
+        return promise
+    seconds = prefix_seconds(case, inputs, compute, mode)
+    if seconds > SLOW:
+        return promise
+    whole = _for_mode(stick.whole, mode)
+    sizes = {v.name: v.size for v in promise.verdicts}
+    allowed = {
+        name: stick.eager_errors[name] / max(sizes[name], math.ulp(0.0)) * float(_finite_norm(t))
+        for name, t in whole.results.items()
+    }
+    everywhere = promise_from_errors(_results(case, compute, inputs, mode), allowed, whole, stick.dtype)
+    return promise if everywhere.ok else everywhere
+
+
+def _finite_norm(t: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(t.masked_fill(t.isinf(), 0.0))
+
+
+def disagreement(case: OpCase, stick: Yardstick, compute: Compute, inputs: Inputs) -> str:
+    """Why a peer's pooled result is not the same function as float64 eager's, or nothing.
+
+    This is to catch another formula, not rounding: half of the digits must agree.
+    """
+    result = evaluate(compute, inputs, "fwd", case.primary)[case.primary].double()
+    exact = stick.reference.results[case.primary]
+    if result.shape != exact.shape:
+        return f"shape {tuple(result.shape)} instead of {tuple(exact.shape)}"
+    error = float(torch.linalg.vector_norm(result - exact) / torch.linalg.vector_norm(exact))
+    tolerance = math.sqrt(torch.finfo(stick.dtype).eps)
+    return "" if error <= tolerance else f"relative difference {error:.1e} from float64"

@@ -1,0 +1,67 @@
+"""The run as a picture: time per contender with its floor, and where each one lies under the roofs."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from milkernels.bench.run import Result, Row
+from milkernels.bench.workload import DTYPES, Workload
+
+
+def save(result: Result, workload: Workload, path: Path) -> None:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in result.rows:
+        if row.timed:
+            groups.setdefault((row.dtype, row.mode), []).append(row)
+    figure = Figure(figsize=(3.4 * (len(groups) + 1) + 1, 4))
+    axes = figure.subplots(1, len(groups) + 1, squeeze=False)
+    for axis, ((dtype, mode), rows) in zip(axes[0], groups.items(), strict=False):
+        _bars(axis, f"{dtype}, {mode}", rows)
+    _roofline(axes[0][-1], result)
+    shape = workload.shape
+    figure.suptitle(f"{workload.op}, {shape.instances} instances of {shape.dim} in {shape.bags} bag(s)")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def _bars(axis: Axes, title: str, rows: list[Row]) -> None:
+    milliseconds = [1e3 * row.timing.median for row in rows]
+    positions = range(len(rows))
+    axis.bar(positions, milliseconds, color=["tab:green" if row.ours else "tab:gray" for row in rows])
+    axis.bar_label(axis.containers[0], fmt="%.3g", fontsize=8)
+    axis.axhline(1e3 * rows[0].floor_seconds, color="tab:red", linestyle="--", linewidth=1, label="floor")
+    axis.set_xticks(positions, [row.contender for row in rows], rotation=30, ha="right", fontsize=8)
+    axis.set_ylabel("ms")
+    axis.set_title(title, fontsize=10)
+    axis.legend(fontsize=8)
+
+
+def _roofline(axis: Axes, result: Result) -> None:
+    rows = [row for row in result.rows if row.timed and row.flops and row.bytes]
+    intensities = [row.flops / row.bytes for row in rows] or [1.0]
+    low, high = min(intensities) / 4, max(intensities) * 4
+    for number, dtype in enumerate(dict.fromkeys(row.dtype for row in result.rows)):
+        colour, rate = f"C{number}", result.probe.rate(DTYPES[dtype])
+        ridge = min(max(rate / result.bandwidth, low), high)
+        corners = [low, ridge, high]
+        roof = [min(rate, result.bandwidth * i) / 1e9 for i in corners]
+        axis.plot(corners, roof, color=colour, label=f"{dtype} roof")
+        for row in rows:
+            if row.dtype == dtype:
+                point = (row.flops / row.bytes, row.flops / row.timing.median / 1e9)
+                axis.plot(*point, "o" if row.ours else "x", color=colour, markersize=5)
+                axis.annotate(
+                    f"{row.contender}, {row.mode}",
+                    point,
+                    fontsize=6,
+                    xytext=(4, 2),
+                    textcoords="offset points",
+                )
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("FLOP per byte")
+    axis.set_ylabel("GFLOP/s")
+    axis.set_title("roofline", fontsize=10)
+    axis.legend(fontsize=8)

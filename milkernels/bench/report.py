@@ -1,0 +1,295 @@
+"""What a run says: the table, and the JSON file.
+
+The JSON file, schema 1, is one object:
+
+``schema``      1; a reader refuses numbers it does not know
+``command``     the command line, paths cut to their last part
+``date``        UTC, ISO 8601
+``machine``     cpu, instruction_set, threads, torch, python, system, huge_pages, versions of peers
+``commit``      of the checkout the package lies in, ``-dirty`` where files differ from it; null elsewhere
+``sources``     digest of the kernel sources that ran (``source_digest``); null where there are none
+``workload``    op, shape (lengths, dim, hidden, heads), features, padded, dropout, seed
+``roofline``    read_bandwidth (bytes/s), array_bytes, matrix_rates: type -> FLOP/s per probe, in order
+``rows``        one per type, mode and contender:
+    op, dtype, mode, contender, label, ours
+    status      ok | FAIL (broke the error promise) | error | unavailable | differs (another function)
+    reason      for any status but ok
+    seconds     per call and round; median, minimum, spread (interquartile range over median), rounds,
+                calls per round; ``once``: a single run after a warm-up on a prefix
+    ratio_to_eager, ratio_to_compile, instances_per_second, flops, bytes, floor_seconds, share_of_floor
+    resident, allocator   peak extra bytes; null where not measured, with ``memory_note``
+    errors      name, ours, eager, bound, size, ratio, ok and reason per output and gradient; ``gate_note``
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from milkernels import native
+from milkernels.bench import run
+from milkernels.bench.run import Result, Row
+from milkernels.bench.workload import Workload
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout, or where the package is installed
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def instruction_set() -> str:
+    """What PyTorch uses here, and the matrix unit where there is one."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        flags = ""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{capability}+AMX" if capability == "AVX512" and "amx_bf16" in flags else capability
+
+
+def machine() -> dict[str, object]:
+    packages = ("milkernels", "torch_geometric", "numpy")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    huge = re.search(r"\[(\w+)\]", _HUGE_PAGES.read_text()) if _HUGE_PAGES.exists() else None
+    return {
+        "cpu": cpu_model(),
+        "instruction_set": instruction_set(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "extension": native.build_info() or native.load_error(),
+        "huge_pages": {
+            "kernel": huge.group(1) if huge else None,
+            "torch": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
+        },
+        "versions": versions,
+    }
+
+
+def device_slug() -> str:
+    """A file name for this kind of device."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {instruction_set()}".lower()).strip("-")
+
+
+def source_digest(root: Path = ROOT) -> str | None:
+    """SHA-256 over names and contents of ``csrc`` and the package's modules, the benchmark's own left out."""
+    if not (root / "csrc").is_dir():
+        return None  # installed without sources
+    package = root / "milkernels"
+    files = [p for p in (root / "csrc").rglob("*") if p.is_file()]
+    files += [*package.glob("*.py"), *(package / "triton").rglob("*.py")]
+    digest = hashlib.sha256()
+    for path in sorted(files, key=lambda p: p.relative_to(root).as_posix()):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def commit(root: Path = ROOT) -> str | None:
+    """The commit of the checkout, ``-dirty`` if tracked files differ; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None  # installed into an environment that lies in another project
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _row(row: Row) -> dict[str, object]:
+    values = asdict(row) | {
+        "share_of_floor": row.share_of_floor,
+        "instances_per_second": row.instances_per_second,
+    }
+    timing = values.pop("timing")
+    values["seconds"] = timing["seconds"] if timing else []
+    if row.timed:
+        values |= {
+            "median": row.timing.median,
+            "minimum": row.timing.minimum,
+            "spread": row.timing.spread,
+            "rounds": len(row.timing.seconds),
+            "calls": row.timing.calls,
+        }
+    return values
+
+
+def _plain(value: object) -> object:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_json(result: Result, workload: Workload, argv: Sequence[str]) -> dict[str, object]:
+    shown = asdict(workload)
+    shown["features"] = Path(workload.features).name
+    # Results are published: a path says nothing about them, only about whose machine it was.
+    words = [Path(word).name if os.sep in word else word for word in argv]
+    return _plain(
+        {
+            "schema": SCHEMA,
+            "command": " ".join(["python -m milkernels bench", *words]),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "machine": machine(),
+            "commit": commit(),
+            "sources": source_digest(),
+            "workload": shown,
+            "roofline": {
+                "read_bandwidth": result.bandwidth,
+                "array_bytes": result.bandwidth_array,
+                "matrix_rates": {str(d).removeprefix("torch."): r for d, r in result.probe.rates.items()},
+            },
+            "rows": [_row(row) for row in result.rows],
+        }
+    )
+
+
+def write(result: dict[str, object], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """``digits`` significant ones, without exponents."""
+    if value is None:
+        return "-"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:.{min(places, 4)}f}"
+
+
+def _headline(result: Result, workload: Workload) -> list[str]:
+    here, shape = machine(), workload.shape
+    bags = (
+        f"{shape.bags} bags of {min(shape.lengths)} to {max(shape.lengths)}" if shape.bags > 1 else "one bag"
+    )
+    padded = ", padded to the longest" if workload.padded else ""
+    lines = [
+        f"{here['cpu']}, {here['threads']} threads, {here['instruction_set']}, torch {here['torch']}",
+        f"{workload.op}: {shape.instances} instances of {shape.dim} in {bags}{padded}; "
+        f"hidden {shape.hidden}, heads {shape.heads}, features {Path(workload.features).name}",
+        f"read bandwidth {result.bandwidth / 1e9:.1f} GB/s on {result.bandwidth_array >> 20} MiB; "
+        "matrix rate in GFLOP/s, min/median of the probes between the rounds: "
+        + ", ".join(
+            f"{str(d).removeprefix('torch.')} {_number(min(r) / 1e9)}/{_number(statistics.median(r) / 1e9)}"
+            for d, r in result.probe.rates.items()
+        ),
+    ]
+    pages = here["huge_pages"]
+    if pages["kernel"] == "madvise" and not pages["torch"]:
+        lines.append("huge pages: not for PyTorch's own tensors (THP_MEM_ALLOC_ENABLE=1 would allow them)")
+    return lines
+
+
+def _cells(row: Row) -> list[str]:
+    start = [row.op, row.dtype, row.mode, row.label]
+    if not row.timed:
+        status = row.status if row.status == run.FAIL else f"[{row.status}]"
+        return [*start, status.replace("[", r"\["), *["-"] * 8]
+    rounds = f"{len(row.timing.seconds)}{'*' if row.once else ''}"
+    memory = "-" if row.resident is None else _number(row.resident / 1e6)
+    return [
+        *start,
+        _number(1e3 * row.timing.median),
+        _number(1e3 * row.timing.minimum),
+        rounds,
+        _number(row.ratio_to_eager),
+        _number(row.ratio_to_compile),
+        _number(row.instances_per_second / 1e6),
+        memory,
+        "-" if row.share_of_floor is None else f"{100 * row.share_of_floor:.0f}%",
+        _worst_ratio(row),
+    ]
+
+
+def _worst_ratio(row: Row) -> str:
+    """The largest of ours over eager's error among outputs and gradients that do not cancel."""
+    ratios = [e["ratio"] for e in row.errors if e["ratio"] is not None and math.isfinite(e["ratio"])]
+    return _number(max(ratios), 2) if ratios else "-"
+
+
+def table(rows: Sequence[Row]) -> Table:
+    result = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("op", "dtype", "mode", "contender"):
+        result.add_column(name, no_wrap=True)
+    for name in (
+        "median ms",
+        "min ms",
+        "rounds",
+        "x eager",
+        "x compile",
+        "M inst/s",
+        "extra MB",
+        "of floor",
+        "error",
+    ):
+        result.add_column(name, justify="right", no_wrap=True)
+    previous = None
+    for row in rows:
+        if previous not in (None, (row.dtype, row.mode)):
+            result.add_section()
+        previous = (row.dtype, row.mode)
+        style = {run.FAIL: "bold red", run.OK: "bold" if row.ours else ""}.get(row.status, "dim")
+        result.add_row(*_cells(row), style=style)
+    return result
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    notes = [
+        "x eager, x compile: their median over this one. extra MB: peak resident memory beyond the inputs, "
+        "outputs and gradients included. of floor: the least time this machine allows over the median; a "
+        "contender that keeps hidden units instead of computing them again may pass 100%. error: the largest "
+        "of our error over eager's, both against float64."
+    ]
+    if any(row.once for row in rows):
+        notes.append("* one run, after a warm-up on a few instances: a round would not fit the budget")
+    for row in rows:
+        where = f"{row.dtype} {row.mode} {row.label}"
+        if row.reason:
+            notes.append(f"{row.status}: {where}: {row.reason}")
+        if row.memory_note and row.memory_note != "not asked for":
+            notes.append(f"memory of {where}: {row.memory_note}")
+    notes += list(dict.fromkeys(f"{r.dtype}: {r.label} was {r.gate_note}" for r in rows if r.gate_note))
+    return notes
+
+
+def show(console: Console, result: Result, workload: Workload) -> None:
+    for line in _headline(result, workload):
+        console.print(line, highlight=False, markup=False)
+    console.print()
+    console.print(table(result.rows))
+    console.print()
+    for line in _notes(result.rows):
+        console.print(line, highlight=False, markup=False)

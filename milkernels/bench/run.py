@@ -1,0 +1,249 @@
+"""One benchmark run: gate, interleaved rounds, memory, and the rows that come of it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from milkernels.bench import contenders, gate, harness, memory, roofline
+from milkernels.bench.contenders import Compute, Contender, Unavailable
+from milkernels.bench.workload import DTYPES, Workload
+from milkernels.testing import Inputs, evaluate
+
+OK, FAIL, ERROR, UNAVAILABLE, DIFFERS = "ok", "FAIL", "error", "unavailable", "differs"
+_MEMORY_TIMEOUT = 900.0
+
+
+@dataclass(frozen=True)
+class Options:
+    dtypes: Sequence[str]
+    modes: Sequence[str]
+    contenders: Sequence[str]
+    budget: float  # seconds of timing in all, warm-ups and checks not counted
+    rounds: int | None = None
+    threads: int | None = None
+    memory: bool = True
+
+
+@dataclass
+class Row:
+    op: str
+    dtype: str
+    mode: str
+    contender: str
+    label: str
+    ours: bool
+    status: str = OK
+    reason: str = ""
+    once: bool = False  # one run, after a warm-up on a prefix only
+    timing: harness.Timing | None = None
+    instances: int = 0
+    ratio_to_eager: float | None = None
+    ratio_to_compile: float | None = None
+    floor_seconds: float | None = None
+    flops: int = 0
+    bytes: int = 0
+    resident: int | None = None
+    allocator: int | None = None
+    memory_note: str = ""
+    gate_note: str = ""
+    errors: list[dict] = field(default_factory=list)  # per output and gradient
+
+    @property
+    def timed(self) -> bool:
+        return self.status == OK and self.timing is not None and bool(self.timing.seconds)
+
+    @property
+    def share_of_floor(self) -> float | None:
+        return self.floor_seconds / self.timing.median if self.timed and self.floor_seconds else None
+
+    @property
+    def instances_per_second(self) -> float | None:
+        return self.instances / self.timing.median if self.timed else None
+
+
+@dataclass
+class Result:
+    rows: list[Row]
+    bandwidth: float
+    bandwidth_array: int
+    probe: roofline.MatrixProbe
+
+    @property
+    def failed(self) -> bool:
+        """Whether one of ours is wrong or broken."""
+        return any(row.ours and row.status in (FAIL, ERROR) for row in self.rows)
+
+
+@dataclass
+class _Entry:
+    """One contender in one type and mode, ready to be timed."""
+
+    row: Row
+    contender: Contender
+    call: Callable[[], object] | None = None
+    guess: float = 0.0
+
+
+class Bench:
+    def __init__(
+        self, workload: Workload, options: Options, say: Callable[[str], object] = lambda text: None
+    ):
+        self.workload, self.options, self.say = workload, options, say
+        self.case = workload.case
+        self.shape = workload.shape  # the real instances: padding is not work
+        self.group_budget = options.budget / max(1, len(options.dtypes) * len(options.modes))
+
+    def run(self) -> Result:
+        if self.options.threads:
+            torch.set_num_threads(self.options.threads)
+        self.say("machine")
+        bandwidth, array = roofline.read_bandwidth()
+        self.probe = roofline.MatrixProbe([DTYPES[d] for d in self.options.dtypes])
+        self.bandwidth = bandwidth
+        rows = [row for dtype in self.options.dtypes for row in self._dtype(dtype)]
+        _compare(rows)
+        return Result(rows, bandwidth, array, self.probe)
+
+    def _dtype(self, dtype: str) -> list[Row]:
+        self.say(f"{dtype}: inputs")
+        inputs = self.workload.inputs(DTYPES[dtype])
+        modes = self.options.modes
+        widest = next(mode for mode in ("step", "frozen", "fwd") if mode in modes)
+        self.say(f"{dtype}: float64 and eager's errors")
+        try:
+            guesses = {m: gate.prefix_seconds(self.case, inputs, self.case.eager, m) for m in modes}
+            available = contenders.available_memory() // 2
+            stick = gate.yardstick(self.case, inputs, widest, guesses[widest], available)
+        except Exception as error:  # eager may not know a type; the rows will say so
+            guesses, stick = dict.fromkeys(modes, 0.0), harness.describe(error)
+        groups = [self._group(dtype, mode, inputs, guesses[mode], stick) for mode in modes]
+        self._measure_memory(dtype, inputs, [entry for entries in groups for entry in entries])
+        return [entry.row for entries in groups for entry in entries]
+
+    def _group(
+        self, dtype: str, mode: str, inputs: Inputs, eager_guess: float, stick: gate.Yardstick | str
+    ) -> list[_Entry]:
+        since = self.probe.count()
+        entries = []
+        for name in self.options.contenders:
+            self.say(f"{dtype} {mode}: {name} is prepared and checked")
+            entries.append(self._entry(contenders.REGISTRY[name], dtype, mode, inputs, eager_guess, stick))
+        waiting = {e.contender.name: e for e in entries if e.row.status == OK and not e.row.once}
+        self.say(f"{dtype} {mode}: rounds")
+        timings = harness.measure(
+            {name: e.call for name, e in waiting.items()},
+            self.group_budget,
+            self.options.rounds,
+            between=self.probe.sample,
+            expected={name: e.guess for name, e in waiting.items() if e.guess > 0},
+        )
+        for name, timing in timings.items():
+            row = waiting[name].row
+            row.timing = timing
+            if timing.error:
+                row.status, row.reason = ERROR, timing.error
+        flops, nbytes = self.case.flops(self.shape, mode), self.case.bytes(self.shape, DTYPES[dtype], mode)
+        floor = roofline.floor_seconds(flops, nbytes, self.probe.rate(DTYPES[dtype], since), self.bandwidth)
+        for entry in entries:
+            entry.row.flops, entry.row.bytes, entry.row.floor_seconds = flops, nbytes, floor
+        return entries
+
+    def _entry(
+        self,
+        contender: Contender,
+        dtype: str,
+        mode: str,
+        inputs: Inputs,
+        eager_guess: float,
+        stick: gate.Yardstick | str,
+    ) -> _Entry:
+        label = contender.label(self.case, inputs)
+        row = Row(self.case.name, dtype, mode, contender.name, label, contender.ours)
+        row.instances = self.shape.instances
+        entry = _Entry(row, contender)
+        try:
+            compute, its_inputs = contender.prepare(self.case, inputs, True)
+            entry.guess = eager_guess * contender.work(inputs)
+            if contender.ours:
+                entry.guess = gate.prefix_seconds(self.case, inputs, compute, mode)
+            self._check(row, contender, compute, inputs, mode, stick)
+        except Unavailable as why:
+            row.status, row.reason = UNAVAILABLE, str(why)
+        except Exception as error:  # any reason: it is a row, not the end
+            row.status, row.reason = ERROR, harness.describe(error)
+        if row.status == OK:
+            row.once = self.options.rounds is None and entry.guess > self.group_budget
+            entry.call = self._caller(compute, its_inputs, mode)
+        return entry
+
+    def _caller(self, compute: Compute, inputs: Inputs, mode: str) -> Callable[[], object]:
+        return lambda: evaluate(compute, inputs, mode, self.case.primary)
+
+    def _check(
+        self,
+        row: Row,
+        contender: Contender,
+        compute: Compute,
+        inputs: Inputs,
+        mode: str,
+        stick: gate.Yardstick | str,
+    ) -> None:
+        if contender.ours:
+            if isinstance(stick, str):
+                raise RuntimeError(f"there is nothing to check it against: {stick}")
+            promise = gate.judge(self.case, stick, compute, inputs, mode)
+            row.errors = [asdict(v) | {"ok": v.ok, "ratio": v.ratio} for v in promise.verdicts]
+            row.gate_note = stick.note
+            if not promise.ok:
+                row.status, row.reason = FAIL, promise.broken()
+        elif contender.peer and not isinstance(stick, str) and not self.workload.dropout:
+            # Peers draw their own dropout masks, so only their plain results can be compared.
+            their_compute, their_inputs = contender.prepare(self.case, stick.judged, True)
+            difference = gate.disagreement(self.case, stick, their_compute, their_inputs)
+            if difference:
+                row.status, row.reason = DIFFERS, difference
+
+    def _measure_memory(self, dtype: str, inputs: Inputs, entries: list[_Entry]) -> None:
+        for name in self.options.contenders:
+            mine = [e for e in entries if e.contender.name == name and e.row.status == OK]
+            if not mine:
+                continue
+            answers = "not asked for"
+            if self.options.memory:
+                self.say(f"{dtype}: memory of {name}")
+                modes, once = [e.row.mode for e in mine], [e.row.mode for e in mine if e.row.once]
+                answers = memory.measure(
+                    self.workload.to_json(), name, dtype, modes, once, self.options.threads, _MEMORY_TIMEOUT
+                )
+            for entry in mine:
+                self._record_memory(entry, inputs, answers)
+
+    def _record_memory(self, entry: _Entry, inputs: Inputs, answers: dict[str, dict] | str) -> None:
+        row = entry.row
+        if isinstance(answers, str):
+            row.memory_note = answers
+        else:
+            answer = answers[row.mode]
+            row.resident, row.allocator = answer["resident"], answer["allocator"]
+            if row.once:
+                row.timing = harness.Timing([answer["seconds"]], warm=False)
+        if row.once and row.timing is None:
+            self.say(f"{row.dtype} {row.mode}: {row.label}, one run")
+            row.timing = harness.Timing(warm=False)
+            try:
+                compute, its_inputs = contenders.warmed_up(
+                    entry.contender, self.case, inputs, row.mode, whole=False
+                )
+                row.timing.seconds.append(harness.timed(self._caller(compute, its_inputs, row.mode)))
+            except Exception as error:  # as above
+                row.status, row.reason = ERROR, harness.describe(error)
+
+
+def _compare(rows: list[Row]) -> None:
+    by_key = {(r.dtype, r.mode, r.contender): r for r in rows if r.timed}
+    for row in by_key.values():
+        for other, attribute in (("eager", "ratio_to_eager"), ("compile", "ratio_to_compile")):
+            yardstick = by_key.get((row.dtype, row.mode, other))
+            if yardstick is not None:
+                setattr(row, attribute, yardstick.timing.median / row.timing.median)

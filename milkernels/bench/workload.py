@@ -1,0 +1,88 @@
+"""What is measured, in a form that another process can be told."""
+
+import itertools
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from milkernels.testing import CASES, FEATURES, Inputs, OpCase, Shape
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One op on one shape.  ``features`` is a distribution of the registry or an .npz file."""
+
+    op: str
+    shape: Shape
+    features: str = "relu"
+    padded: bool = False
+    dropout: float = 0.0
+    seed: int = 0
+
+    @property
+    def case(self) -> OpCase:
+        return CASES[self.op]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Workload":
+        values = json.loads(text)
+        shape = values.pop("shape")
+        return cls(shape=Shape(**{**shape, "lengths": tuple(shape["lengths"])}), **values)
+
+    def __post_init__(self):
+        if self.dropout and not self.case.dropout:
+            raise ValueError(f"{self.op} has no dropout")
+
+    def inputs(self, dtype: torch.dtype) -> Inputs:
+        """The same tensors in every process: seeded, or read from the file."""
+        features = self.features if self.features in FEATURES else load_features(self.features)[0]
+        options = {"dropout_p": self.dropout} if self.case.dropout else {}
+        if not self.padded:
+            return self.case.inputs(self.shape, dtype, features, self.seed, **options)
+        mask = prefix_mask(self.shape)
+        if isinstance(features, Tensor):
+            rows = features.new_zeros(len(mask), self.shape.dim)
+            rows[mask] = features
+            features = rows
+        return self.case.inputs(self.shape.padded(), dtype, features, self.seed, mask=mask, **options)
+
+
+def prefix_mask(shape: Shape) -> Tensor:
+    """The real rows ``[B * M]`` of bags padded to the longest one."""
+    longest = max(shape.lengths)
+    return (torch.arange(longest) < torch.tensor(shape.lengths).unsqueeze(1)).flatten()
+
+
+def load_features(path: str) -> tuple[Tensor, tuple[int, ...]]:
+    """Standardised columns of ``features [N, L]``, and the bag lengths that ``offsets [B + 1]`` gives."""
+    import numpy as np
+
+    with np.load(Path(path)) as data:
+        missing = {"features", "offsets"} - set(data)
+        if missing:
+            raise ValueError(f"{path} has no {' and no '.join(sorted(missing))}; it has {', '.join(data)}")
+        features, offsets = torch.from_numpy(data["features"]).double(), data["offsets"].tolist()
+    if features.dim() != 2 or offsets[0] != 0 or offsets[-1] != len(features) or offsets != sorted(offsets):
+        raise ValueError(f"{path}: offsets do not cut features of shape {tuple(features.shape)} into bags")
+    deviation = features.std(dim=0, correction=0)
+    # Constant columns exist (bag-of-words features that never occur); they become 0, not NaN.
+    standardised = (features - features.mean(dim=0)) / torch.where(deviation > 0, deviation, 1.0)
+    lengths = tuple(end - start for start, end in itertools.pairwise(offsets))
+    if 0 in lengths:
+        raise ValueError(
+            f"{path}: bag {lengths.index(0)} is empty; eager has no answer for it to compare with"
+        )
+    return standardised.float(), lengths

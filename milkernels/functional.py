@@ -1,0 +1,519 @@
+"""The ops: score each instance, softmax the scores inside its bag, sum the instances by their weights.
+
+Conventions of all of them:
+
+- **Bags.**  ``x [N, L]`` holds the instances of all bags back to back.  ``offsets [B + 1]``, int32 or int64
+  on the device of ``x``, starts at 0, never decreases and ends at N.  Bag b is
+  ``x[offsets[b]:offsets[b + 1]]`` and may be empty.  ``offsets=None`` is one bag.  Offsets on the CPU are
+  checked; elsewhere and under tracing wrong offsets give wrong numbers.
+- **Mask.**  ``mask [N]``, bool or 0/1 of any type, non-zero = real.  A masked instance has weight 0,
+  gradient 0 and scores or logits of -inf, whatever its row holds, NaN included.  A given score of -inf
+  means the same for one head.
+- **Empty bags**, and bags with every row masked: ``bag`` 0, ``lse`` -inf, indices -1.  Nothing becomes NaN.
+- **Indices** are rows of ``x`` (int64), -1 for none.  The lowest index wins a tie; NaN beats every number.
+- **Types.**  ``x`` is float16, bfloat16, float32 or float64; so are parameters, of the same type or another.
+  Matrix products run in the type of ``x``, or in that of autocast.  ``scores``, ``lse`` and ``logits`` come
+  in float32 (float64 if any input is), ``bag`` in the promoted type of ``x`` and the parameters.  Gradients
+  come in each tensor's own type.
+- **Layout.**  The rows of ``x`` may have any stride from L on; other layouts are copied by compiled kernels.
+- **Dropout.**  ``seed`` is an int64 tensor of one element on the device of ``x``, or an int; None draws it
+  from PyTorch's default generator of that device.  The same seed drops the same units on every backend.
+- **Backend.**  ``backend`` is auto, native, triton or reference; None is what ``use_backend`` or
+  ``MILKERNELS_BACKEND`` says, auto otherwise.  ``auto`` takes a compiled kernel if one serves the call,
+  else the reference; a backend asked for by name serves the call or raises RuntimeError.  Compiled kernels
+  are differentiable once, the reference any number of times.
+- **Errors.**  TypeError and ValueError name the argument and the value got.  No op synchronises with a GPU.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from milkernels import backends, ops, reference
+from milkernels.arguments import (
+    check_choice,
+    check_count,
+    check_instances,
+    check_linear,
+    check_number,
+    check_per_row,
+    check_shape,
+    checked_mask,
+    checked_seed,
+)
+from milkernels.bags import check_offsets
+
+
+class Pooled(NamedTuple):
+    """What pooling by a softmax returns; all three are differentiable."""
+
+    bag: Tensor  # [B, K, L]
+    scores: Tensor  # [N, K]  before the softmax
+    lse: Tensor  # [B, K]  log-sum-exp of the scores in each bag
+
+
+class DSMILPooled(NamedTuple):
+    bag: Tensor  # [B, C, Lv]
+    scores: Tensor  # [N, C]
+    lse: Tensor  # [B, C]
+    critical: Tensor  # [B, C]  the critical instance of each class
+
+
+class LossAttentionPooled(NamedTuple):
+    bag: Tensor  # [B, 1, L]
+    scores: Tensor  # [N, 1]
+    lse: Tensor  # [B, 1]
+    logits: Tensor  # [N, C]
+
+
+class InstanceMax(NamedTuple):
+    values: Tensor  # [B, C]
+    indices: Tensor  # [B, C]
+    logits: Tensor  # [N, C]
+
+
+class MaxPooled(NamedTuple):
+    values: Tensor  # [B, L]
+    indices: Tensor  # [B, L]
+
+
+class TopInstances(NamedTuple):
+    values: Tensor  # [B, K, k]
+    indices: Tensor  # [B, K, k]
+
+
+def _check_bags(x: Tensor, offsets: Tensor | None) -> None:
+    check_instances(x)
+    if offsets is not None:
+        check_offsets(offsets, x.shape[0], x.device)
+
+
+def _for_kernels(x: Tensor) -> Tensor:
+    """``x`` with rows that kernels can read: unit stride inside, no overlap between."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype | None:
+    """The type of autocast, which leaves float64 alone; None where it is off."""
+    dtype = reference.autocast_dtype(x)
+    return None if x.dtype == torch.float64 else dtype
+
+
+# Attention (Ilse, Tomczak, Welling 2018, "Attention-based Deep Multiple Instance Learning")
+
+
+def attention_pool(
+    x: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    w_weight: Tensor,
+    w_bias: Tensor | None,
+    offsets: Tensor | None = None,
+    *,
+    activation: str = "tanh",
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Pooled:
+    """Attention pooling: ``scores[i, k] = w_k . act(V x_i + b_V) + c_k`` (Ilse et al. 2018, eq. 8).
+
+    Args:
+        v_weight, v_bias: V ``[D, L]``, b_V ``[D]`` or None.
+        w_weight, w_bias: w ``[K, D]``, c ``[K]`` or None.
+        activation: tanh, relu, gelu (exact) or identity.
+        dropout_p: the share of hidden units that is dropped, in [0, 1].
+    """
+    parameters = (v_weight, v_bias, None, None, w_weight, w_bias)
+    return _attention_pool(x, parameters, False, offsets, mask, seed, activation, dropout_p, backend)
+
+
+def gated_attention_pool(
+    x: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    u_weight: Tensor,
+    u_bias: Tensor | None,
+    w_weight: Tensor,
+    w_bias: Tensor | None,
+    offsets: Tensor | None = None,
+    *,
+    activation: str = "tanh",
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Pooled:
+    """Gated attention pooling: ``scores[i, k] = w_k . (act(V x_i + b_V) * sigmoid(U x_i + b_U)) + c_k``
+    (Ilse et al. 2018, eq. 9; Lu et al. 2021, CLAM).
+
+    Args:
+        u_weight, u_bias: U ``[D, L]``, b_U ``[D]`` or None; the rest as in `attention_pool`.
+        dropout_p: drops units of both branches, independently, as CLAM does.
+    """
+    parameters = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
+    return _attention_pool(x, parameters, True, offsets, mask, seed, activation, dropout_p, backend)
+
+
+def attention_scores(
+    x: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    w_weight: Tensor,
+    w_bias: Tensor | None,
+    *,
+    activation: str = "tanh",
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The scores ``[N, K]`` of `attention_pool`."""
+    parameters = (v_weight, v_bias, None, None, w_weight, w_bias)
+    return _attention_scores(x, parameters, False, mask, seed, activation, dropout_p, backend)
+
+
+def gated_attention_scores(
+    x: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    u_weight: Tensor,
+    u_bias: Tensor | None,
+    w_weight: Tensor,
+    w_bias: Tensor | None,
+    *,
+    activation: str = "tanh",
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The scores ``[N, K]`` of `gated_attention_pool`."""
+    parameters = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
+    return _attention_scores(x, parameters, True, mask, seed, activation, dropout_p, backend)
+
+
+def _attention_options(x, parameters, gated, mask, seed, activation, dropout_p):
+    """The arguments that follow parameters and offsets, checked."""
+    v_weight, v_bias, u_weight, u_bias, w_weight, w_bias = parameters
+    check_linear("v_", v_weight, v_bias, x.shape[1], x)
+    hidden = v_weight.shape[0]
+    if gated:
+        check_shape("u_weight", u_weight, (hidden, x.shape[1]), x)
+        if u_bias is not None:
+            check_shape("u_bias", u_bias, (hidden,), x)
+    check_linear("w_", w_weight, w_bias, hidden, x)
+    check_choice("activation", activation, reference.ACTIVATIONS)
+    seed = checked_seed(seed, "dropout_p", dropout_p, x)
+    return checked_mask(mask, x), seed, activation, float(dropout_p), _compute_dtype(x)
+
+
+def _attention_pool(x, parameters, gated, offsets, mask, seed, activation, dropout_p, requested) -> Pooled:
+    _check_bags(x, offsets)
+    options = _attention_options(x, parameters, gated, mask, seed, activation, dropout_p)
+    backend = backends.choose("attention_pool", x, *parameters, requested=requested)
+    if backend == "reference":
+        return Pooled(*reference.attention_pool(x, *parameters, offsets, *options))
+    bag, scores, lse = ops.attention_pool(backend, _for_kernels(x), *parameters, offsets, *options)
+    return Pooled(bag.to(reference.result_dtype(x, *parameters)), scores, lse)
+
+
+def _attention_scores(x, parameters, gated, mask, seed, activation, dropout_p, requested) -> Tensor:
+    check_instances(x)
+    options = _attention_options(x, parameters, gated, mask, seed, activation, dropout_p)
+    backend = backends.choose("attention_scores", x, *parameters, requested=requested)
+    if backend == "reference":
+        return reference.attention_scores(x, *parameters, *options)
+    return ops.attention_scores(backend, _for_kernels(x), *parameters, *options)
+
+
+# Scores that are given or come from a query
+
+
+def softmax_pool(
+    x: Tensor,
+    scores: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Pooled:
+    """Pooling by given scores ``[N, K]``: ``bag[b, k] = sum_i softmax_{i in b}(scores[i, k]) x_i``.
+
+    ``bag`` comes in the type of ``x``; the ``scores`` returned are the given ones, masked.
+    """
+    _check_bags(x, offsets)
+    check_per_row("scores", scores, x)
+    mask = checked_mask(mask, x)
+    backends.choose("softmax_pool", x, scores, requested=backend)
+    return Pooled(*reference.softmax_pool(x, scores, offsets, mask))
+
+
+def _check_query(x: Tensor, query: Tensor, offsets: Tensor | None, scale: float) -> None:
+    _check_bags(x, offsets)
+    if isinstance(query, Tensor) and query.ndim == 3:
+        num_bags = 1 if offsets is None else offsets.shape[0] - 1
+        check_shape("query", query, (num_bags, None, x.shape[1]), x)
+    else:
+        check_shape("query", query, (None, x.shape[1]), x)
+    check_number("scale", scale)
+
+
+def query_pool(
+    x: Tensor,
+    query: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Pooled:
+    """Pooling by a query: ``scores[i, k] = scale <x_i, query[b, k]>``.
+
+    ``query`` is ``[B, K, L]``, or ``[K, L]`` for all bags; it counts as a parameter.
+    """
+    _check_query(x, query, offsets, scale)
+    mask = checked_mask(mask, x)
+    backends.choose("query_pool", x, query, requested=backend)
+    return Pooled(*reference.query_pool(x, query, offsets, mask, scale))
+
+
+def query_scores(
+    x: Tensor,
+    query: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The scores ``[N, K]`` of `query_pool`."""
+    _check_query(x, query, offsets, scale)
+    mask = checked_mask(mask, x)
+    backends.choose("query_scores", x, query, requested=backend)
+    return reference.query_scores(x, query, offsets, mask, scale)
+
+
+def weighted_pool(
+    x: Tensor,
+    weights: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``sum_{i in b} weights[i, k] x_i``, no softmax: ``[B, K, L]`` in the type of ``x``.
+
+    ``weights`` are ``[N, K]``.
+    """
+    _check_bags(x, offsets)
+    check_per_row("weights", weights, x)
+    mask = checked_mask(mask, x)
+    backends.choose("weighted_pool", x, weights, requested=backend)
+    return reference.weighted_pool(x, weights, offsets, mask)
+
+
+# DSMIL (Li, Li, Eliceiri 2021, "Dual-stream Multiple Instance Learning Network for Whole Slide Image
+# Classification with Self-supervised Contrastive Learning")
+
+
+def instance_max(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    offsets: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> InstanceMax:
+    """The first stream of DSMIL: ``logits[i] = W x_i + b``, and their maximum in each bag and class.
+
+    ``weight [C, L]``, ``bias [C]`` or None.  ``values`` of an empty bag are -inf; a logit of -inf is never
+    picked.  The gradient of a value goes to the instance at its index.
+    """
+    _check_bags(x, offsets)
+    check_linear("", weight, bias, x.shape[1], x)
+    mask = checked_mask(mask, x)
+    backends.choose("instance_max", x, weight, bias, requested=backend)
+    return InstanceMax(*reference.instance_max(x, weight, bias, offsets, mask, _compute_dtype(x)))
+
+
+def dsmil_pool(
+    x: Tensor,
+    instance_logits: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor | None = None,
+    offsets: Tensor | None = None,
+    *,
+    q2_weight: Tensor | None = None,
+    q2_bias: Tensor | None = None,
+    v_weight: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    v_activation: str | None = None,
+    v_dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> DSMILPooled:
+    """The second stream of DSMIL: ``scores[i, c] = scale <q(x_i), q(x_m)>``, m the critical instance of bag
+    and class, and ``bag[b, c] = sum_i softmax(scores[i, c]) v(x_i)``.
+
+    Args:
+        instance_logits: ``[N, C]``; their largest in a bag and class is the critical instance.  No gradient.
+            A class without one, where all are -inf, pools nothing, as an empty bag.
+        q_weight, q_bias: ``[Q, L]``, ``[Q]`` or None: ``q(x) = W x + b``.
+        q2_weight, q2_bias: ``[Q2, Q]``, ``[Q2]`` or None.  If given, ``q(x) = tanh(W2 relu(W x + b) + b2)``.
+        v_weight, v_bias, v_activation: ``[Lv, L]``, ``[Lv]`` or None, an activation or None:
+            ``v(x) = act(V drop(x) + b_V)``; without ``v_weight`` it is ``x``.
+        v_dropout_p: the share of the units of V's input that is dropped, in [0, 1].
+        scale: None is ``Q ** -0.5`` (of the last layer), as the authors ship it; the paper (v1, eq. 5) has 1.
+    """
+    _check_bags(x, offsets)
+    check_per_row("instance_logits", instance_logits, x)
+    query, value = (q_weight, q_bias, q2_weight, q2_bias), (v_weight, v_bias, v_activation)
+    check_linear("q_", q_weight, q_bias, x.shape[1], x)
+    if q2_weight is not None:
+        check_linear("q2_", q2_weight, q2_bias, q_weight.shape[0], x)
+    elif q2_bias is not None:
+        raise ValueError("q2_bias needs q2_weight; got None")
+    if v_weight is not None:
+        check_linear("v_", v_weight, v_bias, x.shape[1], x)
+    elif v_bias is not None or v_activation is not None or v_dropout_p:
+        raise ValueError("v_bias, v_activation and v_dropout_p need v_weight; got None")
+    if v_activation is not None:
+        check_choice("v_activation", v_activation, reference.ACTIVATIONS)
+    if scale is not None:
+        check_number("scale", scale)
+    seed = checked_seed(seed, "v_dropout_p", v_dropout_p, x)
+    mask = checked_mask(mask, x)
+    parameters = (*query, v_weight, v_bias)
+    backends.choose("dsmil_pool", x, *parameters, requested=backend)
+    options = (mask, seed, v_dropout_p, scale, _compute_dtype(x))
+    return DSMILPooled(*reference.dsmil_pool(x, instance_logits, query, value, offsets, *options))
+
+
+# Others
+
+
+def loss_attention_pool(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    offsets: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> LossAttentionPooled:
+    """Loss-based attention (Shi et al. 2020, "Loss-based Attention for Deep Multiple Instance Learning"):
+    ``scores[i] = log sum_c exp(logits[i, c])`` with ``logits[i] = W x_i + b``.
+
+    ``weight [C, L]`` and ``bias [C]`` (or None) are those of the bag classifier.  Logits may have any spread.
+    """
+    _check_bags(x, offsets)
+    check_linear("", weight, bias, x.shape[1], x)
+    mask = checked_mask(mask, x)
+    backends.choose("loss_attention_pool", x, weight, bias, requested=backend)
+    pooled = reference.loss_attention_pool(x, weight, bias, offsets, mask, _compute_dtype(x))
+    return LossAttentionPooled(*pooled)
+
+
+def mean_pool(
+    x: Tensor, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """The mean of the instances of each bag: ``[B, L]`` in the type of ``x``."""
+    _check_bags(x, offsets)
+    mask = checked_mask(mask, x)
+    backends.choose("mean_pool", x, requested=backend)
+    return reference.mean_pool(x, offsets, mask)
+
+
+def max_pool(
+    x: Tensor, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
+) -> MaxPooled:
+    """The maximum over the instances of each bag, feature by feature: ``[B, L]`` in the type of ``x``."""
+    _check_bags(x, offsets)
+    mask = checked_mask(mask, x)
+    backends.choose("max_pool", x, requested=backend)
+    return MaxPooled(*reference.max_pool(x, offsets, mask))
+
+
+def _check_scores(scores: Tensor, offsets: Tensor | None) -> None:
+    check_instances(scores, "scores")
+    if offsets is not None:
+        check_offsets(offsets, scores.shape[0], scores.device)
+
+
+def segment_softmax(
+    scores: Tensor, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """The softmax of the scores ``[N, K]`` inside each bag: ``[N, K]`` in float32, float64 for float64."""
+    _check_scores(scores, offsets)
+    mask = checked_mask(mask, scores)
+    backends.choose("segment_softmax", scores, requested=backend)
+    return reference.segment_softmax(scores, offsets, mask)
+
+
+def attention_weights(
+    pooled: Pooled | DSMILPooled | LossAttentionPooled,
+    offsets: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The weights ``[N, K]`` with which a pooling op summed the instances: ``exp(scores - lse)``.
+
+    ``offsets`` are those of that call; its mask is in the scores already.
+    """
+    if not hasattr(pooled, "scores") or not hasattr(pooled, "lse"):
+        raise TypeError(f"pooled must be what a pooling op returned; got {type(pooled).__name__}")
+    scores, lse = pooled.scores, pooled.lse
+    _check_scores(scores, offsets)
+    num_bags = 1 if offsets is None else offsets.shape[0] - 1
+    check_shape("pooled.lse", lse, (num_bags, scores.shape[1]), scores)
+    mask = checked_mask(mask, scores)
+    backends.choose("attention_weights", scores, lse, requested=backend)
+    return reference.attention_weights(scores, lse, offsets, mask)
+
+
+def topk_instances(
+    scores: Tensor,
+    k: int,
+    offsets: Tensor | None = None,
+    *,
+    largest: bool = True,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> TopInstances:
+    """The ``k`` instances with the largest (or smallest) scores ``[N, K]`` of each bag and head, best first.
+
+    ``k`` may exceed a bag: the rest is index -1 and value -inf (+inf for the smallest).  A score of -inf is
+    never picked.  Values come in the type of the scores.
+    """
+    _check_scores(scores, offsets)
+    check_count("k", k)
+    mask = checked_mask(mask, scores)
+    backends.choose("topk_instances", scores, requested=backend)
+    return TopInstances(*reference.topk_instances(scores, k, offsets, bool(largest), mask))
+
+
+def merge_pooled(parts: Sequence[Pooled], *, backend: str | None = None) -> Pooled:
+    """Merges poolings of parts of the same bags, exactly: as if all instances had been pooled at once.
+
+    All parts have one shape of ``bag [B, K, L]`` and of ``lse [B, K]``.  Their ``scores`` follow each other.
+    """
+    parts = list(parts)
+    if not parts:
+        raise ValueError("parts must hold at least one pooling; got an empty sequence")
+    for i, part in enumerate(parts):
+        if not all(hasattr(part, field) for field in Pooled._fields):
+            raise TypeError(f"parts[{i}] must be what a pooling op returned; got {type(part).__name__}")
+    bag = parts[0].bag
+    for i, part in enumerate(parts):
+        check_shape(f"parts[{i}].bag", part.bag, tuple(bag.shape), bag)
+        check_shape(f"parts[{i}].lse", part.lse, tuple(bag.shape[:2]), bag)
+    bags, scores, lses = ([getattr(part, field) for part in parts] for field in Pooled._fields)
+    backends.choose("merge_pooled", bag, *bags[1:], requested=backend)
+    return Pooled(*reference.merge_pooled(bags, scores, lses))

@@ -1,0 +1,44 @@
+"""One registry of op cases that the tests and the benchmarks both iterate.
+
+An ``OpCase`` knows how to make inputs for its op, how to call it on a backend, the formula that people
+write in its place in eager PyTorch, and the arithmetic and traffic that the op cannot avoid.  An added kernel
+inherits every test and benchmark that iterates ``CASES``.  ``error_promise`` is the accuracy that the library
+promises.
+"""
+
+from milkernels.testing.cases import CASES, MODES, OpCase
+from milkernels.testing.inputs import FEATURES, Inputs, Shape, even_lengths, skewed_lengths, small_lengths
+from milkernels.testing.philox import PHILOX_VECTORS, dropout_keep, philox4x32
+from milkernels.testing.promise import (
+    Promise,
+    Reference,
+    Verdict,
+    error_promise,
+    errors_of,
+    evaluate,
+    float64_reference,
+    promise_from_errors,
+)
+
+__all__ = [
+    "CASES",
+    "FEATURES",
+    "MODES",
+    "PHILOX_VECTORS",
+    "Inputs",
+    "OpCase",
+    "Promise",
+    "Reference",
+    "Shape",
+    "Verdict",
+    "dropout_keep",
+    "error_promise",
+    "errors_of",
+    "evaluate",
+    "even_lengths",
+    "float64_reference",
+    "philox4x32",
+    "promise_from_errors",
+    "skewed_lengths",
+    "small_lengths",
+]

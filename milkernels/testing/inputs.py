@@ -1,0 +1,135 @@
+"""Shapes of bags and the seeded inputs of one call."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milkernels.testing.philox import dropout_keep
+
+FEATURES = ("relu", "noise")
+ROWWISE = frozenset({"scores", "weights", "instance_logits"})  # inputs with one row per instance, besides x
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Bags of ``lengths`` instances of ``dim`` numbers; ``heads`` is also the number of classes."""
+
+    lengths: tuple[int, ...]
+    dim: int = 512
+    hidden: int = 256
+    heads: int = 1
+
+    @property
+    def instances(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def bags(self) -> int:
+        return len(self.lengths)
+
+    def padded(self) -> "Shape":
+        """The shape of the same bags padded to the longest one."""
+        return replace(self, lengths=(max(self.lengths),) * self.bags)
+
+
+def skewed_lengths(bags: int = 32, instances: int = 100_000, seed: int = 0) -> tuple[int, ...]:
+    """Bags as slides come: log-uniform between 200 and 20000, then scaled to ``instances`` in all."""
+    import numpy as np
+
+    raw = np.exp(np.random.default_rng(seed).uniform(math.log(200), math.log(20000), bags))
+    return _scaled(raw.tolist(), instances)
+
+
+def small_lengths(bags: int = 512, seed: int = 0) -> tuple[int, ...]:
+    """Many small bags, 5 to 50 instances each."""
+    import numpy as np
+
+    return tuple(int(n) for n in np.random.default_rng(seed).integers(5, 51, bags))
+
+
+def even_lengths(bags: int, instances: int) -> tuple[int, ...]:
+    return _scaled([1.0] * bags, instances)
+
+
+def _scaled(raw: Sequence[float], total: int) -> tuple[int, ...]:
+    """Whole numbers proportional to ``raw`` that sum to ``total``; largest remainders are rounded up."""
+    exact = [r * total / sum(raw) for r in raw]
+    lengths = [math.floor(e) for e in exact]
+    by_remainder = sorted(range(len(raw)), key=lambda i: (lengths[i] - exact[i], i))
+    for i in by_remainder[: total - sum(lengths)]:
+        lengths[i] += 1
+    return tuple(lengths)
+
+
+@dataclass
+class Inputs:
+    """What one call of an op takes.  ``lengths`` repeats ``offsets`` on the host, for the loops over bags."""
+
+    x: Tensor
+    parameters: dict[str, Tensor]  # every input besides x that may need a gradient
+    fixed: dict[str, Tensor]  # inputs that never do
+    offsets: Tensor | None
+    mask: Tensor | None
+    options: dict[str, Any]  # keyword arguments of the op
+    lengths: tuple[int, ...]
+    cotangent: Tensor  # gradient of the primary output
+    keep: dict[str, Tensor] = field(default_factory=dict)  # dropout masks that make eager repeatable
+
+    def leaves(self, mode: str) -> dict[str, Tensor]:
+        """The tensors that need a gradient in this mode, marked so."""
+        self.x.requires_grad_(mode == "step")
+        leaves = {"x": self.x} if mode == "step" else {}
+        return leaves | {name: t.requires_grad_() for name, t in self.parameters.items()}
+
+    def rows(self, start: int, end: int) -> dict[str, Tensor]:
+        """Parameters and other tensors of the bag of rows ``[start, end)``, mask and dropout included."""
+        tensors = self.parameters | self.fixed | self.keep
+        if self.mask is not None:
+            tensors["mask"] = self.mask
+        per_instance = ROWWISE | {"mask", *self.keep}
+        return {name: t[start:end] if name in per_instance else t for name, t in tensors.items()}
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        """Copies of the same numbers in another type, without autograd history."""
+
+        def cast(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: t.detach().to(dtype, copy=True) for name, t in tensors.items()}
+
+        return replace(
+            self,
+            x=self.x.detach().to(dtype, copy=True),
+            parameters=cast(self.parameters),
+            fixed=cast(self.fixed),
+            cotangent=self.cotangent.to(dtype),
+        )
+
+    def with_keep(self) -> "Inputs":
+        """The same inputs with the kernels' dropout mask spelled out, so that eager drops the same units."""
+        p = self.options.get("dropout_p", 0.0)
+        if p == 0.0 or self.keep:
+            return self
+        size = (self.x.shape[0], self.parameters["v_weight"].shape[0])
+        branches = {"keep_activation": 0, "keep_sigmoid": 1}
+        return replace(
+            self, keep={name: dropout_keep(self.options["seed"], *size, b, p) for name, b in branches.items()}
+        )
+
+    def bounds(self) -> list[tuple[int, int]]:
+        return list(itertools.pairwise(itertools.accumulate(self.lengths, initial=0)))
+
+
+def features_of(features: str | Tensor, shape: Shape, randn: Callable[..., Tensor]) -> Tensor:
+    """The rows ``[N, L]`` in float32: a named distribution, or given."""
+    if isinstance(features, Tensor):
+        if features.shape != (shape.instances, shape.dim):
+            raise ValueError(f"features of shape {tuple(features.shape)} do not fill {shape}")
+        return features.float().clone()
+    if features not in FEATURES:
+        raise ValueError(f"features must be one of {', '.join(FEATURES)}; got {features!r}")
+    x = randn(shape.instances, shape.dim)
+    return x.relu_() if features == "relu" else x

@@ -1,0 +1,156 @@
+"""The error promise: what the library says about its accuracy, as a computation.
+
+With r the float64 result and e eager's in the type under test, every output and gradient satisfies
+``|ours - r| <= 2 |e - r| + 4 eps |r|`` in the 2-norm, eps of the result's own type.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from milkernels.testing.cases import OpCase
+from milkernels.testing.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One output or gradient: 2-norms of the differences from float64; ``size`` is the norm of that."""
+
+    name: str
+    ours: float
+    eager: float
+    bound: float
+    size: float
+    reason: str = ""  # what is wrong besides the norm
+
+    @property
+    def ok(self) -> bool:
+        return not self.reason and self.ours <= self.bound  # a NaN is not below anything
+
+    @property
+    def ratio(self) -> float | None:
+        """Ours over eager's error; None where eager has none."""
+        return self.ours / self.eager if self.eager > 0 else None
+
+
+@dataclass(frozen=True)
+class Promise:
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.verdicts) and all(v.ok for v in self.verdicts)
+
+    def broken(self) -> str:
+        """The broken verdicts in one line; empty if the promise is kept."""
+        return "; ".join(
+            f"{v.name}: {v.reason or f'error {v.ours:.2e} above {v.bound:.2e} (eager {v.eager:.2e})'}"
+            for v in self.verdicts
+            if not v.ok
+        )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Results in float64.  ``summands`` has the size of what cancels, for gradients that are exactly 0."""
+
+    results: dict[str, Tensor]
+    summands: dict[str, float] = field(default_factory=dict)
+
+
+def evaluate(compute: Callable[[Inputs], dict[str, Tensor]], inputs: Inputs, mode: str, primary: str):
+    """Outputs of ``compute`` and, except in mode ``fwd``, ``grad_<name>`` of ``primary`` for every leaf."""
+    if mode == "fwd":
+        with torch.no_grad():
+            return compute(inputs)
+    leaves = inputs.leaves(mode)
+    outputs = compute(inputs)
+    target = outputs[primary]
+    gradients = torch.autograd.grad(target, list(leaves.values()), inputs.cotangent.to(target.dtype))
+    return outputs | {f"grad_{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def float64_reference(case: OpCase, inputs: Inputs, mode: str = "step") -> Reference:
+    """The eager formula in float64 on the same (already rounded) inputs.
+
+    In one piece: about 2.5 GB for 100,000 instances of 512 numbers with gradients.
+    """
+    exact = inputs.to(torch.float64).with_keep()
+    results = evaluate(case.eager, exact, mode, case.primary)
+    results = case.complete({name: t.detach() for name, t in results.items()}, exact)
+    zeros = () if mode == "fwd" else case.zero_gradients(inputs)
+    size = _summands(exact, results) if zeros else 0.0
+    return Reference(results, {f"grad_{name}": size for name in zeros})
+
+
+@torch.no_grad()
+def _summands(inputs: Inputs, results: Mapping[str, Tensor]) -> float:
+    """A shift of the scores cancels: its gradient sums terms a_i x_il g_l to 0.  Their absolute sum."""
+    total = 0.0
+    for (start, end), g in zip(inputs.bounds(), inputs.cotangent, strict=True):
+        weights = torch.softmax(results["scores"][start:end], dim=0)
+        total += float((weights * (inputs.x[start:end].abs() @ g.abs().T)).nan_to_num().sum())
+    return total
+
+
+def error_promise(
+    ours: Mapping[str, Tensor],
+    eager: Mapping[str, Tensor],
+    oracle: Mapping[str, Tensor] | Reference,
+    dtype: torch.dtype,
+) -> Promise:
+    """Holds every result in ``ours`` to the promise; ``dtype`` is the type that ``eager`` was computed in.
+
+    Infinities are compared by position and left out of the norms.  Gradients that are 0 in exact arithmetic
+    (``Reference.summands``) are bounded by eps of ``dtype`` times the size of what cancels.
+    """
+    reference = oracle if isinstance(oracle, Reference) else Reference(dict(oracle))
+    return promise_from_errors(ours, errors_of(eager, reference), reference, dtype)
+
+
+def errors_of(results: Mapping[str, Tensor], reference: Reference) -> dict[str, float]:
+    exact = reference.results
+    return {name: _difference(t, exact[name])[0] for name, t in results.items() if name in exact}
+
+
+def promise_from_errors(
+    ours: Mapping[str, Tensor], eager_errors: Mapping[str, float], reference: Reference, dtype: torch.dtype
+) -> Promise:
+    """``error_promise`` where eager's errors are known and its results are gone."""
+    verdicts = []
+    for name, result in ours.items():
+        exact = reference.results.get(name)
+        if exact is None or name not in eager_errors:
+            verdicts.append(_unmeasured(name, "nothing to compare it with"))
+            continue
+        error, size, reason = _difference(result, exact)
+        eager, eps = eager_errors[name], torch.finfo(result.dtype).eps
+        if name in reference.summands:
+            bound = torch.finfo(dtype).eps * reference.summands[name]
+        else:
+            bound = 2 * eager + 4 * eps * size
+        verdicts.append(Verdict(name, error, eager, bound, size, reason))
+    missing = sorted(set(reference.results) - set(ours))
+    return Promise((*verdicts, *(_unmeasured(name, "missing") for name in missing)))
+
+
+def _unmeasured(name: str, reason: str) -> Verdict:
+    return Verdict(name, math.nan, math.nan, math.nan, math.nan, reason)
+
+
+def _difference(result: Tensor, exact: Tensor) -> tuple[float, float, str]:
+    """``|result - exact|``, ``|exact|`` (finite entries), and what is wrong that a norm does not show."""
+    if result.shape != exact.shape:
+        return math.nan, math.nan, f"shape {tuple(result.shape)} instead of {tuple(exact.shape)}"
+    result, exact = result.detach().double(), exact.detach()
+    if bool(result.isnan().any()) and not bool(exact.isnan().any()):
+        return math.nan, math.nan, "NaN"
+    infinite = exact.isinf()
+    if bool(infinite.any()) or bool(result.isinf().any()):
+        if not torch.equal(torch.where(result.isinf(), result, 0), torch.where(infinite, exact, 0)):
+            return math.nan, math.nan, "infinities elsewhere than in float64"
+        result, exact = result.masked_fill(infinite, 0), exact.masked_fill(infinite, 0)
+    return float(torch.linalg.vector_norm(result - exact)), float(torch.linalg.vector_norm(exact)), ""

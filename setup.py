@@ -1,0 +1,142 @@
+"""Builds the compiled extensions; what else there is to say about the package is in pyproject.toml.
+
+The CPU sources are compiled once per instruction set, each time into a module of its own: an inline function
+that was compiled for AVX-512 must never be linked into code that runs on a machine without it.  At run time
+``milkernels/native.py`` imports one of them.
+
+MILKERNELS_BUILD_EXT    1: build the CPU modules or fail; 0: do not; unset: build if there is a compiler, and
+                        where that fails warn and go on, as every op has a reference in PyTorch.
+MILKERNELS_BUILD_CUDA   The same for the CUDA module: what counts is the toolkit, never a visible GPU.
+"""
+
+import os
+import platform
+import shutil
+import sys
+import traceback
+from glob import glob
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError:
+    torch = None
+
+NAMESPACE = "milkernels"
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
+CPU_SOURCES = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
+CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp"))
+INSTRUCTION_SETS = {
+    "default": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+    + ["-Wno-maybe-uninitialized"],  # GCC's own headers, up to 12
+}
+OPTIMISE = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]  # never -ffast-math
+
+
+def setting(name):
+    """True: must be built, False: must not, None: if possible."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{name} must be 0, 1 or unset; got {value!r}")
+    return None if value == "" else value == "1"
+
+
+def refuse_or_warn(required, message):
+    if required:
+        raise SystemExit(f"milkernels: {message}")
+    line = "!" * 100
+    print(
+        line,
+        f"milkernels: {message}",
+        "Going on without it, so ops will be slower.",
+        line,
+        sep="\n",
+        file=sys.stderr,
+    )
+
+
+def common(name, sources, required):
+    # An optional extension that was not built is no error to setuptools.
+    return {
+        "name": f"{NAMESPACE}.{name}",
+        "sources": sources,
+        "include_dirs": [os.path.abspath("csrc")],
+        "depends": [*HEADERS, "setup.py"],
+        "optional": not required,
+    }
+
+
+def cpu_extensions():
+    required = setting("MILKERNELS_BUILD_EXT")
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if required is False or not CPU_SOURCES:
+        return []
+    if torch is None or shutil.which(compiler) is None:
+        missing = "PyTorch" if torch is None else f"a C++ compiler ({compiler})"
+        refuse_or_warn(required, f"the compiled extension needs {missing}, and there is none.")
+        return []
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return [
+        cpp_extension.CppExtension(
+            **common(f"_C_{name}", CPU_SOURCES, required),
+            define_macros=[("CPU_CAPABILITY", name.upper()), (f"CPU_CAPABILITY_{name.upper()}", None)],
+            extra_compile_args=[*OPTIMISE, *openmp, *flags],
+            extra_link_args=openmp,
+        )
+        for name, flags in INSTRUCTION_SETS.items()
+        if x86 or name == "default"
+    ]
+
+
+def cuda_extensions():
+    required = setting("MILKERNELS_BUILD_CUDA")
+    if required is False or not CUDA_SOURCES:
+        return []
+    if torch is None or torch.version.cuda is None or cpp_extension.CUDA_HOME is None:
+        if required:
+            refuse_or_warn(required, "the CUDA module needs a PyTorch built for CUDA, and CUDA's compiler.")
+        return []
+    # Without a list PyTorch asks the visible GPU; the build must be the same on a machine that has none.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;9.0+PTX")
+    return [
+        cpp_extension.CUDAExtension(
+            **common("_C_cuda", CUDA_SOURCES, required),
+            extra_compile_args={"cxx": OPTIMISE, "nvcc": ["-O3", "-lineinfo"]},
+        )
+    ]
+
+
+def build_command():
+    class Build(cpp_extension.BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            # Not the temporary folder of an editable install: there, every build would start from nothing.
+            version = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+            self.build_temp = os.path.abspath(os.path.join("build", f"objects-{version}"))
+
+        def build_extensions(self):
+            """One at a time: the objects share names, and what fails is told from what does not."""
+            extensions, build_temp, built = self.extensions, self.build_temp, []
+            for extension in extensions:
+                self.extensions = [extension]
+                self.build_temp = os.path.join(build_temp, extension.name.rpartition(".")[2])
+                try:
+                    super().build_extensions()
+                    built.append(extension)
+                except Exception:
+                    if not extension.optional:
+                        raise
+                    traceback.print_exc()
+                    refuse_or_warn(False, f"{extension.name} could not be compiled; the reason is above.")
+            self.extensions, self.build_temp = built, build_temp
+
+    return Build
+
+
+extensions = cpu_extensions() + cuda_extensions()
+setup(ext_modules=extensions, cmdclass={"build_ext": build_command()} if extensions else {})

@@ -1,0 +1,593 @@
+"""The reference against the oracle, and what it promises besides numbers: no leak, no synchronisation, no barrier to
+tracing and to second derivatives."""
+
+import dataclasses
+import itertools
+
+import oracle
+import pytest
+import torch
+from oracle import INF
+from torch._subclasses import FakeTensorMode
+
+import milkernels
+from milkernels import reference, testing
+
+N, L, D, K, C = 17, 6, 5, 2, 3
+LENGTHS = (4, 0, 1, 7, 2, 3)
+B = len(LENGTHS)
+OFFSETS = torch.tensor([0, *itertools.accumulate(LENGTHS)])
+# Holes, the second to last bag masked as a whole.
+MASK = torch.tensor([1, 0, 1, 1, 1, 0, 1, 1, 0, 1, 1, 0, 0, 0, 1, 0, 1], dtype=torch.bool)
+SEED = 2**40 + 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call: sizes of tensors by argument name ("N": rows, "B": bags), and other arguments."""
+
+    op: str
+    tensors: dict[str, tuple]
+    options: dict = dataclasses.field(default_factory=dict)
+    fixed: dict[str, tuple] = dataclasses.field(default_factory=dict)  # tensors that take no gradient
+    bags: bool = True  # takes offsets
+
+    def make(self, lengths=LENGTHS, dtype=torch.float64, seed=0, parameter_dtype=None, relu=False):
+        """Tensors by name, those of ``fixed`` last; ``relu`` gives features with a mean."""
+        generator = torch.Generator().manual_seed(seed)
+        symbols = {"N": sum(lengths), "B": len(lengths)}
+
+        def randn(name, size):
+            size = [symbols.get(s, s) for s in size]
+            t = torch.randn(size, generator=generator, dtype=torch.float64)
+            if relu:
+                t = t.relu() if name == "x" else t / size[-1] ** 0.5
+            return t.to(dtype if name == "x" or parameter_dtype is None else parameter_dtype)
+
+        made = {name: randn(name, size) for name, size in (self.tensors | self.fixed).items()}
+        if self.op == "instance_max" and relu:  # a clear winner for each bag and class
+            for start, c in itertools.product((0, *itertools.accumulate(lengths))[:-1], range(C)):
+                w = made["weight"][c].to(dtype)
+                made["x"][start + c] += 6 * w / (w @ w)
+        return {name: t.requires_grad_(name in self.tensors) for name, t in made.items()}
+
+    def ours(self, tensors, offsets, mask):
+        bags = {"offsets": offsets} if self.bags else {}
+        if self.op == "attention_weights":
+            pooled = milkernels.softmax_pool(**tensors, **bags, mask=mask, backend="reference")
+            return (milkernels.attention_weights(pooled, offsets, backend="reference"),)
+        op = getattr(milkernels, self.op)
+        out = op(**tensors, **self.options, **bags, mask=mask, backend="reference")
+        return (out,) if isinstance(out, torch.Tensor) else tuple(out)
+
+    def truth(self, tensors, offsets, mask):
+        options = {k: v for k, v in self.options.items() if k != "seed"}
+        n = next(iter(tensors.values())).shape[0]
+        if p := options.get("dropout_p"):
+            options["keep"] = [oracle.dropout_keep(SEED, n, D, branch, p) for branch in (0, 1)]
+        if p := options.get("v_dropout_p"):
+            options["keep"] = oracle.dropout_keep(SEED, n, tensors["x"].shape[1], 2, p)
+        bags = {"offsets": offsets} if self.bags else {}
+        return getattr(oracle, self.op)(**tensors, **options, **bags, mask=mask)
+
+
+X = {"x": ("N", L)}
+V = {"v_weight": (D, L), "v_bias": (D,)}
+U = {"u_weight": (D, L), "u_bias": (D,)}
+W = {"w_weight": (K, D), "w_bias": (K,)}
+DROPPED = {"dropout_p": 0.4, "seed": SEED}
+NO_BIAS = {"v_bias": None, "w_bias": None}
+LOGITS = {"instance_logits": ("N", C)}
+LINEAR_Q = {"q_weight": (D, L), "q_bias": (D,)}
+MLP_Q = {**LINEAR_Q, "q2_weight": (4, D), "q2_bias": (4,)}
+LINEAR_V = {"v_weight": (3, L), "v_bias": (3,)}
+RELU_V = {"v_activation": "relu", "v_dropout_p": 0.4, "seed": SEED}
+CLASSES = {"weight": (C, L), "bias": (C,)}
+
+CASES = {
+    "softmax_pool": Case("softmax_pool", X | {"scores": ("N", K)}),
+    "attention_pool": Case("attention_pool", X | V | W),
+    "attention_pool-relu": Case("attention_pool", X | V | W, {"activation": "relu"}),
+    "attention_pool-gelu-dropout": Case("attention_pool", X | V | W, {"activation": "gelu", **DROPPED}),
+    "attention_pool-identity-no-bias": Case(
+        "attention_pool",
+        X | {"v_weight": (D, L), "w_weight": (1, D)},
+        {"activation": "identity", **NO_BIAS},
+    ),
+    "gated_attention_pool": Case("gated_attention_pool", X | V | U | W),
+    "gated_attention_pool-dropout": Case("gated_attention_pool", X | V | U | W, DROPPED),
+    "gated_attention_pool-no-bias": Case(
+        "gated_attention_pool",
+        X | {"v_weight": (D, L), "u_weight": (D, L), "w_weight": (1, D)},
+        {"u_bias": None, **NO_BIAS},
+    ),
+    "attention_scores": Case("attention_scores", X | V | W, bags=False),
+    "gated_attention_scores": Case("gated_attention_scores", X | V | U | W, DROPPED, bags=False),
+    "query_pool-shared": Case("query_pool", X | {"query": (K, L)}, {"scale": 0.3}),
+    "query_pool": Case("query_pool", X | {"query": ("B", K, L)}),
+    "query_scores-shared": Case("query_scores", X | {"query": (K, L)}),
+    "query_scores": Case("query_scores", X | {"query": ("B", K, L)}, {"scale": 0.3}),
+    "weighted_pool": Case("weighted_pool", X | {"weights": ("N", K)}),
+    "instance_max": Case("instance_max", X | CLASSES),
+    "instance_max-no-bias": Case("instance_max", X | {"weight": (C, L)}),
+    "dsmil_pool": Case("dsmil_pool", X | LINEAR_Q, fixed=LOGITS),
+    "dsmil_pool-no-bias-scale-1": Case("dsmil_pool", X | {"q_weight": (D, L)}, {"scale": 1.0}, LOGITS),
+    "dsmil_pool-linear-v": Case("dsmil_pool", X | LINEAR_Q | LINEAR_V, fixed=LOGITS),
+    "dsmil_pool-linear-v-dropout": Case(
+        "dsmil_pool", X | LINEAR_Q | LINEAR_V, {"v_dropout_p": 0.4, "seed": SEED}, LOGITS
+    ),
+    "dsmil_pool-mlp-q-relu-v": Case("dsmil_pool", X | MLP_Q | LINEAR_V, RELU_V, LOGITS),
+    "loss_attention_pool": Case("loss_attention_pool", X | CLASSES),
+    "loss_attention_pool-one-class": Case("loss_attention_pool", X | {"weight": (1, L)}),
+    "mean_pool": Case("mean_pool", X),
+    "max_pool": Case("max_pool", X),
+    "segment_softmax": Case("segment_softmax", {"scores": ("N", K)}),
+    "attention_weights": Case("attention_weights", X | {"scores": ("N", K)}),
+    "topk_instances": Case("topk_instances", {"scores": ("N", K)}, {"k": 3}),
+    "topk_instances-smallest": Case("topk_instances", {"scores": ("N", K)}, {"k": 3, "largest": False}),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+POOLS = {name: case for name, case in CASES.items() if "-" not in name and name.endswith("_pool")}
+
+
+def cotangents(outputs, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+
+
+def step(compute, tensors, offsets, mask):
+    """All outputs of a call and all its gradients, by name."""
+    outputs = compute(tensors, offsets, mask)
+    leaves = {name: t for name, t in tensors.items() if t.requires_grad}
+    gradients = oracle.gradients(outputs, leaves.values(), cotangents(outputs))
+    results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    return results | {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}
+
+
+def close(got, expected, tolerance=1e-10):
+    assert got.keys() == expected.keys()
+    for name, t in got.items():
+        torch.testing.assert_close(
+            t, expected[name], rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}"
+        )
+
+
+# Values and gradients
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all-real", "mask"])
+@pytest.mark.parametrize("lengths", [LENGTHS, (N,), (0, N), (0,)], ids=str)
+@every_case
+def test_oracle(case, lengths, mask):
+    offsets = None if len(lengths) == 1 else torch.tensor([0, *itertools.accumulate(lengths)])
+    mask = mask if mask is None else mask[: sum(lengths)]
+    tensors = case.make(lengths)
+    if "scores" in tensors and sum(lengths):
+        with torch.no_grad():
+            tensors["scores"][2, 0] = -INF  # dead for one head
+    close(step(case.ours, tensors, offsets, mask), step(case.truth, tensors, offsets, mask))
+
+
+@every_case
+def test_blocks_of_rows(case, monkeypatch):
+    whole = step(case.ours, case.make(), OFFSETS, MASK)
+    one = step(case.ours, case.make((N,)), None, MASK)
+    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", {"cpu": 4 * L})
+    close(step(case.ours, case.make(), OFFSETS, MASK), whole)
+    close(step(case.ours, case.make((N,)), None, MASK), one)
+
+
+@pytest.mark.parametrize(
+    "dtype, parameter_dtype",
+    [
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+    ids=str,
+)
+@every_case
+def test_error_promise(case, dtype, parameter_dtype):
+    lengths = (70, 5, 40)
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)])
+    for seed in range(3):
+        tensors = case.make(lengths, dtype, seed, parameter_dtype, relu=True)
+        exact = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in tensors.items()}
+        # Where types are mixed, eager PyTorch runs under autocast.
+        with torch.autocast(
+            "cpu", dtype if parameter_dtype else torch.bfloat16, enabled=parameter_dtype is not None
+        ):
+            eager = step(case.truth, tensors, offsets, None)
+        got = step(case.ours, tensors, offsets, None)
+        promise = testing.error_promise(got, eager, step(case.truth, exact, offsets, None), dtype)
+        assert promise.ok, promise.broken()
+
+
+@pytest.mark.parametrize("case", POOLS.values(), ids=POOLS)
+def test_double_backward(case):
+    lengths, mask = (2, 0, 3), torch.tensor([True, True, True, False, True])
+    tensors = case.make(lengths)
+    leaves = [t for t in tensors.values() if t.requires_grad]
+
+    def compute(*values):
+        names = [name for name, t in tensors.items() if t.requires_grad]
+        out = case.ours(tensors | dict(zip(names, values, strict=True)), torch.tensor([0, 2, 2, 5]), mask)
+        # Numerical differences of -inf are NaN.
+        return [o.masked_fill(o == -INF, 0) for o in out if o.is_floating_point()]
+
+    assert torch.autograd.gradcheck(compute, leaves)
+    assert torch.autograd.gradgradcheck(compute, leaves)
+
+
+# Dropout
+
+
+def test_philox_vectors():
+    ones = 0xFFFFFFFF
+    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    vectors = [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((ones,) * 4, (ones,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (pi, (0xA4093822, 0x299F31D0), (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ]
+    for counter, key, words in vectors:
+        assert oracle.philox(counter, key) == words
+        seed = (
+            torch.tensor([key[0] + key[1] * 2**32]).to(torch.uint64).view(torch.int64)
+            if key[1] < 2**31
+            else None
+        )
+        seed = (
+            torch.tensor([key[0] + key[1] * 2**32 - (2**64 if key[1] >= 2**31 else 0)])
+            if seed is None
+            else seed
+        )
+        got = reference._philox(seed, tuple(torch.tensor([c]) for c in counter))
+        assert tuple(int(w) for w in got) == words
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40 + 3, -1, -(2**63)])
+def test_dropout_mask_is_the_oracles(seed):
+    for branch, p, units in [(0, 0.25, 11), (1, 0.5, 8), (2, 1.0, 3), (0, 1 / 65536, 70)]:
+        got = reference.philox_keep(torch.tensor([seed]), 9, units, branch, p)
+        assert torch.equal(got, oracle.dropout_keep(seed, 9, units, branch, p))
+
+
+def test_dropout_keeps_the_right_share():
+    keep = reference.philox_keep(torch.tensor([3]), 2000, 100, 0, 0.3)
+    assert abs(keep.double().mean().item() - 0.7) < 5 * (0.21 / keep.numel()) ** 0.5
+    assert reference.dropout_scale(1.0) == 0 and reference.dropout_scale(0.5) == 2
+
+
+def test_everything_dropped():
+    case = dataclasses.replace(CASES["gated_attention_pool"], options={"dropout_p": 1.0, "seed": 1})
+    tensors = case.make()
+    scores = case.ours(tensors, OFFSETS, None)[1]
+    torch.testing.assert_close(scores, tensors["w_bias"].expand_as(scores))
+
+
+# Isolation
+
+
+@pytest.mark.parametrize("poison", [float("nan"), INF, -INF], ids=str)
+@pytest.mark.parametrize("offsets", [OFFSETS, None], ids=["bags", "one-bag"])
+@every_case
+def test_masked_rows_do_not_leak(case, offsets, poison):
+    def poisoned(value):
+        tensors = case.make(LENGTHS if offsets is not None else (N,), torch.float32)
+        with torch.no_grad():
+            for t in tensors.values():
+                if t.shape[0] == N:
+                    t[~MASK] = value
+        return step(case.ours, tensors, offsets, MASK)
+
+    clean, got = poisoned(1.0), poisoned(poison)
+    for name, t in got.items():
+        assert torch.equal(t, clean[name]), name  # NaN equals nothing
+    for name, t in got.items():
+        if name.startswith("gradient") and t.shape[0] == N:
+            assert not t[~MASK].any()
+
+
+@pytest.mark.parametrize("offsets", [OFFSETS, None], ids=["bags", "one-bag"])
+@pytest.mark.parametrize("op", ["softmax_pool", "attention_weights"])
+def test_a_score_of_minus_infinity_hides_its_row_from_its_head(op, offsets):
+    tensors = CASES[op].make()
+    with torch.no_grad():
+        tensors["scores"][[4, 7], 0] = -INF
+        clean = step(CASES[op].ours, tensors, offsets, None)
+        tensors["x"][[4, 7]] = float("nan")
+    x, scores = tensors["x"], tensors["scores"]
+    outputs = CASES[op].ours(tensors, offsets, None)
+    heads = 1 if op == "softmax_pool" else None
+    got = outputs[0][..., 0, :] if heads else outputs[0][:, 0]
+    expected = clean["output 0"][..., 0, :] if heads else clean["output 0"][:, 0]
+    assert torch.equal(got.detach(), expected)
+    for gradient in torch.autograd.grad(got.square().sum(), (x, scores), allow_unused=True):
+        assert gradient is None or not gradient[[4, 7]][:, 0].any()
+        assert gradient is None or gradient.isfinite().all()
+
+
+@every_case
+def test_nan_stays_in_its_bag(case):
+    bag = 3  # rows 5 to 11
+
+    def poisoned(value):
+        tensors = case.make(dtype=torch.float32)
+        next(iter(tensors.values())).data[6] = value
+        return step(case.ours, tensors, OFFSETS, None)
+
+    clean, got = poisoned(0.0), poisoned(float("nan"))
+    bags, rows = torch.arange(B) != bag, torch.ones(N, dtype=torch.bool)
+    rows[OFFSETS[bag] : OFFSETS[bag + 1]] = False
+    for name, t in got.items():
+        if name.startswith("gradient") and name not in ("gradient of x", "gradient of scores"):
+            continue  # parameters gather all rows
+        others = bags if t.shape[0] == B else rows
+        assert torch.equal(t[others], clean[name][others]), name
+    if not case.op.startswith("topk"):
+        assert got["output 0"].isnan().any()
+
+
+# Choices
+
+
+def test_ties_go_to_the_lowest_index():
+    x = torch.zeros(9, 2)
+    x[[3, 4, 7], 0] = 2.0
+    offsets, weight = torch.tensor([0, 2, 6, 9]), torch.eye(2)
+    expected = [[0, 0], [3, 2], [7, 6]]
+    for indices in (
+        milkernels.instance_max(x, weight, None, offsets).indices,
+        milkernels.max_pool(x, offsets).indices,
+        milkernels.dsmil_pool(x, x, weight, None, offsets).critical,
+        milkernels.topk_instances(x, 1, offsets).indices[..., 0],
+    ):
+        assert indices.tolist() == expected
+    assert milkernels.instance_max(x, weight).indices.tolist() == [[3, 0]]
+    assert milkernels.max_pool(x).indices.tolist() == [[3, 0]]
+    assert milkernels.topk_instances(x, 4).indices.tolist() == [[[3, 4, 7, 0], [0, 1, 2, 3]]]
+    assert milkernels.topk_instances(x, 4, largest=False).indices.tolist() == [[[0, 1, 2, 5], [0, 1, 2, 3]]]
+
+
+def test_the_gradient_of_a_tie_goes_to_one_instance():
+    x = torch.ones(4, 1, requires_grad=True)
+    for values in (milkernels.instance_max(x, torch.ones(1, 1)).values, milkernels.max_pool(x).values):
+        (gradient,) = torch.autograd.grad(values.sum(), x)
+        assert gradient.flatten().tolist() == [1, 0, 0, 0]
+
+
+def test_nan_wins_like_in_torch_max():
+    x = torch.tensor([[1.0], [float("nan")], [3.0], [float("nan")]])
+    assert milkernels.instance_max(x, torch.ones(1, 1)).indices.item() == torch.max(x, 0).indices.item() == 1
+    assert milkernels.max_pool(x, torch.tensor([0, 1, 3, 4])).indices.flatten().tolist() == [0, 1, 3]
+    assert milkernels.topk_instances(x, 3).indices.flatten().tolist() == [1, 3, 2]
+
+
+@pytest.mark.parametrize("offsets", [None, torch.tensor([0, 0, 4])], ids=["one-bag", "bags"])
+def test_padding_never_wins(offsets):
+    """Padding by zeros beats real scores that are all negative, where libraries multiply by the mask."""
+    x, mask = torch.tensor([[-3.0], [-1.0], [0.0], [0.0]]), torch.tensor([True, True, False, False])
+    weight = torch.ones(1, 1)
+    best = milkernels.instance_max(x, weight, None, offsets, mask=mask)
+    assert (best.values[-1].item(), best.indices[-1].item()) == (-1.0, 1)
+    assert milkernels.dsmil_pool(x, x, weight, None, offsets, mask=mask).critical[-1].item() == 1
+    assert milkernels.max_pool(x, offsets, mask=mask).values[-1].item() == -1.0
+    assert milkernels.topk_instances(x, 3, offsets, mask=mask).indices[-1].tolist() == [[1, 0, -1]]
+
+
+def test_a_class_without_a_critical_instance_pools_nothing():
+    case = CASES["dsmil_pool"]
+    tensors = case.make()
+    tensors["instance_logits"][:, 1] = -INF
+    got = step(case.ours, tensors, OFFSETS, None)
+    close(got, step(case.truth, tensors, OFFSETS, None))
+    assert (got["output 3"][:, 1] == -1).all() and not got["output 0"][:, 1].any()
+
+
+def test_topk_fills_up():
+    scores = torch.tensor([[0.5], [-INF], [2.0]])
+    top = milkernels.topk_instances(scores, 4, torch.tensor([0, 3, 3]))
+    assert top.values.tolist() == [[[2.0, 0.5, -INF, -INF]], [[-INF] * 4]]
+    assert top.indices.tolist() == [[[2, 0, -1, -1]], [[-1] * 4]]
+    least = milkernels.topk_instances(scores, 3, largest=False)
+    assert least.values.tolist() == [[[0.5, 2.0, INF]]] and least.indices.tolist() == [[[0, 2, -1]]]
+
+
+# Extremes
+
+
+def test_logits_far_apart_neither_underflow_nor_overflow():
+    """The quotient of sums of exponentials, as published, is 0 or NaN here."""
+    x = torch.tensor([[-400.0], [-150.0], [900.0]], requires_grad=True)
+    weight = torch.tensor([[1.0], [-0.5]])
+    for offsets in (None, torch.tensor([0, 1, 2, 3])):
+        pooled = milkernels.loss_attention_pool(x, weight, None, offsets)
+        assert torch.equal(pooled.scores.flatten(), torch.tensor([200.0, 75.0, 900.0]))
+        weights = milkernels.attention_weights(pooled, offsets).flatten()
+        assert weights.tolist() == ([0.0, 0.0, 1.0] if offsets is None else [1.0, 1.0, 1.0])
+        (gradient,) = torch.autograd.grad(pooled.bag.sum() + pooled.lse.sum(), x)
+        assert gradient.isfinite().all() and gradient.any()
+
+
+@pytest.mark.parametrize("shift", [-1e4, 1e4])
+def test_a_shift_of_the_scores_cancels(shift):
+    x, scores = torch.randn(N, L).double(), torch.randn(N, K).double()
+    plain = milkernels.softmax_pool(x, scores, OFFSETS)
+    shifted = milkernels.softmax_pool(x, scores + shift, OFFSETS)
+    torch.testing.assert_close(shifted.bag, plain.bag)
+    torch.testing.assert_close(shifted.lse, plain.lse + shift)
+
+
+def test_no_bags_at_all():
+    for case in CASES.values():
+        if case.op != "attention_scores":
+            for t in case.ours(case.make(()), torch.zeros(1, dtype=torch.int32), None):
+                assert 0 in t.shape
+
+
+# Parts and wholes
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_merge_of_parts_is_the_pooling_of_all(dtype):
+    tensors = CASES["softmax_pool"].make(dtype=dtype)
+    x, scores = tensors["x"], tensors["scores"]
+    whole = milkernels.softmax_pool(x, scores, OFFSETS)
+    masks = [torch.arange(N) % 3 == i for i in range(3)] + [torch.zeros(N, dtype=torch.bool)]
+    parts = [milkernels.softmax_pool(x, scores, OFFSETS, mask=mask) for mask in masks]
+    merged = milkernels.merge_pooled(parts)
+    torch.testing.assert_close(merged.bag, whole.bag)
+    torch.testing.assert_close(merged.lse, whole.lse)
+    assert merged.scores.shape == (4 * N, K)
+
+    def gradients(pooled):
+        return torch.autograd.grad(
+            (pooled.bag, pooled.lse), (x, scores), cotangents((pooled.bag, pooled.lse))
+        )
+
+    for got, expected in zip(gradients(merged), gradients(whole), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_weights_sum_to_one():
+    case = CASES["gated_attention_pool"]
+    pooled = milkernels.Pooled(*case.ours(case.make(), OFFSETS, MASK))
+    weights = milkernels.attention_weights(pooled, OFFSETS)
+    assert not weights[~MASK].any()
+    for start, end in itertools.pairwise(OFFSETS.tolist()):
+        total = weights[start:end].sum(0)
+        expected = torch.full_like(total, float(MASK[start:end].any()))
+        torch.testing.assert_close(total, expected)
+
+
+# Tracing, synchronisation, memory
+
+
+def two_streams(x, w, v, offsets, mask):
+    scored = milkernels.instance_max(x, w, None, offsets, mask=mask, backend="reference")
+    pooled = milkernels.dsmil_pool(
+        x,
+        scored.logits,
+        w,
+        None,
+        offsets,
+        v_weight=v,
+        v_dropout_p=0.3,
+        seed=1,
+        mask=mask,
+        backend="reference",
+    )
+    top = milkernels.topk_instances(pooled.scores, 2, offsets, backend="reference")
+    return pooled.bag, pooled.lse, scored.values, top.values
+
+
+def gated(x, w, v, offsets, mask):
+    pooled = milkernels.gated_attention_pool(
+        x,
+        w,
+        None,
+        v,
+        None,
+        w.mT[:2, :3].contiguous(),
+        None,
+        offsets,
+        mask=mask,
+        dropout_p=0.3,
+        backend="reference",
+    )
+    return pooled.bag, pooled.lse
+
+
+def traced_inputs(n):
+    torch.manual_seed(0)
+    x, w, v = (torch.randn(*size, requires_grad=True) for size in ((n, L), (3, L), (3, L)))
+    return x, w, v, torch.tensor([0, n // 2, n // 2, n]), torch.rand(n) > 0.3
+
+
+@pytest.mark.parametrize("fn", [two_streams, gated])
+def test_compile_with_dynamic_sizes(fn):
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (9, 14):
+        inputs = traced_inputs(n)
+        with torch.random.fork_rng():
+            expected = step_of(fn, inputs)
+        with torch.compiler.set_stance("default" if n == 9 else "fail_on_recompile"):
+            got = step_of(compiled, inputs)
+        if fn is two_streams:  # the other one draws its seed, which compiled code may do differently
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def step_of(fn, inputs):
+    outputs = fn(*inputs)
+    return *outputs, *oracle.gradients(outputs, inputs[:3], cotangents(outputs))
+
+
+@pytest.mark.slow
+def test_compile_with_inductor():
+    torch._dynamo.reset()
+    inputs = traced_inputs(40)
+    got = step_of(torch.compile(two_streams, fullgraph=True), inputs)
+    for a, b in zip(got, step_of(two_streams, inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("one_bag", [True, False])
+def test_export_with_any_number_of_instances(one_bag):
+    class Model(torch.nn.Module):
+        def forward(self, x, w, v, offsets, mask):
+            return two_streams(x, w, v, offsets, mask)
+
+    def inputs(n):
+        x, w, v, offsets, mask = (t.detach() for t in traced_inputs(n))
+        return x, w, v, None if one_bag else offsets, mask
+
+    rows = {0: torch.export.Dim("N")}
+    exported = torch.export.export(Model(), inputs(9), dynamic_shapes=(rows, None, None, None, rows))
+    for got, expected in zip(exported.module()(*inputs(30)), two_streams(*inputs(30)), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (N,)], ids=str)
+@every_case
+def test_no_synchronisation(case, lengths):
+    """A fake tensor has no value: whatever reads one on the host raises."""
+    with FakeTensorMode() as mode:
+        tensors = {n: mode.from_tensor(t) for n, t in case.make(lengths).items()}
+        offsets = None if len(lengths) == 1 else mode.from_tensor(OFFSETS)
+        results = step(case.ours, tensors, offsets, mode.from_tensor(MASK))
+    for name, t in step(case.ours, case.make(lengths), None if offsets is None else OFFSETS, MASK).items():
+        assert results[name].shape == t.shape and results[name].dtype == t.dtype
+
+
+@pytest.mark.parametrize(
+    "name", ["softmax_pool", "query_pool", "dsmil_pool", "dsmil_pool-linear-v", "mean_pool"]
+)
+@pytest.mark.parametrize("offsets", [OFFSETS, None], ids=["bags", "one-bag"])
+def test_only_x_is_kept_for_the_backward(name, offsets):
+    case = CASES[name]
+    tensors = case.make(
+        LENGTHS if offsets is not None else (N,), torch.bfloat16, parameter_dtype=torch.float32
+    )
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        case.ours(tensors, offsets, None)
+    x = tensors["x"]
+    assert all(t.numel() < x.numel() or t.data_ptr() == x.data_ptr() for t in kept)
+
+
+@pytest.mark.parametrize("case", POOLS.values(), ids=POOLS)
+def test_autocast(case):
+    tensors = case.make(dtype=torch.float32)
+    plain = case.ours(tensors, OFFSETS, MASK)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = case.ours(tensors, OFFSETS, MASK)
+        exact = case.ours(case.make(), OFFSETS, MASK)
+    for a, b, c, d in zip(plain, cast, exact, case.ours(case.make(), OFFSETS, MASK), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(b, a, rtol=0.1, atol=0.1)
+        torch.testing.assert_close(c, d, rtol=0, atol=0)
