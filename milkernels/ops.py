@@ -137,6 +137,4 @@ def attention_pool(backend: str, *inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 def attention_scores(backend: str, *inputs) -> Tensor:
     """``scores [N, K]`` in the accumulation type; inputs in schema order without ``offsets``."""
-    return _op("attention_scores_fwd", backend)(
-        *inputs[:_NUM_DIFFERENTIABLE], None, *inputs[_NUM_DIFFERENTIABLE:]
-    )
+    return _op("attention_scores_fwd", backend)(*inputs[:_NUM_DIFFERENTIABLE], None, *inputs[_NUM_DIFFERENTIABLE:])

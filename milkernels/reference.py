@@ -132,9 +132,7 @@ def _blocks(num_rows: int, width: int, device: torch.device) -> Iterator[slice]:
 
 
 @_without_autocast
-def _pool_formula(
-    x: Tensor, weights: Tensor, dead: Tensor | None, index: Tensor | None, num_bags: int
-) -> Tensor:
+def _pool_formula(x: Tensor, weights: Tensor, dead: Tensor | None, index: Tensor | None, num_bags: int) -> Tensor:
     """``sum_i weights[i,k] x[i]`` over each bag: [B, K, L]."""
     num_rows, heads = weights.shape
     groups = _head_groups(dead, heads, index)

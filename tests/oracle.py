@@ -18,9 +18,7 @@ INF = float("inf")
 
 def gradients(outputs, inputs, cotangents) -> list[Tensor | None]:
     """The gradients of all floating-point outputs together, 0 where an input was not used."""
-    used = [
-        (o, c) for o, c in zip(outputs, cotangents, strict=True) if o.is_floating_point() and o.requires_grad
-    ]
+    used = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.is_floating_point() and o.requires_grad]
     present = [t for t in inputs if t is not None]
     if not used:
         return [None if t is None else torch.zeros_like(t) for t in inputs]
@@ -243,9 +241,7 @@ def dsmil_pool(
     scores = []
     for r, winners in zip(rows, critical.tolist(), strict=True):
         # A class without a critical instance has no query: it pools nothing.
-        columns = [
-            query(x[r]) @ query(x[i]) * scale if i >= 0 else x.new_full((len(r),), -INF) for i in winners
-        ]
+        columns = [query(x[r]) @ query(x[i]) * scale if i >= 0 else x.new_full((len(r),), -INF) for i in winners]
         scores.append(torch.stack(columns, 1))
     bag, scores, lse = _pool_all(x, rows, [value(r) for r in rows], scores)
     return bag, scores, lse, critical

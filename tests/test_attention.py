@@ -15,9 +15,7 @@ import milkernels
 from milkernels import backends, native, ops, testing
 from milkernels.testing import CASES, Shape
 
-pytestmark = pytest.mark.skipif(
-    native.load_error() is not None, reason=f"no extension: {native.load_error()}"
-)
+pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=f"no extension: {native.load_error()}")
 
 COMPILED = [name for name, case in CASES.items() if "compiled" in case.tags]
 POOLS = [name for name in COMPILED if name.endswith("_pool")]
@@ -176,9 +174,7 @@ def test_gradients_of_scores_and_lse_add_up():
         grads = []
         for backend in ("native", "reference"):
             outputs = list(case.call(inputs, backend).values())
-            grads.append(
-                torch.autograd.grad([outputs[i] for i in chosen], leaves, [weights[i] for i in chosen])
-            )
+            grads.append(torch.autograd.grad([outputs[i] for i in chosen], leaves, [weights[i] for i in chosen]))
         for ours, expected in zip(*grads, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
 
@@ -304,9 +300,7 @@ def test_dropout_mask_is_the_reference_mask():
     )
     keep = testing.dropout_keep(seed, rows, units, 0, p)
     assert torch.equal(scores != 0, keep)
-    torch.testing.assert_close(
-        scores[keep], torch.full_like(scores[keep], 1 / (1 - round(p * 65536) / 65536))
-    )
+    torch.testing.assert_close(scores[keep], torch.full_like(scores[keep], 1 / (1 - round(p * 65536) / 65536)))
     gated = milkernels.gated_attention_scores(
         x, v, v_bias, v, v_bias, w, None, activation="identity", dropout_p=p, seed=seed, backend="native"
     )
@@ -466,10 +460,7 @@ def test_autocast_equals_the_reference_under_autocast(dtype, layout):
     for ours, theirs, best in zip(pooled, reference, exact, strict=True):
         finite = best.isfinite()
         error = (ours - best)[finite].norm()
-        assert (
-            error
-            <= 2 * (theirs - best)[finite].norm() + 4 * torch.finfo(torch.float32).eps * best[finite].norm()
-        )
+        assert error <= 2 * (theirs - best)[finite].norm() + 4 * torch.finfo(torch.float32).eps * best[finite].norm()
     grads = torch.autograd.grad(pooled.bag.sum(), leaves)
     assert [g.dtype for g in grads] == [torch.float32] * 7
 
@@ -489,9 +480,7 @@ def test_half_features_with_float32_parameters():
 def test_frozen_inputs_cost_nothing():
     """No gradient that nobody asked for is computed: nothing of its size is allocated."""
     x, parameters, offsets = sample()
-    pooled = milkernels.gated_attention_pool(
-        x, *(p.requires_grad_() for p in parameters), offsets, backend="native"
-    )
+    pooled = milkernels.gated_attention_pool(x, *(p.requires_grad_() for p in parameters), offsets, backend="native")
     grads = torch.ops.milkernels.attention_bwd.native(
         x,
         *(p.detach() for p in parameters),
@@ -517,9 +506,7 @@ def test_frozen_inputs_cost_nothing():
 
 def peak_allocated(call) -> int:
     """The most bytes that PyTorch's CPU allocator held during the call beyond what it held before."""
-    with torch.profiler.profile(
-        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
-    ) as profile:
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         kept = call()
     held = peak = 0
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]

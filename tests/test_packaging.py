@@ -93,9 +93,7 @@ def test_the_version_is_written_once():
 def test_one_module_per_instruction_set(monkeypatch):
     found = extensions(monkeypatch, MILKERNELS_BUILD_CUDA="0")
     x86 = "milkernels._C_avx2" in found
-    assert list(found) == [
-        f"milkernels._C_{n}" for n in (["default", "avx2", "avx512"] if x86 else ["default"])
-    ]
+    assert list(found) == [f"milkernels._C_{n}" for n in (["default", "avx2", "avx512"] if x86 else ["default"])]
     sources = next(iter(found.values())).sources
     for name, extension in found.items():
         flags = extension.extra_compile_args
@@ -185,9 +183,7 @@ def test_info():
         assert expected in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"), [((), "command"), (("info", "x"), "got x"), (("no",), "no")]
-)
+@pytest.mark.parametrize(("arguments", "message"), [((), "command"), (("info", "x"), "got x"), (("no",), "no")])
 def test_bad_commands(arguments, message):
     result = command(*arguments)
     assert result.returncode == 2 and message in result.stderr

@@ -147,9 +147,7 @@ def step(compute, tensors, offsets, mask):
 def close(got, expected, tolerance=1e-10):
     assert got.keys() == expected.keys()
     for name, t in got.items():
-        torch.testing.assert_close(
-            t, expected[name], rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}"
-        )
+        torch.testing.assert_close(t, expected[name], rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
 
 
 # Values and gradients
@@ -196,9 +194,7 @@ def test_error_promise(case, dtype, parameter_dtype):
         tensors = case.make(lengths, dtype, seed, parameter_dtype, relu=True)
         exact = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in tensors.items()}
         # Where types are mixed, eager PyTorch runs under autocast.
-        with torch.autocast(
-            "cpu", dtype if parameter_dtype else torch.bfloat16, enabled=parameter_dtype is not None
-        ):
+        with torch.autocast("cpu", dtype if parameter_dtype else torch.bfloat16, enabled=parameter_dtype is not None):
             eager = step(case.truth, tensors, offsets, None)
         got = step(case.ours, tensors, offsets, None)
         promise = testing.error_promise(got, eager, step(case.truth, exact, offsets, None), dtype)
@@ -234,16 +230,8 @@ def test_philox_vectors():
     ]
     for counter, key, words in vectors:
         assert oracle.philox(counter, key) == words
-        seed = (
-            torch.tensor([key[0] + key[1] * 2**32]).to(torch.uint64).view(torch.int64)
-            if key[1] < 2**31
-            else None
-        )
-        seed = (
-            torch.tensor([key[0] + key[1] * 2**32 - (2**64 if key[1] >= 2**31 else 0)])
-            if seed is None
-            else seed
-        )
+        seed = torch.tensor([key[0] + key[1] * 2**32]).to(torch.uint64).view(torch.int64) if key[1] < 2**31 else None
+        seed = torch.tensor([key[0] + key[1] * 2**32 - (2**64 if key[1] >= 2**31 else 0)]) if seed is None else seed
         got = reference._philox(seed, tuple(torch.tensor([c]) for c in counter))
         assert tuple(int(w) for w in got) == words
 
@@ -444,9 +432,7 @@ def test_merge_of_parts_is_the_pooling_of_all(dtype):
     assert merged.scores.shape == (4 * N, K)
 
     def gradients(pooled):
-        return torch.autograd.grad(
-            (pooled.bag, pooled.lse), (x, scores), cotangents((pooled.bag, pooled.lse))
-        )
+        return torch.autograd.grad((pooled.bag, pooled.lse), (x, scores), cotangents((pooled.bag, pooled.lse)))
 
     for got, expected in zip(gradients(merged), gradients(whole), strict=True):
         torch.testing.assert_close(got, expected)
@@ -564,15 +550,11 @@ def test_no_synchronisation(case, lengths):
         assert results[name].shape == t.shape and results[name].dtype == t.dtype
 
 
-@pytest.mark.parametrize(
-    "name", ["softmax_pool", "query_pool", "dsmil_pool", "dsmil_pool-linear-v", "mean_pool"]
-)
+@pytest.mark.parametrize("name", ["softmax_pool", "query_pool", "dsmil_pool", "dsmil_pool-linear-v", "mean_pool"])
 @pytest.mark.parametrize("offsets", [OFFSETS, None], ids=["bags", "one-bag"])
 def test_only_x_is_kept_for_the_backward(name, offsets):
     case = CASES[name]
-    tensors = case.make(
-        LENGTHS if offsets is not None else (N,), torch.bfloat16, parameter_dtype=torch.float32
-    )
+    tensors = case.make(LENGTHS if offsets is not None else (N,), torch.bfloat16, parameter_dtype=torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         case.ours(tensors, offsets, None)

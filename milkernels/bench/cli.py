@@ -74,9 +74,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--dtype", type=_names(list(DTYPES)), default=["float32", "bfloat16"])
     what.add_argument("--mode", type=_names(MODES), default=["fwd", "step"], help=", ".join(MODES))
     what.add_argument("--backends", help="native, triton, reference; default: the one that serves the op")
-    what.add_argument(
-        "--contenders", help=f"{', '.join(contenders.REGISTRY)}; default: eager, compile and peers"
-    )
+    what.add_argument("--contenders", help=f"{', '.join(contenders.REGISTRY)}; default: eager, compile and peers")
     what.add_argument("--dropout", type=float, default=0.0)
     what.add_argument("--seed", type=int, default=0)
     what.add_argument("--threads", type=_positive)

@@ -58,9 +58,7 @@ def _ours(backend: str) -> Callable[[OpCase, Inputs, bool], tuple[Compute, Input
             with torch.no_grad():
                 case.call(case.prefix(inputs, 1), backend)
         except RuntimeError as error:
-            if not str(error).startswith(
-                "backend "
-            ):  # a backend that was asked for and cannot; the rest are bugs
+            if not str(error).startswith("backend "):  # a backend that was asked for and cannot; the rest are bugs
                 raise
             raise Unavailable(str(error)) from error
         return lambda i: case.call(i, backend), inputs
@@ -177,9 +175,7 @@ def default_backends(case: OpCase, inputs: Inputs) -> list[str]:
     return ["reference"]
 
 
-def warmed_up(
-    contender: Contender, case: OpCase, inputs: Inputs, mode: str, *, whole: bool
-) -> tuple[Compute, Inputs]:
+def warmed_up(contender: Contender, case: OpCase, inputs: Inputs, mode: str, *, whole: bool) -> tuple[Compute, Inputs]:
     """What to time, after one run on all instances, or on a prefix where one run is all there is time for."""
     part = inputs if whole or len(inputs.x) <= PREFIX else case.prefix(inputs, PREFIX)
     compute, its_inputs = contender.prepare(case, part, part is inputs)

@@ -192,9 +192,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 def _headline(result: Result, workload: Workload) -> list[str]:
     here, shape = machine(), workload.shape
-    bags = (
-        f"{shape.bags} bags of {min(shape.lengths)} to {max(shape.lengths)}" if shape.bags > 1 else "one bag"
-    )
+    bags = f"{shape.bags} bags of {min(shape.lengths)} to {max(shape.lengths)}" if shape.bags > 1 else "one bag"
     padded = ", padded to the longest" if workload.padded else ""
     lines = [
         f"{here['cpu']}, {here['threads']} threads, {here['instruction_set']}, torch {here['torch']}",

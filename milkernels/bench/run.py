@@ -86,9 +86,7 @@ class _Entry:
 
 
 class Bench:
-    def __init__(
-        self, workload: Workload, options: Options, say: Callable[[str], object] = lambda text: None
-    ):
+    def __init__(self, workload: Workload, options: Options, say: Callable[[str], object] = lambda text: None):
         self.workload, self.options, self.say = workload, options, say
         self.case = workload.case
         self.shape = workload.shape  # the real instances: padding is not work
@@ -232,9 +230,7 @@ class Bench:
             self.say(f"{row.dtype} {row.mode}: {row.label}, one run")
             row.timing = harness.Timing(warm=False)
             try:
-                compute, its_inputs = contenders.warmed_up(
-                    entry.contender, self.case, inputs, row.mode, whole=False
-                )
+                compute, its_inputs = contenders.warmed_up(entry.contender, self.case, inputs, row.mode, whole=False)
                 row.timing.seconds.append(harness.timed(self._caller(compute, its_inputs, row.mode)))
             except Exception as error:  # as above
                 row.status, row.reason = ERROR, harness.describe(error)

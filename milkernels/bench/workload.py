@@ -82,7 +82,5 @@ def load_features(path: str) -> tuple[Tensor, tuple[int, ...]]:
     standardised = (features - features.mean(dim=0)) / torch.where(deviation > 0, deviation, 1.0)
     lengths = tuple(end - start for start, end in itertools.pairwise(offsets))
     if 0 in lengths:
-        raise ValueError(
-            f"{path}: bag {lengths.index(0)} is empty; eager has no answer for it to compare with"
-        )
+        raise ValueError(f"{path}: bag {lengths.index(0)} is empty; eager has no answer for it to compare with")
     return standardised.float(), lengths
