@@ -5,8 +5,9 @@
 #   make test  ARGS="-k bags"       tests
 #   make lint | format | info | clean
 #
-# PYTHON        the interpreter; if it has PyTorch already, that one is used and nothing is downloaded that is there
-# TORCH         what to install otherwise;  TORCH_INDEX  where from, if not from pip's default
+# PYTHON        the interpreter; what it has already is used, PyTorch first of all, and not downloaded
+# TORCH         what to install otherwise
+# TORCH_INDEX   where from, if not from pip's default index
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -18,7 +19,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 RUFF := $(shell sed -n 's/.*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
 SOURCES := setup.py $(shell find csrc -type f)
-PYTHON_FILES := milkernels tests benchmarks setup.py
+PYTHON_FILES := setup.py $(wildcard milkernels tests benchmarks)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: install bench test lint format info clean
@@ -46,10 +47,10 @@ info: $(VENV)/.built
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info milkernels/*.so .pytest_cache .ruff_cache .benchmarks
-	find milkernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find $(PYTHON_FILES) -name __pycache__ -prune -exec rm -rf {} +
 
-# Where $(PYTHON) has PyTorch the environment sees its packages.  --system-site-packages alone is not enough: if
-# $(PYTHON) lives in a virtual environment itself, that option skips it and shows the one below.
+# Where $(PYTHON) has PyTorch the environment sees its packages.  --system-site-packages alone is not enough:
+# if $(PYTHON) lives in a virtual environment itself, that option skips it and shows the one below.
 $(VENV)/.created:
 	@rm -rf $(VENV)
 	@if $(PYTHON) -c "import torch, pip" 2>/dev/null; then \
@@ -63,7 +64,8 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.torch: $(VENV)/.created
-	@$(PY) -c "import torch" 2>/dev/null || $(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@$(PY) -c "import torch" 2>/dev/null \
+		|| $(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	@$(PY) -c "import setuptools as s; assert int(s.__version__.split('.')[0]) >= 77" 2>/dev/null \
 		|| $(PIP) install "setuptools>=77"
 	@command -v ninja >/dev/null || $(PIP) install ninja || echo "no ninja: the build will be slower"

@@ -34,7 +34,8 @@ INSTRUCTION_SETS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
     + ["-Wno-maybe-uninitialized"],  # GCC's own headers, up to 12
 }
-OPTIMISE = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]  # never -ffast-math
+OPTIMISE = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]  # never -ffast-math
+QUIET = ["-Wno-unknown-pragmas"]  # PyTorch's headers have hundreds
 
 
 def setting(name):
@@ -85,7 +86,7 @@ def cpu_extensions():
         cpp_extension.CppExtension(
             **common(f"_C_{name}", CPU_SOURCES, required),
             define_macros=[("CPU_CAPABILITY", name.upper()), (f"CPU_CAPABILITY_{name.upper()}", None)],
-            extra_compile_args=[*OPTIMISE, *openmp, *flags],
+            extra_compile_args=[*OPTIMISE, *QUIET, *openmp, *flags],
             extra_link_args=openmp,
         )
         for name, flags in INSTRUCTION_SETS.items()
@@ -97,8 +98,9 @@ def cuda_extensions():
     required = setting("MILKERNELS_BUILD_CUDA")
     if required is False or not CUDA_SOURCES:
         return []
-    if torch is None or torch.version.cuda is None or cpp_extension.CUDA_HOME is None:
-        if required:
+    cuda = torch is not None and torch.version.cuda is not None
+    if not cuda or cpp_extension.CUDA_HOME is None:
+        if cuda or required:  # a PyTorch without CUDA needs no warning
             refuse_or_warn(required, "the CUDA module needs a PyTorch built for CUDA, and CUDA's compiler.")
         return []
     # Without a list PyTorch asks the visible GPU; the build must be the same on a machine that has none.

@@ -3,7 +3,7 @@
 #include <ATen/native/CPUBlas.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/extension.h>
+#include <torch/version.h>
 
 #include <map>
 #include <string>

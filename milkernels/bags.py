@@ -4,10 +4,10 @@
 on the device of ``x``) starts at 0, never decreases and ends at N.  Bag ``b`` is
 ``x[offsets[b]:offsets[b + 1]]`` and may be empty.  ``offsets=None`` is one bag.
 
-**Schedule.** Rows are cut into flat chunks of ``chunk_rows(N)`` rows, which may cross bag boundaries.  A *segment* is
-a maximal run of rows inside one chunk and one bag: what one worker reduces to one partial result.  The
-segment of chunk ``c`` and bag ``b`` writes its partial into slot ``c + b``.  From a segment to the next one
-``c`` or ``b`` or both grow and neither shrinks, so slots are unique and in row order, and
+**Schedule.** Rows are cut into flat chunks of ``chunk_rows(N)`` rows, which may cross bag boundaries.  A
+*segment* is a maximal run of rows inside one chunk and one bag: what one worker reduces to one partial result.
+The segment of chunk ``c`` and bag ``b`` writes its partial into slot ``c + b``.  From a segment to the next
+one ``c`` or ``b`` or both grow and neither shrinks, so slots are unique and in row order, and
 ``ceil(N / chunk) + B`` of them are enough.  No table is needed: a bag of rows ``[start, end)`` that is not
 empty owns the chunks ``start // chunk`` to ``(end - 1) // chunk``, and merging its partials in slot order
 gives the same bits whatever ran in parallel.  ``segments`` is this paragraph as code.
@@ -99,7 +99,7 @@ def bag_index(offsets: Tensor | None, num_rows: int, device: torch.device | None
 
 
 def chunk_rows(num_rows: int) -> int:
-    """Rows of one chunk: fewer where there are few, so that all workers find work; it depends on shapes alone."""
+    """Rows of one chunk: fewer where there are few, so that all workers find work; from shapes alone."""
     return 64 if num_rows <= 2048 else 256
 
 

@@ -63,14 +63,20 @@ def _without_autocast(fn):
 # Rows, bags and blocks
 
 
+def _adds_by_sorting(t: Tensor) -> bool:
+    """How to add rows deterministically: on a GPU index_add uses atomics and index_put sorts; on a CPU it is
+    index_put that uses atomics.  The backward of indexing is index_put, that of index_select is index_add."""
+    return t.is_cuda
+
+
 def _take(t: Tensor, index: Tensor) -> Tensor:
-    """``t[index]``, by the op whose backward is the one that `_add_rows` picks for the device."""
-    return t[index] if t.is_cuda else t.index_select(0, index)
+    """``t[index]``, by the op whose backward is deterministic."""
+    return t[index] if _adds_by_sorting(t) else t.index_select(0, index)
 
 
 def _add_rows(rows: Tensor, index: Tensor, num_bags: int) -> Tensor:
     total = rows.new_zeros((num_bags, *rows.shape[1:]))
-    if rows.is_cuda:  # index_add uses atomics there, index_put sorts
+    if _adds_by_sorting(rows):
         return total.index_put((index,), rows, accumulate=True)
     return total.index_add(0, index, rows)
 
@@ -128,7 +134,7 @@ def _blocks(num_rows: int, width: int, device: torch.device) -> Iterator[slice]:
 # The trilinear form  sum_{i,k} weights[i,k] <x[i], query[bag(i),k]>  over the pairs (i, k) that are not dead,
 # as its three partial derivatives: every op below is made of them, and the gradient of each is the other two.
 # They save their inputs only, so nothing else of the size of x is kept.  ``dead`` is [N, K], [N, 1] or None;
-# weights and query come in the accumulation type, x in its own.
+# weights and query come in the accumulation type, x in its own; dead weights are finite.
 
 
 @_without_autocast
@@ -144,7 +150,7 @@ def _pool_formula(x: Tensor, weights: Tensor, dead: Tensor | None, index: Tensor
             w = weights[rows, start:stop]
             if index is None:
                 part.add_((w.t() @ alive)[None])
-            elif x.is_cuda:
+            elif _adds_by_sorting(x):
                 part.index_put_((index[rows],), (w * alive)[:, None], accumulate=True)
             else:
                 part.index_add_(0, index[rows], (w * alive)[:, None])
@@ -258,7 +264,14 @@ def _score(x: Tensor, query: Tensor, dead: Tensor | None, index: Tensor | None) 
     return score(x, query, dead, index)
 
 
-# Masks, softmax, linear layers
+# Selection, softmax, linear layers
+
+
+def _gather(rows: Tensor, indices: Tensor, none: float) -> Tensor:
+    """``rows[indices[j, c], c]``, and ``none`` where the index is -1."""
+    if rows.shape[0] == 0:
+        return rows.new_full(indices.shape, none)
+    return rows.gather(0, indices.clamp(min=0)).masked_fill(indices < 0, none)
 
 
 def _dead_rows(mask: Tensor | None) -> Tensor | None:
@@ -415,8 +428,10 @@ def query_pool(x, query, offsets, mask, scale):
 @_without_autocast
 def weighted_pool(x, weights, offsets, mask):
     """``sum_i w_i x_i`` over each bag."""
+    dead = _dead_rows(mask)
     weights = weights.to(_accumulation_dtype(x, weights))
-    return _pool(x, weights, _dead_rows(mask), _Segments(offsets, x)).to(x.dtype)
+    weights = weights if dead is None else weights.masked_fill(dead, 0)
+    return _pool(x, weights, dead, _Segments(offsets, x)).to(x.dtype)
 
 
 @_without_autocast
@@ -426,10 +441,7 @@ def instance_max(x, weight, bias, offsets, mask, compute_dtype):
     product = _product_dtype(x, acc, compute_dtype)
     logits = _masked_scores(_linear(_without_masked(x, mask), weight, bias, product, acc), mask)
     indices = _Segments(offsets, x).first_max(logits, logits == -_INF)
-    # A last row of -inf stands for "none", so that there is always a row to read.
-    padded = F.pad(logits, (0, 0, 0, 1), value=-_INF)
-    values = padded.gather(0, torch.where(indices < 0, x.shape[0], indices))
-    return values, indices, logits
+    return _gather(logits, indices, -_INF), indices, logits
 
 
 @_without_autocast
@@ -513,9 +525,7 @@ def max_pool(x, offsets, mask):
     """``(values, indices)``: the maximum over the real instances of each bag, feature by feature."""
     dead = torch.zeros_like(x[:, :1], dtype=torch.bool) if mask is None else _dead_rows(mask)
     indices = _Segments(offsets, x).first_max(x, dead)
-    if x.shape[0] == 0:
-        return x.new_zeros(indices.shape), indices
-    return x.gather(0, indices.clamp(min=0)).masked_fill(indices < 0, 0), indices
+    return _gather(x, indices, 0), indices
 
 
 def segment_softmax(scores, offsets, mask):
@@ -536,10 +546,11 @@ def attention_weights(scores, lse, offsets, mask):
 def topk_instances(scores, k, offsets, largest, mask):
     """``(values, indices)`` of the k largest or smallest scores of each bag and head, best first."""
     segments = _Segments(offsets, scores)
-    num_rows, heads = scores.shape
     scores = _masked_scores(scores, mask)
     dead = scores == -_INF
-    index = dead.new_zeros(num_rows, dtype=torch.int64) if segments.index is None else segments.index
+    index = segments.index
+    if index is None:
+        index = torch.zeros(segments.num_rows, dtype=torch.int64, device=scores.device)
     # Stable sorts, the least significant key first: by score, then the dead after the alive, then by bag.
     order = torch.argsort(scores.detach(), dim=0, descending=largest, stable=True)
     key = (2 * index[:, None] + dead).gather(0, order)
@@ -549,12 +560,9 @@ def topk_instances(scores, k, offsets, largest, mask):
     alive = segments.sum((~dead).to(torch.int64))
     rank = torch.arange(k, device=scores.device)
     place = (size.cumsum(0) - size)[:, None, None] + rank
-    # The last row of both padded tensors stands for "none".
-    place = torch.where(rank < alive[:, :, None], place, num_rows).transpose(1, 2).flatten(0, 1)
-    indices = torch.cat([order, order.new_full((1, heads), num_rows)]).gather(0, place)
-    none = scores.new_full((1, heads), -_INF if largest else _INF)
-    values = torch.cat([scores, none]).gather(0, indices)
-    indices = torch.where(indices == num_rows, -1, indices)
+    place = torch.where(rank < alive[:, :, None], place, -1)
+    indices = _gather(order, place.transpose(1, 2).flatten(0, 1), -1)
+    values = _gather(scores, indices, -_INF if largest else _INF)
     shape = (segments.num_bags, k)
     return values.unflatten(0, shape).transpose(1, 2), indices.unflatten(0, shape).transpose(1, 2)
 

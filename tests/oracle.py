@@ -8,6 +8,7 @@ Arguments are named as those of the public functions.  Dropout masks are passed 
 tensor for each branch, from `dropout_keep` or elsewhere.
 """
 
+import functools
 import math
 
 import torch
@@ -41,6 +42,7 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
     return a, b, c, d
 
 
+@functools.lru_cache
 def dropout_keep(seed: int, num_rows: int, num_units: int, branch: int, p: float) -> Tensor:
     """Which units are kept, ``[num_rows, num_units]``."""
     seed %= 2**64

@@ -10,16 +10,8 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
-from milkernels.bags import (
-    Bags,
-    bag_index,
-    bag_lengths,
-    check_offsets,
-    chunk_rows,
-    collate_bags,
-    num_partials,
-    segments,
-)
+from milkernels import Bags, collate_bags
+from milkernels.bags import bag_index, bag_lengths, check_offsets, chunk_rows, num_partials, segments
 
 LENGTHS = [[4], [1], [0], [2, 0, 3], [0, 1, 0], [1, 1, 1], [0, 0], [5, 2]]
 CPU = torch.device("cpu")
@@ -36,9 +28,6 @@ def make(lengths, width=3, dtype=torch.int64, mask=False, extras=True):
 
 def same(a, b):
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-
-
-# Offsets
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -146,9 +135,6 @@ def test_bag_index_exports_with_dynamic_rows():
         assert same(program.module()(torch.randn(9, 2), other), bag_index(other, 9))
 
 
-# Schedule
-
-
 @pytest.mark.parametrize("seed", range(30))
 def test_segments_cover_every_row_once_in_slots_of_their_own(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -180,9 +166,6 @@ def test_segments_of_one_bag():
     assert list(segments(None, 0)) == []
     assert list(segments(None, 65)) == [(0, 0, 0, 64), (1, 0, 64, 65)]
     assert list(segments(None, 4000))[-1] == (15, 0, 3840, 4000)
-
-
-# Bags
 
 
 def test_bags_keep_what_they_are_given():
@@ -218,9 +201,6 @@ def test_masks_of_any_type_become_bool(dtype):
 def test_bad_bags_say_what_was_got(arguments, error, message):
     with pytest.raises(error, match=message):
         Bags(**{"values": torch.randn(5, 3), **arguments})
-
-
-# Conversions
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -423,9 +403,6 @@ def test_conversions_are_differentiable():
     assert not bags.detach().values.requires_grad
 
 
-# Tensor-like and sequence-like
-
-
 def test_to_converts_floating_values_only():
     bags = make([2, 3], mask=True)
     bags.extras["weight"] = torch.ones(5, dtype=torch.float64)
@@ -512,9 +489,6 @@ def test_offsets_on_a_gpu_are_checked_once():
         torch.cuda.set_sync_debug_mode("default")
 
 
-# Pytree
-
-
 @pytest.mark.parametrize("mask", [False, True])
 def test_pytree(mask):
     bags = make([2, 0, 3], mask=mask)
@@ -549,9 +523,6 @@ def test_bags_pickle():
     assert all(same(a, b) for a, b in zip(*map(pytree.tree_leaves, (bags, again)), strict=True))
 
 
-# Collation
-
-
 class Slides(torch.utils.data.Dataset):
     lengths = (3, 0, 1, 5)
 
@@ -570,13 +541,8 @@ class Slides(torch.utils.data.Dataset):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_collate_in_a_data_loader(workers):
     collate = functools.partial(collate_bags, per_instance=("coords",))
-    loader = DataLoader(
-        Slides(),
-        batch_size=2,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-    )
+    options = {"num_workers": workers, "pin_memory": torch.cuda.is_available()}
+    loader = DataLoader(Slides(), batch_size=2, collate_fn=collate, **options)
     first, second = loader
     assert list(first) == ["features", "label"] and first["label"].tolist() == [0, 1]
     bags = second["features"]

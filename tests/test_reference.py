@@ -1,5 +1,5 @@
-"""The reference against the oracle, and what it promises besides numbers: no leak, no synchronisation, no barrier to
-tracing and to second derivatives."""
+"""The reference against the oracle, and what it promises besides numbers: nothing leaks, nothing synchronises,
+and it can be traced and differentiated again."""
 
 import dataclasses
 import itertools
@@ -45,6 +45,10 @@ class Case:
             return t.to(dtype if name == "x" or parameter_dtype is None else parameter_dtype)
 
         made = {name: randn(name, size) for name, size in (self.tensors | self.fixed).items()}
+        if relu:  # keeps units off the kink of a ReLU, where rounding decides the gradient
+            for name in ("q_bias", "v_bias"):
+                if name in made:
+                    made[name] += 3
         if self.op == "instance_max" and relu:  # a clear winner for each bag and class
             for start, c in itertools.product((0, *itertools.accumulate(lengths))[:-1], range(C)):
                 w = made["weight"][c].to(dtype)
@@ -147,7 +151,9 @@ def step(compute, tensors, offsets, mask):
 def close(got, expected, tolerance=1e-10):
     assert got.keys() == expected.keys()
     for name, t in got.items():
-        torch.testing.assert_close(t, expected[name], rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            t, expected[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 # Values and gradients
@@ -175,6 +181,13 @@ def test_blocks_of_rows(case, monkeypatch):
     close(step(case.ours, case.make((N,)), None, MASK), one)
 
 
+@every_case
+def test_the_ops_that_are_deterministic_on_a_gpu(case, monkeypatch):
+    expected = step(case.ours, case.make(), OFFSETS, MASK)
+    monkeypatch.setattr(reference, "_adds_by_sorting", lambda t: True)
+    close(step(case.ours, case.make(), OFFSETS, MASK), expected)
+
+
 @pytest.mark.parametrize(
     "dtype, parameter_dtype",
     [
@@ -188,17 +201,25 @@ def test_blocks_of_rows(case, monkeypatch):
 )
 @every_case
 def test_error_promise(case, dtype, parameter_dtype):
+    """Over several seeds together: a gradient of five numbers is too few to compare two errors."""
     lengths = (70, 5, 40)
     offsets = torch.tensor([0, *itertools.accumulate(lengths)])
-    for seed in range(3):
+    runs = []
+    for seed in range(5):
         tensors = case.make(lengths, dtype, seed, parameter_dtype, relu=True)
         exact = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in tensors.items()}
         # Where types are mixed, eager PyTorch runs under autocast.
-        with torch.autocast("cpu", dtype if parameter_dtype else torch.bfloat16, enabled=parameter_dtype is not None):
+        with torch.autocast("cpu", dtype, enabled=parameter_dtype is not None):
             eager = step(case.truth, tensors, offsets, None)
-        got = step(case.ours, tensors, offsets, None)
-        promise = testing.error_promise(got, eager, step(case.truth, exact, offsets, None), dtype)
-        assert promise.ok, promise.broken()
+        runs.append((step(case.ours, tensors, offsets, None), eager, step(case.truth, exact, offsets, None)))
+    promise = testing.error_promise(*(together(results) for results in zip(*runs, strict=True)), dtype)
+    assert promise.ok, promise.broken()
+
+
+def together(results):
+    """The results of several runs as one, indices as numbers."""
+    joined = {name: torch.stack([r[name] for r in results]) for name in results[0]}
+    return {n: t if t.is_floating_point() else t.double() for n, t in joined.items()}
 
 
 @pytest.mark.parametrize("case", POOLS.values(), ids=POOLS)
@@ -230,8 +251,7 @@ def test_philox_vectors():
     ]
     for counter, key, words in vectors:
         assert oracle.philox(counter, key) == words
-        seed = torch.tensor([key[0] + key[1] * 2**32]).to(torch.uint64).view(torch.int64) if key[1] < 2**31 else None
-        seed = torch.tensor([key[0] + key[1] * 2**32 - (2**64 if key[1] >= 2**31 else 0)]) if seed is None else seed
+        seed = torch.tensor([*key], dtype=torch.int64).to(torch.uint32).view(torch.int64)
         got = reference._philox(seed, tuple(torch.tensor([c]) for c in counter))
         assert tuple(int(w) for w in got) == words
 
@@ -289,13 +309,11 @@ def test_a_score_of_minus_infinity_hides_its_row_from_its_head(op, offsets):
         tensors["x"][[4, 7]] = float("nan")
     x, scores = tensors["x"], tensors["scores"]
     outputs = CASES[op].ours(tensors, offsets, None)
-    heads = 1 if op == "softmax_pool" else None
-    got = outputs[0][..., 0, :] if heads else outputs[0][:, 0]
-    expected = clean["output 0"][..., 0, :] if heads else clean["output 0"][:, 0]
+    got, expected = outputs[0][:, 0], clean["output 0"][:, 0]
     assert torch.equal(got.detach(), expected)
-    for gradient in torch.autograd.grad(got.square().sum(), (x, scores), allow_unused=True):
-        assert gradient is None or not gradient[[4, 7]][:, 0].any()
-        assert gradient is None or gradient.isfinite().all()
+    got.square().sum().backward()
+    assert x.grad is None or (x.grad.isfinite().all() and not x.grad[[4, 7]].any())
+    assert scores.grad[:, 0].isfinite().all() and not scores.grad[[4, 7], 0].any()
 
 
 @every_case
@@ -304,7 +322,9 @@ def test_nan_stays_in_its_bag(case):
 
     def poisoned(value):
         tensors = case.make(dtype=torch.float32)
-        next(iter(tensors.values())).data[6] = value
+        for t in tensors.values():
+            if t.shape[0] == N:
+                t.data[6] = value
         return step(case.ours, tensors, OFFSETS, None)
 
     clean, got = poisoned(0.0), poisoned(float("nan"))
@@ -493,6 +513,7 @@ def traced_inputs(n):
     return x, w, v, torch.tensor([0, n // 2, n // 2, n]), torch.rand(n) > 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fn", [two_streams, gated])
 def test_compile_with_dynamic_sizes(fn):
     torch._dynamo.reset()
@@ -519,7 +540,7 @@ def test_compile_with_inductor():
     inputs = traced_inputs(40)
     got = step_of(torch.compile(two_streams, fullgraph=True), inputs)
     for a, b in zip(got, step_of(two_streams, inputs), strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("one_bag", [True, False])
@@ -551,13 +572,12 @@ def test_no_synchronisation(case, lengths):
 
 
 @pytest.mark.parametrize("name", ["softmax_pool", "query_pool", "dsmil_pool", "dsmil_pool-linear-v", "mean_pool"])
-@pytest.mark.parametrize("offsets", [OFFSETS, None], ids=["bags", "one-bag"])
-def test_only_x_is_kept_for_the_backward(name, offsets):
-    case = CASES[name]
-    tensors = case.make(LENGTHS if offsets is not None else (N,), torch.bfloat16, parameter_dtype=torch.float32)
-    kept = []
+@pytest.mark.parametrize("bags", [True, False], ids=["bags", "one-bag"])
+def test_only_x_is_kept_for_the_backward(name, bags):
+    offsets, kept = torch.tensor([0, 90, 100])[:: 1 if bags else 2], []
+    tensors = CASES[name].make((90, 10) if bags else (100,), torch.bfloat16, parameter_dtype=torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        case.ours(tensors, offsets, None)
+        CASES[name].ours(tensors, offsets, None)
     x = tensors["x"]
     assert all(t.numel() < x.numel() or t.data_ptr() == x.data_ptr() for t in kept)
 

@@ -100,9 +100,9 @@ struct Pair {
 struct WholeStep {};
 template <int64_t WIDTH, typename F>
 inline void for_steps(int64_t n, const F& f) {
-  int64_t i = 0;
-  for (; i + WIDTH <= n; i += WIDTH) f(i, WholeStep{});
-  if (i < n) f(i, n - i);
+  const int64_t left = n % WIDTH;
+  for (int64_t i = 0; i < n - left; i += WIDTH) f(i, WholeStep{});
+  if (left) f(n - left, left);
 }
 template <typename T>
 inline Pair<T> load_pair(const T* p, WholeStep) { return Pair<T>::load(p); }

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -95,6 +96,8 @@ def _shape(arguments: argparse.Namespace) -> Shape:
         dim = features.shape[1]
     elif lengths is None:
         kind = arguments.distribution or ("even" if arguments.bags else "one")
+        if kind == "one" and (arguments.bags or 1) > 1:
+            raise ValueError(f"--distribution one has one bag; got --bags {arguments.bags}")
         if kind == "one":
             lengths = (arguments.instances,)
         elif kind == "small":
@@ -110,18 +113,19 @@ def _shape(arguments: argparse.Namespace) -> Shape:
 def _contenders(arguments: argparse.Namespace, workload: Workload) -> list[str]:
     """The names to run: peers, then ours."""
     known = list(contenders.REGISTRY)
-    case = workload.case
+    case, bags = workload.case, min(2, workload.shape.bags)
+    tiny = replace(workload, shape=replace(workload.shape, lengths=(2,) * bags), features=FEATURES[0])
+    inputs = tiny.inputs(DTYPES[arguments.dtype[0]])
     if arguments.contenders:
         names = known if arguments.contenders == "all" else _names(known)(arguments.contenders)
     else:
-        names = contenders.default_contenders(case, workload.shape.bags)
+        names = contenders.default_contenders(case, inputs)
     if arguments.backends:
         ours = [name for name in known if contenders.REGISTRY[name].ours]
         return list(dict.fromkeys([*names, *_names(ours)(arguments.backends)]))
     if any(contenders.REGISTRY[name].ours for name in names):
         return names
-    tiny = case.inputs(Shape((2,), workload.shape.dim, workload.shape.hidden, workload.shape.heads))
-    return [*names, *contenders.default_backends(case, tiny)]
+    return [*names, *contenders.default_backends(case, inputs)]
 
 
 def _run(bench: Bench, console: Console) -> Result:

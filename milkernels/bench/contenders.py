@@ -116,9 +116,16 @@ class _Gate(torch.nn.Module):
         return attention_scores_eager(x, self.inputs.parameters, self.inputs.options)["scores"]
 
 
-def _pyg(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
+def _pyg_refuses(case: OpCase, inputs: Inputs) -> str | None:
     if not _is_attention_pool(case) or inputs.mask is not None or inputs.parameters["w_weight"].shape[0] > 1:
-        raise Unavailable("AttentionalAggregation pools with one attention head and no mask")
+        return "AttentionalAggregation pools with one attention head and no mask"
+    return None
+
+
+def _pyg(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
+    refusal = _pyg_refuses(case, inputs)
+    if refusal is not None:
+        raise Unavailable(refusal)
     try:
         from torch_geometric.nn import AttentionalAggregation
     except ImportError as error:
@@ -156,11 +163,12 @@ REGISTRY: dict[str, Contender] = {
 }
 
 
-def default_contenders(case: OpCase, bags: int) -> list[str]:
+def default_contenders(case: OpCase, inputs: Inputs) -> list[str]:
     """Eager and torch.compile; on several bags also the peers that are there and have this op."""
     names = ["eager", "compile"]
-    if bags > 1 and _is_attention_pool(case):
-        names += ["padded", *(["pyg"] if _installed("torch_geometric")() else [])]
+    if len(inputs.lengths) > 1 and _is_attention_pool(case):
+        pyg = _installed("torch_geometric")() and _pyg_refuses(case, inputs) is None
+        names += ["padded", *(["pyg"] if pyg else [])]
     return names
 
 

@@ -1,10 +1,12 @@
 """Peak memory of one contender, in a process of its own: ``python -m milkernels.bench.memory SPEC``.
 
-Resident memory is what the process needs beyond what it held before the run (inputs, libraries and whatever
-the warm-up left), outputs and gradients included.  The allocator's peak counts PyTorch's own allocations
+Resident memory is what the process needs beyond what it held before the run (inputs, libraries and what a
+warm-up keeps), outputs and gradients included.  The allocator's peak counts PyTorch's own allocations
 exactly, and nothing else.  SPEC is JSON; so is the answer, on the last line.
 """
 
+import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -14,7 +16,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class Peak:
     extra: int | None = None  # bytes
 
 
-@contextmanager
+@contextlib.contextmanager
 def resident_peak() -> Iterator[Peak]:
     """Growth of resident memory inside the block: the kernel's high-water mark, or where it cannot be reset
     a thread that looks every millisecond; None where neither works."""
@@ -51,7 +52,7 @@ def resident_peak() -> Iterator[Peak]:
     peak.extra = max(0, _status("VmHWM") - before)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _sampled_peak(peak: Peak) -> Iterator[None]:
     try:
         import psutil
@@ -97,6 +98,13 @@ def allocator_peak(call: Callable[[], object]) -> int | None:
     return highest if events else None
 
 
+def _release() -> None:
+    """Gives what the warm-up freed back to the system, or reusing it would not show."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _measure(spec: dict) -> dict[str, dict]:
     from milkernels.bench import contenders
     from milkernels.bench.workload import DTYPES, Workload
@@ -115,7 +123,7 @@ def _measure(spec: dict) -> dict[str, dict]:
         def call(compute=compute, its_inputs=its_inputs, mode=mode):
             return evaluate(compute, its_inputs, mode, case.primary)
 
-        gc.collect()
+        _release()
         with resident_peak() as peak:
             start = time.perf_counter()
             result = call()

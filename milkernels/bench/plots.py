@@ -4,6 +4,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from milkernels.bench.run import Result, Row
 from milkernels.bench.workload import DTYPES, Workload
@@ -40,27 +41,24 @@ def _bars(axis: Axes, title: str, rows: list[Row]) -> None:
 
 def _roofline(axis: Axes, result: Result) -> None:
     rows = [row for row in result.rows if row.timed and row.flops and row.bytes]
-    intensities = [row.flops / row.bytes for row in rows] or [1.0]
-    low, high = min(intensities) / 4, max(intensities) * 4
-    for number, dtype in enumerate(dict.fromkeys(row.dtype for row in result.rows)):
-        colour, rate = f"C{number}", result.probe.rate(DTYPES[dtype])
-        ridge = min(max(rate / result.bandwidth, low), high)
-        corners = [low, ridge, high]
-        roof = [min(rate, result.bandwidth * i) / 1e9 for i in corners]
-        axis.plot(corners, roof, color=colour, label=f"{dtype} roof")
+    dtypes = list(dict.fromkeys(row.dtype for row in result.rows))
+    ridges = {dtype: result.probe.rate(DTYPES[dtype]) / result.bandwidth for dtype in dtypes}
+    intensities = [row.flops / row.bytes for row in rows] + list(ridges.values())
+    low, high = min(intensities) / 4, max(intensities) * 4  # both slopes of every roof are in sight
+    for number, dtype in enumerate(dtypes):
+        colour, ridge = f"C{number}", ridges[dtype]
+        roof = [result.bandwidth * min(i, ridge) / 1e9 for i in (low, ridge, high)]
+        axis.plot((low, ridge, high), roof, color=colour, label=dtype)
         for row in rows:
             if row.dtype == dtype:
                 point = (row.flops / row.bytes, row.flops / row.timing.median / 1e9)
                 axis.plot(*point, "o" if row.ours else "x", color=colour, markersize=5)
-                axis.annotate(
-                    f"{row.contender}, {row.mode}",
-                    point,
-                    fontsize=6,
-                    xytext=(4, 2),
-                    textcoords="offset points",
-                )
+    axis.plot([], [], "ko", markersize=5, label="milkernels")
+    axis.plot([], [], "kx", markersize=5, label="others")
     axis.set_xscale("log")
     axis.set_yscale("log")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("FLOP per byte")
     axis.set_ylabel("GFLOP/s")
     axis.set_title("roofline", fontsize=10)

@@ -41,11 +41,13 @@ from rich.table import Table
 
 from milkernels import native
 from milkernels.bench import run
+from milkernels.bench.roofline import MatrixProbe
 from milkernels.bench.run import Result, Row
 from milkernels.bench.workload import Workload
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, or where the package is installed
+_UNSTEADY = 2.0  # how far the matrix rate may move before the report says so
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -264,7 +266,7 @@ def table(rows: Sequence[Row]) -> Table:
     return result
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
+def _notes(rows: Sequence[Row], probe: MatrixProbe) -> list[str]:
     notes = [
         "x eager, x compile: their median over this one. extra MB: peak resident memory beyond the inputs, "
         "outputs and gradients included. of floor: the least time this machine allows over the median; a "
@@ -273,14 +275,22 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     ]
     if any(row.once for row in rows):
         notes.append("* one run, after a warm-up on a few instances: a round would not fit the budget")
+    for dtype, rates in probe.rates.items():
+        if max(rates) > _UNSTEADY * min(rates):
+            notes.append(
+                f"the matrix rate of {str(dtype).removeprefix('torch.')} changed {max(rates) / min(rates):.1f}-fold "
+                "during this run: trust ratios between contenders, not single times"
+            )
+    said: dict[str, list[str]] = {}  # what is the same for several rows is said once
     for row in rows:
-        where = f"{row.dtype} {row.mode} {row.label}"
+        where = f"{row.dtype} {row.mode}"
         if row.reason:
-            notes.append(f"{row.status}: {where}: {row.reason}")
-        if row.memory_note and row.memory_note != "not asked for":
-            notes.append(f"memory of {where}: {row.memory_note}")
-    notes += list(dict.fromkeys(f"{r.dtype}: {r.label} was {r.gate_note}" for r in rows if r.gate_note))
-    return notes
+            said.setdefault(f"{row.label}, {row.status}: {row.reason}", []).append(where)
+        if row.memory_note:
+            said.setdefault(f"{row.label}, no memory: {row.memory_note}", []).append(where)
+        if row.gate_note:
+            said.setdefault(f"{row.label}: {row.gate_note}", []).append(where)
+    return notes + [f"{text} [{', '.join(where)}]" for text, where in said.items()]
 
 
 def show(console: Console, result: Result, workload: Workload) -> None:
@@ -289,5 +299,5 @@ def show(console: Console, result: Result, workload: Workload) -> None:
     console.print()
     console.print(table(result.rows))
     console.print()
-    for line in _notes(result.rows):
+    for line in _notes(result.rows, result.probe):
         console.print(line, highlight=False, markup=False)

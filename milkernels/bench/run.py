@@ -116,6 +116,7 @@ class Bench:
         except Exception as error:  # eager may not know a type; the rows will say so
             guesses, stick = dict.fromkeys(modes, 0.0), harness.describe(error)
         groups = [self._group(dtype, mode, inputs, guesses[mode], stick) for mode in modes]
+        del stick  # a gigabyte that the measurements to come have no use for
         self._measure_memory(dtype, inputs, [entry for entries in groups for entry in entries])
         return [entry.row for entries in groups for entry in entries]
 
@@ -207,7 +208,7 @@ class Bench:
             mine = [e for e in entries if e.contender.name == name and e.row.status == OK]
             if not mine:
                 continue
-            answers = "not asked for"
+            answers = ""
             if self.options.memory:
                 self.say(f"{dtype}: memory of {name}")
                 modes, once = [e.row.mode for e in mine], [e.row.mode for e in mine if e.row.once]

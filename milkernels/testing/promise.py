@@ -45,12 +45,13 @@ class Promise:
         return bool(self.verdicts) and all(v.ok for v in self.verdicts)
 
     def broken(self) -> str:
-        """The broken verdicts in one line; empty if the promise is kept."""
-        return "; ".join(
+        """The first broken verdicts in one line; empty if the promise is kept."""
+        broken = [v for v in self.verdicts if not v.ok]
+        lines = [
             f"{v.name}: {v.reason or f'error {v.ours:.2e} above {v.bound:.2e} (eager {v.eager:.2e})'}"
-            for v in self.verdicts
-            if not v.ok
-        )
+            for v in broken[:3]
+        ]
+        return "; ".join(lines + [f"and {len(broken) - 3} more"] * (len(broken) > 3))
 
 
 @dataclass(frozen=True)

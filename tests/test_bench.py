@@ -1,0 +1,433 @@
+"""The bench command: that it measures what it says, refuses to time wrong results, and survives failures."""
+
+import itertools
+import json
+import math
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+pytest.importorskip("psutil")
+
+from milkernels.bench import cli, contenders, gate, harness, memory, report, roofline
+from milkernels.bench.contenders import Contender
+from milkernels.bench.workload import Workload, load_features
+from milkernels.testing import (
+    CASES,
+    PHILOX_VECTORS,
+    Reference,
+    Shape,
+    dropout_keep,
+    error_promise,
+    errors_of,
+    evaluate,
+    even_lengths,
+    float64_reference,
+    philox4x32,
+    skewed_lengths,
+    small_lengths,
+)
+
+TINY = ["--instances", "96", "--dim", "24", "--hidden", "16", "--budget", "0.1", "--no-memory", "--threads", "1"]
+SHAPE = Shape((9, 1, 40), dim=12, hidden=8, heads=2)
+
+
+@pytest.fixture(autouse=True)
+def quick_machine(monkeypatch):
+    """The bandwidth of this machine is not what is tested, and takes a second."""
+    monkeypatch.setattr(roofline, "read_bandwidth", lambda: (1e10, 1 << 20))
+    monkeypatch.setattr(roofline, "_PROBE_SECONDS", 1e-4)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(tmp_path, *arguments):
+    """Exit code, and the JSON of a tiny run."""
+    path = tmp_path / "result.json"
+    code = cli.main([*TINY, *arguments, "--json", str(path)])
+    return code, json.loads(path.read_text())
+
+
+def by_contender(result, **wanted):
+    rows = [row for row in result["rows"] if all(row[key] == value for key, value in wanted.items())]
+    return {row["contender"]: row for row in rows}
+
+
+# --- the command -----------------------------------------------------------------------------------------------
+
+
+def test_times_checks_and_reports(tmp_path, capsys):
+    code, result = run(tmp_path, "--mode", "fwd,step,frozen", "--contenders", "eager", "--backends", "native,reference")
+    assert code == 0
+    assert result["schema"] == report.SCHEMA and result["machine"]["torch"] == torch.__version__
+    assert len(result["rows"]) == 2 * 3 * 3  # types, modes, contenders
+    reference = by_contender(result, dtype="bfloat16", mode="step")["reference"]
+    assert reference["status"] == "ok" and reference["ratio_to_eager"] > 0 and reference["rounds"] >= 1
+    names = {e["name"] for e in reference["errors"]}
+    assert {"bag", "scores", "lse", "grad_x", "grad_v_weight", "grad_w_bias"} <= names
+    frozen = by_contender(result, dtype="bfloat16", mode="frozen")["reference"]
+    assert "grad_x" not in {e["name"] for e in frozen["errors"]}
+    assert str(tmp_path) not in json.dumps(result)  # published files name nobody's folders
+    text = capsys.readouterr().out
+    assert "median ms" in text and "GFLOP/s" in text and result["machine"]["cpu"] in text
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_every_op_of_the_registry(op, tmp_path):
+    modes = ",".join(CASES[op].modes())
+    code, result = run(
+        tmp_path,
+        *("--op", op, "--heads", "2", "--mode", modes, "--dtype", "float32"),
+        *("--contenders", "eager", "--backends", "reference", "--rounds", "1"),
+    )
+    assert code == 0, [row["reason"] for row in result["rows"]]
+    assert {row["status"] for row in result["rows"]} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ("--distribution", "small", "--bags", "6"),
+        ("--distribution", "skewed", "--bags", "4", "--padded"),
+        ("--lengths", "7,30,1", "--dropout", "0.25"),
+        ("--dtype", "float64,float16"),
+        ("--features", "noise", "--seed", "3"),
+    ],
+    ids=["small", "padded", "dropout", "other-types", "noise"],
+)
+def test_shapes_and_options(shape, tmp_path):
+    code, result = run(tmp_path, "--mode", "step", "--contenders", "eager,padded", "--backends", "reference", *shape)
+    assert code == 0, [row["reason"] for row in result["rows"]]
+    assert {row["status"] for row in result["rows"]} == {"ok"}
+
+
+def wrong(case, inputs, static):
+    def compute(i):
+        outputs = case.call(i, "reference")
+        return outputs | {"bag": outputs["bag"] * 1.01}
+
+    return compute, inputs
+
+
+def broken(case, inputs, static):
+    def compute(i):
+        raise ZeroDivisionError("as it happens")
+
+    return compute, inputs
+
+
+def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(contenders.REGISTRY, "wrong", Contender("wrong", wrong, ours=True))
+    code, result = run(tmp_path, "--contenders", "eager,wrong", "--dtype", "float32", "--mode", "step")
+    assert code == 1
+    row = by_contender(result)["wrong"]
+    assert row["status"] == "FAIL" and "bag" in row["reason"] and "median" not in row
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_a_peer_that_computes_something_else_is_not_compared(tmp_path, monkeypatch):
+    monkeypatch.setitem(contenders.REGISTRY, "peer", Contender("peer", wrong, peer=True))
+    arguments = ("--contenders", "eager,peer", "--backends", "reference", "--dtype", "float32", "--mode", "fwd")
+    code, result = run(tmp_path, *arguments)
+    assert code == 0  # it is not ours to mend
+    row = by_contender(result)["peer"]
+    assert row["status"] == "differs" and row["ratio_to_eager"] is None
+
+
+@pytest.mark.parametrize(("ours", "expected"), [(False, 0), (True, 1)])
+def test_a_failing_contender_is_a_row(ours, expected, tmp_path, monkeypatch):
+    monkeypatch.setitem(contenders.REGISTRY, "broken", Contender("broken", broken, ours=ours))
+    arguments = ("--contenders", "eager,broken", "--backends", "reference", "--dtype", "float32", "--mode", "fwd")
+    code, result = run(tmp_path, *arguments)
+    assert code == expected
+    row = by_contender(result)["broken"]
+    assert row["status"] == "error" and "as it happens" in row["reason"]
+    assert by_contender(result)["reference"]["status"] == "ok"
+
+
+def test_a_backend_without_a_kernel_is_a_row(tmp_path):
+    arguments = ("--op", "mean_pool", "--contenders", "eager", "--backends", "native", "--mode", "fwd")
+    code, result = run(tmp_path, *arguments)
+    assert code == 0
+    assert {row["status"] for row in result["rows"] if row["contender"] == "native"} == {"unavailable"}
+
+
+def test_what_does_not_fit_the_budget_runs_once(tmp_path):
+    arguments = ("--contenders", "eager", "--backends", "reference", "--dtype", "float32", "--mode", "fwd")
+    _, result = run(tmp_path, *arguments, "--budget", "0")
+    assert {row["once"] for row in result["rows"]} == {True}
+    assert {row["rounds"] for row in result["rows"]} == {1}
+
+
+def test_features_of_a_file_and_plot(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    pytest.importorskip("matplotlib")
+    features = numpy.random.default_rng(0).integers(-300, 300, (40, 9)).astype("float32")
+    features[:, 3] = 5  # a constant column has no deviation to divide by
+    data, plot = tmp_path / "bags.npz", tmp_path / "plots" / "result.png"
+    numpy.savez(data, features=features, offsets=numpy.array([0, 12, 13, 40]))
+    standardised, lengths = load_features(str(data))
+    assert lengths == (12, 1, 27) and standardised.isfinite().all() and (standardised[:, 3] == 0).all()
+    arguments = ("--features", str(data), "--plot", str(plot), "--contenders", "eager", "--mode", "fwd")
+    code, result = run(tmp_path, *arguments)
+    assert code == 0 and result["workload"]["shape"]["lengths"] == [12, 1, 27]
+    assert result["workload"]["features"] == "bags.npz"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--op", "nothing"),
+        ("--dtype", "int8"),
+        ("--mode", "backward"),
+        ("--contenders", "eagre"),
+        ("--features", "absent.npz"),
+        ("--op", "mean_pool", "--dropout", "0.5"),
+        ("--op", "mean_pool", "--mode", "frozen"),
+        ("--instances", "3", "--bags", "5"),
+        ("--instances", "0"),
+    ],
+)
+def test_wrong_arguments_are_explained(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    assert stop.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_save_names_the_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    cli.main([*TINY, "--contenders", "eager", "--dtype", "float32", "--mode", "fwd", "--rounds", "1", "--save"])
+    files = list((tmp_path / "benchmarks" / "results").iterdir())
+    assert [f.name for f in files] == [f"{report.device_slug()}.json"]
+
+
+def test_source_digest_follows_contents(tmp_path):
+    assert report.source_digest(tmp_path) is None
+    for folder in ("csrc", "milkernels"):
+        (tmp_path / folder).mkdir()
+    source = tmp_path / "csrc" / "a.cpp"
+    source.write_text("1")
+    first = report.source_digest(tmp_path)
+    (tmp_path / "milkernels" / "notes.txt").write_text("no source")
+    assert report.source_digest(tmp_path) == first
+    source.write_text("2")
+    assert report.source_digest(tmp_path) != first
+    assert report.commit(tmp_path) is None
+
+
+# --- rounds ----------------------------------------------------------------------------------------------------
+
+
+def test_rounds_follow_the_budget():
+    assert harness.plan_rounds({"a": 1.0, "b": 1.0}, 10) == {"a": 5, "b": 5}
+    assert harness.plan_rounds({"a": 1e-3}, 10) == {"a": harness.MOST_ROUNDS}
+    assert harness.plan_rounds({"slow": 30.0, "fast": 0.5}, 10) == {"slow": 1, "fast": 1}
+    assert harness.plan_rounds({"slow": 6.0, "fast": 0.5}, 10) == {"slow": 1, "fast": 8}
+    assert harness.plan_rounds({"slow": 30.0}, 10, rounds=4) == {"slow": 4}
+
+
+def test_rounds_are_interleaved():
+    rounds = harness.schedule({"a": 4, "b": 4, "c": 2})
+    assert [sorted(names) for names in rounds] == [["a", "b"], ["a", "b", "c"], ["a", "b"], ["a", "b", "c"]]
+    assert len({names[0] for names in rounds}) > 1  # nobody is always first
+
+
+def test_measure_probes_between_rounds_and_reports_errors():
+    probes = []
+
+    def fails():
+        raise ValueError("no")
+
+    timings = harness.measure(
+        {"sleep": lambda: time.sleep(0.003), "fails": fails}, 1, rounds=3, between=lambda: probes.append(1)
+    )
+    assert timings["fails"].error == "ValueError: no"
+    assert len(timings["sleep"].seconds) == 3 and timings["sleep"].minimum >= 0.003
+    assert len(probes) == 4
+
+
+def test_spread_is_relative():
+    assert harness.Timing([1.0, 2.0, 3.0]).spread == pytest.approx(0.5)
+    assert harness.Timing([1.0, 9.0]).spread == 0.0
+
+
+# --- limits ----------------------------------------------------------------------------------------------------
+
+
+def test_floor_is_the_larger_limit():
+    assert roofline.floor_seconds(flops=100, nbytes=1, rate=10, bandwidth=1) == 10
+    assert roofline.floor_seconds(flops=100, nbytes=30, rate=10, bandwidth=1) == 30
+
+
+def test_half_types_may_be_multiplied_in_float32():
+    probe = roofline.MatrixProbe([torch.bfloat16, torch.float64])
+    probe.rates = {torch.bfloat16: [1.0, 3.0], torch.float64: [2.0, 2.0], torch.float32: [9.0, 5.0]}
+    assert probe.rate(torch.bfloat16) == 7.0 and probe.rate(torch.float64) == 2.0
+    assert probe.rate(torch.bfloat16, since=1) == 5.0
+
+
+def test_work_of_the_gated_op():
+    case, shape = CASES["gated_attention_pool"], Shape((1000,), dim=512, hidden=256)
+    score, pool = 2 * 1000 * 256 * (2 * 512 + 1), 2 * 1000 * 512
+    assert case.flops(shape, "fwd") == score + pool
+    assert case.flops(shape, "frozen") == 3 * score + 2 * pool
+    assert case.flops(shape, "step") == 4 * score + 3 * pool
+    assert case.bytes(shape, torch.bfloat16, "fwd") == 1000 * 512 * 2 + 4000
+    assert case.bytes(shape, torch.bfloat16, "step") == 3 * 1000 * 512 * 2 + 8000
+
+
+def test_peak_memory_of_a_child_process():
+    workload = Workload("mean_pool", Shape((20000,), dim=128))
+    answers = memory.measure(workload.to_json(), "eager", "float32", ["fwd", "step"], [], 1, 120)
+    x = 20000 * 128 * 4
+    assert answers["step"]["allocator"] >= x > answers["fwd"]["allocator"]
+    resident = answers["step"]["resident"]
+    assert resident is None or resident >= 0.9 * x
+
+
+def test_a_child_process_that_dies_is_explained(monkeypatch):
+    monkeypatch.setattr(memory.sys, "executable", "false")
+    assert memory.measure("{}", "eager", "float32", ["fwd"], [], 1, 60) == "exit status 1"
+
+
+def test_the_sampling_thread_sees_a_peak(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "no" / "such" / "file")
+    with memory.resident_peak() as peak:
+        torch.ones(16 << 20).add_(1)
+        time.sleep(0.01)
+    assert peak.extra is not None and peak.extra >= 0
+
+
+# --- the registry and the promise ------------------------------------------------------------------------------
+
+
+def test_skewed_lengths_are_the_documented_ones():
+    numpy = pytest.importorskip("numpy")
+    lengths = skewed_lengths()
+    raw = numpy.exp(numpy.random.default_rng(0).uniform(math.log(200), math.log(20000), 32))
+    assert len(lengths) == 32 and sum(lengths) == 100_000
+    assert numpy.abs(numpy.array(lengths) - raw * 100_000 / raw.sum()).max() < 1
+    assert lengths[:4] == (2347, 433, 151, 135)
+
+
+def test_small_and_even_lengths():
+    lengths = small_lengths()
+    assert len(lengths) == 512 and min(lengths) == 5 and max(lengths) == 50
+    assert even_lengths(3, 100) == (34, 33, 33)
+
+
+def test_philox_known_answers():
+    for counter, key, expected in PHILOX_VECTORS:
+        words = philox4x32([torch.tensor(word) for word in counter], key)
+        assert tuple(int(word) for word in words) == expected
+
+
+def test_dropout_keeps_the_share_it_says():
+    keep = dropout_keep(seed=2**40 + 7, rows=500, units=37, branch=1, p=0.25)
+    assert keep.shape == (500, 37) and abs(keep.double().mean() - 0.75) < 0.02
+    assert not torch.equal(keep, dropout_keep(2**40 + 7, 500, 37, branch=0, p=0.25))
+    assert dropout_keep(7, 3, 8, 0, p=0.0).all()
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_reference_keeps_the_promise_on_registry_inputs(op):
+    case = CASES[op]
+    inputs = case.inputs(SHAPE, torch.bfloat16, seed=1)
+    exact = float64_reference(case, inputs, "step")
+
+    def results(compute):
+        return case.complete(evaluate(compute, inputs, "step", case.primary), inputs)
+
+    promise = error_promise(results(lambda i: case.call(i, "reference")), results(case.eager), exact, torch.bfloat16)
+    assert promise.ok, promise.broken()
+
+
+def test_inputs_are_seeded_and_cut():
+    case = CASES["softmax_pool"]
+    first, second = case.inputs(SHAPE, seed=5), case.inputs(SHAPE, seed=5)
+    assert torch.equal(first.x, second.x) and torch.equal(first.parameters["scores"], second.parameters["scores"])
+    assert not torch.equal(first.x, case.inputs(SHAPE, seed=6).x)
+    assert first.x.mean() > 0.3 and abs(case.inputs(SHAPE, features="noise").x.mean()) < 0.2
+    part = case.prefix(first, 12)
+    assert part.lengths == (9, 1, 2) and part.offsets.tolist() == [0, 9, 10, 12]
+    assert len(part.parameters["scores"]) == 12
+    whole = case.eager(first)["bag"]
+    assert torch.allclose(case.eager(part)["bag"][:2], whole[:2])
+
+
+def test_promise_bounds_ours_by_eager():
+    r = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    eager = {"bag": r + 0.1}
+    eps = torch.finfo(torch.float32).eps
+
+    def verdict(difference, dtype=torch.float64):
+        promise = error_promise({"bag": (r + difference).to(dtype)}, eager, {"bag": r}, torch.float32)
+        return promise.verdicts[0]
+
+    assert verdict(0.199).ok and not verdict(0.201).ok
+    assert verdict(0.05).ratio == pytest.approx(0.5)
+    assert verdict(0.0, torch.float32).bound == pytest.approx(2 * 0.1 * math.sqrt(2) + 4 * eps * 5)
+    assert not verdict(math.nan).ok
+
+
+def test_promise_compares_infinities_by_position():
+    r = torch.tensor([1.0, -math.inf, 2.0], dtype=torch.float64)
+    same, moved = r.clone(), torch.tensor([-math.inf, 1.0, 2.0], dtype=torch.float64)
+    assert error_promise({"scores": same}, {"scores": same}, {"scores": r}, torch.float64).ok
+    promise = error_promise({"scores": moved}, {"scores": same}, {"scores": r}, torch.float64)
+    assert not promise.ok and "infinities" in promise.broken()
+
+
+def test_promise_refuses_what_is_missing_or_misshapen():
+    r = {"bag": torch.ones(2, dtype=torch.float64)}
+    assert "missing" in error_promise({}, r, r, torch.float32).broken()
+    assert "shape" in error_promise({"bag": torch.ones(3)}, r, r, torch.float32).broken()
+    assert not error_promise({"other": torch.ones(2)}, r, r, torch.float32).ok
+
+
+def test_promise_bounds_gradients_that_cancel_by_their_summands():
+    exact = Reference({"grad_w_bias": torch.zeros(1, dtype=torch.float64)}, {"grad_w_bias": 1000.0})
+    limit = 1000 * torch.finfo(torch.float32).eps
+    for size, ok in ((0.9 * limit, True), (1.1 * limit, False)):
+        ours = {"grad_w_bias": torch.full((1,), size)}
+        eager = {"grad_w_bias": torch.zeros(1)}
+        assert error_promise(ours, eager, exact, torch.float32).ok is ok
+
+
+def test_the_gate_judges_slow_eager_on_a_prefix(monkeypatch):
+    monkeypatch.setattr(gate, "PREFIX", 16)
+    case = CASES["gated_attention_pool"]
+    inputs = case.inputs(SHAPE, torch.bfloat16)
+    stick = gate.yardstick(case, inputs, "step", seconds=1e6, memory=1 << 30)
+    assert len(stick.judged.x) == 16 and stick.whole is not None and "first 16 instances" in stick.note
+    good = gate.judge(case, stick, lambda i: case.call(i, "reference"), inputs, "step")
+    assert good.ok, good.broken()
+
+    def wrong_behind_the_prefix(i):
+        outputs = case.call(i, "reference")
+        return outputs if len(i.x) == 16 else outputs | {"scores": outputs["scores"] + 1}
+
+    assert not gate.judge(case, stick, wrong_behind_the_prefix, inputs, "fwd").ok
+
+
+def test_eager_is_what_the_op_computes():
+    """Formulas and ops agree in float64, with masks, activations and several heads."""
+    mask = torch.arange(50) % 3 != 1
+    for op, case in CASES.items():
+        inputs = case.inputs(SHAPE, torch.float64, mask=mask)
+        options = [{"activation": a} for a in ("relu", "gelu", "identity")] if case.dropout else [{}]
+        for changed in options:
+            inputs.options = inputs.options | changed
+            ours = case.complete(case.call(inputs, "reference"), inputs)
+            # Eager has no lse where a bag lost all of its rows; these lengths and this mask leave none so.
+            theirs = case.complete(case.eager(inputs), inputs)
+            assert max(errors_of(ours, Reference(theirs)).values()) < 1e-12, op
+
+
+def test_bounds_of_bags():
+    inputs = CASES["mean_pool"].inputs(SHAPE)
+    assert inputs.bounds() == list(itertools.pairwise([0, 9, 10, 50]))
