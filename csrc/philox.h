@@ -33,11 +33,11 @@ MILKERNELS_HOST_DEVICE inline void philox(uint64_t seed, uint32_t* c0, uint32_t*
 struct Dropout {
   uint64_t seed = 0;
   uint32_t threshold = 0;  // 0: no dropout
-  float scale = 1.f;
+  double scale = 1.;
 
   Dropout() = default;
   Dropout(uint64_t seed, double p) : seed(seed), threshold(static_cast<uint32_t>(p * 65536.0 + 0.5)) {
-    scale = threshold < 65536u ? static_cast<float>(65536.0 / (65536.0 - threshold)) : 0.f;
+    scale = threshold < 65536u ? 65536.0 / (65536.0 - threshold) : 0.;
   }
   explicit operator bool() const { return threshold > 0; }
 };

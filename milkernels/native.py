@@ -43,6 +43,11 @@ def build_info() -> dict[str, str]:
     return {} if _extension is None else {"module": _extension.__name__, **_extension.build_info()}
 
 
+def product_rate() -> float | None:
+    """FLOP/s at which the kernels' float32 tile products run on this machine now; None without the extension."""
+    return None if _extension is None else _extension.product_rate()
+
+
 def unsupported(op: str, x: Tensor, *parameters: Tensor | None) -> str | None:
     """Why this backend cannot serve ``op`` on these tensors, or None if it can."""
     if op not in OPS:

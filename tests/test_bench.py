@@ -404,14 +404,14 @@ def test_the_gate_judges_slow_eager_on_a_prefix(monkeypatch):
     inputs = case.inputs(SHAPE, torch.bfloat16)
     stick = gate.yardstick(case, inputs, "step", seconds=1e6, memory=1 << 30)
     assert len(stick.judged.x) == 16 and stick.whole is not None and "first 16 instances" in stick.note
-    good = gate.judge(case, stick, lambda i: case.call(i, "reference"), inputs, "step")
+    good = gate.judge(case, stick, lambda i: case.call(i, "reference"), inputs, "step", 0.0)
     assert good.ok, good.broken()
 
     def wrong_behind_the_prefix(i):
         outputs = case.call(i, "reference")
         return outputs if len(i.x) == 16 else outputs | {"scores": outputs["scores"] + 1}
 
-    assert not gate.judge(case, stick, wrong_behind_the_prefix, inputs, "fwd").ok
+    assert not gate.judge(case, stick, wrong_behind_the_prefix, inputs, "fwd", 0.0).ok
 
 
 def test_eager_is_what_the_op_computes():

@@ -1,9 +1,11 @@
 #include "cpu.h"
 
 #include <ATen/Context.h>
+#include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 
 #include <atomic>
+#include <chrono>
 
 namespace milkernels {
 
@@ -14,6 +16,22 @@ std::atomic<bool> emulated{false};
 }
 
 void emulate_matrix_units(bool on) { emulated = on; }
+
+double product_rate() {
+  constexpr int64_t kRows = 64, kDepth = 512, kColumns = 64, kRepeats = 200;
+  const int64_t threads = at::get_num_threads();
+  const std::vector<float> a(kRows * kDepth, 1.f), b(kDepth * kColumns, 1.f);
+  const auto start = std::chrono::steady_clock::now();
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> c(kRows * kColumns);
+    for (int64_t i = 0; i < (end - begin) * kRepeats; ++i) {
+      at::native::cpublas::brgemm(kRows, kColumns, kDepth, kDepth, kColumns, kColumns, false, a.data(), b.data(), c.data(),
+                                  /*is_vnni=*/false);
+    }
+  });
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  return 2. * kRows * kDepth * kColumns * kRepeats * threads / seconds.count();
+}
 
 at::Tensor rows_of(const at::Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() == 2 && x.is_cpu(), "x must be [N, L] on the CPU; got ", x.sizes(), " on ", x.device());

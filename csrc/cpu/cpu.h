@@ -20,6 +20,10 @@ std::vector<int64_t> checked_offsets(const std::optional<at::Tensor>& offsets, i
 // (exact), float32 one at precision "medium", two at "high".
 int bf16_planes(at::ScalarType x, std::optional<at::ScalarType> compute);
 
+// The rate (FLOP/s) at which the micro-kernels multiply float32 tiles that lie in cache, on all threads: what a kernel
+// made of such products cannot beat.
+double product_rate();
+
 // Tests take the layouts of the matrix units on any machine.
 void emulate_matrix_units(bool on);
 

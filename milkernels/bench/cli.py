@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--dropout", type=float, default=0.0)
     what.add_argument("--seed", type=int, default=0)
     what.add_argument("--threads", type=_positive)
-    what.add_argument("--budget", type=float, default=60.0, help="seconds of timing in all (default 60)")
+    what.add_argument("--budget", type=float, default=40.0, help="seconds of timing in all (default 40)")
     what.add_argument("--rounds", type=_positive, help="exactly so many, whatever they take")
     what.add_argument("--no-memory", action="store_true", help="do not measure memory")
     output = p.add_argument_group("output")

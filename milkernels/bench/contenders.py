@@ -31,7 +31,7 @@ class Contender:
     version: Callable[[], str] = lambda: ""
     ours: bool = False  # held to the error promise; its failure is the command's
     peer: bool = False  # somebody else's code for the same thing
-    work: Callable[[Inputs], float] = lambda inputs: 1.0  # its arithmetic over eager's, to guess its time
+    work: Callable[[Inputs], float] = lambda inputs: 1.0  # how its arithmetic grows, beyond with the instances
 
     def label(self, case: OpCase, inputs: Inputs) -> str:
         if self.name == "eager" and case.takes_offsets and len(inputs.lengths) > 1:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from milkernels.bench.contenders import PREFIX, Compute
+from milkernels.bench.contenders import PREFIX, Compute, Contender
 from milkernels.testing import (
     Inputs,
     OpCase,
@@ -33,13 +33,15 @@ class Yardstick:
     note: str = ""
 
 
-def prefix_seconds(case: OpCase, inputs: Inputs, compute: Compute, mode: str) -> float:
+def guess_seconds(contender: Contender, case: OpCase, inputs: Inputs, mode: str) -> float:
     """The time of one run on all instances, guessed from a second run on a prefix of them."""
     part = case.prefix(inputs, PREFIX) if len(inputs.x) > PREFIX else inputs
-    evaluate(compute, part, mode, case.primary)
+    compute, its_part = contender.prepare(case, part, True)
+    evaluate(compute, its_part, mode, case.primary)
     start = time.perf_counter()
-    evaluate(compute, part, mode, case.primary)
-    return (time.perf_counter() - start) * len(inputs.x) / len(part.x)
+    evaluate(compute, its_part, mode, case.primary)
+    seconds = time.perf_counter() - start
+    return seconds * len(inputs.x) / len(part.x) * contender.work(inputs) / contender.work(part)
 
 
 def _float64_bytes(inputs: Inputs, case: OpCase, mode: str) -> int:
@@ -60,7 +62,7 @@ def yardstick(case: OpCase, inputs: Inputs, mode: str, seconds: float, memory: i
         why = f"eager would take {seconds:.0f} s" if fits else "float64 would not fit into memory"
         note = f"judged on the first {PREFIX} instances ({why})"
         if whole is not None:
-            note += "; all instances are held to eager's relative error there"
+            note += f"; all are held to eager's relative error there if a run takes less than {SLOW:.0f} s"
     reference = float64_reference(case, judged, mode)
     return Yardstick(judged, reference, _eager_errors(case, judged, reference, mode), dtype, whole, note)
 
@@ -101,16 +103,16 @@ def _for_mode(reference: Reference, mode: str) -> Reference:
     return Reference({n: t for n, t in reference.results.items() if asked(n)}, reference.summands)
 
 
-def judge(case: OpCase, stick: Yardstick, compute: Compute, inputs: Inputs, mode: str) -> Promise:
-    """Holds every output, and in the training modes every gradient, to the error promise."""
+def judge(case: OpCase, stick: Yardstick, compute: Compute, inputs: Inputs, mode: str, seconds: float) -> Promise:
+    """Holds every output, and in the training modes every gradient, to the error promise.
+
+    ``seconds`` is the guessed time of one run; slow ones are judged on what eager is judged on, and only there.
+    """
     reference = _for_mode(stick.reference, mode)
     promise = promise_from_errors(
         _results(case, compute, stick.judged, mode), stick.eager_errors, reference, stick.dtype
     )
-    if stick.whole is None or not promise.ok:
-        return promise
-    seconds = prefix_seconds(case, inputs, compute, mode)
-    if seconds > SLOW:
+    if stick.whole is None or not promise.ok or seconds > SLOW:
         return promise
     whole = _for_mode(stick.whole, mode)
     sizes = {v.name: v.size for v in promise.verdicts}

@@ -47,6 +47,7 @@ from milkernels.bench.workload import Workload
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, or where the package is installed
+_IMPOSSIBLE = 4 / 3  # a step that keeps its hidden units does three quarters of the work counted
 _UNSTEADY = 2.0  # how far the matrix rate may move before the report says so
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -275,6 +276,8 @@ def _notes(rows: Sequence[Row], probe: MatrixProbe) -> list[str]:
     ]
     if any(row.once for row in rows):
         notes.append("* one run, after a warm-up on a few instances: a round would not fit the budget")
+    if any((row.share_of_floor or 0) > _IMPOSSIBLE for row in rows):
+        notes.append("shares far above 100%: the probes were disturbed more than the contenders; do not use them")
     for dtype, rates in probe.rates.items():
         if max(rates) > _UNSTEADY * min(rates):
             notes.append(

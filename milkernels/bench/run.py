@@ -12,6 +12,7 @@ from milkernels.testing import Inputs, evaluate
 
 OK, FAIL, ERROR, UNAVAILABLE, DIFFERS = "ok", "FAIL", "error", "unavailable", "differs"
 _MEMORY_TIMEOUT = 900.0
+_SLOW = 2.0  # seconds of a run above which memory is measured in one run, without a full warm-up
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ class Bench:
         widest = next(mode for mode in ("step", "frozen", "fwd") if mode in modes)
         self.say(f"{dtype}: float64 and eager's errors")
         try:
-            guesses = {m: gate.prefix_seconds(self.case, inputs, self.case.eager, m) for m in modes}
+            eager = contenders.REGISTRY["eager"]
+            guesses = {m: gate.guess_seconds(eager, self.case, inputs, m) for m in modes}
             available = contenders.available_memory() // 2
             stick = gate.yardstick(self.case, inputs, widest, guesses[widest], available)
         except Exception as error:  # eager may not know a type; the rows will say so
@@ -163,10 +165,10 @@ class Bench:
         entry = _Entry(row, contender)
         try:
             compute, its_inputs = contender.prepare(self.case, inputs, True)
-            entry.guess = eager_guess * contender.work(inputs)
-            if contender.ours:
-                entry.guess = gate.prefix_seconds(self.case, inputs, compute, mode)
-            self._check(row, contender, compute, inputs, mode, stick)
+            entry.guess = eager_guess  # torch.compile's too: a prefix would have to be compiled for itself
+            if contender.ours or contender.peer:
+                entry.guess = gate.guess_seconds(contender, self.case, inputs, mode)
+            self._check(entry, compute, inputs, mode, stick)
         except Unavailable as why:
             row.status, row.reason = UNAVAILABLE, str(why)
         except Exception as error:  # any reason: it is a row, not the end
@@ -179,19 +181,12 @@ class Bench:
     def _caller(self, compute: Compute, inputs: Inputs, mode: str) -> Callable[[], object]:
         return lambda: evaluate(compute, inputs, mode, self.case.primary)
 
-    def _check(
-        self,
-        row: Row,
-        contender: Contender,
-        compute: Compute,
-        inputs: Inputs,
-        mode: str,
-        stick: gate.Yardstick | str,
-    ) -> None:
+    def _check(self, entry: _Entry, compute: Compute, inputs: Inputs, mode: str, stick: gate.Yardstick | str) -> None:
+        row, contender = entry.row, entry.contender
         if contender.ours:
             if isinstance(stick, str):
                 raise RuntimeError(f"there is nothing to check it against: {stick}")
-            promise = gate.judge(self.case, stick, compute, inputs, mode)
+            promise = gate.judge(self.case, stick, compute, inputs, mode, entry.guess)
             row.errors = [asdict(v) | {"ok": v.ok, "ratio": v.ratio} for v in promise.verdicts]
             row.gate_note = stick.note
             if not promise.ok:
@@ -211,7 +206,8 @@ class Bench:
             answers = ""
             if self.options.memory:
                 self.say(f"{dtype}: memory of {name}")
-                modes, once = [e.row.mode for e in mine], [e.row.mode for e in mine if e.row.once]
+                modes = [e.row.mode for e in mine]
+                once = [e.row.mode for e in mine if e.row.once or e.guess > _SLOW]
                 answers = memory.measure(
                     self.workload.to_json(), name, dtype, modes, once, self.options.threads, _MEMORY_TIMEOUT
                 )
