@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("psutil")
 
-from milkernels.bench import cli, contenders, gate, harness, memory, report, roofline
+from milkernels.bench import cli, contenders, gate, harness, memory, readme, report, roofline
 from milkernels.bench.contenders import Contender
 from milkernels.bench.workload import Workload, load_features
 from milkernels.testing import (
@@ -60,7 +60,17 @@ def by_contender(result, **wanted):
 
 
 def test_times_checks_and_reports(tmp_path, capsys):
-    code, result = run(tmp_path, "--mode", "fwd,step,frozen", "--contenders", "eager", "--backends", "native,reference")
+    code, result = run(
+        tmp_path,
+        "--mode",
+        "fwd,step,frozen",
+        "--contenders",
+        "eager",
+        "--backends",
+        "native,reference",
+        "--dtype",
+        "float32,bfloat16",
+    )
     assert code == 0
     assert result["schema"] == report.SCHEMA and result["machine"]["torch"] == torch.__version__
     assert len(result["rows"]) == 2 * 3 * 3  # types, modes, contenders
@@ -431,3 +441,32 @@ def test_eager_is_what_the_op_computes():
 def test_bounds_of_bags():
     inputs = CASES["mean_pool"].inputs(SHAPE)
     assert inputs.bounds() == list(itertools.pairwise([0, 9, 10, 50]))
+
+
+# --- the README -------------------------------------------------------------------------------------------------------
+
+
+def test_the_figures_in_the_readme_are_those_of_the_result_files():
+    if not (report.ROOT / "README.md").exists():
+        pytest.skip("not in a checkout")
+    assert readme.main(["--check"]) == 0, "run `python -m milkernels.bench.readme`"
+
+
+def test_figures_say_stale_and_not_measured(tmp_path):
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    row = {"dtype": "float32", "mode": "fwd", "status": "ok", "median": 0.2, "resident": None, "share_of_floor": 0.5}
+    rows = [
+        row | {"label": "eager", "ours": False},
+        row | {"label": "pyg", "ours": False, "status": "error"},
+        row | {"label": "native", "ours": True, "median": 0.1},
+    ]
+    about = {"cpu": "X", "threads": 2, "instruction_set": "AVX2", "torch": "2"}
+    shape = {"lengths": [3, 4], "dim": 8}
+    workload = {"op": "attention_pool", "shape": shape, "padded": False, "dropout": 0.5}
+    result = {"machine": about, "sources": "old", "workload": workload, "rows": rows, "command": "bench --json x"}
+    (results / "x.json").write_text(json.dumps(result))
+    text = readme.figures(tmp_path)
+    assert "2 of 3 to 4: 7 x 8, dropout 0.5 (stale)" in text
+    assert "| eager | 200 | 100 | 2.00 | not measured | 50% |" in text and "| pyg | not measured |" in text
+    assert readme.rewrite(f"a{readme.BEGIN}old{readme.END}b", "new") == f"a{readme.BEGIN}\n\nnew\n{readme.END}b"

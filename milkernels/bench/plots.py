@@ -31,7 +31,8 @@ def _bars(axis: Axes, title: str, rows: list[Row]) -> None:
     milliseconds = [1e3 * row.timing.median for row in rows]
     positions = range(len(rows))
     axis.bar(positions, milliseconds, color=["tab:green" if row.ours else "tab:gray" for row in rows])
-    axis.bar_label(axis.containers[0], fmt="%.3g", fontsize=8)
+    axis.bar_label(axis.containers[0], fmt="{:,.4g}", fontsize=8)
+    axis.margins(y=0.1)  # room for the labels
     axis.axhline(1e3 * rows[0].floor_seconds, color="tab:red", linestyle="--", linewidth=1, label="floor")
     axis.set_xticks(positions, [row.contender for row in rows], rotation=30, ha="right", fontsize=8)
     axis.set_ylabel("ms")

@@ -1,0 +1,95 @@
+"""The figures of the README, written from the result files: ``python -m milkernels.bench.readme``.
+
+They stand between two comments, are made of ``benchmarks/results/*.json`` alone, and a test fails when they are not
+what this module would write.  A row whose kernel sources have changed since it was measured is marked stale.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from milkernels.bench import report
+
+BEGIN, END = "<!-- figures: python -m milkernels.bench.readme -->", "<!-- end of figures -->"
+_HEADER = ("bags", "type", "mode", "against", "theirs, ms", "milkernels, ms", "ratio", "extra memory, MB", "of floor")
+
+
+def _what(workload: dict) -> str:
+    shape = workload["shape"]
+    lengths, dim = shape["lengths"], shape["dim"]
+    text = f"{len(lengths)} of {min(lengths)} to {max(lengths)}" if len(lengths) > 1 else "1"
+    text += f": {sum(lengths):,} x {dim}"
+    if workload["padded"]:
+        text += ", padded"
+    return text + (f", dropout {workload['dropout']:g}" if workload["dropout"] else "")
+
+
+def _rows(result: dict, digest: str | None) -> list[list[str]]:
+    stale = " (stale)" if digest != result["sources"] else ""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["dtype"], row["mode"]), []).append(row)
+    lines = []
+    for (dtype, mode), rows in groups.items():
+        ours = next((r for r in rows if r["ours"]), None)
+        for other in (r for r in rows if r is not ours):
+            cells = [_what(result["workload"]) + stale, dtype, mode, other["label"]]
+            if ours is None or ours["status"] != "ok" or other["status"] != "ok":
+                lines.append([*cells, "not measured", "", "", "", ""])
+                continue
+            memory = [r["resident"] for r in (other, ours)]
+            lines.append(
+                [
+                    *cells,
+                    f"{1e3 * other['median']:,.0f}",
+                    f"{1e3 * ours['median']:,.0f}",
+                    f"{other['median'] / ours['median']:.2f}",
+                    "not measured" if None in memory else " / ".join(f"{m / 1e6:,.1f}" for m in memory),
+                    f"{100 * ours['share_of_floor']:.0f}%",
+                ]
+            )
+    return lines
+
+
+def figures(root: Path = report.ROOT) -> str:
+    """The Markdown between the comments: one table for each kind of machine, from its result files."""
+    machines: dict[str, list[dict]] = {}
+    for path in sorted((root / "benchmarks" / "results").glob("*.json")):
+        result = json.loads(path.read_text())
+        about = result["machine"]
+        name = f"{about['cpu']}, {about['threads']} threads, {about['instruction_set']}, PyTorch {about['torch']}"
+        machines.setdefault(name, []).append(result)
+    digest, parts = report.source_digest(root), []
+    for name, results in machines.items():
+        body = [line for result in results for line in _rows(result, digest)]
+        table = [_HEADER, ["---"] * len(_HEADER), *body]
+        commands = "\n".join(f"    {result['command'].partition(' --json')[0]}" for result in results)
+        lines = "\n".join("| " + " | ".join(line) + " |" for line in table)
+        op = ", ".join(dict.fromkeys(f"`{result['workload']['op']}`" for result in results))
+        parts.append(f"{op} on {name}:\n\n{lines}\n\nThe commands:\n\n{commands}\n")
+    return "\n".join([*parts, "GPUs, and CPUs with AVX-512 or AMX: not measured.\n"])
+
+
+def rewrite(text: str, block: str) -> str:
+    """``text`` with what stands between the comments replaced."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the README must hold {BEGIN!r} and then {END!r}")
+    return f"{before}{BEGIN}\n\n{block}\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrites README.md; with ``--check`` only says, by the exit code, whether it would change."""
+    path = report.ROOT / "README.md"
+    old = path.read_text()
+    new = rewrite(old, figures())
+    if "--check" in (sys.argv[1:] if argv is None else argv):
+        return int(new != old)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
