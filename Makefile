@@ -31,7 +31,7 @@ bench: $(VENV)/.built
 	$(PY) -m milkernels bench $(ARGS)
 
 test: $(VENV)/.built
-	@$(PY) -c "import pytest, numpy" 2>/dev/null || $(PIP) install "milkernels[test]"
+	@$(PY) -c "import pytest, pytest_benchmark, numpy, rich, matplotlib, psutil" 2>/dev/null || $(PIP) install "milkernels[test]"
 	$(PY) -m pytest -ra --durations=15 $(ARGS)
 
 lint: $(VENV)/.ruff

@@ -8,6 +8,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -82,9 +83,8 @@ def report(ops: tuple[str, ...]) -> list[tuple[str, str, str, dict[str, str]]]:
     rows = []
     for op in ops:
         for device in ("cpu", "cuda"):
-            # Only type and device are looked at, so a fake tensor stands for a device that is not there.
-            with torch._subclasses.FakeTensorMode():
-                x = torch.empty(1, 1, device=device)
+            # Only type and device are looked at, so this stands for a tensor on a device that may not be there.
+            x = SimpleNamespace(device=torch.device(device), dtype=torch.float32)
             reasons = {name: why_not(name, op, x) for name in NAMES if name not in ("auto", "reference")}
             serving = next((name for name, reason in reasons.items() if reason is None), "reference")
             rows.append((op, device, serving, {n: r for n, r in reasons.items() if r is not None}))

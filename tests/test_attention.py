@@ -32,6 +32,14 @@ def layout(request):
     native._extension.emulate_matrix_units(False)
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of threads, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def non_empty(shape: Shape) -> Shape:
     return Shape(tuple(n for n in shape.lengths if n), shape.dim, shape.hidden, shape.heads)
 
@@ -137,7 +145,7 @@ def test_float32_follows_the_precision_switch(precision):
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", ["tanh", "relu", "gelu", "identity"])
-def test_gradcheck_of_the_kernels(activation, gated):
+def test_gradcheck_of_the_kernels(activation, gated, threads):
     torch.manual_seed(0)
     offsets, mask = torch.tensor([0, 0, 3, 70, 71]), torch.rand(71) > 0.2
     mask[:3], mask[70] = False, True
@@ -162,12 +170,8 @@ def test_gradcheck_of_the_kernels(activation, gated):
     def flat(x, *live):
         return tuple(t for outputs in run(x, *live) for t in outputs)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # thousands of tiny calls: waking threads would be most of the time
-    try:
-        assert torch.autograd.gradcheck(flat, (x, *live), nondet_tol=0.0)
-    finally:
-        torch.set_num_threads(threads)
+    threads(1)  # thousands of tiny calls: waking threads would be most of the time
+    assert torch.autograd.gradcheck(flat, (x, *live), nondet_tol=0.0)
 
 
 def test_gradients_of_scores_and_lse_add_up():
@@ -331,17 +335,13 @@ def test_dropout_extremes_and_generator():
 
 
 @pytest.mark.parametrize("lengths", [(3000,), RAGGED, (700, 0, 3, 5000)])
-def test_same_bits_whatever_the_threads(lengths):
+def test_same_bits_whatever_the_threads(lengths, threads):
     case = CASES["gated_attention_pool"]
     inputs = case.inputs(Shape(lengths, 64, 40, 2), torch.float32, dropout_p=0.25)
-    threads = torch.get_num_threads()
-    try:
-        runs = []
-        for n in (1, 2, 3, 2):
-            torch.set_num_threads(n)
-            runs.append(results(case, inputs))
-    finally:
-        torch.set_num_threads(threads)
+    runs = []
+    for n in (1, 2, 3, 2):
+        threads(n)
+        runs.append(results(case, inputs))
     for run in runs[1:]:
         for key, value in runs[0].items():
             assert torch.equal(run[key], value), key
@@ -523,8 +523,9 @@ def peak_allocated(call) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_memory_does_not_grow_with_the_hidden_units(dtype):
+def test_memory_does_not_grow_with_the_hidden_units(dtype, threads):
     """Exact gate: allocator events of forward and step stay within scores, partials, workspace and accumulators."""
+    threads(2)  # each has tiles of its own
     instances, dim, hidden = 20_000, 128, 64
     case = CASES["gated_attention_pool"]
     inputs = case.inputs(Shape((instances,), dim, hidden), dtype)
