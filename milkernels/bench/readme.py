@@ -25,6 +25,10 @@ def _what(workload: dict) -> str:
     return text + (f", dropout {workload['dropout']:g}" if workload["dropout"] else "")
 
 
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
+
+
 def _rows(result: dict, digest: str | None) -> list[list[str]]:
     stale = " (stale)" if digest != result["sources"] else ""
     groups: dict[tuple[str, str], list[dict]] = {}
@@ -42,8 +46,8 @@ def _rows(result: dict, digest: str | None) -> list[list[str]]:
             lines.append(
                 [
                     *cells,
-                    f"{1e3 * other['median']:,.0f}",
-                    f"{1e3 * ours['median']:,.0f}",
+                    _milliseconds(other["median"]),
+                    _milliseconds(ours["median"]),
                     f"{other['median'] / ours['median']:.2f}",
                     "not measured" if None in memory else " / ".join(f"{m / 1e6:,.1f}" for m in memory),
                     f"{100 * ours['share_of_floor']:.0f}%",
