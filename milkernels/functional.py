@@ -216,7 +216,7 @@ def _attention_pool(x, parameters, gated, offsets, mask, seed, activation, dropo
     backend = backends.choose("attention_pool", x, *parameters, requested=requested)
     if backend == "reference":
         return Pooled(*reference.attention_pool(x, *parameters, offsets, *options))
-    bag, scores, lse = ops.attention_pool(backend, _for_kernels(x), *parameters, offsets, *options)
+    bag, scores, lse = ops.call("attention_pool", backend, _for_kernels(x), *parameters, offsets, *options)
     return Pooled(bag.to(reference.result_dtype(x, *parameters)), scores, lse)
 
 
@@ -226,7 +226,7 @@ def _attention_scores(x, parameters, gated, mask, seed, activation, dropout_p, r
     backend = backends.choose("attention_scores", x, *parameters, requested=requested)
     if backend == "reference":
         return reference.attention_scores(x, *parameters, *options)
-    return ops.attention_scores(backend, _for_kernels(x), *parameters, *options)
+    return ops.call("attention_scores", backend, _for_kernels(x), *parameters, None, *options)
 
 
 # Scores that are given or come from a query
@@ -247,8 +247,11 @@ def softmax_pool(
     _check_bags(x, offsets)
     check_per_row("scores", scores, x)
     mask = checked_mask(mask, x)
-    backends.choose("softmax_pool", x, scores, requested=backend)
-    return Pooled(*reference.softmax_pool(x, scores, offsets, mask))
+    backend = backends.choose("softmax_pool", x, scores, requested=backend)
+    if backend == "reference":
+        return Pooled(*reference.softmax_pool(x, scores, offsets, mask))
+    bag, scores, lse = ops.call("softmax_pool", backend, _for_kernels(x), scores, offsets, mask)
+    return Pooled(bag.to(x.dtype), scores, lse)
 
 
 def _check_query(x: Tensor, query: Tensor, offsets: Tensor | None, scale: float) -> None:
@@ -276,8 +279,11 @@ def query_pool(
     """
     _check_query(x, query, offsets, scale)
     mask = checked_mask(mask, x)
-    backends.choose("query_pool", x, query, requested=backend)
-    return Pooled(*reference.query_pool(x, query, offsets, mask, scale))
+    backend = backends.choose("query_pool", x, query, requested=backend)
+    if backend == "reference":
+        return Pooled(*reference.query_pool(x, query, offsets, mask, scale))
+    bag, scores, lse = ops.call("query_pool", backend, _for_kernels(x), query, offsets, mask, scale)
+    return Pooled(bag.to(reference.result_dtype(x, query)), scores, lse)
 
 
 def query_scores(
@@ -292,8 +298,10 @@ def query_scores(
     """The scores ``[N, K]`` of `query_pool`."""
     _check_query(x, query, offsets, scale)
     mask = checked_mask(mask, x)
-    backends.choose("query_scores", x, query, requested=backend)
-    return reference.query_scores(x, query, offsets, mask, scale)
+    backend = backends.choose("query_scores", x, query, requested=backend)
+    if backend == "reference":
+        return reference.query_scores(x, query, offsets, mask, scale)
+    return ops.call("query_scores", backend, _for_kernels(x), query, offsets, mask, scale)
 
 
 def weighted_pool(
@@ -311,8 +319,10 @@ def weighted_pool(
     _check_bags(x, offsets)
     check_per_row("weights", weights, x)
     mask = checked_mask(mask, x)
-    backends.choose("weighted_pool", x, weights, requested=backend)
-    return reference.weighted_pool(x, weights, offsets, mask)
+    backend = backends.choose("weighted_pool", x, weights, requested=backend)
+    if backend == "reference":
+        return reference.weighted_pool(x, weights, offsets, mask)
+    return ops.call("weighted_pool", backend, _for_kernels(x), weights, offsets, mask).to(x.dtype)
 
 
 # DSMIL (Li, Li, Eliceiri 2021, "Dual-stream Multiple Instance Learning Network for Whole Slide Image
@@ -336,8 +346,10 @@ def instance_max(
     _check_bags(x, offsets)
     check_linear("", weight, bias, x.shape[1], x)
     mask = checked_mask(mask, x)
-    backends.choose("instance_max", x, weight, bias, requested=backend)
-    return InstanceMax(*reference.instance_max(x, weight, bias, offsets, mask, _compute_dtype(x)))
+    backend = backends.choose("instance_max", x, weight, bias, requested=backend)
+    if backend == "reference":
+        return InstanceMax(*reference.instance_max(x, weight, bias, offsets, mask, _compute_dtype(x)))
+    return InstanceMax(*ops.call("instance_max", backend, _for_kernels(x), weight, bias, offsets, mask))
 
 
 def dsmil_pool(
@@ -390,9 +402,15 @@ def dsmil_pool(
     seed = checked_seed(seed, "v_dropout_p", v_dropout_p, x)
     mask = checked_mask(mask, x)
     parameters = (*query, v_weight, v_bias)
-    backends.choose("dsmil_pool", x, *parameters, requested=backend)
-    options = (mask, seed, v_dropout_p, scale, _compute_dtype(x))
-    return DSMILPooled(*reference.dsmil_pool(x, instance_logits, query, value, offsets, *options))
+    backend = backends.choose("dsmil_pool", x, instance_logits, *parameters, requested=backend)
+    if backend == "reference":
+        options = (mask, seed, v_dropout_p, scale, _compute_dtype(x))
+        return DSMILPooled(*reference.dsmil_pool(x, instance_logits, query, value, offsets, *options))
+    options = (offsets, mask, seed, v_activation, v_dropout_p, scale, _compute_dtype(x))
+    bag, scores, lse, critical, _ = ops.call(
+        "dsmil_pool", backend, _for_kernels(x), instance_logits.detach(), *parameters, *options
+    )
+    return DSMILPooled(bag.to(reference.result_dtype(x, *parameters)), scores, lse, critical)
 
 
 # Others
@@ -415,9 +433,12 @@ def loss_attention_pool(
     _check_bags(x, offsets)
     check_linear("", weight, bias, x.shape[1], x)
     mask = checked_mask(mask, x)
-    backends.choose("loss_attention_pool", x, weight, bias, requested=backend)
-    pooled = reference.loss_attention_pool(x, weight, bias, offsets, mask, _compute_dtype(x))
-    return LossAttentionPooled(*pooled)
+    backend = backends.choose("loss_attention_pool", x, weight, bias, requested=backend)
+    if backend == "reference":
+        pooled = reference.loss_attention_pool(x, weight, bias, offsets, mask, _compute_dtype(x))
+        return LossAttentionPooled(*pooled)
+    bag, *rest = ops.call("loss_attention_pool", backend, _for_kernels(x), weight, bias, offsets, mask)
+    return LossAttentionPooled(bag.to(reference.result_dtype(x, weight, bias)), *rest)
 
 
 def mean_pool(
@@ -426,8 +447,10 @@ def mean_pool(
     """The mean of the instances of each bag: ``[B, L]`` in the type of ``x``."""
     _check_bags(x, offsets)
     mask = checked_mask(mask, x)
-    backends.choose("mean_pool", x, requested=backend)
-    return reference.mean_pool(x, offsets, mask)
+    backend = backends.choose("mean_pool", x, requested=backend)
+    if backend == "reference":
+        return reference.mean_pool(x, offsets, mask)
+    return ops.call("mean_pool", backend, _for_kernels(x), offsets, mask).to(x.dtype)
 
 
 def max_pool(
@@ -436,8 +459,10 @@ def max_pool(
     """The maximum over the instances of each bag, feature by feature: ``[B, L]`` in the type of ``x``."""
     _check_bags(x, offsets)
     mask = checked_mask(mask, x)
-    backends.choose("max_pool", x, requested=backend)
-    return MaxPooled(*reference.max_pool(x, offsets, mask))
+    backend = backends.choose("max_pool", x, requested=backend)
+    if backend == "reference":
+        return MaxPooled(*reference.max_pool(x, offsets, mask))
+    return MaxPooled(*ops.call("max_pool", backend, _for_kernels(x), offsets, mask))
 
 
 def _check_scores(scores: Tensor, offsets: Tensor | None) -> None:
@@ -452,8 +477,10 @@ def segment_softmax(
     """The softmax of the scores ``[N, K]`` inside each bag: ``[N, K]`` in float32, float64 for float64."""
     _check_scores(scores, offsets)
     mask = checked_mask(mask, scores)
-    backends.choose("segment_softmax", scores, requested=backend)
-    return reference.segment_softmax(scores, offsets, mask)
+    backend = backends.choose("segment_softmax", scores, requested=backend)
+    if backend == "reference":
+        return reference.segment_softmax(scores, offsets, mask)
+    return ops.call("segment_softmax", backend, scores, offsets, mask)
 
 
 def attention_weights(
@@ -474,8 +501,10 @@ def attention_weights(
     num_bags = 1 if offsets is None else offsets.shape[0] - 1
     check_shape("pooled.lse", lse, (num_bags, scores.shape[1]), scores)
     mask = checked_mask(mask, scores)
-    backends.choose("attention_weights", scores, lse, requested=backend)
-    return reference.attention_weights(scores, lse, offsets, mask)
+    backend = backends.choose("attention_weights", scores, lse, requested=backend)
+    if backend == "reference":
+        return reference.attention_weights(scores, lse, offsets, mask)
+    return ops.call("attention_weights", backend, scores, lse, offsets, mask)
 
 
 def topk_instances(
@@ -495,8 +524,10 @@ def topk_instances(
     _check_scores(scores, offsets)
     check_count("k", k)
     mask = checked_mask(mask, scores)
-    backends.choose("topk_instances", scores, requested=backend)
-    return TopInstances(*reference.topk_instances(scores, k, offsets, bool(largest), mask))
+    backend = backends.choose("topk_instances", scores, requested=backend)
+    if backend == "reference":
+        return TopInstances(*reference.topk_instances(scores, k, offsets, bool(largest), mask))
+    return TopInstances(*ops.call("topk_instances", backend, scores, k, offsets, bool(largest), mask))
 
 
 def merge_pooled(parts: Sequence[Pooled], *, backend: str | None = None) -> Pooled:

@@ -7,8 +7,8 @@
 // before the next block, so nothing of size N x D exists.
 #pragma once
 
-#include "../philox.h"
-#include "pool.h"
+#include "dropout.h"
+#include "pool_backward.h"
 
 namespace milkernels {
 
@@ -26,43 +26,11 @@ struct AttentionParameters {
 // One slice's sums of parameter gradients, columns in the program's unit order. `projection` is [columns, width].
 template <typename A>
 struct AttentionGradients {
-  A *projection, *bias, *w_weight, *w_bias;
-  int64_t size;  // of everything, from `projection` on
-
-  void set_zero() const { std::fill_n(projection, size, A(0)); }
-};
-
-template <typename A>
-class AttentionSlices {
- public:
-  AttentionSlices(int64_t count, int64_t columns, int64_t width, int64_t units, int64_t heads, bool projection)
-      : count_(count), projection_(projection ? columns * width : 0), columns_(columns), w_(heads * units),
-        heads_(heads), buffer_(count * size()) {}
-  int64_t count() const { return count_; }
-  int64_t size() const { return projection_ + columns_ + w_ + heads_; }
-  AttentionGradients<A> at(int64_t slice) const {
-    A* const p = buffer_.get() + slice * size();
-    return {p, p + projection_, p + projection_ + columns_, p + projection_ + columns_ + w_, size()};
-  }
-  // Sums the slices, in order, into the first.
-  AttentionGradients<A> reduce() const {
-    at::parallel_for(0, size(), 4096, [&](int64_t begin, int64_t end) {
-      A* const total = buffer_.get();
-      for (int64_t s = 1; s < count_; ++s) {
-        const A* const part = total + s * size();
-        for (int64_t i = begin; i < end; ++i) total[i] += part[i];
-      }
-    });
-    return at(0);
-  }
-
- private:
-  int64_t count_, projection_, columns_, w_, heads_;
-  Buffer<A> buffer_;
+  A *projection, *bias, *w_weight, *w_bias, *end;
 };
 
 template <typename T, typename E>
-class AttentionScore {
+class AttentionScore final : public Score<T> {
  public:
   using A = acc_t<T>;
   using V = Vectorized<A>;
@@ -81,24 +49,65 @@ class AttentionScore {
     }
   }
 
-  int64_t heads() const { return p_.heads; }
+  int64_t heads() const override { return p_.heads; }
+  int64_t backward_rows() const override { return kChunk; }
   int64_t units() const { return groups_ * group_; }    // hidden units, padded
   int64_t columns() const { return groups_ * kBlock; }  // of the projection: V and U of group 0, of group 1, ..
   int64_t unit(int64_t column) const { return column / kBlock * group_ + column % group_; }
   bool is_u(int64_t column) const { return p_.gated() && column % kBlock >= group_; }
 
-  // --- forward
-
-  struct Scratch {
-    MatrixUnits matrix_units;
-    Buffer<E> staged;
-    Buffer<A> block, keep;
-  };
-  Scratch make_scratch() const {
-    return {{}, Buffer<E>(planes_ * kBlock * packed_.depth()), Buffer<A>(kBlock * kBlock), Buffer<A>(kBlock * kBlock)};
+  std::unique_ptr<typename Score<T>::Worker> forward_worker() const override {
+    return std::make_unique<Worker>(*this, kBlock, false);
+  }
+  std::unique_ptr<typename Score<T>::Worker> backward_worker() const override {
+    return std::make_unique<Worker>(*this, kChunk, true);
   }
 
-  void scores(const Tile<T>& tile, A* scores, Scratch& s) const {
+  // Before the backward: where the sums go (without those of the projection if nobody wants them), and the projection
+  // as the right operand of [rows, columns] products, for grad_x.
+  void prepare_backward(int64_t rows, bool projection, bool input_gradient) {
+    projection_size_ = projection ? columns() * p_.width : 0;
+    slices_.emplace(rows, projection_size_ + columns() + p_.heads * units() + p_.heads);
+    if (!input_gradient) return;
+    packed_rows_.emplace(
+        Packed<E>::from_rows(columns(), p_.width, planes_, [&](int64_t c) { return projection_row(c); }));
+  }
+  int64_t slices() const { return slices_->count(); }
+
+  // The gradients of V, U (any may be null), in the caller's order, after the backward.
+  void parameter_gradients(A* v, A* u, A* v_bias, A* u_bias, A* w, A* w_bias) {
+    const auto sums = gradients(slices_->reduce());
+    for (int64_t c = 0; c < columns(); ++c) {
+      if (unit(c) >= p_.hidden) continue;
+      A *const weight = is_u(c) ? u : v, *const bias = is_u(c) ? u_bias : v_bias;
+      if (weight) std::copy_n(sums.projection + c * p_.width, p_.width, weight + unit(c) * p_.width);
+      if (bias) bias[unit(c)] = sums.bias[c];
+    }
+    for (int64_t k = 0; w != nullptr && k < p_.heads; ++k) {
+      std::copy_n(sums.w_weight + k * units(), p_.hidden, w + k * p_.hidden);
+    }
+    if (w_bias != nullptr) std::copy_n(sums.w_bias, p_.heads, w_bias);
+  }
+
+ private:
+  struct Worker final : Score<T>::Worker {
+    const AttentionScore& program;
+    MatrixUnits matrix_units;
+    Buffer<E> staged, right, grad, grad_t;
+    Buffer<A> block, keep;
+
+    Worker(const AttentionScore& p, int64_t rows, bool backward)
+        : program(p), staged(p.planes_ * rows * p.packed_.depth()),
+          right(backward && Matrix<E>::kRowsTogether > 1 ? p.planes_ * rows * p.packed_.depth() : 0),
+          grad(backward ? p.planes_ * rows * p.columns() : 0), grad_t(backward ? p.planes_ * rows * p.columns() : 0),
+          block(kBlock * kBlock), keep(kBlock * kBlock) {}
+    void scores(const Tile<T>& tile, A* scores) override { program.forward(tile, scores, *this); }
+    void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x, int64_t slice) override {
+      program.backward(unit, grad_scores, grad_x, slice, *this);
+    }
+  };
+
+  void forward(const Tile<T>& tile, A* scores, Worker& s) const {
     const int64_t rows = round_up(tile.rows, kRowMultiple), heads = p_.heads;
     const auto x = stage(tile.x, tile.ld, tile.mask, tile.rows, rows, p_.width, packed_.depth(), planes_, s.staged.get());
     for (int64_t r = 0; r < tile.rows; ++r) {
@@ -122,34 +131,15 @@ class AttentionScore {
     }
   }
 
-  // --- backward
-
-  // Before the first `backward` that wants grad_x: the projection as the right operand of [rows, columns] products.
-  void prepare_input_gradient() {
-    packed_rows_.emplace(
-        Packed<E>::from_rows(columns(), p_.width, planes_, [&](int64_t c) { return projection_row(c); }));
-  }
-
-  struct BackwardScratch {
-    MatrixUnits matrix_units;
-    Buffer<E> staged, right, grad, grad_t;
-    Buffer<A> block, keep;
-  };
-  BackwardScratch make_backward_scratch() const {
-    const int64_t x_size = planes_ * kChunk * packed_.depth(), grad_size = planes_ * kChunk * columns();
-    return {{}, Buffer<E>(x_size), Buffer<E>(Matrix<E>::kRowsTogether > 1 ? x_size : 0), Buffer<E>(grad_size),
-            Buffer<E>(grad_size), Buffer<A>(kBlock * kBlock), Buffer<A>(kBlock * kBlock)};
-  }
-
-  // Hidden units are computed again, tile by tile. grad_scores [kChunk, heads] is 0 for masked rows and past the last;
-  // store_dx(row, column, count, values) takes the program's part of grad_x; `first`: the sums in `out` start here.
-  template <typename StoreDx>
-  void backward(const Tile<T>& chunk, const A* grad_scores, bool input_gradient, const StoreDx& store_dx,
-                const AttentionGradients<A>& out, bool first, BackwardScratch& s) const {
+  // Hidden units are computed again, tile by tile.
+  void backward(const Tile<T>& chunk, const A* grad_scores, const InputGradient<T>& grad_x, int64_t slice,
+                Worker& s) const {
     const int64_t rows = round_up(chunk.rows, kRowMultiple), depth = packed_.depth(), heads = p_.heads;
     const int64_t plane_stride = rows * columns();
     const auto x = stage(chunk.x, chunk.ld, chunk.mask, chunk.rows, rows, p_.width, depth, planes_, s.staged.get());
-    if (first) std::fill(out.bias, out.projection + out.size, A(0));
+    const bool first = slices_->start(slice);
+    const auto out = gradients(slices_->at(slice));
+    if (first) std::fill(out.bias, out.end, A(0));
     for (int64_t k = 0; k < heads; ++k) {
       double sum = 0;
       for (int64_t r = 0; r < chunk.rows; ++r) sum += grad_scores[r * heads + k];
@@ -165,31 +155,24 @@ class AttentionScore {
         (this->*gate_.backward)(block, count, g, s.keep.get(), grad_scores + t * heads, grad + g * kBlock, plane_stride,
                                 out);
       }
-      if (!input_gradient) continue;
+      if (!grad_x) continue;
       for (int64_t l = 0; l < p_.width; l += kBlock) {
         product<E>(count, kBlock, columns(), {grad, columns(), plane_stride}, packed_rows_->block(l / kBlock), planes_,
                    block, kBlock, false);
         const int64_t real = std::min(count, chunk.rows - t), wide = std::min(kBlock, p_.width - l);
-        for (int64_t r = 0; r < real; ++r) store_dx(t + r, l, wide, block + r * kBlock);
+        for (int64_t r = 0; r < real; ++r) grad_x.store(t + r, l, wide, block + r * kBlock);
       }
     }
-    if (out.bias != out.projection) add_projection_gradient(x, rows, out.projection, first, s);
+    if (projection_size_ == 0) return;
+    add_outer_products<E>({s.grad.get(), columns(), plane_stride}, columns(), x, p_.width, rows, planes_, !first,
+                          s.grad_t.get(), s.right.get(), out.projection);
   }
 
-  // The gradients of V, U (either may be null), in the caller's order, from the reduced sums.
-  void projection_gradient(const AttentionGradients<A>& sums, A* v, A* u, A* v_bias, A* u_bias, A* w) const {
-    for (int64_t c = 0; c < columns(); ++c) {
-      if (unit(c) >= p_.hidden) continue;
-      A *const weight = is_u(c) ? u : v, *const bias = is_u(c) ? u_bias : v_bias;
-      if (weight) std::copy_n(sums.projection + c * p_.width, p_.width, weight + unit(c) * p_.width);
-      if (bias) bias[unit(c)] = sums.bias[c];
-    }
-    for (int64_t k = 0; w != nullptr && k < p_.heads; ++k) {
-      std::copy_n(sums.w_weight + k * units(), p_.hidden, w + k * p_.hidden);
-    }
+  AttentionGradients<A> gradients(A* p) const {
+    A *const bias = p + projection_size_, *const w = bias + columns(), *const w_bias = w + p_.heads * units();
+    return {p, bias, w, w_bias, w_bias + p_.heads};
   }
 
- private:
   using Forward = void (AttentionScore::*)(A*, int64_t, int64_t, const A*) const;
   using Backward = void (AttentionScore::*)(A*, int64_t, int64_t, const A*, const A*, E*, int64_t,
                                             const AttentionGradients<A>&) const;
@@ -219,36 +202,11 @@ class AttentionScore {
 
   // What a hidden unit is multiplied by: 0 or the scale, of both branches together. Rows of `keep` are kBlock long.
   void fill_keep(int64_t first_row, int64_t rows, int64_t g, A* keep) const {
-    constexpr int kLanes = 16;
-    alignas(64) uint32_t c[4][kLanes], words[2][kLanes][kBlock / 2];  // 16-bit lanes in unit order, low half first
-    const int branches = p_.gated() ? 2 : 1;
-    for (int64_t r = 0; r < rows; r += kLanes) {
-      for (int64_t j = 0; j < group_; j += 8) {
-        for (int branch = 0; branch < branches; ++branch) {
-          for (int i = 0; i < kLanes; ++i) {
-            const uint64_t row = first_row + r + i;
-            c[0][i] = static_cast<uint32_t>(row);
-            c[1][i] = static_cast<uint32_t>(row >> 32);
-            c[2][i] = static_cast<uint32_t>((g * group_ + j) / 8);
-            c[3][i] = branch;
-          }
-          philox<kLanes>(dropout_.seed, c[0], c[1], c[2], c[3]);
-          for (int i = 0; i < kLanes; ++i) {
-            for (int word = 0; word < 4; ++word) words[branch][i][j / 2 + word] = c[word][i];
-          }
-        }
-      }
-      const A scale = A(dropout_.scale) * (branches == 2 ? A(dropout_.scale) : A(1));
-      for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows - r); ++i) {
-        uint16_t lanes[2][kBlock];
-        std::memcpy(lanes[0], words[0][i], group_ * sizeof(uint16_t));
-        std::memcpy(lanes[1], words[branches - 1][i], group_ * sizeof(uint16_t));
-        A* const to = keep + (r + i) * kBlock;
-        for (int64_t j = 0; j < group_; ++j) {
-          to[j] = std::min(lanes[0][j], lanes[1][j]) >= dropout_.threshold ? scale : A(0);
-        }
-      }
-    }
+    const auto fill = [&](std::initializer_list<DropoutBranch> branches) {
+      dropout_factors(dropout_, branches, first_row, rows, g * group_, group_, keep, kBlock);
+    };
+    if (p_.gated()) fill({DropoutBranch::kActivation, DropoutBranch::kSigmoid});
+    else fill({DropoutBranch::kActivation});
   }
 
   // Turns the products of a group into its hidden units, in place.
@@ -315,22 +273,6 @@ class AttentionScore {
     }
   }
 
-  // projection [columns, width] += grad^T x over the rows of a chunk.
-  void add_projection_gradient(Matrix<E> x, int64_t rows, A* projection, bool first, BackwardScratch& s) const {
-    const int64_t stride = rows * columns(), width = p_.width;
-    for (int p = 0; p < planes_; ++p) {
-      transpose(s.grad.get() + p * stride, columns(), rows, columns(), s.grad_t.get() + p * stride, rows);
-    }
-    const auto right = stage_right(x, rows, width, planes_, s.right.get());
-    const Matrix<E> left{s.grad_t.get(), rows, stride};
-    for (int64_t l = 0; l < width; l += kBlock) {
-      for (int64_t c = 0; c < columns(); c += kBlock) {
-        product<E>(kBlock, std::min(kBlock, width - l), rows, left.rows_from(c), right.columns_from(l), planes_,
-                   projection + c * width + l, width, !first);
-      }
-    }
-  }
-
   AttentionParameters<A> p_;
   Dropout dropout_;
   int planes_;
@@ -339,6 +281,8 @@ class AttentionScore {
   Gate gate_;
   Packed<E> packed_;
   std::optional<Packed<E>> packed_rows_;
+  int64_t projection_size_ = 0;
+  mutable std::optional<Slices<A>> slices_;  // each slice is written by one thread at a time
 };
 
 }  // namespace milkernels

@@ -56,6 +56,14 @@ std::vector<int64_t> checked_offsets(const std::optional<at::Tensor>& offsets, i
   return out;
 }
 
+Dropout checked_dropout(const std::optional<at::Tensor>& seed, double p) {
+  TORCH_CHECK_VALUE(p >= 0 && p <= 1, "the share to drop must be in [0, 1]; got ", p);
+  if (p == 0) return {};
+  TORCH_CHECK_VALUE(seed && seed->scalar_type() == at::kLong && seed->numel() == 1 && seed->is_cpu(),
+                    "dropout needs a seed: one int64 on the CPU");
+  return {static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()), p};
+}
+
 int bf16_planes(ScalarType x, std::optional<ScalarType> compute) {
   const bool available = emulated || at::native::cpublas::could_pack(at::kBFloat16);
   if (!available || x == at::kDouble) return 0;

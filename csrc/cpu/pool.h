@@ -1,22 +1,20 @@
 // The pooling driver: score each instance, softmax the scores inside its bag, sum the instances by their weights.
 //
-// Rows of all bags lie back to back and are cut into chunks of 256 (or 64), whatever the bags; a chunk is scored in tiles of
-// kBlock rows that cross bag boundaries. The rows that chunk c and bag b share are one segment; its running softmax and
-// weighted sum live in slot c + b of the partial results, which no other segment has, since from one segment to the
-// next c or b or both grow. Slots of a bag are merged in order, so results do not depend on the number of threads.
+// Rows of all bags lie back to back and are cut into chunks of 256 (or 64), whatever the bags; a chunk is read in tiles of
+// kBlock rows that cross bag boundaries. The rows that chunk c and bag b share are one segment; what is summed over it
+// lies in slot c + b of the partial results, which no other segment has, since from one segment to the next c or b or
+// both grow. Slots of a bag are merged in order, so results do not depend on the number of threads.
 //
-// A score program plugs in with
-//   int64_t heads() const;
-//   Scratch make_scratch() const;
-//   void scores(Tile<T>, A* scores [rows, heads], Scratch&) const;
-//   Scratch make_backward_scratch() const;
-//   template <DX> void backward(Tile<T>, const A* grad_scores, DX store_dx, Gradients of the slice, bool first, Scratch&);
+// Score programs (attention_score.h, query_score.h, mlp_score.h) plug in as a Score, what is done with the scores as a
+// reduction, and an instance stage (value.h) where other rows are pooled than were scored.
 #pragma once
 
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "../online_softmax.h"
+#include "heads.h"
 #include "matmul.h"
 
 namespace milkernels {
@@ -24,6 +22,9 @@ namespace milkernels {
 // Rows of a chunk: fewer where there are few, so that all threads find work. They depend on shapes only.
 constexpr int64_t kChunk = 256;
 inline int64_t chunk_rows(int64_t rows) { return rows <= 2048 ? kBlock : kChunk; }
+
+template <typename A>
+constexpr A kDead = -std::numeric_limits<A>::infinity();  // the score of a row that does not count
 
 // Rows [first, first + rows) of x, never more than a chunk; mask null: all are real.
 template <typename T>
@@ -51,7 +52,8 @@ struct Ragged {
   int64_t bags() const { return static_cast<int64_t>(offsets.size()) - 1; }
   int64_t chunk() const { return chunk_rows(rows); }
   int64_t chunks() const { return ceil_div(rows, chunk()); }
-  int64_t partials() const { return chunks() + bags(); }
+  int64_t slots() const { return chunks() + bags(); }
+  int64_t slot_of(int64_t row, int64_t bag) const { return row / chunk() + bag; }
   int64_t bag_of(int64_t row) const {
     return std::upper_bound(offsets.begin(), offsets.end(), row) - offsets.begin() - 1;
   }
@@ -69,215 +71,292 @@ struct Ragged {
   }
 };
 
-// Rows of [begin, end) whose score for head k counts: selected, so that nothing an unselected row holds is touched.
+// work(tile, worker) for every tile; the tiles of a chunk go to one thread, in order.
+template <typename T, typename MakeWorker, typename Work>
+void for_tiles(const Ragged<T>& in, const MakeWorker& make_worker, const Work& work) {
+  parallel_items(in.chunks(), make_worker, [&](int64_t chunk, auto& worker) {
+    const int64_t end = std::min(in.rows, (chunk + 1) * in.chunk());
+    for (int64_t first = chunk * in.chunk(); first < end; first += kBlock) {
+      work(in.tile(first, std::min(kBlock, end - first)), worker);
+    }
+  });
+}
+
+// Rows of a segment that count: selected, so that nothing another row holds is touched.
 template <typename A>
 struct Selection {
   int32_t index[kChunk];
-  A value[kChunk];
   int64_t count = 0;
 
-  void select(const A* scores, int64_t rows, int64_t stride) {
+  // f(first head, heads) for groups of heads for which the same rows count: all heads, unless some of a row's scores
+  // are -inf and others not.
+  template <typename F>
+  void for_groups(const A* scores, int64_t rows, int64_t heads, const F& f) {
+    bool mixed = false;
     count = 0;
     for (int64_t r = 0; r < rows; ++r) {
-      const A s = scores[r * stride];
+      int64_t alive = 0;
+      for (int64_t k = 0; k < heads; ++k) alive += scores[r * heads + k] != kDead<A>;
       index[count] = static_cast<int32_t>(r);
-      value[count] = s;
-      count += s != -std::numeric_limits<A>::infinity();
+      count += alive != 0;
+      mixed |= alive != 0 && alive != heads;
+    }
+    if (!mixed) {
+      if (count > 0) f(int64_t{0}, heads);
+      return;
+    }
+    for (int64_t k = 0; k < heads; ++k) {
+      count = 0;
+      for (int64_t r = 0; r < rows; ++r) {
+        index[count] = static_cast<int32_t>(r);
+        count += scores[r * heads + k] != kDead<A>;
+      }
+      if (count > 0) f(k, int64_t{1});
     }
   }
-  void exp_minus(A shift) {
-    using V = Vectorized<A>;
-    for (int64_t i = 0; i < count; i += V::size()) {
-      const int64_t n = std::min<int64_t>(V::size(), count - i);
-      exp_nonpositive<A>(V::loadu(value + i, n) - V(shift)).store(value + i, n);
+  void select(const bool* mask, int64_t rows) {
+    count = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      index[count] = static_cast<int32_t>(r);
+      count += is_real(mask, r);
     }
   }
 };
 
-// Partial results of the segments.
+// x[i] = exp(x[i] - shift[i % heads])
 template <typename A>
-struct Partials {
-  int64_t heads, width;
-  std::vector<SoftmaxState<A>> state;
-  Buffer<A> sums;
+inline void exp_minus(A* x, int64_t n, const A* shift, int64_t heads) {
+  using V = Vectorized<A>;
+  for (int64_t i = 0; i < n; i += heads) {
+    for (int64_t k = 0; k < heads; ++k) x[i + k] -= shift[k];
+  }
+  for (int64_t i = 0; i < n; i += V::size()) {
+    const int64_t count = std::min<int64_t>(V::size(), n - i);
+    exp_nonpositive<A>(V::loadu(x + i, count)).store(x + i, count);
+  }
+}
 
+// Sums over segments: of rows weighted by exp(score - max), or plain ones, which have the state {0, 1}.
+template <typename A>
+class Partials {
+ public:
   Partials(int64_t slots, int64_t heads, int64_t width)
-      : heads(heads), width(width), state(slots * heads), sums(slots * heads * width) {}
+      : heads_(heads), width_(width), state_(slots * heads), sums_(slots * heads * width) {}
 
+  struct Worker {
+    Selection<A> selected;
+    std::vector<A> weight, max, scale;
+    explicit Worker(int64_t heads) : weight(kChunk * heads), max(heads), scale(heads) {}
+  };
+
+  // `scores` [rows, heads of all].
   template <typename T>
-  void add(int64_t slot, int64_t head, const Tile<T>& rows, const A* scores, Selection<A>& selected) {
-    selected.select(scores + head, rows.rows, heads);
-    if (selected.count == 0) return;
-    SoftmaxState<A>& s = state[slot * heads + head];
-    A max = s.max;
-    for (int64_t i = 0; i < selected.count; ++i) max = std::max(max, selected.value[i]);
-    const A scale = rescale(s.max, max);
-    selected.exp_minus(max);
-    A sum = 0;
-    for (int64_t i = 0; i < selected.count; ++i) sum += selected.value[i];
-    weighted_sum(rows.x, rows.ld, selected.index, selected.value, selected.count, width, scale,
-                 sums.get() + (slot * heads + head) * width);
-    s = {max, s.sum * scale + sum};
+  void add_softmax(int64_t slot, const T* x, int64_t ld, int64_t rows, const A* scores, Worker& w) {
+    w.selected.for_groups(scores, rows, heads_, [&](int64_t first, int64_t heads) {
+      const int64_t n = w.selected.count;
+      SoftmaxState<A>* const s = state_.data() + slot * heads_ + first;
+      for (int64_t k = 0; k < heads; ++k) w.max[k] = s[k].max;
+      for (int64_t i = 0; i < n; ++i) {
+        const A* const from = scores + w.selected.index[i] * heads_ + first;
+        for (int64_t k = 0; k < heads; ++k) {
+          w.weight[i * heads + k] = from[k];
+          w.max[k] = std::max(w.max[k], from[k]);
+        }
+      }
+      exp_minus(w.weight.data(), n * heads, w.max.data(), heads);
+      for (int64_t k = 0; k < heads; ++k) {
+        A sum = 0;
+        for (int64_t i = 0; i < n; ++i) sum += w.weight[i * heads + k];
+        w.scale[k] = rescale(s[k].max, w.max[k]);
+        s[k] = {w.max[k], s[k].sum * w.scale[k] + sum};
+      }
+      weighted_sums(x, ld, w.selected.index, n, w.weight.data(), heads, w.scale.data(), width_, sum(slot, first));
+    });
   }
 
-  // Merges slots first, first + 1, .. last of one head, in order and in double.
-  void merge(int64_t first, int64_t last, int64_t head, A* bag, A* lse) const {
-    SoftmaxState<double> total;
+  // Plain sums with the weights [n, heads] of the rows in `index`.
+  template <typename T>
+  void add(int64_t slot, const T* x, int64_t ld, const int32_t* index, int64_t n, const A* weight, Worker& w) {
+    if (n == 0) return;
+    SoftmaxState<A>* const s = state_.data() + slot * heads_;
+    for (int64_t k = 0; k < heads_; ++k) w.scale[k] = s[k].sum;  // 0 at first, then 1
+    weighted_sums(x, ld, index, n, weight, heads_, w.scale.data(), width_, sum(slot, 0));
+    for (int64_t k = 0; k < heads_; ++k) s[k] = {A(0), A(1)};
+  }
+
+  // Merges slots first .. last of one head, in order and in double: columns [begin, end) of the sum, divided by the
+  // total where a softmax is wanted. Nothing in the slots: 0.
+  SoftmaxState<double> merge(int64_t first, int64_t last, int64_t head, bool softmax, int64_t begin, int64_t end,
+                             A* out) const {
+    const SoftmaxState<double> total = merge_state(first, last, head);
+    std::vector<double> sums(end - begin, 0.);
     for (int64_t slot = first; slot <= last; ++slot) {
-      total.max = std::max<double>(total.max, state[slot * heads + head].max);
-    }
-    std::vector<double> out(width, 0.);
-    for (int64_t slot = first; slot <= last; ++slot) {
-      const SoftmaxState<A>& s = state[slot * heads + head];
+      const SoftmaxState<A>& s = state_[slot * heads_ + head];
       if (s.sum == A(0)) continue;
       const double scale = rescale<double>(s.max, total.max);
-      total.sum += scale * s.sum;
-      const A* part = sums.get() + (slot * heads + head) * width;
-      for (int64_t l = 0; l < width; ++l) out[l] += scale * part[l];
+      const A* const part = sum(slot, head);
+      for (int64_t l = begin; l < end; ++l) sums[l - begin] += scale * part[l];
     }
-    const bool empty = total.sum == 0.;
-    for (int64_t l = 0; l < width; ++l) bag[l] = empty ? A(0) : static_cast<A>(out[l] / total.sum);
-    *lse = static_cast<A>(log_sum_exp(total));
+    const double divisor = softmax && total.sum != 0. ? total.sum : 1.;
+    for (int64_t l = begin; l < end; ++l) out[l] = static_cast<A>(sums[l - begin] / divisor);
+    return total;
   }
+  // f(bag * heads + head, merged state)
+  template <typename T, typename F>
+  void merge_states(const Ragged<T>& in, const F& f) const {
+    for (int64_t i = 0; i < in.bags() * heads_; ++i) {
+      const int64_t b = i / heads_, from = in.offsets[b], to = in.offsets[b + 1];
+      f(i, merge_state(in.slot_of(from, b), from < to ? in.slot_of(to - 1, b) : in.slot_of(from, b) - 1, i % heads_));
+    }
+  }
+
+  // out [bags, heads, width]; lse [bags, heads] or null.
+  template <typename T>
+  void merge_bags(const Ragged<T>& in, bool softmax, A* out, A* lse) const {
+    const int64_t blocks = std::max<int64_t>(ceil_div(width_, kMergeColumns), 1);
+    at::parallel_for(0, in.bags() * heads_ * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t bh = i / blocks, b = bh / heads_, from = in.offsets[b], to = in.offsets[b + 1];
+        const int64_t first = in.slot_of(from, b), last = from < to ? in.slot_of(to - 1, b) : first - 1;
+        const int64_t column = i % blocks * kMergeColumns;
+        const auto total = merge(first, last, bh % heads_, softmax, column, std::min(column + kMergeColumns, width_),
+                                 out + bh * width_);
+        if (lse != nullptr && column == 0) lse[bh] = static_cast<A>(log_sum_exp(total));
+      }
+    });
+  }
+  // Sums over all bags: out [heads, width].
+  void merge_all(A* out) const {
+    const int64_t blocks = ceil_div(width_, kMergeColumns), slots = static_cast<int64_t>(state_.size()) / heads_;
+    at::parallel_for(0, heads_ * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t head = i / blocks, column = i % blocks * kMergeColumns;
+        merge(0, slots - 1, head, false, column, std::min(column + kMergeColumns, width_), out + head * width_);
+      }
+    });
+  }
+
+  int64_t heads() const { return heads_; }
+
+ private:
+  static constexpr int64_t kMergeColumns = 256;
+  SoftmaxState<double> merge_state(int64_t first, int64_t last, int64_t head) const {
+    SoftmaxState<double> total;
+    for (int64_t slot = first; slot <= last; ++slot) {
+      total.max = std::max<double>(total.max, state_[slot * heads_ + head].max);
+    }
+    for (int64_t slot = first; slot <= last; ++slot) {
+      const SoftmaxState<A>& s = state_[slot * heads_ + head];
+      if (s.sum != A(0)) total.sum += rescale<double>(s.max, total.max) * s.sum;
+    }
+    return total;
+  }
+  A* sum(int64_t slot, int64_t head) const { return sums_.get() + (slot * heads_ + head) * width_; }
+
+  int64_t heads_, width_;
+  std::vector<SoftmaxState<A>> state_;
+  Buffer<A> sums_;
 };
 
-// scores [rows, heads]; bag [bags, heads, width] and lse [bags, heads], or both null where only scores are wanted.
-template <typename Program, typename T>
-void pool_forward(const Program& program, const Ragged<T>& in, acc_t<T>* scores, acc_t<T>* bag, acc_t<T>* lse) {
+template <typename T>
+class InputGradient;  // pool_backward.h
+
+// A score program. A worker belongs to one thread and holds its scratch.
+template <typename T>
+struct Score {
   using A = acc_t<T>;
-  const int64_t heads = program.heads();
-  std::optional<Partials<A>> partials;
-  if (bag != nullptr) partials.emplace(in.partials(), heads, in.width);
-
-  parallel_items(in.chunks(), [&] { return program.make_scratch(); }, [&](int64_t chunk, auto& scratch) {
-    Selection<A> selected;
-    const int64_t end = std::min(in.rows, (chunk + 1) * in.chunk());
-    for (int64_t first = chunk * in.chunk(); first < end; first += kBlock) {
-      const Tile<T> tile = in.tile(first, std::min(kBlock, end - first));
-      A* const out = scores + first * heads;
-      if (!tile.any_real()) {
-        std::fill_n(out, tile.rows * heads, -std::numeric_limits<A>::infinity());
-        continue;
-      }
-      program.scores(tile, out, scratch);
-      for (int64_t r = 0; r < tile.rows; ++r) {
-        if (!is_real(tile.mask, r)) std::fill_n(out + r * heads, heads, -std::numeric_limits<A>::infinity());
-      }
-      if (!partials) continue;
-      in.for_bags(first, first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
-        const Tile<T> rows = tile.part(from - first, to - from);
-        for (int64_t k = 0; k < heads; ++k) partials->add(chunk + b, k, rows, scores + from * heads, selected);
-      });
-    }
-  });
-  if (!partials) return;
-
-  at::parallel_for(0, in.bags() * heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / heads, from = in.offsets[b], to = in.offsets[b + 1];
-      const int64_t first = from / in.chunk() + b, last = from < to ? (to - 1) / in.chunk() + b : first - 1;
-      partials->merge(first, last, i % heads, bag + i * in.width, lse + i);
-    }
-  });
-}
-
-// What the forward left and what comes back; a gradient that nobody gave is null. All in the accumulation type.
-template <typename A>
-struct PoolGradients {
-  const A *bag, *scores, *lse;                 // [bags, heads, width], [rows, heads], [bags, heads]
-  const A *grad_bag, *grad_scores, *grad_lse;  // of the same shapes
+  struct Worker {
+    virtual ~Worker() = default;
+    virtual void scores(const Tile<T>& tile, A* scores) = 0;  // [rows, heads]; what masked rows get is overwritten
+    // From the gradient of the scores [kChunk, heads], 0 for masked rows and past the last: the program's part of
+    // grad_x, and its sums for the parameters, those of `slice` where it has slices. Units of a slice come in order.
+    virtual void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x, int64_t slice) = 0;
+  };
+  virtual ~Score() = default;
+  virtual int64_t heads() const = 0;
+  virtual std::unique_ptr<Worker> forward_worker() const = 0;
+  virtual std::unique_ptr<Worker> backward_worker() const = 0;
+  virtual int64_t backward_rows() const { return kBlock; }  // of a unit: a tile, or a chunk for products over rows
 };
 
-// Weights and score gradients of one chunk: [rows, heads].
-template <typename A>
-struct ChunkGradients {
-  std::vector<A> weight, score;
-};
-
-// grad_score = weight * (<x - bag, grad_bag> + grad_lse) + what came back for the score itself.
-template <typename T, typename A>
-void score_gradients(const Ragged<T>& in, const PoolGradients<A>& g, int64_t heads, const Tile<T>& chunk,
-                     ChunkGradients<A>& out) {
-  out.weight.assign(kChunk * heads, A(0));
-  out.score.assign(kChunk * heads, A(0));
-  const bool weighted = g.grad_bag != nullptr || g.grad_lse != nullptr;
-  Selection<A> selected;
-  std::vector<A> dots(kChunk, A(0));
-  in.for_bags(chunk.first, chunk.first + chunk.rows, [&](int64_t b, int64_t from, int64_t to) {
-    const int64_t offset = from - chunk.first;
-    for (int64_t k = 0; k < heads; ++k) {
-      const int64_t bk = b * heads + k;
-      selected.select(g.scores + from * heads + k, to - from, heads);
-      if (g.grad_bag != nullptr) {
-        centered_dots(chunk.x + offset * chunk.ld, chunk.ld, selected.index, selected.count, g.bag + bk * in.width,
-                      g.grad_bag + bk * in.width, in.width, dots.data());
-      }
-      if (weighted) selected.exp_minus(g.lse[bk]);
-      for (int64_t i = 0; i < selected.count; ++i) {
-        const int64_t at = (offset + selected.index[i]) * heads + k;
-        A grad = g.grad_scores ? g.grad_scores[(chunk.first * heads) + at] : A(0);
-        if (weighted) {
-          out.weight[at] = selected.value[i];
-          grad += selected.value[i] * (dots[i] + (g.grad_lse ? g.grad_lse[bk] : A(0)));
-        }
-        out.score[at] = grad;
-      }
-    }
-  });
-}
-
-// Rows are cut into slices, each with accumulators of its own for the parameter gradients: a number and a size that
-// depend on shapes alone, so sums do not depend on the threads. Accumulators take at most 64 MB, but are at least 4.
-inline int64_t num_slices(int64_t rows, int64_t accumulator_bytes) {
-  const int64_t most = std::clamp<int64_t>((int64_t{64} << 20) / std::max<int64_t>(accumulator_bytes, 1), 4, 16);
-  return std::clamp<int64_t>(ceil_div(rows, chunk_rows(rows)), 1, most);
-}
-
-// grad_x [rows, width] or null. `slices` holds the program's accumulators.
-template <typename Program, typename T, typename Slices>
-void pool_backward(const Program& program, const Ragged<T>& in, const PoolGradients<acc_t<T>>& g, T* grad_x,
-                   Slices& slices) {
+// An instance stage: the rows that are pooled, made of those of x. Workers as above.
+template <typename T>
+struct Stage {
   using A = acc_t<T>;
-  const int64_t heads = program.heads(), width = in.width;
-  const int64_t slice_rows = ceil_div(in.chunks(), slices.count()) * in.chunk();
-  if (grad_x != nullptr) advise_huge_pages(grad_x, in.rows * width * int64_t(sizeof(T)));
+  struct Worker {
+    virtual ~Worker() = default;
+    virtual const A* rows(const Tile<T>& tile) = 0;  // [rows, width], ld apart
+    // After `rows` of this unit, from their gradient [rows, width]: grad_x [rows, width of x] or null, and sums.
+    virtual void backward(const Tile<T>& unit, A* grad_rows, A* grad_x, int64_t slice) = 0;
+  };
+  virtual ~Stage() = default;
+  virtual int64_t width() const = 0;
+  virtual int64_t ld() const = 0;
+  virtual std::unique_ptr<Worker> worker(int64_t rows) const = 0;  // for tiles or units of at most so many
+};
 
-  parallel_items(slices.count(), [&] { return program.make_backward_scratch(); }, [&](int64_t slice, auto& scratch) {
-    ChunkGradients<A> gradients;
-    std::vector<int64_t> bag_of(kChunk);
-    auto accumulators = slices.at(slice);
-    bool first_chunk = true;
-    const int64_t end = std::min(in.rows, (slice + 1) * slice_rows);
-    for (int64_t first = slice * slice_rows; first < end; first += in.chunk()) {
-      const Tile<T> chunk = in.tile(first, std::min(in.chunk(), end - first));
-      if (!chunk.any_real()) {
-        if (grad_x != nullptr) std::fill_n(grad_x + first * width, chunk.rows * width, T(0));
-        continue;
-      }
-      score_gradients(in, g, heads, chunk, gradients);
-      in.for_bags(first, first + chunk.rows, [&](int64_t b, int64_t from, int64_t to) {
-        std::fill(bag_of.begin() + (from - first), bag_of.begin() + (to - first), b);
-      });
-      // grad_x of row r, columns [column, column + count): the program's part plus weight times the bag's gradient.
-      const auto store_dx = [&](int64_t r, int64_t column, int64_t count, const A* part) {
-        T* const to = grad_x + (first + r) * width + column;
-        const A* const weight = gradients.weight.data() + r * heads;
-        for_steps<Pair<T>::width>(count, [&](int64_t i, auto step) {
-          auto sum = load_pair(part + i, step);
-          for (int64_t k = 0; g.grad_bag != nullptr && k < heads; ++k) {
-            if (weight[k] == A(0)) continue;
-            const auto d = load_pair(g.grad_bag + (bag_of[r] * heads + k) * width + column + i, step);
-            const Vectorized<A> w(weight[k]);
-            sum = {fmadd(w, d.lo, sum.lo), fmadd(w, d.hi, sum.hi)};
-          }
-          store_pair(Pair<T>{sum.lo, sum.hi}, to + i, step);
-        });
-      };
-      program.backward(chunk, gradients.score.data(), grad_x != nullptr, store_dx, accumulators, first_chunk, scratch);
-      first_chunk = false;
+// Reduction: bag vectors by softmax.
+template <typename T>
+class SoftmaxPool {
+ public:
+  using A = acc_t<T>;
+
+  SoftmaxPool(const Ragged<T>& in, int64_t heads, const Stage<T>* stage, A* bag, A* lse)
+      : in_(in), stage_(stage), bag_(bag), lse_(lse), partials_(in.slots(), heads, stage ? stage->width() : in.width) {}
+
+  struct Worker {
+    typename Partials<A>::Worker partials;
+    std::unique_ptr<typename Stage<T>::Worker> stage;
+  };
+  Worker worker() const {
+    return {typename Partials<A>::Worker(partials_.heads()), stage_ ? stage_->worker(kBlock) : nullptr};
+  }
+  void add(const Tile<T>& tile, const A* scores, Worker& w) {
+    const int64_t heads = partials_.heads();
+    const A* const staged = stage_ ? w.stage->rows(tile) : nullptr;
+    in_.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
+      const int64_t slot = in_.slot_of(from, b), at = from - tile.first;
+      const A* const s = scores + at * heads;
+      if (stage_) partials_.add_softmax(slot, staged + at * stage_->ld(), stage_->ld(), to - from, s, w.partials);
+      else partials_.add_softmax(slot, tile.x + at * tile.ld, tile.ld, to - from, s, w.partials);
+    });
+  }
+  void finish() { partials_.merge_bags(in_, true, bag_, lse_); }
+
+ private:
+  const Ragged<T>& in_;
+  const Stage<T>* stage_;
+  A *bag_, *lse_;
+  Partials<A> partials_;
+};
+
+// Reduction: scores alone.
+struct NoPool {
+  struct Worker {};
+  Worker worker() const { return {}; }
+  template <typename Tile, typename A>
+  void add(const Tile&, const A*, Worker&) {}
+  void finish() {}
+};
+
+// scores [rows, heads].
+template <typename T, typename Reduction>
+void pool_forward(const Score<T>& score, const Ragged<T>& in, acc_t<T>* scores, Reduction&& reduction) {
+  using A = acc_t<T>;
+  const int64_t heads = score.heads();
+  for_tiles(in, [&] { return std::pair(score.forward_worker(), reduction.worker()); }, [&](const Tile<T>& tile, auto& w) {
+    A* const out = scores + tile.first * heads;
+    if (!tile.any_real()) {
+      std::fill_n(out, tile.rows * heads, kDead<A>);
+      return;
     }
-    if (first_chunk) accumulators.set_zero();
+    w.first->scores(tile, out);
+    for (int64_t r = 0; tile.mask != nullptr && r < tile.rows; ++r) {
+      if (!tile.mask[r]) std::fill_n(out + r * heads, heads, kDead<A>);
+    }
+    reduction.add(tile, out, w.second);
   });
+  reduction.finish();
 }
 
 }  // namespace milkernels

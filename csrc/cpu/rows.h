@@ -1,4 +1,4 @@
-// Work on rows of a tile: weighted sums and dot products, in the accumulation type, from any storage type.
+// Rows of any storage type, read and written in the accumulation type, and how work on them is handed to threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -133,73 +133,15 @@ inline void convert_row(const S* x, T* y, int64_t n) {
   }
 }
 
-// out = scale * out + sum_r weight[r] * x[index[r]], rows of `width` elements `ld` apart. With scale 0 `out` is not
-// read. The sum of a call is formed on its own before it is added: long running sums lose digits.
-template <typename T, typename A>
-inline void weighted_sum(const T* x, int64_t ld, const int32_t* index, const A* weight, int64_t n, int64_t width,
-                         A scale, A* out) {
-  using V = Vectorized<A>;
-  constexpr int64_t kPair = Pair<T>::width;
-  const V s(scale);
-  const auto add = [&](A* o, V sum) { (scale == A(0) ? sum : fmadd(s, V::loadu(o), sum)).store(o); };
-  int64_t l = 0;
-  for (; l + 4 * kPair <= width; l += 4 * kPair) {
-    V sum[8];
-    for (auto& v : sum) v = V(A(0));
-    for (int64_t r = 0; r < n; ++r) {
-      const T* row = x + index[r] * ld + l;
-      const V w(weight[r]);
-      for (int u = 0; u < 4; ++u) {
-        const auto v = Pair<T>::load(row + u * kPair);
-        sum[2 * u] = fmadd(w, v.lo, sum[2 * u]);
-        sum[2 * u + 1] = fmadd(w, v.hi, sum[2 * u + 1]);
-      }
-    }
-    for (int u = 0; u < 8; ++u) add(out + l + u * V::size(), sum[u]);
-  }
-  for (; l < width; l += kPair) {
-    const int64_t count = std::min(kPair, width - l);
-    V lo(A(0)), hi(A(0));
-    for (int64_t r = 0; r < n; ++r) {
-      const T* row = x + index[r] * ld + l;
-      const auto v = count == kPair ? Pair<T>::load(row) : Pair<T>::load(row, count);
-      const V w(weight[r]);
-      lo = fmadd(w, v.lo, lo);
-      hi = fmadd(w, v.hi, hi);
-    }
-    A buffer[kPair], *o = buffer;
-    if (scale != A(0)) std::copy_n(out + l, count, buffer);
-    add(o, lo);
-    add(o + V::size(), hi);
-    std::copy_n(buffer, count, out + l);
-  }
-}
-
-// out[r] = <x[index[r]] - center, v>, four rows at a time so that center and v are loaded once for them. Subtracting
-// first keeps digits that the difference of two dot products loses when features have a mean.
-template <typename T, typename A>
-inline void centered_dots(const T* x, int64_t ld, const int32_t* index, int64_t n, const A* center, const A* v,
-                          int64_t width, A* out) {
-  using V = Vectorized<A>;
-  constexpr int64_t kPair = Pair<T>::width;
-  int64_t r = 0;
-  const auto rows = [&](auto count) {
-    constexpr int R = decltype(count)::value;
-    V sum[R];
-    for (auto& s : sum) s = V(A(0));
-    for_steps<kPair>(width, [&](int64_t l, auto step) {
-      const auto c = load_pair(center + l, step), w = load_pair(v + l, step);
-      for (int i = 0; i < R; ++i) {
-        const auto p = load_pair(x + index[r + i] * ld + l, step);
-        sum[i] = fmadd(p.lo - c.lo, w.lo, sum[i]);
-        sum[i] = fmadd(p.hi - c.hi, w.hi, sum[i]);
-      }
-    });
-    for (int i = 0; i < R; ++i) out[r + i] = horizontal_sum(sum[i]);
-    r += R;
-  };
-  while (r + 4 <= n) rows(std::integral_constant<int, 4>{});
-  while (r < n) rows(std::integral_constant<int, 1>{});
+// x += factor * values, in the accumulation type.
+template <typename T>
+inline void add_to_row(T* x, const acc_t<T>* values, acc_t<T> factor, int64_t width) {
+  using V = Vectorized<acc_t<T>>;
+  for_steps<Pair<T>::width>(width, [&](int64_t l, auto step) {
+    const auto old = load_pair(x + l, step);
+    const auto v = load_pair(values + l, step);
+    store_pair(Pair<T>{fmadd(V(factor), v.lo, old.lo), fmadd(V(factor), v.hi, old.hi)}, x + l, step);
+  });
 }
 
 }  // namespace milkernels

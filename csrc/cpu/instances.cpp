@@ -1,0 +1,347 @@
+// Ops about single instances or plain sums, on the CPU: instance_max, weighted_pool, mean_pool, max_pool.
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "call.h"
+#include "query_score.h"
+
+namespace milkernels {
+namespace {
+
+template <typename T>
+void zero_rows(T* x, int64_t n) {
+  advise_huge_pages(x, n * int64_t(sizeof(T)));
+  at::parallel_for(0, n, int64_t{1} << 18, [&](int64_t begin, int64_t end) { std::fill(x + begin, x + end, T(0)); });
+}
+
+// --- instance_max (the first stream of DSMIL, Li et al. 2021)
+
+std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                    const OptionalTensor& offsets, const OptionalTensor& mask) {
+  const ClassCall call(x, weight, bias, offsets, mask);
+  Tensor values = call.empty({call.bags(), call.classes}), logits = call.empty({call.rows, call.classes});
+  Tensor indices = at::empty({call.bags(), call.classes}, x.options().dtype(at::kLong));
+  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+    using A = acc_t<T>;
+    const auto in = call.ragged<T>();
+    const QueryScore<T> score(in, call.queries<A>());
+    pool_forward(score, in, logits.mutable_data_ptr<A>(),
+                 FirstMax<T>(in, call.classes, values.mutable_data_ptr<A>(), indices.mutable_data_ptr<int64_t>()));
+  });
+  return {values, indices, logits};
+}
+
+// Where only the maxima have a gradient, it goes to the rows that have them and nothing else is read.
+template <typename T>
+void winners_backward(const ClassCall& call, const Tensor& indices, const Tensor& grad_values, T* grad_x,
+                      acc_t<T>* grad_weight, acc_t<T>* grad_bias) {
+  using A = acc_t<T>;
+  const auto in = call.ragged<T>();
+  const int64_t* const row = indices.const_data_ptr<int64_t>();
+  const A *const grads = grad_values.const_data_ptr<A>(), *const weight = call.weight.const_data_ptr<A>();
+  if (grad_weight != nullptr) std::fill_n(grad_weight, call.classes * call.width, A(0));
+  if (grad_bias != nullptr) std::fill_n(grad_bias, call.classes, A(0));
+  if (grad_x != nullptr) zero_rows(grad_x, call.rows * call.width);
+  std::vector<A> values(call.width);
+  for (int64_t i = 0; i < call.bags() * call.classes; ++i) {
+    if (row[i] < 0) continue;
+    const int64_t c = i % call.classes;
+    if (grad_bias != nullptr) grad_bias[c] += grads[i];
+    if (grad_weight != nullptr) {
+      convert_row(in.x + row[i] * in.ld, values.data(), call.width);
+      add_to_row<A>(grad_weight + c * call.width, values.data(), grads[i], call.width);
+    }
+    if (grad_x != nullptr) add_to_row(grad_x + row[i] * call.width, weight + c * call.width, grads[i], call.width);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> instance_max_bwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                    const OptionalTensor& offsets, const OptionalTensor& mask,
+                                                    const Tensor& indices, const Tensor& logits,
+                                                    const OptionalTensor& grad_values, const OptionalTensor& grad_logits,
+                                                    std::array<bool, 3> needs) {
+  const ClassCall call(x, weight, bias, offsets, mask);
+  const int64_t B = call.bags(), C = call.classes;
+  const Tensor rows = call.take_indices(indices, "indices", {B, C}), l = call.take(logits, "logits", {call.rows, C}),
+               values = call.take(grad_values, "grad_values", {B, C});
+  Tensor dense = call.take(grad_logits, "grad_logits", {call.rows, C});
+  Tensor grad_x = call.grad_x(needs[0]), grad_weight = call.gradient(needs[1], call.weight.sizes()),
+         grad_bias = call.gradient(needs[2], {C});
+  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+    using A = acc_t<T>;
+    const auto out_x = data_if<T>(needs[0], grad_x);
+    const auto out_weight = data_if<A>(needs[1], grad_weight), out_bias = data_if<A>(needs[2], grad_bias);
+    if (!dense.defined()) {
+      winners_backward<T>(call, rows, values, out_x, out_weight, out_bias);
+      return;
+    }
+    if (values.defined()) {  // each goes to its own logit
+      dense = dense.clone();
+      const int64_t* const row = rows.const_data_ptr<int64_t>();
+      for (int64_t i = 0; i < B * C; ++i) {
+        if (row[i] >= 0) dense.mutable_data_ptr<A>()[row[i] * C + i % C] += values.const_data_ptr<A>()[i];
+      }
+    }
+    const auto in = call.ragged<T>();
+    QueryScore<T> score(in, call.queries<A>());
+    if (needs[1] || needs[2]) score.products.prepare_gradient();
+    const PoolGradients<A> g{nullptr, l.const_data_ptr<A>(), nullptr, nullptr, dense.const_data_ptr<A>(), nullptr};
+    pool_backward<T>(score, nullptr, in, g, out_x, in.chunks());
+    if (needs[1]) score.products.gradient(out_weight);
+    if (needs[2]) score.products.shift_gradient(out_bias);
+  });
+  if (needs[1]) grad_weight = grad_weight.to(weight.scalar_type());
+  if (needs[2]) grad_bias = grad_bias.to(bias->scalar_type());
+  return {grad_x, grad_weight, grad_bias};
+}
+
+// --- weighted_pool, mean_pool
+
+// Sums of the real rows of each bag, times weights [rows, heads], or 1: bag [bags, heads, width].
+template <typename T>
+void sum_rows(const Ragged<T>& in, int64_t heads, const acc_t<T>* weights, acc_t<T>* bag) {
+  using A = acc_t<T>;
+  using Worker = typename Partials<A>::Worker;
+  Partials<A> partials(in.slots(), heads, in.width);
+  for_tiles(in, [&] { return Worker(heads); }, [&](const Tile<T>& tile, Worker& w) {
+    in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
+      const Tile<T> rows = tile.part(from - tile.first, to - from);
+      w.selected.select(rows.mask, rows.rows);
+      for (int64_t i = 0; i < w.selected.count; ++i) {
+        for (int64_t k = 0; k < heads; ++k) {
+          w.weight[i * heads + k] = weights ? weights[(from + w.selected.index[i]) * heads + k] : A(1);
+        }
+      }
+      partials.add(in.slot_of(from, b), rows.x, rows.ld, w.selected.index, w.selected.count, w.weight.data(), w);
+    });
+  });
+  partials.merge_bags(in, false, bag, nullptr);
+}
+
+// grad_x of those sums from grad_bag [bags, heads, width].
+template <typename T>
+void spread_rows(const Ragged<T>& in, int64_t heads, const acc_t<T>* weights, const acc_t<T>* grad_bag, T* grad_x) {
+  using A = acc_t<T>;
+  advise_huge_pages(grad_x, in.rows * in.width * int64_t(sizeof(T)));
+  const std::vector<A> ones(weights ? 0 : kBlock, A(1));
+  const bool finite = std::all_of(grad_bag, grad_bag + in.bags() * heads * in.width, [](A v) { return std::isfinite(v); });
+  for_tiles(in, [&] { return std::vector<int64_t>(kBlock); }, [&](const Tile<T>& tile, std::vector<int64_t>& bag_of) {
+    InputGradient<T> out;
+    out.to = grad_x + tile.first * in.width;
+    out.width = in.width, out.heads = heads, out.mask = tile.mask, out.grad_bag = grad_bag, out.bag_of = bag_of.data();
+    out.weight = weights ? weights + tile.first * heads : ones.data();
+    out.finite = finite;
+    in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
+      std::fill(bag_of.begin() + (from - tile.first), bag_of.begin() + (to - tile.first), b);
+      out.store_rows(from - tile.first, to - from, nullptr, nullptr, 0);
+    });
+  });
+}
+
+Tensor checked_weights(const Call& call, const Tensor& weights) {
+  TORCH_CHECK_VALUE(weights.dim() == 2 && weights.size(1) > 0, "weights must be [", call.rows, ", any]; got ",
+                    weights.sizes());
+  return call.take(weights, "weights", {call.rows, weights.size(1)});
+}
+
+Tensor weighted_pool_fwd(const Tensor& x, const Tensor& weights, const OptionalTensor& offsets,
+                         const OptionalTensor& mask) {
+  const Call call(x, offsets, mask);
+  const Tensor w = checked_weights(call, weights);
+  Tensor bag = call.empty({call.bags(), w.size(1), call.width});
+  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+    sum_rows(call.ragged<T>(), w.size(1), w.const_data_ptr<acc_t<T>>(), bag.mutable_data_ptr<acc_t<T>>());
+  });
+  return bag;
+}
+
+std::tuple<Tensor, Tensor> weighted_pool_bwd(const Tensor& x, const Tensor& weights, const OptionalTensor& offsets,
+                                             const OptionalTensor& mask, const Tensor& grad_bag,
+                                             std::array<bool, 2> needs) {
+  const Call call(x, offsets, mask);
+  const Tensor w = checked_weights(call, weights);
+  const int64_t heads = w.size(1);
+  const Tensor g = call.take(grad_bag, "grad_bag", {call.bags(), heads, call.width});
+  Tensor grad_x = call.grad_x(needs[0]), grad_weights = call.gradient(needs[1], w.sizes());
+  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+    using A = acc_t<T>;
+    const auto in = call.ragged<T>();
+    if (needs[0]) spread_rows(in, heads, w.const_data_ptr<A>(), g.const_data_ptr<A>(), grad_x.mutable_data_ptr<T>());
+    if (!needs[1]) return;
+    const QueryProducts<T> products(in, {g.const_data_ptr<A>(), heads, heads * in.width, nullptr, 0}, in.width);
+    A* const out = grad_weights.mutable_data_ptr<A>();
+    for_tiles(in, [] { return 0; }, [&](const Tile<T>& tile, int) {
+      products.scores(tile, tile.x, tile.ld, out + tile.first * heads);
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        if (!is_real(tile.mask, r)) std::fill_n(out + (tile.first + r) * heads, heads, A(0));
+      }
+    });
+  });
+  if (needs[1]) grad_weights = grad_weights.to(weights.scalar_type());
+  return {grad_x, grad_weights};
+}
+
+// How many real rows each bag has, at least 1.
+template <typename T>
+std::vector<double> counts(const Ragged<T>& in) {
+  std::vector<double> count(in.bags());
+  for (int64_t b = 0; b < in.bags(); ++b) {
+    const int64_t from = in.offsets[b], to = in.offsets[b + 1];
+    const int64_t real = in.mask ? std::count(in.mask + from, in.mask + to, true) : to - from;
+    count[b] = std::max<double>(static_cast<double>(real), 1.);
+  }
+  return count;
+}
+
+Tensor mean_pool_fwd(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask) {
+  const Call call(x, offsets, mask);
+  Tensor bag = call.empty({call.bags(), call.width});
+  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+    using A = acc_t<T>;
+    const auto in = call.ragged<T>();
+    A* const out = bag.mutable_data_ptr<A>();
+    sum_rows<T>(in, 1, nullptr, out);
+    const auto count = counts(in);
+    for (int64_t i = 0; i < in.bags() * in.width; ++i) out[i] = static_cast<A>(out[i] / count[i / in.width]);
+  });
+  return bag;
+}
+
+Tensor mean_pool_bwd(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask, const Tensor& grad_bag,
+                     std::array<bool, 1> needs) {
+  const Call call(x, offsets, mask);
+  Tensor grad_x = call.grad_x(needs[0]), g = call.take(grad_bag, "grad_bag", {call.bags(), call.width});
+  if (!needs[0]) return grad_x;
+  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+    using A = acc_t<T>;
+    const auto in = call.ragged<T>();
+    const auto count = counts(in);
+    const A* const from = g.const_data_ptr<A>();
+    std::vector<A> shares(in.bags() * in.width);
+    for (size_t i = 0; i < shares.size(); ++i) shares[i] = static_cast<A>(from[i] / count[i / in.width]);
+    spread_rows<T>(in, 1, nullptr, shares.data(), grad_x.mutable_data_ptr<T>());
+  });
+  return grad_x;
+}
+
+// --- max_pool
+
+// The maximum of each feature over a segment, and its row: the first of equal ones, NaN before any number.
+template <typename T>
+class FeatureMax {
+ public:
+  using A = acc_t<T>;
+  using V = Vectorized<A>;
+
+  explicit FeatureMax(const Ragged<T>& in)
+      : in_(in), rows_(in.slots(), -1), values_(in.slots() * in.width), places_(in.slots() * in.width) {}
+
+  // Rows of a segment come in order; their places are counted from the first of its chunk, exact in every type.
+  void add(const Tile<T>& rows, int64_t slot) {
+    A *const best = values_.get() + slot * in_.width, *const place = places_.get() + slot * in_.width;
+    const int64_t chunk = rows.first / in_.chunk() * in_.chunk();
+    for (int64_t r = 0; r < rows.rows; ++r) {
+      if (!is_real(rows.mask, r)) continue;
+      const T* const x = rows.x + r * rows.ld;
+      const V here(static_cast<A>(rows.first + r - chunk));
+      const bool first = std::exchange(rows_[slot], chunk) < 0;
+      for_steps<Pair<T>::width>(in_.width, [&](int64_t l, auto step) {
+        const auto v = load_pair(x + l, step);
+        auto b = load_pair(best + l, step), p = load_pair(place + l, step);
+        const auto offer = [&](const V& value, V& best, V& place) {
+          const V wins = (value > best) | ((value != value) & (best == best));
+          best = V::blendv(best, value, wins);
+          place = V::blendv(place, here, wins);
+        };
+        if (first) {
+          store_pair(Pair<A>{v.lo, v.hi}, best + l, step);
+          store_pair(Pair<A>{here, here}, place + l, step);
+          return;
+        }
+        offer(v.lo, b.lo, p.lo);
+        offer(v.hi, b.hi, p.hi);
+        store_pair(Pair<A>{b.lo, b.hi}, best + l, step);
+        store_pair(Pair<A>{p.lo, p.hi}, place + l, step);
+      });
+    }
+  }
+  // values and indices [bags, width]; an empty bag has 0 and -1.
+  void finish(T* values, int64_t* indices) const {
+    at::parallel_for(0, in_.bags(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t from = in_.offsets[b], to = in_.offsets[b + 1];
+        std::fill_n(values + b * in_.width, in_.width, T(0));
+        std::fill_n(indices + b * in_.width, in_.width, int64_t{-1});
+        std::vector<A> best(in_.width);
+        for (int64_t slot = in_.slot_of(from, b); from < to && slot <= in_.slot_of(to - 1, b); ++slot) {
+          if (rows_[slot] < 0) continue;
+          for (int64_t l = 0; l < in_.width; ++l) {
+            const A value = values_.get()[slot * in_.width + l];
+            int64_t& row = indices[b * in_.width + l];
+            if (row >= 0 && !(value > best[l]) && !(std::isnan(value) && !std::isnan(best[l]))) continue;
+            best[l] = value;
+            row = rows_[slot] + static_cast<int64_t>(places_.get()[slot * in_.width + l]);
+            values[b * in_.width + l] = in_.x[row * in_.ld + l];
+          }
+        }
+      }
+    });
+  }
+
+ private:
+  const Ragged<T>& in_;
+  std::vector<int64_t> rows_;  // the first row of a slot's chunk, -1 where nothing was seen
+  Buffer<A> values_, places_;
+};
+
+std::tuple<Tensor, Tensor> max_pool_fwd(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask) {
+  const Call call(x, offsets, mask);
+  Tensor values = at::empty({call.bags(), call.width}, x.options()),
+         indices = at::empty({call.bags(), call.width}, x.options().dtype(at::kLong));
+  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+    const auto in = call.ragged<T>();
+    FeatureMax<T> best(in);
+    for_tiles(in, [] { return 0; }, [&](const Tile<T>& tile, int) {
+      in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
+        best.add(tile.part(from - tile.first, to - from), in.slot_of(from, b));
+      });
+    });
+    best.finish(values.mutable_data_ptr<T>(), indices.mutable_data_ptr<int64_t>());
+  });
+  return {values, indices};
+}
+
+Tensor max_pool_bwd(const Tensor& x, const Tensor& indices, const Tensor& grad_values, std::array<bool, 1> needs) {
+  const Call call(x, std::nullopt, std::nullopt);
+  TORCH_CHECK_VALUE(grad_values.is_cpu() && grad_values.dim() == 2 && grad_values.size(1) == call.width &&
+                        grad_values.scalar_type() == x.scalar_type(),
+                    "grad_values must be [bags, ", call.width, "] in the type of x; got ", grad_values.sizes());
+  const Tensor rows = call.take_indices(indices, "indices", grad_values.sizes()), g = grad_values.contiguous();
+  Tensor grad_x = call.grad_x(needs[0]);
+  if (!needs[0]) return grad_x;
+  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+    T* const out = grad_x.mutable_data_ptr<T>();
+    zero_rows(out, call.rows * call.width);
+    const int64_t* const row = rows.const_data_ptr<int64_t>();
+    const T* const from = g.const_data_ptr<T>();
+    for (int64_t i = 0; i < g.numel(); ++i) {
+      if (row[i] >= 0) out[row[i] * call.width + i % call.width] = from[i];  // a row is in one bag
+    }
+  });
+  return grad_x;
+}
+
+TORCH_LIBRARY_IMPL(milkernels, CPU, m) {
+  m.impl("instance_max_fwd.native", instance_max_fwd);
+  m.impl("instance_max_bwd.native", instance_max_bwd);
+  m.impl("weighted_pool_fwd.native", weighted_pool_fwd);
+  m.impl("weighted_pool_bwd.native", weighted_pool_bwd);
+  m.impl("mean_pool_fwd.native", mean_pool_fwd);
+  m.impl("mean_pool_bwd.native", mean_pool_bwd);
+  m.impl("max_pool_fwd.native", max_pool_fwd);
+  m.impl("max_pool_bwd.native", max_pool_bwd);
+}
+
+}  // namespace
+}  // namespace milkernels

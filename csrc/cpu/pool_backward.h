@@ -1,0 +1,267 @@
+// The backward of the pooling driver: from the gradients of bag vectors, scores and lse to those of the scores and of the
+// rows, unit by unit; a unit is a tile or a chunk, as the score program wants it.
+#pragma once
+
+#include "pool.h"
+
+namespace milkernels {
+
+// What the forward left and what comes back; a gradient that nobody gave is null. All in the accumulation type.
+template <typename A>
+struct PoolGradients {
+  const A *bag, *scores, *lse;                 // [bags, heads, width pooled], [rows, heads], [bags, heads]
+  const A *grad_bag, *grad_scores, *grad_lse;  // of the same shapes
+};
+
+// Where the gradient of a unit's rows is written, and what the pooling itself adds to it: weight times the bag's
+// gradient or, behind a stage, what came through the stage.
+template <typename T>
+class InputGradient {
+ public:
+  using A = acc_t<T>;
+  T* to = nullptr;  // row 0 of the unit; null: nobody wants it
+  int64_t width = 0, heads = 0;
+  const bool* mask = nullptr;
+  const A* weight = nullptr;       // [rows, heads]; null behind a stage, and where only scores have a gradient
+  const A* grad_bag = nullptr;     // [bags, heads, width]
+  const int64_t* bag_of = nullptr;  // [rows]
+  const A* staged = nullptr;       // [rows, width], or null
+  bool finite = true;              // grad_bag is, so that a weight of 0 may be multiplied with it
+
+  explicit operator bool() const { return to != nullptr; }
+
+  // Row r, columns [column, column + count): the program's part is given.
+  void store(int64_t r, int64_t column, int64_t count, const A* part) const {
+    T* const y = to + r * width + column;
+    for_steps<Pair<T>::width>(count, [&](int64_t i, auto step) {
+      auto sum = load_pair(part + i, step);
+      for (int64_t k = 0; weight != nullptr && k < heads; ++k) {
+        const A w = weight[r * heads + k];
+        if (w == A(0)) continue;
+        const auto d = load_pair(grad_bag + (bag_of[r] * heads + k) * width + column + i, step);
+        sum = {fmadd(Vectorized<A>(w), d.lo, sum.lo), fmadd(Vectorized<A>(w), d.hi, sum.hi)};
+      }
+      if (staged != nullptr) {
+        const auto d = load_pair(staged + r * width + column + i, step);
+        sum = {sum.lo + d.lo, sum.hi + d.hi};
+      }
+      store_pair(Pair<T>{sum.lo, sum.hi}, y + i, step);
+    });
+  }
+
+  // Rows [from, from + n) of one bag, whose part is coefficients [n, terms] times vectors [terms, width].
+  void store_rows(int64_t from, int64_t n, const A* coefficient, const A* vectors, int64_t terms) const {
+    const int64_t pooled = weight != nullptr ? heads : 0, all = pooled + terms;
+    std::vector<const A*> vector(all + 1);
+    std::vector<A> c(n * (all + 1));
+    for (int64_t k = 0; k < pooled; ++k) vector[k] = grad_bag + (bag_of[from] * heads + k) * width;
+    for (int64_t j = 0; j < terms; ++j) vector[pooled + j] = vectors + j * width;
+    if (staged == nullptr && finite) {
+      for (int64_t r = 0; r < n; ++r) {
+        if (pooled) std::copy_n(weight + (from + r) * heads, heads, c.data() + r * all);
+        std::copy_n(coefficient + r * terms, terms, c.data() + r * all + pooled);
+      }
+      combine(c.data(), vector.data(), all, n, width, to + from * width, width);
+    } else {
+      for (int64_t r = 0; r < n; ++r) {
+        int64_t used = 0;
+        std::vector<const A*> row(all + 1);
+        const auto use = [&](A w, const A* v) {
+          if (w == A(0)) return;
+          c[used] = w;
+          row[used++] = v;
+        };
+        for (int64_t k = 0; k < pooled; ++k) use(weight[(from + r) * heads + k], vector[k]);
+        for (int64_t j = 0; j < terms; ++j) use(coefficient[r * terms + j], vector[pooled + j]);
+        if (staged != nullptr) use(A(1), staged + (from + r) * width);
+        combine(c.data(), row.data(), used, 1, width, to + (from + r) * width, width);
+      }
+    }
+    for (int64_t r = 0; mask != nullptr && r < n; ++r) {
+      if (!mask[from + r]) std::fill_n(to + (from + r) * width, width, T(0));
+    }
+  }
+};
+
+// Turns the pooling's gradients into those of scores and rows, unit by unit.
+template <typename T>
+class ScoreGradients {
+ public:
+  using A = acc_t<T>;
+
+  // `width`: of the rows that were pooled.
+  ScoreGradients(const Ragged<T>& in, const PoolGradients<A>& g, int64_t heads, int64_t width)
+      : in_(in), g_(g), heads_(heads), width_(width), center_(in.bags(), 0), correction_(in.bags() * heads, A(0)) {
+    if (g.grad_bag == nullptr) return;
+    // All heads of a bag subtract the same centre, any one of its bag vectors that is finite; what a head's own would
+    // have given is added to its dot products. Heads are then read together, and no digits are lost.
+    at::parallel_for(0, heads > 1 ? in.bags() : 0, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        int64_t& c = center_[b];
+        while (c + 1 < heads && !std::isfinite(g.lse[b * heads + c])) ++c;
+        const A* const center = g.bag + (b * heads + c) * width;
+        for (int64_t k = 0; k < heads; ++k) {
+          double sum = 0;
+          const A *const bag = g.bag + (b * heads + k) * width, *const grad = g.grad_bag + (b * heads + k) * width;
+          for (int64_t l = 0; k != c && l < width; ++l) sum += (double(center[l]) - bag[l]) * grad[l];
+          correction_[b * heads + k] = static_cast<A>(sum);
+        }
+      }
+    });
+    finite_ = std::all_of(g.grad_bag, g.grad_bag + in.bags() * heads * width, [](A v) { return std::isfinite(v); });
+  }
+
+  bool finite() const { return finite_; }
+
+  struct Worker {
+    std::vector<A> weight, score, dot, exp;  // [kChunk, heads]
+    Selection<A> selected;
+    explicit Worker(int64_t heads)
+        : weight(kChunk * heads), score(kChunk * heads), dot(kChunk * heads), exp(kChunk * heads) {}
+  };
+
+  // grad_score = weight * (<row - bag, grad_bag> + grad_lse) + what came back for the score itself. `rows` are those
+  // that were pooled.
+  template <typename R>
+  void operator()(const Tile<T>& unit, const R* rows, int64_t ld, Worker& w) const {
+    std::fill(w.weight.begin(), w.weight.end(), A(0));
+    std::fill(w.score.begin(), w.score.end(), A(0));
+    const bool weighted = g_.grad_bag != nullptr || g_.grad_lse != nullptr;
+    in_.for_bags(unit.first, unit.first + unit.rows, [&](int64_t b, int64_t from, int64_t to) {
+      const int64_t offset = from - unit.first;
+      const A* const scores = g_.scores + from * heads_;
+      w.selected.for_groups(scores, to - from, heads_, [&](int64_t first, int64_t heads) {
+        const int64_t n = w.selected.count, bh = b * heads_ + first;
+        const bool alone = heads < heads_;  // then a head is its own centre
+        if (g_.grad_bag != nullptr) {
+          dots(rows + offset * ld, ld, w.selected.index, n, g_.bag + (alone ? bh : b * heads_ + center_[b]) * width_,
+               g_.grad_bag + bh * width_, heads, width_, w.dot.data());
+        }
+        for (int64_t i = 0; i < n; ++i) {
+          std::copy_n(scores + w.selected.index[i] * heads_ + first, heads, w.exp.data() + i * heads);
+        }
+        if (weighted) exp_minus(w.exp.data(), n * heads, g_.lse + bh, heads);
+        for (int64_t i = 0; i < n; ++i) {
+          for (int64_t k = 0; k < heads; ++k) {
+            const int64_t at = (offset + w.selected.index[i]) * heads_ + first + k;
+            A grad = g_.grad_scores ? g_.grad_scores[unit.first * heads_ + at] : A(0);
+            if (weighted) {
+              A inner = g_.grad_lse ? g_.grad_lse[bh + k] : A(0);
+              if (g_.grad_bag) inner += w.dot[i * heads + k] + (alone ? A(0) : correction_[bh + k]);
+              w.weight[at] = w.exp[i * heads + k];
+              grad += w.exp[i * heads + k] * inner;
+            }
+            w.score[at] = grad;
+          }
+        }
+      });
+    });
+  }
+
+ private:
+  const Ragged<T>& in_;
+  PoolGradients<A> g_;
+  int64_t heads_, width_;
+  std::vector<int64_t> center_;
+  std::vector<A> correction_;
+  bool finite_ = true;
+};
+
+// Sums of parameter gradients, one set for each slice: rows are cut into slices, a number and a size that depend on
+// shapes alone, so sums do not depend on the threads.
+template <typename A>
+class Slices {
+ public:
+  // As many as fit into 64 MB, but at least 4 and at most 16; `size` numbers each.
+  Slices(int64_t rows, int64_t size)
+      : size_(size),
+        count_(std::clamp<int64_t>(ceil_div(rows, chunk_rows(rows)), 1,
+                                   std::clamp<int64_t>((int64_t{64} << 20) / std::max<int64_t>(size * sizeof(A), 1), 4, 16))),
+        used_(count_, 0), buffer_(count_ * size) {}
+
+  int64_t count() const { return count_; }
+  A* at(int64_t slice) const { return buffer_.get() + slice * size_; }
+  // Whether nothing was summed in this slice before; from then on something is.
+  bool start(int64_t slice) { return !std::exchange(used_[slice], 1); }
+
+  // Sums the slices, in order, into the first.
+  A* reduce() {
+    at::parallel_for(0, size_, 4096, [&](int64_t begin, int64_t end) {
+      if (!used_[0]) std::fill(at(0) + begin, at(0) + end, A(0));
+      for (int64_t s = 1; s < count_; ++s) {
+        for (int64_t i = begin; used_[s] && i < end; ++i) at(0)[i] += at(s)[i];
+      }
+    });
+    return at(0);
+  }
+
+ private:
+  int64_t size_, count_;
+  std::vector<uint8_t> used_;
+  Buffer<A> buffer_;
+};
+
+// grad_x [rows, width] or null. `slices`: how many there are; programs without sums of slices take one for each chunk.
+template <typename T>
+void pool_backward(const Score<T>& score, const Stage<T>* stage, const Ragged<T>& in,
+                   const PoolGradients<acc_t<T>>& g, T* grad_x, int64_t slices) {
+  using A = acc_t<T>;
+  const int64_t heads = score.heads(), width = in.width, pooled_width = stage ? stage->width() : width;
+  const int64_t slice_rows = ceil_div(in.chunks(), std::max<int64_t>(slices, 1)) * in.chunk();
+  const int64_t unit_rows = std::min(in.chunk(), stage ? kChunk : score.backward_rows());
+  const ScoreGradients<T> score_gradients(in, g, heads, pooled_width);
+  if (grad_x != nullptr) advise_huge_pages(grad_x, in.rows * width * int64_t(sizeof(T)));
+
+  struct Worker {
+    std::unique_ptr<typename Score<T>::Worker> score;
+    std::unique_ptr<typename Stage<T>::Worker> stage;
+    typename ScoreGradients<T>::Worker gradients;
+    std::vector<int64_t> bag_of;
+    Buffer<A> grad_rows, staged;
+  };
+  const auto make_worker = [&] {
+    const int64_t staged = stage ? kChunk : 0;
+    return Worker{score.backward_worker(), stage ? stage->worker(kChunk) : nullptr, typename ScoreGradients<T>::Worker(heads),
+                  std::vector<int64_t>(kChunk), Buffer<A>(staged * pooled_width),
+                  Buffer<A>(grad_x != nullptr ? staged * width : 0)};
+  };
+  parallel_items(slices, make_worker, [&](int64_t slice, Worker& w) {
+    const int64_t end = std::min(in.rows, (slice + 1) * slice_rows);
+    for (int64_t first = slice * slice_rows; first < end; first += unit_rows) {
+      const Tile<T> unit = in.tile(first, std::min(unit_rows, end - first));
+      if (!unit.any_real()) {
+        if (grad_x != nullptr) std::fill_n(grad_x + first * width, unit.rows * width, T(0));
+        continue;
+      }
+      in.for_bags(first, first + unit.rows, [&](int64_t b, int64_t from, int64_t to) {
+        std::fill(w.bag_of.begin() + (from - first), w.bag_of.begin() + (to - first), b);
+      });
+      InputGradient<T> out;
+      if (grad_x != nullptr) out.to = grad_x + first * width;
+      out.width = width, out.heads = heads, out.mask = unit.mask, out.bag_of = w.bag_of.data();
+      out.finite = score_gradients.finite();
+      if (stage) {
+        score_gradients(unit, w.stage->rows(unit), stage->ld(), w.gradients);
+        if (g.grad_bag != nullptr) {  // otherwise nothing comes back through the stage
+          A* const grad_rows = w.grad_rows.get();
+          InputGradient<A> through;  // the gradient of the pooled rows: weight times the bag's gradient
+          through.to = grad_rows, through.width = pooled_width, through.heads = heads, through.mask = unit.mask;
+          through.weight = w.gradients.weight.data(), through.grad_bag = g.grad_bag, through.bag_of = w.bag_of.data();
+          through.finite = score_gradients.finite();
+          in.for_bags(first, first + unit.rows, [&](int64_t, int64_t from, int64_t to) {
+            through.store_rows(from - first, to - from, nullptr, nullptr, 0);
+          });
+          w.stage->backward(unit, grad_rows, grad_x != nullptr ? w.staged.get() : nullptr, slice);
+          if (grad_x != nullptr) out.staged = w.staged.get();
+        }
+      } else {
+        score_gradients(unit, unit.x, unit.ld, w.gradients);
+        out.grad_bag = g.grad_bag;
+        if (g.grad_bag != nullptr) out.weight = w.gradients.weight.data();
+      }
+      w.score->backward(unit, w.gradients.score.data(), out, slice);
+    }
+  });
+}
+
+}  // namespace milkernels

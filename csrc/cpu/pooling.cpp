@@ -1,0 +1,182 @@
+// Pooling whose cost is reading x, on the CPU: softmax_pool, query_pool and query_scores, loss_attention_pool.
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "call.h"
+#include "query_score.h"
+
+namespace milkernels {
+namespace {
+
+struct Forward {
+  Tensor bag, scores, lse;
+  Forward(const Call& call, int64_t heads)
+      : bag(call.empty({call.bags(), heads, call.width})), scores(call.empty({call.rows, heads})),
+        lse(call.empty({call.bags(), heads})) {}
+  template <typename T>
+  void pool(const Score<T>& score, const Ragged<T>& in) {
+    using A = acc_t<T>;
+    pool_forward(score, in, scores.mutable_data_ptr<A>(),
+                 SoftmaxPool<T>(in, score.heads(), nullptr, bag.mutable_data_ptr<A>(), lse.mutable_data_ptr<A>()));
+  }
+};
+
+// --- softmax_pool
+
+Tensor checked_given(const Call& call, const Tensor& given) {
+  TORCH_CHECK_VALUE(given.dim() == 2 && given.size(1) > 0, "scores must be [", call.rows, ", any]; got ", given.sizes());
+  return call.take(given, "scores", {call.rows, given.size(1)});
+}
+
+std::tuple<Tensor, Tensor, Tensor> softmax_pool_fwd(const Tensor& x, const Tensor& given, const OptionalTensor& offsets,
+                                                    const OptionalTensor& mask) {
+  const Call call(x, offsets, mask);
+  const Tensor scores = checked_given(call, given);
+  Forward out(call, scores.size(1));
+  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+    const auto in = call.ragged<T>();
+    out.pool(GivenScore<T>(in, scores.size(1), scores.const_data_ptr<acc_t<T>>(), nullptr), in);
+  });
+  return {out.bag, out.scores, out.lse};
+}
+
+std::tuple<Tensor, Tensor> softmax_pool_bwd(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask,
+                                            const Tensor& bag, const Tensor& scores, const Tensor& lse,
+                                            const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
+                                            const OptionalTensor& grad_lse, std::array<bool, 2> needs) {
+  const Call call(x, offsets, mask);
+  const int64_t heads = checked_given(call, scores).size(1);
+  const PoolTensors pooled(call, heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
+  Tensor grad_x = call.grad_x(needs[0]), grad_given = call.gradient(needs[1], {call.rows, heads});
+  if (needs[1]) grad_given.zero_();  // units without a real row are passed over
+  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+    using A = acc_t<T>;
+    const auto in = call.ragged<T>();
+    const GivenScore<T> score(in, heads, nullptr, data_if<A>(needs[1], grad_given));
+    pool_backward<T>(score, nullptr, in, pooled.typed<A>(), data_if<T>(needs[0], grad_x), in.chunks());
+  });
+  return {grad_x, grad_given};
+}
+
+// --- query_pool, query_scores
+
+class QueryCall : public Call {
+ public:
+  QueryCall(const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask, double scale)
+      : Call(x, offsets, mask) {
+    const bool per_bag = query.dim() == 3;
+    TORCH_CHECK_VALUE(per_bag || query.dim() == 2, "query must be 2-D or 3-D; got ", query.sizes());
+    heads = query.size(-2);
+    TORCH_CHECK_VALUE(heads > 0, "query must have at least one head; got ", query.sizes());
+    bag_stride = per_bag ? heads * width : 0;
+    if (per_bag) scaled = take(query, "query", {bags(), heads, width});
+    else scaled = take(query, "query", {heads, width});
+    if (scale != 1.) scaled = scaled * scale;
+  }
+  template <typename T>
+  QueryScore<T> program(const Ragged<T>& in) const {
+    return {in, {scaled.const_data_ptr<acc_t<T>>(), heads, bag_stride, nullptr, 0}};
+  }
+  int64_t heads, bag_stride;
+  Tensor scaled;  // the query times the scale
+};
+
+std::tuple<Tensor, Tensor, Tensor> query_pool_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets,
+                                                  const OptionalTensor& mask, double scale) {
+  const QueryCall call(x, query, offsets, mask, scale);
+  Forward out(call, call.heads);
+  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+    const auto in = call.ragged<T>();
+    out.pool(call.program<T>(in), in);
+  });
+  return {out.bag, out.scores, out.lse};
+}
+
+Tensor query_scores_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
+                        double scale) {
+  const QueryCall call(x, query, offsets, mask, scale);
+  Tensor scores = call.empty({call.rows, call.heads});
+  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+    const auto in = call.ragged<T>();
+    pool_forward(call.program<T>(in), in, scores.mutable_data_ptr<acc_t<T>>(), NoPool());
+  });
+  return scores;
+}
+
+std::tuple<Tensor, Tensor> query_bwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets,
+                                     const OptionalTensor& mask, const OptionalTensor& bag, const Tensor& scores,
+                                     const OptionalTensor& lse, double scale, const OptionalTensor& grad_bag,
+                                     const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
+                                     std::array<bool, 2> needs) {
+  const QueryCall call(x, query, offsets, mask, scale);
+  const PoolTensors pooled(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
+  Tensor grad_x = call.grad_x(needs[0]), grad_query = call.gradient(needs[1], query.sizes());
+  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+    using A = acc_t<T>;
+    const auto in = call.ragged<T>();
+    auto score = call.program<T>(in);
+    if (needs[1]) score.products.prepare_gradient();
+    pool_backward<T>(score, nullptr, in, pooled.typed<A>(), data_if<T>(needs[0], grad_x), in.chunks());
+    if (!needs[1]) return;
+    if (call.bag_stride > 0) score.products.gradient_of_bags(grad_query.mutable_data_ptr<A>());
+    else score.products.gradient(grad_query.mutable_data_ptr<A>());
+  });
+  if (needs[1]) grad_query = (scale == 1. ? grad_query : grad_query.mul_(scale)).to(query.scalar_type());
+  return {grad_x, grad_query};
+}
+
+// --- loss_attention_pool
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_attention_pool_fwd(const Tensor& x, const Tensor& weight,
+                                                                   const OptionalTensor& bias,
+                                                                   const OptionalTensor& offsets,
+                                                                   const OptionalTensor& mask) {
+  const ClassCall call(x, weight, bias, offsets, mask);
+  Forward out(call, 1);
+  Tensor logits = call.empty({call.rows, call.classes});
+  if (mask) logits.fill_(kDead<double>);  // tiles without a real row are passed over
+  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+    const auto in = call.ragged<T>();
+    out.pool(LogSumExpScore<T>(in, call.queries<acc_t<T>>(), logits.mutable_data_ptr<acc_t<T>>(), nullptr), in);
+  });
+  return {out.bag, out.scores, out.lse, logits};
+}
+
+std::tuple<Tensor, Tensor, Tensor> loss_attention_pool_bwd(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
+    const OptionalTensor& mask, const Tensor& bag, const Tensor& scores, const Tensor& lse, const Tensor& logits,
+    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
+    const OptionalTensor& grad_logits, std::array<bool, 3> needs) {
+  const ClassCall call(x, weight, bias, offsets, mask);
+  const PoolTensors pooled(call, 1, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
+  const Tensor l = call.take(logits, "logits", {call.rows, call.classes}),
+               g = call.take(grad_logits, "grad_logits", {call.rows, call.classes});
+  Tensor grad_x = call.grad_x(needs[0]), grad_weight = call.gradient(needs[1], call.weight.sizes()),
+         grad_bias = call.gradient(needs[2], {call.classes});
+  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+    using A = acc_t<T>;
+    const auto in = call.ragged<T>();
+    LogSumExpScore<T> score(in, call.queries<A>(), const_cast<A*>(l.const_data_ptr<A>()), data_or_null<A>(g));
+    if (needs[1] || needs[2]) score.classes().prepare_gradient();
+    pool_backward<T>(score, nullptr, in, pooled.typed<A>(), data_if<T>(needs[0], grad_x), in.chunks());
+    if (needs[1]) score.classes().gradient(grad_weight.mutable_data_ptr<A>());
+    if (needs[2]) score.classes().shift_gradient(grad_bias.mutable_data_ptr<A>());
+  });
+  if (needs[1]) grad_weight = grad_weight.to(weight.scalar_type());
+  if (needs[2]) grad_bias = grad_bias.to(bias->scalar_type());
+  return {grad_x, grad_weight, grad_bias};
+}
+
+TORCH_LIBRARY_IMPL(milkernels, CPU, m) {
+  m.impl("softmax_pool_fwd.native", softmax_pool_fwd);
+  m.impl("softmax_pool_bwd.native", softmax_pool_bwd);
+  m.impl("query_pool_fwd.native", query_pool_fwd);
+  m.impl("query_scores_fwd.native", query_scores_fwd);
+  m.impl("query_bwd.native", query_bwd);
+  m.impl("loss_attention_pool_fwd.native", loss_attention_pool_fwd);
+  m.impl("loss_attention_pool_bwd.native", loss_attention_pool_bwd);
+}
+
+}  // namespace
+}  // namespace milkernels

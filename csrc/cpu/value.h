@@ -1,0 +1,102 @@
+// The instance stage of DSMIL's value, act(V drop(x_i) + b_V): pooled in place of x_i, computed for a tile at a time and
+// again in the backward, never stored. Without V it is drop(x_i): a linear value is taken of the pooled vector instead.
+#pragma once
+
+#include "dropout.h"
+#include "layer.h"
+
+namespace milkernels {
+
+template <typename T, typename E>
+class ValueStage final : public Stage<T> {
+ public:
+  using A = acc_t<T>;
+
+  ValueStage(int64_t in_width, Dropout dropout, std::optional<Layer<E>> layer)
+      : layer(std::move(layer)), in_width_(in_width), dropout_(dropout) {}
+  int64_t width() const override { return layer ? layer->out() : in_width_; }
+  int64_t ld() const override { return layer ? layer->columns() : in_width_; }
+  std::unique_ptr<typename Stage<T>::Worker> worker(int64_t rows) const override {
+    return std::make_unique<Worker>(*this, rows);
+  }
+
+  void prepare_backward(int64_t rows, bool input_gradient) {
+    if (!layer) return;
+    slices_.emplace(rows, layer->sums_size());
+    if (input_gradient) layer->prepare_input_gradient();
+  }
+  std::optional<int64_t> slices() const { return slices_ ? std::optional(slices_->count()) : std::nullopt; }
+  typename Layer<E>::Sums layer_gradient() { return layer->sums(slices_->reduce()); }
+
+  std::optional<Layer<E>> layer;
+
+ private:
+  struct Worker final : Stage<T>::Worker {
+    const ValueStage& p;
+    MatrixUnits matrix_units;
+    Buffer<A> keep, dropped, z, y, grad, block;
+    Buffer<E> staged;
+    Matrix<E> x{};
+    std::optional<typename Layer<E>::Backward> scratch;
+
+    Worker(const ValueStage& p, int64_t rows)
+        : p(p), keep(p.dropout_ ? rows * p.in_width_ : 0), dropped(p.dropout_ ? rows * p.in_width_ : 0),
+          z(p.layer ? rows * p.ld() : 0), y(p.layer ? rows * p.ld() : 0), grad(p.slices_ ? rows * p.ld() : 0),
+          block(kBlock * kBlock), staged(p.layer ? p.layer->planes() * rows * p.layer->depth() : 0) {
+      if (p.slices_) scratch.emplace(*p.layer, rows);
+    }
+
+    const A* rows(const Tile<T>& tile) override {
+      const int64_t width = p.in_width_;
+      if (p.dropout_) {
+        dropout_factors(p.dropout_, {DropoutBranch::kValue}, tile.first, tile.rows, 0, width, keep.get(), width);
+        for (int64_t r = 0; r < tile.rows; ++r) {
+          A *const to = dropped.get() + r * width, *const factor = keep.get() + r * width;
+          if (is_real(tile.mask, r)) convert_row(tile.x + r * tile.ld, to, width);
+          else std::fill_n(to, width, A(0));
+          // Selected, not multiplied away: a dropped unit may hold anything.
+          for (int64_t l = 0; l < width; ++l) to[l] = factor[l] == A(0) ? A(0) : to[l] * factor[l];
+        }
+      }
+      if (!p.layer) return dropped.get();
+      const int64_t rows = round_up(tile.rows, kRowMultiple), depth = p.layer->depth();
+      const int planes = p.layer->planes();
+      x = p.dropout_ ? stage(dropped.get(), width, tile.mask, tile.rows, rows, width, depth, planes, staged.get())
+                     : stage(tile.x, tile.ld, tile.mask, tile.rows, rows, width, depth, planes, staged.get());
+      p.layer->products(x, rows, z.get());
+      p.layer->activate(z.get(), rows, y.get());
+      return y.get();
+    }
+
+    void backward(const Tile<T>& unit, A* grad_rows, A* grad_x, int64_t slice) override {
+      const int64_t width = p.in_width_;
+      if (p.layer) {
+        const Layer<E>& layer = *p.layer;
+        const int64_t rows = round_up(unit.rows, kRowMultiple);
+        for (int64_t r = 0; r < rows; ++r) {
+          A* const to = grad.get() + r * layer.columns();
+          const int64_t real = r < unit.rows ? layer.out() : 0;
+          std::copy_n(grad_rows + r * layer.out(), real, to);
+          std::fill(to + real, to + layer.columns(), A(0));
+        }
+        const bool first = p.slices_->start(slice);
+        const auto left = layer.backward(x, z.get(), rows, grad.get(), first, layer.sums(p.slices_->at(slice)), *scratch);
+        if (grad_x == nullptr) return;
+        layer.input_gradient(left, rows, block.get(), [&](int64_t r, int64_t column, int64_t count, const A* part) {
+          if (r < unit.rows) std::copy_n(part, count, grad_x + r * width + column);
+        });
+      } else if (grad_x != nullptr) {
+        std::copy_n(grad_rows, unit.rows * width, grad_x);
+      }
+      if (p.dropout_ && grad_x != nullptr) {
+        for (int64_t i = 0; i < unit.rows * width; ++i) grad_x[i] = keep.get()[i] == A(0) ? A(0) : grad_x[i] * keep.get()[i];
+      }
+    }
+  };
+
+  int64_t in_width_;
+  Dropout dropout_;
+  mutable std::optional<Slices<A>> slices_;  // a slice is written by one thread at a time
+};
+
+}  // namespace milkernels
