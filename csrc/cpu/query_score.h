@@ -84,7 +84,7 @@ class QueryProducts {
     in_.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
       const int64_t at = from - tile.first, n = to - from;
       A* const out = scores + at * q.heads;
-      dots<R, A>(rows + at * ld, ld, kEveryRow.data(), n, nullptr, q.q + b * q.bag_stride, q.heads, width_, out);
+      dots(rows + at * ld, ld, kEveryRow.data(), n, nullptr, q.q + b * q.bag_stride, q.heads, width_, out);
       for (int64_t k = 0; q.shift != nullptr && k < q.heads; ++k) {
         const A shift = q.shift[b * q.shift_stride + k];
         for (int64_t r = 0; r < n; ++r) out[r * q.heads + k] = shift == kDead<A> ? shift : out[r * q.heads + k] + shift;
