@@ -4,6 +4,7 @@ from importlib import metadata
 
 from milkernels.backends import use_backend
 from milkernels.bags import Bags, collate_bags
+from milkernels.classical import generalized_mean_pool, isr_pool, log_sum_exp_pool, noisy_or_pool
 from milkernels.functional import (
     DSMILPooled,
     InstanceMax,
@@ -50,11 +51,15 @@ __all__ = [
     "dsmil_pool",
     "gated_attention_pool",
     "gated_attention_scores",
+    "generalized_mean_pool",
     "instance_max",
+    "isr_pool",
+    "log_sum_exp_pool",
     "loss_attention_pool",
     "max_pool",
     "mean_pool",
     "merge_pooled",
+    "noisy_or_pool",
     "query_pool",
     "query_scores",
     "segment_softmax",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SEEDS = range(-(2**63), 2**63)
+_SEEDS = (-(2**63), 2**63 - 1)
 
 
 def check_tensor(name: str, t: Tensor, ndim: int) -> None:
@@ -101,12 +101,12 @@ def checked_seed(seed: Tensor | int | None, p_name: str, p: float, x: Tensor) ->
     elif seed is not None:
         if not isinstance(seed, int):
             raise TypeError(f"seed must be an int64 tensor, an int or None; got {type(seed).__name__}")
-        if seed not in _SEEDS:
+        if not _SEEDS[0] <= seed <= _SEEDS[1]:
             raise ValueError(f"seed must fit into 64 bits; got {seed}")
     if p == 0:
         return None
     if seed is None:
-        return torch.randint(_SEEDS[-1], (1,), device=x.device)
+        return torch.randint(_SEEDS[1], (1,), device=x.device)
     if isinstance(seed, Tensor):
         return seed.reshape(1)
     return torch.full((1,), seed, dtype=torch.int64, device=x.device)

@@ -325,13 +325,8 @@ def _softmax_pool(x: Tensor, scores: Tensor, segments: _Segments) -> tuple[Tenso
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, product: torch.dtype, acc: torch.dtype) -> Tensor:
-    """A linear layer: the product in ``product``, the bias and the result in the accumulation type."""
-    x, weight = x.to(product), weight.to(product)
-    bias = None if bias is None else bias.to(acc)
-    if product == acc:
-        return F.linear(x, weight, bias)
-    out = F.linear(x, weight).to(acc)
-    return out if bias is None else out + bias
+    """A linear layer in ``product``, its result in the accumulation type."""
+    return F.linear(x.to(product), weight.to(product), None if bias is None else bias.to(product)).to(acc)
 
 
 # Dropout
@@ -395,6 +390,7 @@ def _dropout(h: Tensor, p: float, seed: Tensor | None, branch: int) -> Tensor:
 def softmax_pool(x, scores, offsets, mask):
     """``(bag, scores, lse)`` for scores that are given."""
     scores = _masked_scores(scores.to(_accumulation_dtype(x, scores)), mask)
+    scores = scores.masked_fill(scores == -_INF, -_INF)  # no gradient, as for a masked row
     bag, lse = _softmax_pool(x, scores, _Segments(offsets, x))
     return bag.to(x.dtype), scores, lse
 

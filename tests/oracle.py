@@ -46,14 +46,15 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
 def dropout_keep(seed: int, num_rows: int, num_units: int, branch: int, p: float) -> Tensor:
     """Which units are kept, ``[num_rows, num_units]``."""
     seed %= 2**64
-    keep = torch.zeros(num_rows, num_units, dtype=torch.bool)
+    keep = []
     for row in range(num_rows):
-        for unit in range(num_units):
-            counter = (row % 2**32, row // 2**32, unit // 8, branch)
-            word = philox(counter, (seed % 2**32, seed // 2**32))[unit % 8 // 2]
-            lane = word // 2**16 if unit % 2 else word % 2**16
-            keep[row, unit] = lane >= _threshold(p)
-    return keep
+        lanes = []
+        for group in range((num_units + 7) // 8):
+            counter = (row % 2**32, row // 2**32, group, branch)
+            for word in philox(counter, (seed % 2**32, seed // 2**32)):
+                lanes += [word % 2**16, word // 2**16]
+        keep.append([lane >= _threshold(p) for lane in lanes[:num_units]])
+    return torch.tensor(keep, dtype=torch.bool).reshape(num_rows, num_units)
 
 
 def _threshold(p: float) -> int:
@@ -129,6 +130,7 @@ def _activation(name: str | None, h: Tensor) -> Tensor:
 
 def softmax_pool(x, scores, offsets=None, *, mask=None):
     rows = real_rows(x.shape[0], offsets, mask)
+    scores = torch.where(scores == -INF, -INF, scores)  # no gradient, as where the mask says so
     return _pool_all(x, rows, [x[r] for r in rows], [scores[r] for r in rows])
 
 
@@ -188,11 +190,10 @@ def weighted_pool(x, weights, offsets=None, *, mask=None):
 
 def _first_max(values: Tensor, rows: Tensor) -> int:
     """The row of ``rows`` with the largest value, the first of equal ones, NaN before all; -1: only -inf."""
-    best = -1
-    for i in rows.tolist():
-        value, record = values[i].item(), -INF if best < 0 else values[best].item()
+    best, record = -1, -INF
+    for i, value in zip(rows.tolist(), values[rows].tolist(), strict=True):
         if value > record or (math.isnan(value) and not math.isnan(record)):
-            best = i
+            best, record = i, value
     return best
 
 
@@ -287,13 +288,18 @@ def attention_weights(x, scores, offsets=None, *, mask=None):
 
 
 def topk_instances(scores, k, offsets=None, *, largest=True, mask=None):
+    def order(score: float) -> tuple[bool, float]:
+        """NaN after all numbers, as in torch.sort."""
+        return math.isnan(score), 0.0 if math.isnan(score) else score
+
     rows, heads = real_rows(scores.shape[0], offsets, mask), scores.shape[1]
     indices = torch.full((len(rows), heads, k), -1)
     values = scores.new_full(indices.shape, -INF if largest else INF)
     for b, r in enumerate(rows):
         for head in range(heads):
-            found = [i for i in r.tolist() if scores[i, head] != -INF]
-            found.sort(key=lambda i, head=head: scores[i, head].item(), reverse=largest)
+            column = scores[:, head].tolist()
+            found = [i for i in r.tolist() if column[i] != -INF]
+            found.sort(key=lambda i, column=column: order(column[i]), reverse=largest)
             for rank, i in enumerate(found[:k]):
                 indices[b, head, rank] = i
                 at = torch.tensor([b]), torch.tensor([head]), torch.tensor([rank])

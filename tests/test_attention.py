@@ -1,18 +1,13 @@
-"""The compiled attention ops: accuracy, gradients, ragged rules, determinism, memory, and their torch.library contract.
-
-What they share with every op (arguments, result types, compositions) is in test_functional.py.
+"""What the compiled attention ops alone have: activations, gates, the bits of dropout, the units that multiply
+matrices.  What they share with every kernel is in test_kernels.py and test_contract.py.
 """
-
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import Tensor
 
 import milkernels
-from milkernels import backends, native, ops, testing
+from milkernels import native, ops, testing
 from milkernels.testing import CASES, Shape
 
 pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=f"no extension: {native.load_error()}")
@@ -163,9 +158,9 @@ def test_gradcheck_of_the_kernels(activation, gated, threads):
         full = [None if p is None else next(given) for p in parameters]
         for dropout_p in (0.0, 0.5):
             options = (torch.tensor([3]), activation, dropout_p, None)
-            bag, scores, lse = ops.attention_pool("native", x, *full, offsets, mask, *options)
+            bag, scores, lse = ops.call("attention_pool", "native", x, *full, offsets, mask, *options)
             yield bag, scores[mask], lse[2:]
-        yield (ops.attention_scores("native", x, *full, mask, *options)[mask],)
+        yield (ops.call("attention_scores", "native", x, *full, None, mask, *options)[mask],)
 
     def flat(x, *live):
         return tuple(t for outputs in run(x, *live) for t in outputs)
@@ -174,127 +169,19 @@ def test_gradcheck_of_the_kernels(activation, gated, threads):
     assert torch.autograd.gradcheck(flat, (x, *live), nondet_tol=0.0)
 
 
-def test_gradients_of_scores_and_lse_add_up():
-    case = CASES["gated_attention_pool"]
-    inputs = case.inputs(Shape((40, 100), 24, 12, 2), torch.float64)
-    leaves = list(inputs.leaves("step").values())
-    weights = [torch.randn_like(t) for t in case.call(inputs, "native").values()]
-    for chosen in ([0], [1], [2], [0, 2], [1, 2], [0, 1, 2]):
-        grads = []
-        for backend in ("native", "reference"):
-            outputs = list(case.call(inputs, backend).values())
-            grads.append(torch.autograd.grad([outputs[i] for i in chosen], leaves, [weights[i] for i in chosen]))
-        for ours, expected in zip(*grads, strict=True):
-            torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
-
-
-# Ragged rules
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", POOLS)
-def test_masked_rows_are_as_if_absent(name, dtype):
-    """NaN and inf in masked rows reach no output and no gradient; an all-masked bag is an empty one."""
-    case = CASES[name]
-    shape = Shape((70, 5, 300, 64), 40, 24, 2)
-    mask = torch.rand(shape.instances, generator=torch.Generator().manual_seed(1)) > 0.3
-    mask[70:75] = False
-    inputs = case.inputs(shape, dtype, mask=mask)
-    with torch.no_grad():
-        inputs.x[~mask] = torch.tensor([float("nan"), float("inf")] * 20, dtype=dtype)
-    got = results(case, inputs)
-    lengths = tuple(int(m.sum()) for m in mask.split(shape.lengths))
-    absent = case.inputs(Shape(lengths, 40, 24, 2), dtype)
-    absent.x, absent.parameters, absent.cotangent = (
-        inputs.x.detach()[mask],
-        inputs.parameters,
-        inputs.cotangent,
-    )
-    expected = results(case, absent)
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype != torch.bfloat16 else {"rtol": 2e-2, "atol": 2e-2}
-    assert (got["scores"][~mask] == -torch.inf).all() and (got["grad_x"][~mask] == 0).all()
-    assert (got["bag"][1] == 0).all() and (got["lse"][1] == -torch.inf).all()
-    for key in got:
-        ours = got[key][mask] if key in ("scores", "grad_x") else got[key]
-        torch.testing.assert_close(ours, expected[key], **tolerance)
-
-
-def test_padded_batch_equals_ragged():
-    case = CASES["gated_attention_pool"]
-    ragged = case.inputs(Shape((30, 1, 200), 40, 24, 2), torch.float64)
-    x, mask = milkernels.Bags(ragged.x, ragged.offsets).to_padded(padding_value=float("nan"))
-    bags = milkernels.Bags.from_padded(x, mask)
-    padded = case.inputs(Shape((200, 200, 200), 40, 24, 2), torch.float64, mask=bags.mask)
-    padded.x, padded.parameters, padded.cotangent = bags.values.clone(), ragged.parameters, ragged.cotangent
-    got, expected = results(case, padded), results(case, ragged)
-    for key in got:
-        ours = got[key][bags.mask] if key in ("scores", "grad_x") else got[key]
-        torch.testing.assert_close(ours, expected[key])
-
-
-def test_nan_stays_in_its_bag():
-    case = CASES["gated_attention_pool"]
-    inputs = case.inputs(Shape((70, 60, 300), 40, 24), torch.float32)
-    clean = results(case, inputs)
-    with torch.no_grad():
-        inputs.x[100, 3] = float("nan")
-    dirty = results(case, inputs)
-    rows, bags = torch.arange(430), torch.arange(3)
-    others = (rows < 70) | (rows >= 130)
-    assert dirty["bag"][1].isnan().any() and dirty["lse"][1].isnan().all()
-    for key, keep in (("bag", bags != 1), ("lse", bags != 1), ("scores", others), ("grad_x", others)):
-        assert torch.equal(dirty[key][keep], clean[key][keep])
-    assert dirty["grad_v_weight"].isnan().any()  # parameter gradients show it, as in eager
-
-
-@pytest.mark.parametrize("lengths", [(), (0,), (0, 0), (1,)])
-def test_nothing_to_pool(lengths):
-    x = torch.randn(sum(lengths), 7, requires_grad=True)
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    v, w = torch.randn(5, 7, requires_grad=True), torch.randn(2, 5, requires_grad=True)
-    pooled = milkernels.attention_pool(x, v, None, w, None, offsets, backend="native")
-    assert pooled.bag.shape == (len(lengths), 2, 7) and pooled.scores.shape == (sum(lengths), 2)
-    if not sum(lengths):
-        assert (pooled.bag == 0).all() and (pooled.lse == -torch.inf).all()
-    pooled.bag.sum().backward()
-    assert all(t.grad.isfinite().all() for t in (x, v, w))
-
-
-def test_rows_may_be_strided_and_anything_else_is_copied():
-    case = CASES["gated_attention_pool"]
-    inputs = case.inputs(Shape((90, 40), 24, 12), torch.float32)
-    expected, dense = results(case, inputs), inputs.x.detach()
-    wide = torch.full((130, 30), float("nan"))
-    wide[:, 3:27] = dense
-    for x in (wide[:, 3:27], dense.t().contiguous().t(), dense.flip(0).flip(0)):
-        inputs.x = x.detach()
-        got = results(case, inputs)
-        for key in got:
-            torch.testing.assert_close(got[key], expected[key])
-
-
-def test_raw_ops_refuse_what_would_read_out_of_bounds():
+def test_raw_ops_refuse_options_that_have_no_kernel():
+    """Past the public functions.  What holds for every op, shapes and offsets, is in test_contract.py."""
     x, v, w = torch.randn(5, 4), torch.randn(3, 4), torch.randn(1, 3)
-    options = (None, "tanh", 0.0, None)
 
-    def call(x=x, v=v, w=w, offsets=None, mask=None, bias=None, options=options):
-        return ops.attention_pool("native", x, v, bias, None, None, w, None, offsets, mask, *options)
+    def call(*options, bias=None):
+        return ops.call("attention_pool", "native", x, v, bias, None, None, w, None, None, None, *options)
 
-    for offsets in ([0, 3], [1, 5], [0, 4, 3, 5], [0, -1, 5], [0, 2**40, 5]):
-        with pytest.raises(ValueError, match="offsets must"):
-            call(offsets=torch.tensor(offsets))
-    with pytest.raises(TypeError, match="int32 or int64"):
-        call(offsets=torch.tensor([0.0, 5.0]))
-    with pytest.raises(ValueError, match="mask"):
-        call(mask=torch.ones(4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="v_weight"):
-        call(v=torch.randn(3, 5))
     with pytest.raises(ValueError, match="v_bias"):
-        call(bias=torch.randn(4))
+        call(None, "tanh", 0.0, None, bias=torch.randn(4))
     with pytest.raises(ValueError, match="activation"):
-        call(options=(None, "swish", 0.0, None))
+        call(None, "swish", 0.0, None)
     with pytest.raises(ValueError, match="seed"):
-        call(options=(None, "tanh", 0.5, None))
+        call(None, "tanh", 0.5, None)
 
 
 # Dropout
@@ -331,54 +218,7 @@ def test_dropout_extremes_and_generator():
     assert torch.equal(scores(0.5, seed=9), scores(0.5, seed=torch.tensor([9])))
 
 
-# Determinism
-
-
-@pytest.mark.parametrize("lengths", [(3000,), RAGGED, (700, 0, 3, 5000)])
-def test_same_bits_whatever_the_threads(lengths, threads):
-    case = CASES["gated_attention_pool"]
-    inputs = case.inputs(Shape(lengths, 64, 40, 2), torch.float32, dropout_p=0.25)
-    runs = []
-    for n in (1, 2, 3, 2):
-        threads(n)
-        runs.append(results(case, inputs))
-    for run in runs[1:]:
-        for key, value in runs[0].items():
-            assert torch.equal(run[key], value), key
-
-
-_POISON = """
-import torch
-from milkernels.testing import CASES, Shape, evaluate
-out = {}
-for name in ("gated_attention_pool", "attention_scores"):
-    case = CASES[name]
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        for lengths in ((0, 1, 64, 63, 130), (300, 0, 2500)):
-            inputs = case.inputs(Shape(lengths, 37, 41, 2), dtype, dropout_p=0.25)
-            got = evaluate(lambda i: case.call(i, "native"), inputs, "step", case.primary)
-            out[name, dtype, lengths] = {k: t.detach() for k, t in got.items()}
-import sys
-torch.save(out, sys.argv[1])
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MALLOC_PERTURB_ is glibc's")
-def test_results_do_not_depend_on_what_memory_held(tmp_path):
-    """Fresh memory is filled with 3.4e38 in one run and 0 or -1.7e38 in others."""
-    runs = []
-    for fill in ("0", "1", "128"):
-        path = tmp_path / fill
-        env = os.environ | {"MALLOC_PERTURB_": fill, "OMP_NUM_THREADS": "2"}
-        subprocess.run([sys.executable, "-c", _POISON, str(path)], env=env, check=True)
-        runs.append(torch.load(path))
-    for run in runs[1:]:
-        for key, expected in runs[0].items():
-            for name, value in expected.items():
-                assert torch.equal(run[key][name], value), (key, name)
-
-
-# The torch.library contract
+# Autocast
 
 
 def sample(gated=True, dtype=torch.float32, rows=70):
@@ -388,69 +228,6 @@ def sample(gated=True, dtype=torch.float32, rows=70):
     if not gated:
         parameters[2] = parameters[3] = None
     return x, parameters, offsets
-
-
-@pytest.mark.parametrize("gated", [True, False])
-def test_opcheck(gated):
-    x, parameters, offsets = sample(gated)
-    mask = torch.arange(70) % 5 > 0
-    leaves = [t if t is None else t.requires_grad_() for t in (x, *parameters)]
-    args = (*leaves, offsets, mask, torch.tensor([5]), "tanh", 0.25, None)
-    pool, scores, bwd = (
-        getattr(torch.ops.milkernels, name).native
-        for name in ("attention_pool_fwd", "attention_scores_fwd", "attention_bwd")
-    )
-    torch.library.opcheck(pool, args)
-    torch.library.opcheck(scores, (*args[:7], None, *args[8:]))
-    out = [t.detach() for t in pool(*args)]
-    plain = [t.detach() if isinstance(t, Tensor) else t for t in args]
-    needs = [t is not None for t in leaves]
-    torch.library.opcheck(bwd, (*plain, *out, *(torch.randn_like(t) for t in out), needs))
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_compile_fullgraph_with_two_sizes(dropout_p):
-    def step(x, parameters, offsets):
-        pooled = milkernels.gated_attention_pool(x, *parameters, offsets, dropout_p=dropout_p, seed=4)
-        return torch.autograd.grad(pooled.bag.square().sum() + pooled.lse[0].sum(), [x, *parameters])
-
-    def loss(x, parameters, offsets):
-        pooled = milkernels.gated_attention_pool(x, *parameters, offsets, dropout_p=dropout_p, seed=4)
-        return pooled.bag.square().sum() + pooled.lse[0].sum()
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
-    for rows in (70, 90):
-        x, parameters, offsets = sample(rows=rows)
-        leaves = [t.requires_grad_() for t in (x, *parameters)]
-        with backends.use_backend("native"):
-            expected = torch.autograd.grad(loss(x, parameters, offsets), leaves)
-            got = torch.autograd.grad(compiled(x, parameters, offsets), leaves)
-        for ours, theirs in zip(got, expected, strict=True):
-            torch.testing.assert_close(ours, theirs)
-
-
-def test_export_with_a_dynamic_number_of_instances():
-    _, parameters, offsets = sample()
-
-    class Model(torch.nn.Module):
-        def forward(self, x, offsets):
-            return milkernels.gated_attention_pool(x, *parameters, offsets, backend="native").bag
-
-    rows = torch.export.Dim("rows", min=2)
-    program = torch.export.export(Model(), (torch.randn(70, 12), offsets), dynamic_shapes=({0: rows}, None))
-    targets = [str(node.target) for node in program.graph.nodes]
-    assert "milkernels.attention_pool_fwd.native" in targets
-    x, _, offsets = sample(rows=95)
-    torch.testing.assert_close(program.module()(x, offsets), Model()(x, offsets))
-
-
-def test_double_backward_is_refused_by_name():
-    x, parameters, offsets = sample()
-    x.requires_grad_()
-    pooled = milkernels.gated_attention_pool(x, *parameters, offsets, backend="native")
-    (grad,) = torch.autograd.grad(pooled.bag.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='backend="reference"'):
-        grad.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -468,85 +245,3 @@ def test_autocast_equals_the_reference_under_autocast(dtype, layout):
         assert error <= 2 * (theirs - best)[finite].norm() + 4 * torch.finfo(torch.float32).eps * best[finite].norm()
     grads = torch.autograd.grad(pooled.bag.sum(), leaves)
     assert [g.dtype for g in grads] == [torch.float32] * 7
-
-
-def test_half_features_with_float32_parameters():
-    x, parameters, offsets = sample()
-    half = x.half().requires_grad_()
-    leaves = [t.requires_grad_() for t in parameters]
-    pooled = milkernels.gated_attention_pool(half, *leaves, offsets, backend="native")
-    expected = milkernels.gated_attention_pool(half.detach().float(), *leaves, offsets, backend="native")
-    assert pooled.bag.dtype == torch.float32
-    torch.testing.assert_close(pooled.bag, expected.bag, rtol=1e-3, atol=1e-3)
-    grads = torch.autograd.grad(pooled.bag.sum(), [half, *leaves])
-    assert [g.dtype for g in grads] == [torch.float16] + [torch.float32] * 6
-
-
-def test_frozen_inputs_cost_nothing():
-    """No gradient that nobody asked for is computed: nothing of its size is allocated."""
-    x, parameters, offsets = sample()
-    pooled = milkernels.gated_attention_pool(x, *(p.requires_grad_() for p in parameters), offsets, backend="native")
-    grads = torch.ops.milkernels.attention_bwd.native(
-        x,
-        *(p.detach() for p in parameters),
-        offsets,
-        None,
-        None,
-        "tanh",
-        0.0,
-        None,
-        *(t.detach() for t in pooled),
-        torch.randn_like(pooled.bag),
-        None,
-        None,
-        [False, True] + [False] * 5,
-    )
-    assert [g.numel() for g in grads] == [0, parameters[0].numel(), 0, 0, 0, 0, 0]
-    pooled.bag.sum().backward()
-    assert x.grad is None and all(p.grad is not None for p in parameters)
-
-
-# Memory
-
-
-def peak_allocated(call) -> int:
-    """The most bytes that PyTorch's CPU allocator held during the call beyond what it held before."""
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        kept = call()
-    held = peak = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    del kept
-    return peak
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_memory_does_not_grow_with_the_hidden_units(dtype, threads):
-    """Exact gate: allocator events of forward and step stay within scores, partials, workspace and accumulators."""
-    threads(2)  # each has tiles of its own
-    instances, dim, hidden = 20_000, 128, 64
-    case = CASES["gated_attention_pool"]
-    inputs = case.inputs(Shape((instances,), dim, hidden), dtype)
-    with torch.no_grad():
-        forward = peak_allocated(lambda: case.call(inputs, "native"))
-    # scores, partial sums, and a few tiles per thread and packed weights: nothing of N x hidden (5 MB in float32)
-    assert forward <= 4 * instances + 4 * (instances / 256 + 1) * dim + 2 * 2**20
-    leaves = inputs.leaves("step").values()
-
-    def step():
-        return torch.autograd.grad(case.call(inputs, "native")["bag"].sum(), list(leaves))
-
-    beyond_dx = peak_allocated(step) - inputs.x.numel() * inputs.x.element_size()
-    accumulators = 16 * 4 * (2 * hidden * dim + 4 * hidden)
-    assert beyond_dx <= 16 * instances + accumulators + 3 * 2**20
-
-
-def test_eager_breaks_that_bound():
-    """The gate above would notice: eager's hidden units are far over it."""
-    instances, dim, hidden = 20_000, 128, 64
-    case = CASES["gated_attention_pool"]
-    inputs = case.inputs(Shape((instances,), dim, hidden), torch.float32)
-    with torch.no_grad():
-        assert peak_allocated(lambda: case.eager(inputs)) > 4 * instances * hidden

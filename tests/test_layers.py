@@ -22,6 +22,7 @@ LAYERS = {
     "ops": 3,
     "reference": 3,
     "functional": 4,
+    "classical": 5,
     "nn": 5,
     "integrations": 6,
     "": 7,  # milkernels/__init__.py

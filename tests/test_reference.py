@@ -4,156 +4,28 @@ and it can be traced and differentiated again."""
 import dataclasses
 import itertools
 
+import op_cases
 import oracle
 import pytest
 import torch
+from op_cases import CASES, LENGTHS, POOLS, SMALL, close, cotangents, offsets_of, step
 from oracle import INF
 from torch._subclasses import FakeTensorMode
 
 import milkernels
-from milkernels import reference, testing
+from milkernels import reference
 
-N, L, D, K, C = 17, 6, 5, 2, 3
-LENGTHS = (4, 0, 1, 7, 2, 3)
-B = len(LENGTHS)
-OFFSETS = torch.tensor([0, *itertools.accumulate(LENGTHS)])
+N, L, K, B = sum(LENGTHS), SMALL["L"], SMALL["K"], len(LENGTHS)
+OFFSETS = offsets_of(LENGTHS)
 # Holes, the second to last bag masked as a whole.
 MASK = torch.tensor([1, 0, 1, 1, 1, 0, 1, 1, 0, 1, 1, 0, 0, 0, 1, 0, 1], dtype=torch.bool)
-SEED = 2**40 + 7
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A call: sizes of tensors by argument name ("N": rows, "B": bags), and other arguments."""
-
-    op: str
-    tensors: dict[str, tuple]
-    options: dict = dataclasses.field(default_factory=dict)
-    fixed: dict[str, tuple] = dataclasses.field(default_factory=dict)  # tensors that take no gradient
-    bags: bool = True  # takes offsets
-
-    def make(self, lengths=LENGTHS, dtype=torch.float64, seed=0, parameter_dtype=None, relu=False):
-        """Tensors by name, those of ``fixed`` last; ``relu`` gives features with a mean."""
-        generator = torch.Generator().manual_seed(seed)
-        symbols = {"N": sum(lengths), "B": len(lengths)}
-
-        def randn(name, size):
-            size = [symbols.get(s, s) for s in size]
-            t = torch.randn(size, generator=generator, dtype=torch.float64)
-            if relu:
-                t = t.relu() if name == "x" else t / size[-1] ** 0.5
-            return t.to(dtype if name == "x" or parameter_dtype is None else parameter_dtype)
-
-        made = {name: randn(name, size) for name, size in (self.tensors | self.fixed).items()}
-        if relu:  # keeps units off the kink of a ReLU, where rounding decides the gradient
-            for name in ("q_bias", "v_bias"):
-                if name in made:
-                    made[name] += 3
-        if self.op == "instance_max" and relu:  # a clear winner for each bag and class
-            for start, c in itertools.product((0, *itertools.accumulate(lengths))[:-1], range(C)):
-                w = made["weight"][c].to(dtype)
-                made["x"][start + c] += 6 * w / (w @ w)
-        return {name: t.requires_grad_(name in self.tensors) for name, t in made.items()}
-
-    def ours(self, tensors, offsets, mask):
-        bags = {"offsets": offsets} if self.bags else {}
-        if self.op == "attention_weights":
-            pooled = milkernels.softmax_pool(**tensors, **bags, mask=mask, backend="reference")
-            return (milkernels.attention_weights(pooled, offsets, backend="reference"),)
-        op = getattr(milkernels, self.op)
-        out = op(**tensors, **self.options, **bags, mask=mask, backend="reference")
-        return (out,) if isinstance(out, torch.Tensor) else tuple(out)
-
-    def truth(self, tensors, offsets, mask):
-        options = {k: v for k, v in self.options.items() if k != "seed"}
-        n = next(iter(tensors.values())).shape[0]
-        if p := options.get("dropout_p"):
-            options["keep"] = [oracle.dropout_keep(SEED, n, D, branch, p) for branch in (0, 1)]
-        if p := options.get("v_dropout_p"):
-            options["keep"] = oracle.dropout_keep(SEED, n, tensors["x"].shape[1], 2, p)
-        bags = {"offsets": offsets} if self.bags else {}
-        return getattr(oracle, self.op)(**tensors, **options, **bags, mask=mask)
-
-
-X = {"x": ("N", L)}
-V = {"v_weight": (D, L), "v_bias": (D,)}
-U = {"u_weight": (D, L), "u_bias": (D,)}
-W = {"w_weight": (K, D), "w_bias": (K,)}
-DROPPED = {"dropout_p": 0.4, "seed": SEED}
-NO_BIAS = {"v_bias": None, "w_bias": None}
-LOGITS = {"instance_logits": ("N", C)}
-LINEAR_Q = {"q_weight": (D, L), "q_bias": (D,)}
-MLP_Q = {**LINEAR_Q, "q2_weight": (4, D), "q2_bias": (4,)}
-LINEAR_V = {"v_weight": (3, L), "v_bias": (3,)}
-RELU_V = {"v_activation": "relu", "v_dropout_p": 0.4, "seed": SEED}
-CLASSES = {"weight": (C, L), "bias": (C,)}
-
-CASES = {
-    "softmax_pool": Case("softmax_pool", X | {"scores": ("N", K)}),
-    "attention_pool": Case("attention_pool", X | V | W),
-    "attention_pool-relu": Case("attention_pool", X | V | W, {"activation": "relu"}),
-    "attention_pool-gelu-dropout": Case("attention_pool", X | V | W, {"activation": "gelu", **DROPPED}),
-    "attention_pool-identity-no-bias": Case(
-        "attention_pool",
-        X | {"v_weight": (D, L), "w_weight": (1, D)},
-        {"activation": "identity", **NO_BIAS},
-    ),
-    "gated_attention_pool": Case("gated_attention_pool", X | V | U | W),
-    "gated_attention_pool-dropout": Case("gated_attention_pool", X | V | U | W, DROPPED),
-    "gated_attention_pool-no-bias": Case(
-        "gated_attention_pool",
-        X | {"v_weight": (D, L), "u_weight": (D, L), "w_weight": (1, D)},
-        {"u_bias": None, **NO_BIAS},
-    ),
-    "attention_scores": Case("attention_scores", X | V | W, bags=False),
-    "gated_attention_scores": Case("gated_attention_scores", X | V | U | W, DROPPED, bags=False),
-    "query_pool-shared": Case("query_pool", X | {"query": (K, L)}, {"scale": 0.3}),
-    "query_pool": Case("query_pool", X | {"query": ("B", K, L)}),
-    "query_scores-shared": Case("query_scores", X | {"query": (K, L)}),
-    "query_scores": Case("query_scores", X | {"query": ("B", K, L)}, {"scale": 0.3}),
-    "weighted_pool": Case("weighted_pool", X | {"weights": ("N", K)}),
-    "instance_max": Case("instance_max", X | CLASSES),
-    "instance_max-no-bias": Case("instance_max", X | {"weight": (C, L)}),
-    "dsmil_pool": Case("dsmil_pool", X | LINEAR_Q, fixed=LOGITS),
-    "dsmil_pool-no-bias-scale-1": Case("dsmil_pool", X | {"q_weight": (D, L)}, {"scale": 1.0}, LOGITS),
-    "dsmil_pool-linear-v": Case("dsmil_pool", X | LINEAR_Q | LINEAR_V, fixed=LOGITS),
-    "dsmil_pool-linear-v-dropout": Case(
-        "dsmil_pool", X | LINEAR_Q | LINEAR_V, {"v_dropout_p": 0.4, "seed": SEED}, LOGITS
-    ),
-    "dsmil_pool-mlp-q-relu-v": Case("dsmil_pool", X | MLP_Q | LINEAR_V, RELU_V, LOGITS),
-    "loss_attention_pool": Case("loss_attention_pool", X | CLASSES),
-    "loss_attention_pool-one-class": Case("loss_attention_pool", X | {"weight": (1, L)}),
-    "mean_pool": Case("mean_pool", X),
-    "max_pool": Case("max_pool", X),
-    "segment_softmax": Case("segment_softmax", {"scores": ("N", K)}),
-    "attention_weights": Case("attention_weights", X | {"scores": ("N", K)}),
-    "topk_instances": Case("topk_instances", {"scores": ("N", K)}, {"k": 3}),
-    "topk_instances-smallest": Case("topk_instances", {"scores": ("N", K)}, {"k": 3, "largest": False}),
-}
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-POOLS = {name: case for name, case in CASES.items() if "-" not in name and name.endswith("_pool")}
 
 
-def cotangents(outputs, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
-
-
-def step(compute, tensors, offsets, mask):
-    """All outputs of a call and all its gradients, by name."""
-    outputs = compute(tensors, offsets, mask)
-    leaves = {name: t for name, t in tensors.items() if t.requires_grad}
-    gradients = oracle.gradients(outputs, leaves.values(), cotangents(outputs))
-    results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
-    return results | {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}
-
-
-def close(got, expected, tolerance=1e-10):
-    assert got.keys() == expected.keys()
-    for name, t in got.items():
-        torch.testing.assert_close(
-            t, expected[name], rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
+def ours(case):
+    return case.ours("reference")
 
 
 # Values and gradients
@@ -163,29 +35,26 @@ def close(got, expected, tolerance=1e-10):
 @pytest.mark.parametrize("lengths", [LENGTHS, (N,), (0, N), (0,)], ids=str)
 @every_case
 def test_oracle(case, lengths, mask):
-    offsets = None if len(lengths) == 1 else torch.tensor([0, *itertools.accumulate(lengths)])
+    offsets = None if len(lengths) == 1 else offsets_of(lengths)
     mask = mask if mask is None else mask[: sum(lengths)]
     tensors = case.make(lengths)
-    if "scores" in tensors and sum(lengths):
-        with torch.no_grad():
-            tensors["scores"][2, 0] = -INF  # dead for one head
-    close(step(case.ours, tensors, offsets, mask), step(case.truth, tensors, offsets, mask))
+    close(step(ours(case), tensors, offsets, mask), step(case.truth, tensors, offsets, mask))
 
 
 @every_case
 def test_blocks_of_rows(case, monkeypatch):
-    whole = step(case.ours, case.make(), OFFSETS, MASK)
-    one = step(case.ours, case.make((N,)), None, MASK)
+    whole = step(ours(case), case.make(), OFFSETS, MASK)
+    one = step(ours(case), case.make((N,)), None, MASK)
     monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", {"cpu": 4 * L})
-    close(step(case.ours, case.make(), OFFSETS, MASK), whole)
-    close(step(case.ours, case.make((N,)), None, MASK), one)
+    close(step(ours(case), case.make(), OFFSETS, MASK), whole)
+    close(step(ours(case), case.make((N,)), None, MASK), one)
 
 
 @every_case
 def test_the_ops_that_are_deterministic_on_a_gpu(case, monkeypatch):
-    expected = step(case.ours, case.make(), OFFSETS, MASK)
+    expected = step(ours(case), case.make(), OFFSETS, MASK)
     monkeypatch.setattr(reference, "_adds_by_sorting", lambda t: True)
-    close(step(case.ours, case.make(), OFFSETS, MASK), expected)
+    close(step(ours(case), case.make(), OFFSETS, MASK), expected)
 
 
 @pytest.mark.parametrize(
@@ -201,41 +70,15 @@ def test_the_ops_that_are_deterministic_on_a_gpu(case, monkeypatch):
 )
 @every_case
 def test_error_promise(case, dtype, parameter_dtype):
-    """Over several seeds together: a gradient of five numbers is too few to compare two errors."""
-    lengths = (70, 5, 40)
-    offsets = torch.tensor([0, *itertools.accumulate(lengths)])
-    runs = []
-    for seed in range(5):
-        tensors = case.make(lengths, dtype, seed, parameter_dtype, relu=True)
-        exact = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in tensors.items()}
-        # Where types are mixed, eager PyTorch runs under autocast.
-        with torch.autocast("cpu", dtype, enabled=parameter_dtype is not None):
-            eager = step(case.truth, tensors, offsets, None)
-        runs.append((step(case.ours, tensors, offsets, None), eager, step(case.truth, exact, offsets, None)))
-    promise = testing.error_promise(*(together(results) for results in zip(*runs, strict=True)), dtype)
-    assert promise.ok, promise.broken()
-
-
-def together(results):
-    """The results of several runs as one, indices as numbers."""
-    joined = {name: torch.stack([r[name] for r in results]) for name in results[0]}
-    return {n: t if t.is_floating_point() else t.double() for n, t in joined.items()}
+    kept = op_cases.promise(case, "reference", dtype, parameter_dtype, lengths=(70, 5, 40), seeds=5)
+    assert kept.ok, kept.broken()
 
 
 @pytest.mark.parametrize("case", POOLS.values(), ids=POOLS)
 def test_double_backward(case):
-    lengths, mask = (2, 0, 3), torch.tensor([True, True, True, False, True])
-    tensors = case.make(lengths)
-    leaves = [t for t in tensors.values() if t.requires_grad]
-
-    def compute(*values):
-        names = [name for name, t in tensors.items() if t.requires_grad]
-        out = case.ours(tensors | dict(zip(names, values, strict=True)), torch.tensor([0, 2, 2, 5]), mask)
-        # Numerical differences of -inf are NaN.
-        return [o.masked_fill(o == -INF, 0) for o in out if o.is_floating_point()]
-
-    assert torch.autograd.gradcheck(compute, leaves)
-    assert torch.autograd.gradgradcheck(compute, leaves)
+    mask = torch.tensor([True, True, True, False, True])
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        op_cases.check_gradients(case, "reference", (2, 0, 3), mask, check)
 
 
 # Dropout
@@ -272,7 +115,7 @@ def test_dropout_keeps_the_right_share():
 def test_everything_dropped():
     case = dataclasses.replace(CASES["gated_attention_pool"], options={"dropout_p": 1.0, "seed": 1})
     tensors = case.make()
-    scores = case.ours(tensors, OFFSETS, None)[1]
+    scores = ours(case)(tensors, OFFSETS, None)[1]
     torch.testing.assert_close(scores, tensors["w_bias"].expand_as(scores))
 
 
@@ -283,20 +126,8 @@ def test_everything_dropped():
 @pytest.mark.parametrize("offsets", [OFFSETS, None], ids=["bags", "one-bag"])
 @every_case
 def test_masked_rows_do_not_leak(case, offsets, poison):
-    def poisoned(value):
-        tensors = case.make(LENGTHS if offsets is not None else (N,), torch.float32)
-        with torch.no_grad():
-            for t in tensors.values():
-                if t.shape[0] == N:
-                    t[~MASK] = value
-        return step(case.ours, tensors, offsets, MASK)
-
-    clean, got = poisoned(1.0), poisoned(poison)
-    for name, t in got.items():
-        assert torch.equal(t, clean[name]), name  # NaN equals nothing
-    for name, t in got.items():
-        if name.startswith("gradient") and t.shape[0] == N:
-            assert not t[~MASK].any()
+    lengths = LENGTHS if offsets is not None else (N,)
+    op_cases.check_masked_rows_do_not_leak(case, "reference", lengths, offsets, MASK, poison, torch.float32)
 
 
 @pytest.mark.parametrize("offsets", [OFFSETS, None], ids=["bags", "one-bag"])
@@ -305,10 +136,10 @@ def test_a_score_of_minus_infinity_hides_its_row_from_its_head(op, offsets):
     tensors = CASES[op].make()
     with torch.no_grad():
         tensors["scores"][[4, 7], 0] = -INF
-        clean = step(CASES[op].ours, tensors, offsets, None)
+        clean = step(ours(CASES[op]), tensors, offsets, None)
         tensors["x"][[4, 7]] = float("nan")
     x, scores = tensors["x"], tensors["scores"]
-    outputs = CASES[op].ours(tensors, offsets, None)
+    outputs = ours(CASES[op])(tensors, offsets, None)
     got, expected = outputs[0][:, 0], clean["output 0"][:, 0]
     assert torch.equal(got.detach(), expected)
     got.square().sum().backward()
@@ -318,25 +149,7 @@ def test_a_score_of_minus_infinity_hides_its_row_from_its_head(op, offsets):
 
 @every_case
 def test_nan_stays_in_its_bag(case):
-    bag = 3  # rows 5 to 11
-
-    def poisoned(value):
-        tensors = case.make(dtype=torch.float32)
-        for t in tensors.values():
-            if t.shape[0] == N:
-                t.data[6] = value
-        return step(case.ours, tensors, OFFSETS, None)
-
-    clean, got = poisoned(0.0), poisoned(float("nan"))
-    bags, rows = torch.arange(B) != bag, torch.ones(N, dtype=torch.bool)
-    rows[OFFSETS[bag] : OFFSETS[bag + 1]] = False
-    for name, t in got.items():
-        if name.startswith("gradient") and name not in ("gradient of x", "gradient of scores"):
-            continue  # parameters gather all rows
-        others = bags if t.shape[0] == B else rows
-        assert torch.equal(t[others], clean[name][others]), name
-    if not case.op.startswith("topk"):
-        assert got["output 0"].isnan().any()
+    op_cases.check_nan_stays_in_its_bag(case, "reference", LENGTHS, bag=3, row=6)
 
 
 # Choices
@@ -390,7 +203,7 @@ def test_a_class_without_a_critical_instance_pools_nothing():
     case = CASES["dsmil_pool"]
     tensors = case.make()
     tensors["instance_logits"][:, 1] = -INF
-    got = step(case.ours, tensors, OFFSETS, None)
+    got = step(ours(case), tensors, OFFSETS, None)
     close(got, step(case.truth, tensors, OFFSETS, None))
     assert (got["output 3"][:, 1] == -1).all() and not got["output 0"][:, 1].any()
 
@@ -432,7 +245,7 @@ def test_a_shift_of_the_scores_cancels(shift):
 def test_no_bags_at_all():
     for case in CASES.values():
         if case.op != "attention_scores":
-            for t in case.ours(case.make(()), torch.zeros(1, dtype=torch.int32), None):
+            for t in ours(case)(case.make(()), torch.zeros(1, dtype=torch.int32), None):
                 assert 0 in t.shape
 
 
@@ -460,7 +273,7 @@ def test_merge_of_parts_is_the_pooling_of_all(dtype):
 
 def test_weights_sum_to_one():
     case = CASES["gated_attention_pool"]
-    pooled = milkernels.Pooled(*case.ours(case.make(), OFFSETS, MASK))
+    pooled = milkernels.Pooled(*ours(case)(case.make(), OFFSETS, MASK))
     weights = milkernels.attention_weights(pooled, OFFSETS)
     assert not weights[~MASK].any()
     for start, end in itertools.pairwise(OFFSETS.tolist()):
@@ -566,8 +379,8 @@ def test_no_synchronisation(case, lengths):
     with FakeTensorMode() as mode:
         tensors = {n: mode.from_tensor(t) for n, t in case.make(lengths).items()}
         offsets = None if len(lengths) == 1 else mode.from_tensor(OFFSETS)
-        results = step(case.ours, tensors, offsets, mode.from_tensor(MASK))
-    for name, t in step(case.ours, case.make(lengths), None if offsets is None else OFFSETS, MASK).items():
+        results = step(ours(case), tensors, offsets, mode.from_tensor(MASK))
+    for name, t in step(ours(case), case.make(lengths), None if offsets is None else OFFSETS, MASK).items():
         assert results[name].shape == t.shape and results[name].dtype == t.dtype
 
 
@@ -577,7 +390,7 @@ def test_only_x_is_kept_for_the_backward(name, bags):
     offsets, kept = torch.tensor([0, 90, 100])[:: 1 if bags else 2], []
     tensors = CASES[name].make((90, 10) if bags else (100,), torch.bfloat16, parameter_dtype=torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        CASES[name].ours(tensors, offsets, None)
+        ours(CASES[name])(tensors, offsets, None)
     x = tensors["x"]
     assert all(t.numel() < x.numel() or t.data_ptr() == x.data_ptr() for t in kept)
 
@@ -585,11 +398,11 @@ def test_only_x_is_kept_for_the_backward(name, bags):
 @pytest.mark.parametrize("case", POOLS.values(), ids=POOLS)
 def test_autocast(case):
     tensors = case.make(dtype=torch.float32)
-    plain = case.ours(tensors, OFFSETS, MASK)
+    plain = ours(case)(tensors, OFFSETS, MASK)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = case.ours(tensors, OFFSETS, MASK)
-        exact = case.ours(case.make(), OFFSETS, MASK)
-    for a, b, c, d in zip(plain, cast, exact, case.ours(case.make(), OFFSETS, MASK), strict=True):
+        cast = ours(case)(tensors, OFFSETS, MASK)
+        exact = ours(case)(case.make(), OFFSETS, MASK)
+    for a, b, c, d in zip(plain, cast, exact, ours(case)(case.make(), OFFSETS, MASK), strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(b, a, rtol=0.1, atol=0.1)
         torch.testing.assert_close(c, d, rtol=0, atol=0)

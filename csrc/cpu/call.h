@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <initializer_list>
 #include <optional>
@@ -79,6 +80,10 @@ class Call {
   int64_t rows, width;
   Tensor mask;
   std::vector<int64_t> offsets;
+
+ private:
+  // PyTorch's own small products keep the types they are given while the call lasts.
+  c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
 };
 
 // An op with a classifier: weight [classes, width] and bias [classes].

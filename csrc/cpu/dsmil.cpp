@@ -100,7 +100,7 @@ class CriticalQueries {
       grad_q = grad_vectors.slice(1, 0, q_.size(1)) * call_.scale;
       const Tensor grad_z2 = grad_q * (1 - q_ * q_);
       grads[2].addmm_(grad_z2.t(), hidden_);
-      grads[3].add_(grad_z2.sum(0));
+      if (call_.q2_bias().defined()) grads[3].add_(grad_z2.sum(0));
       grad_q = grad_z2.mm(call_.q2_weight()) * (z_ > 0);
     } else {
       grad_q = grad_vectors.mm(q_weight.t());
@@ -112,7 +112,7 @@ class CriticalQueries {
       grad_q = grad_q * call_.scale;
     }
     grads[0].addmm_(grad_q.t(), rows_);
-    grads[1].add_(grad_q.sum(0));
+    if (call_.q_bias().defined()) grads[1].add_(grad_q.sum(0));
     return grad_q.mm(q_weight);
   }
 
@@ -188,14 +188,14 @@ Outputs dsmil_pool_fwd(const Tensor& x, const Tensor& instance_logits, const Ten
     const CriticalQueries queries(call, critical);
     with_programs<T, E>(call, in, queries, [&](const auto& score, const auto* stage) {
       pool_forward<T>(score, in, scores.mutable_data_ptr<A>(),
-                      SoftmaxPool<T>(in, C, stage, bag.mutable_data_ptr<A>(), lse.mutable_data_ptr<A>()));
+                      SoftmaxPool<T>(in, score, stage, bag.mutable_data_ptr<A>(), lse.mutable_data_ptr<A>()));
     });
   });
   Tensor pooled = call.empty({0});
   if (call.folded()) {
     pooled = bag;
     const auto empty = (lse == kDead<double>).unsqueeze(2);
-    bag = plus_bias(pooled.view({B * C, call.width}).mm(call.v_weight().t()), call.v_bias()).view({B, C, -1});
+    bag = plus_bias(pooled.view({B * C, call.width}).mm(call.v_weight().t()), call.v_bias()).view({B, C, call.bag_width()});
     bag.masked_fill_(empty, 0.);
   }
   return {bag, scores, lse, critical, pooled};

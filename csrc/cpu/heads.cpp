@@ -2,13 +2,66 @@
 
 #include <c10/util/Unroll.h>
 
+#include <vector>
+
 namespace milkernels {
 namespace {
 
-// Heads of a block, and pairs of vectors of a strip: as many sums as there are registers for.
+// Heads of a block, and weights held at a time: as many as there are registers for.
 constexpr bool kManyRegisters = Vectorized<float>::size() >= 16;
 constexpr int kHeadBlock = kManyRegisters ? 4 : 2;
-constexpr int kStripPairs = kManyRegisters ? 8 : 4;
+constexpr int kWeightRegisters = kManyRegisters ? 16 : 8;
+
+// Rows that far ahead are asked for: with half types the processor's own guesses come too late.
+constexpr int64_t kAhead = 8;
+template <typename T>
+inline void prefetch(const T* pair) {
+  constexpr int64_t kLine = 64;
+  for (int64_t i = 0; i < Pair<T>::width * int64_t(sizeof(T)); i += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(pair) + i, 0, 2);
+  }
+}
+
+// Two vectors from 2 * size() elements in the order that costs least: bfloat16 numbers are the upper halves of float32
+// ones, so those at even places are a shift away, those at odd places a mask. in_order puts a pair back.
+template <typename T, typename Step>
+inline Pair<T> load_quick(const T* p, Step step) {
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    using I = Vectorized<int32_t>;
+    int32_t padded[I::size()] = {};
+    if constexpr (!std::is_same_v<Step, WholeStep>) std::memcpy(padded, p, step * sizeof(T));
+    const I bits = std::is_same_v<Step, WholeStep> ? I::loadu(p) : I::loadu(padded);
+    return {at::vec::cast<float>(bits << I(16)), at::vec::cast<float>(bits & I(int32_t(0xffff0000)))};
+  } else {
+    return load_pair(p, step);
+  }
+}
+template <typename T, typename A>
+inline Pair<A> in_order(const Pair<A>& v) {
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    const auto [lo, hi] = at::vec::interleave2(v.lo, v.hi);
+    return {lo, hi};
+  }
+  return v;
+}
+// Vectors [heads, width] to multiply quick pairs with: as they are, or in their order in `buffer`.
+template <typename T, typename A>
+inline const A* quick_order(const A* v, int64_t heads, int64_t width, int64_t& ld, std::vector<A>& buffer) {
+  ld = width;
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    ld = round_up(width, Pair<A>::width);
+    buffer.resize(heads * ld);
+    for (int64_t k = 0; k < heads; ++k) {
+      for_steps<Pair<A>::width>(width, [&](int64_t l, auto step) {
+        const auto p = load_pair(v + k * width + l, step);
+        const auto [even, odd] = at::vec::deinterleave2(p.lo, p.hi);
+        Pair<A>{even, odd}.store(buffer.data() + k * ld + l);
+      });
+    }
+    return buffer.data();
+  }
+  return v;
+}
 
 // f(0), f(1), .. with numbers known when it is compiled: arrays indexed by them stay in registers.
 template <int N, typename F>
@@ -16,16 +69,13 @@ inline void unroll(const F& f) {
   c10::ForcedUnroll<N>{}(f);
 }
 
-// f(first, count) over [0, n) in blocks of MAX, then of 2 and 1; counts are types.
+// f(first, count) over [0, n) in blocks of MAX, then of halves of it; counts are types.
 template <int MAX, typename F>
 inline void for_blocks(int64_t n, const F& f) {
   int64_t i = 0;
   for (; i + MAX <= n; i += MAX) f(i, std::integral_constant<int, MAX>{});
-  if constexpr (MAX > 2) {
-    if (i + 2 <= n) f(i, std::integral_constant<int, 2>{}), i += 2;
-  }
   if constexpr (MAX > 1) {
-    if (i < n) f(i, std::integral_constant<int, 1>{});
+    if (i < n) for_blocks<MAX / 2>(n - i, [&](int64_t rest, auto count) { f(i + rest, count); });
   }
 }
 
@@ -36,6 +86,15 @@ void dots(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T
           int64_t heads, int64_t width, acc_t<T>* out) {
   using A = acc_t<T>;
   using V = Vectorized<A>;
+  std::vector<A> buffers[2];
+  int64_t ld_v, ld_center;
+  v = quick_order<T>(v, heads, width, ld_v, buffers[0]);
+  if (center != nullptr) center = quick_order<T>(center, 1, width, ld_center, buffers[1]);
+  // Padded vectors are read whole, others as far as they go.
+  const auto load_vector = [](const A* p, auto step) {
+    if constexpr (std::is_same_v<T, at::BFloat16>) return Pair<A>::load(p);
+    else return load_pair(p, step);
+  };
   const auto block = [&](int64_t r, int64_t k, auto rows, auto block_heads, auto centered) {
     constexpr int R = decltype(rows)::value, H = decltype(block_heads)::value;
     V sum[R][H];
@@ -46,10 +105,11 @@ void dots(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T
     });
     for_steps<Pair<T>::width>(width, [&](int64_t l, auto step) {
       Pair<A> w[H], c;
-      unroll<H>([&](auto h) { w[h] = load_pair(v + (k + h) * width + l, step); });
-      if constexpr (decltype(centered)::value) c = load_pair(center + l, step);
+      unroll<H>([&](auto h) { w[h] = load_vector(v + (k + h) * ld_v + l, step); });
+      if constexpr (decltype(centered)::value) c = load_vector(center + l, step);
       unroll<R>([&](auto i) {
-        auto p = load_pair(row[i] + l, step);
+        prefetch<T>(row[i] + kAhead * ld + l);
+        auto p = load_quick(row[i] + l, step);
         if constexpr (decltype(centered)::value) p.lo = p.lo - c.lo, p.hi = p.hi - c.hi;
         unroll<H>([&](auto h) { sum[i][h] = fmadd(p.hi, w[h].hi, fmadd(p.lo, w[h].lo, sum[i][h])); });
       });
@@ -68,44 +128,51 @@ void dots(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T
 
 template <typename T>
 void weighted_sums(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T>* weight, int64_t heads,
-                   const acc_t<T>* scale, int64_t width, acc_t<T>* out) {
+                   const acc_t<T>* scale, int64_t width, acc_t<T>* out, bool fresh) {
   using A = acc_t<T>;
   using V = Vectorized<A>;
-  constexpr int64_t kPair = Pair<T>::width;
-  const auto strip = [&](int64_t k, int64_t l, auto block_heads, auto pairs, auto step) {
-    constexpr int H = decltype(block_heads)::value, P = decltype(pairs)::value;
-    Pair<A> sum[H][P];
-    unroll<H>([&](auto h) { unroll<P>([&](auto p) { sum[h][p] = {V(A(0)), V(A(0))}; }); });
-    for (int64_t r = 0; r < n; ++r) {
-      const T* const row = x + index[r] * ld + l;
-      V w[H];
-      unroll<H>([&](auto h) { w[h] = V(weight[r * heads + k + h]); });
-      unroll<P>([&](auto p) {
-        const auto v = load_pair(row + p * kPair, step);
-        unroll<H>([&](auto h) { sum[h][p] = {fmadd(w[h], v.lo, sum[h][p].lo), fmadd(w[h], v.hi, sum[h][p].hi)}; });
+  // Rows are read in their order, a few at a time, each as far as the sums of a strip fit into the nearest cache.
+  constexpr int64_t kStrip = 512;
+  A sums[kHeadBlock * kStrip];
+  const auto add_rows = [&](int64_t k, int64_t l, int64_t wide, int64_t r, bool first, auto block_heads, auto rows) {
+    constexpr int H = decltype(block_heads)::value, R = decltype(rows)::value;
+    const T* row[R];
+    V w[R][H];
+    unroll<R>([&](auto i) {
+      row[i] = x + index[r + i] * ld + l;
+      unroll<H>([&](auto h) { w[i][h] = V(weight[(r + i) * heads + k + h]); });
+    });
+    for_steps<Pair<T>::width>(wide, [&](int64_t at, auto step) {
+      Pair<A> sum[H];
+      unroll<H>([&](auto h) {
+        sum[h] = first ? Pair<A>{V(A(0)), V(A(0))} : Pair<A>::load(sums + h * kStrip + at);
       });
-    }
-    unroll<H>([&](auto h) {
-      const V s(scale[k + h]);
-      unroll<P>([&](auto p) {
-        A* const to = out + (k + h) * width + l + p * kPair;
-        if (scale[k + h] != A(0)) {
-          const auto old = load_pair(to, step);
-          sum[h][p] = {fmadd(s, old.lo, sum[h][p].lo), fmadd(s, old.hi, sum[h][p].hi)};
-        }
-        store_pair(sum[h][p], to, step);
+      unroll<R>([&](auto i) {
+        if (fresh && sizeof(T) < sizeof(float)) prefetch<T>(row[i] + R * ld + at);
+        const auto v = load_quick(row[i] + at, step);
+        unroll<H>([&](auto h) { sum[h] = {fmadd(w[i][h], v.lo, sum[h].lo), fmadd(w[i][h], v.hi, sum[h].hi)}; });
       });
+      unroll<H>([&](auto h) { sum[h].store(sums + h * kStrip + at); });
     });
   };
   for_blocks<kHeadBlock>(heads, [&](int64_t k, auto block_heads) {
-    constexpr int64_t kPairs = kStripPairs / decltype(block_heads)::value;
-    int64_t l = 0;
-    for (; l + kPairs * kPair <= width; l += kPairs * kPair) {
-      strip(k, l, block_heads, std::integral_constant<int, kPairs>{}, WholeStep{});
+    constexpr int H = decltype(block_heads)::value;
+    for (int64_t l = 0; l < width; l += kStrip) {
+      const int64_t wide = std::min(kStrip, width - l);
+      for_blocks<kWeightRegisters / H>(n, [&](int64_t r, auto rows) { add_rows(k, l, wide, r, r == 0, block_heads, rows); });
+      unroll<H>([&](auto h) {
+        const V s(scale[k + h]);
+        A* const to = out + (k + h) * width + l;
+        for_steps<Pair<A>::width>(wide, [&](int64_t at, auto step) {
+          auto sum = in_order<T>(Pair<A>::load(sums + h * kStrip + at));
+          if (scale[k + h] != A(0)) {
+            const auto old = load_pair(to + at, step);
+            sum = {fmadd(s, old.lo, sum.lo), fmadd(s, old.hi, sum.hi)};
+          }
+          store_pair(sum, to + at, step);
+        });
+      });
     }
-    for_steps<kPair>(width - l, [&](int64_t at, auto step) {
-      strip(k, l + at, block_heads, std::integral_constant<int, 1>{}, step);
-    });
   });
 }
 
@@ -136,7 +203,7 @@ void combine(const acc_t<T>* coefficient, const acc_t<T>* const* vector, int64_t
   template void dots(const T*, int64_t, const int32_t*, int64_t, const acc_t<T>*, const acc_t<T>*, int64_t, int64_t, \
                      acc_t<T>*);                                                                                    \
   template void weighted_sums(const T*, int64_t, const int32_t*, int64_t, const acc_t<T>*, int64_t, const acc_t<T>*, \
-                              int64_t, acc_t<T>*);                                                                  \
+                              int64_t, acc_t<T>*, bool);                                                                \
   template void combine(const acc_t<T>*, const acc_t<T>* const*, int64_t, int64_t, int64_t, T*, int64_t);
 INSTANTIATE(double)
 INSTANTIATE(float)

@@ -13,10 +13,11 @@ void dots(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T
           int64_t heads, int64_t width, acc_t<T>* out);
 
 // out[k] = scale[k] * out[k] + sum_r weight[r * heads + k] * x[index[r]]; out is [heads, width]. Where scale is 0 `out`
-// is not read. The sum of a call is formed on its own before it is added: long running sums lose digits.
+// is not read. The sum of a call is formed on its own before it is added: long running sums lose digits. `fresh`: the
+// rows were not read just before.
 template <typename T>
 void weighted_sums(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T>* weight, int64_t heads,
-                   const acc_t<T>* scale, int64_t width, acc_t<T>* out);
+                   const acc_t<T>* scale, int64_t width, acc_t<T>* out, bool fresh);
 
 // y[r] = sum_j coefficient[r * terms + j] * vector[j], for n rows ld_y apart.
 template <typename T>

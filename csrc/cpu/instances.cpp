@@ -104,7 +104,7 @@ void sum_rows(const Ragged<T>& in, int64_t heads, const acc_t<T>* weights, acc_t
   using A = acc_t<T>;
   using Worker = typename Partials<A>::Worker;
   Partials<A> partials(in.slots(), heads, in.width);
-  for_tiles(in, [&] { return Worker(heads); }, [&](const Tile<T>& tile, Worker& w) {
+  for_tiles(in, [&] { return Worker(heads, true); }, [&](const Tile<T>& tile, Worker& w) {
     in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
       const Tile<T> rows = tile.part(from - tile.first, to - from);
       w.selected.select(rows.mask, rows.rows);
@@ -238,31 +238,44 @@ class FeatureMax {
       : in_(in), rows_(in.slots(), -1), values_(in.slots() * in.width), places_(in.slots() * in.width) {}
 
   // Rows of a segment come in order; their places are counted from the first of its chunk, exact in every type.
-  void add(const Tile<T>& rows, int64_t slot) {
-    A *const best = values_.get() + slot * in_.width, *const place = places_.get() + slot * in_.width;
+  void add(const Tile<T>& rows, int64_t slot, Selection<A>& selected) {
+    selected.select(rows.mask, rows.rows);
+    if (selected.count == 0) return;
     const int64_t chunk = rows.first / in_.chunk() * in_.chunk();
-    for (int64_t r = 0; r < rows.rows; ++r) {
-      if (!is_real(rows.mask, r)) continue;
-      const T* const x = rows.x + r * rows.ld;
-      const V here(static_cast<A>(rows.first + r - chunk));
-      const bool first = std::exchange(rows_[slot], chunk) < 0;
+    const bool first = std::exchange(rows_[slot], chunk) < 0;
+    A *const best = values_.get() + slot * in_.width, *const place = places_.get() + slot * in_.width;
+    const auto row = [&](int64_t i) { return rows.x + selected.index[i] * rows.ld; };
+    if (first) {
+      convert_row(row(0), best, in_.width);
+      std::fill_n(place, in_.width, static_cast<A>(rows.first + selected.index[0] - chunk));
+    }
+    constexpr int64_t kTogether = 8;
+    for (int64_t i = first; i < selected.count; i += kTogether) {
+      const int64_t end = std::min(i + kTogether, selected.count);
       for_steps<Pair<T>::width>(in_.width, [&](int64_t l, auto step) {
-        const auto v = load_pair(x + l, step);
-        auto b = load_pair(best + l, step), p = load_pair(place + l, step);
-        const auto offer = [&](const V& value, V& best, V& place) {
+        // A new maximum is rare: most often the largest of these rows shows that there is none.
+        auto largest = load_pair(row(i) + l, step);
+        for (int64_t r = i + 1; r < end; ++r) {
+          const auto v = load_pair(row(r) + l, step);
+          largest = {at::vec::maximum(largest.lo, v.lo), at::vec::maximum(largest.hi, v.hi)};
+        }
+        auto b = load_pair(best + l, step);
+        const V stays = (largest.lo <= b.lo) & (largest.hi <= b.hi);
+        if (stays.zero_mask() == 0) return;
+        auto p = load_pair(place + l, step);
+        const auto offer = [](const V& value, const V& here, V& best, V& place) {
           const V wins = (value > best) | ((value != value) & (best == best));
           best = V::blendv(best, value, wins);
           place = V::blendv(place, here, wins);
         };
-        if (first) {
-          store_pair(Pair<A>{v.lo, v.hi}, best + l, step);
-          store_pair(Pair<A>{here, here}, place + l, step);
-          return;
+        for (int64_t r = i; r < end; ++r) {
+          const V here(static_cast<A>(rows.first + selected.index[r] - chunk));
+          const auto v = load_pair(row(r) + l, step);
+          offer(v.lo, here, b.lo, p.lo);
+          offer(v.hi, here, b.hi, p.hi);
         }
-        offer(v.lo, b.lo, p.lo);
-        offer(v.hi, b.hi, p.hi);
-        store_pair(Pair<A>{b.lo, b.hi}, best + l, step);
-        store_pair(Pair<A>{p.lo, p.hi}, place + l, step);
+        store_pair(b, best + l, step);
+        store_pair(p, place + l, step);
       });
     }
   }
@@ -302,9 +315,9 @@ std::tuple<Tensor, Tensor> max_pool_fwd(const Tensor& x, const OptionalTensor& o
   dispatch_storage(x.scalar_type(), [&]<typename T>() {
     const auto in = call.ragged<T>();
     FeatureMax<T> best(in);
-    for_tiles(in, [] { return 0; }, [&](const Tile<T>& tile, int) {
+    for_tiles(in, [] { return Selection<acc_t<T>>(); }, [&](const Tile<T>& tile, auto& selected) {
       in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
-        best.add(tile.part(from - tile.first, to - from), in.slot_of(from, b));
+        best.add(tile.part(from - tile.first, to - from), in.slot_of(from, b), selected);
       });
     });
     best.finish(values.mutable_data_ptr<T>(), indices.mutable_data_ptr<int64_t>());

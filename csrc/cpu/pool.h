@@ -146,7 +146,9 @@ class Partials {
   struct Worker {
     Selection<A> selected;
     std::vector<A> weight, max, scale;
-    explicit Worker(int64_t heads) : weight(kChunk * heads), max(heads), scale(heads) {}
+    bool fresh;  // rows come from memory, nobody has read them just before
+    explicit Worker(int64_t heads, bool fresh = false)
+        : weight(kChunk * heads), max(heads), scale(heads), fresh(fresh) {}
   };
 
   // `scores` [rows, heads of all].
@@ -170,7 +172,8 @@ class Partials {
         w.scale[k] = rescale(s[k].max, w.max[k]);
         s[k] = {w.max[k], s[k].sum * w.scale[k] + sum};
       }
-      weighted_sums(x, ld, w.selected.index, n, w.weight.data(), heads, w.scale.data(), width_, sum(slot, first));
+      weighted_sums(x, ld, w.selected.index, n, w.weight.data(), heads, w.scale.data(), width_, sum(slot, first),
+                    w.fresh);
     });
   }
 
@@ -180,7 +183,7 @@ class Partials {
     if (n == 0) return;
     SoftmaxState<A>* const s = state_.data() + slot * heads_;
     for (int64_t k = 0; k < heads_; ++k) w.scale[k] = s[k].sum;  // 0 at first, then 1
-    weighted_sums(x, ld, index, n, weight, heads_, w.scale.data(), width_, sum(slot, 0));
+    weighted_sums(x, ld, index, n, weight, heads_, w.scale.data(), width_, sum(slot, 0), w.fresh);
     for (int64_t k = 0; k < heads_; ++k) s[k] = {A(0), A(1)};
   }
 
@@ -276,6 +279,7 @@ struct Score {
   virtual int64_t heads() const = 0;
   virtual std::unique_ptr<Worker> forward_worker() const = 0;
   virtual std::unique_ptr<Worker> backward_worker() const = 0;
+  virtual bool reads_rows() const { return true; }
   virtual int64_t backward_rows() const { return kBlock; }  // of a unit: a tile, or a chunk for products over rows
 };
 
@@ -301,15 +305,15 @@ class SoftmaxPool {
  public:
   using A = acc_t<T>;
 
-  SoftmaxPool(const Ragged<T>& in, int64_t heads, const Stage<T>* stage, A* bag, A* lse)
-      : in_(in), stage_(stage), bag_(bag), lse_(lse), partials_(in.slots(), heads, stage ? stage->width() : in.width) {}
+  SoftmaxPool(const Ragged<T>& in, const Score<T>& score, const Stage<T>* stage, A* bag, A* lse)
+      : in_(in), fresh_(!score.reads_rows()), stage_(stage), bag_(bag), lse_(lse), partials_(in.slots(), score.heads(), stage ? stage->width() : in.width) {}
 
   struct Worker {
     typename Partials<A>::Worker partials;
     std::unique_ptr<typename Stage<T>::Worker> stage;
   };
   Worker worker() const {
-    return {typename Partials<A>::Worker(partials_.heads()), stage_ ? stage_->worker(kBlock) : nullptr};
+    return {typename Partials<A>::Worker(partials_.heads(), fresh_), stage_ ? stage_->worker(kBlock) : nullptr};
   }
   void add(const Tile<T>& tile, const A* scores, Worker& w) {
     const int64_t heads = partials_.heads();
@@ -325,6 +329,7 @@ class SoftmaxPool {
 
  private:
   const Ragged<T>& in_;
+  bool fresh_;
   const Stage<T>* stage_;
   A *bag_, *lse_;
   Partials<A> partials_;

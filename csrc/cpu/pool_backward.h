@@ -92,6 +92,7 @@ class ScoreGradients {
   // `width`: of the rows that were pooled.
   ScoreGradients(const Ragged<T>& in, const PoolGradients<A>& g, int64_t heads, int64_t width)
       : in_(in), g_(g), heads_(heads), width_(width), center_(in.bags(), 0), correction_(in.bags() * heads, A(0)) {
+    if (g.grad_bag != nullptr || g.grad_lse != nullptr) normalise();
     if (g.grad_bag == nullptr) return;
     // All heads of a bag subtract the same centre, any one of its bag vectors that is finite; what a head's own would
     // have given is added to its dot products. Heads are then read together, and no digits are lost.
@@ -148,8 +149,8 @@ class ScoreGradients {
             if (weighted) {
               A inner = g_.grad_lse ? g_.grad_lse[bh + k] : A(0);
               if (g_.grad_bag) inner += w.dot[i * heads + k] + (alone ? A(0) : correction_[bh + k]);
-              w.weight[at] = w.exp[i * heads + k];
-              grad += w.exp[i * heads + k] * inner;
+              w.weight[at] = w.exp[i * heads + k] * normal_[bh + k];
+              grad += w.weight[at] * inner;
             }
             w.score[at] = grad;
           }
@@ -159,9 +160,48 @@ class ScoreGradients {
   }
 
  private:
+  // exp(score - lse) sums to 1 over a bag but for the rounding of lse, which large scores make coarse: what it sums to
+  // is divided out.
+  void normalise() {
+    const auto exp_sum = [&](int64_t bh, int64_t from, int64_t to) {
+      using V = Vectorized<A>;
+      V sum(A(0));
+      const V lse(g_.lse[bh]), dead(kDead<A>);
+      for (int64_t row = from; row < to; row += V::size()) {
+        A s[V::size()];
+        for (int64_t i = 0; i < V::size(); ++i) {
+          s[i] = row + i < to ? g_.scores[(row + i) * heads_ + bh % heads_] : kDead<A>;
+        }
+        const V score = V::loadu(s);
+        sum = sum + V::blendv(exp_nonpositive<A>(score - lse), V(A(0)), score == dead);
+      }
+      return static_cast<double>(horizontal_sum(sum));
+    };
+    std::vector<double> slots(in_.slots() * heads_, 0.);
+    at::parallel_for(0, in_.chunks(), 8, [&](int64_t begin, int64_t end) {
+      const int64_t last = std::min(end * in_.chunk(), in_.rows);
+      for (int64_t first = begin * in_.chunk(); first < last; first += in_.chunk()) {
+        in_.for_bags(first, std::min(first + in_.chunk(), last), [&](int64_t b, int64_t from, int64_t to) {
+          double* const slot = slots.data() + in_.slot_of(from, b) * heads_;
+          for (int64_t k = 0; k < heads_; ++k) slot[k] = exp_sum(b * heads_ + k, from, to);
+        });
+      }
+    });
+    normal_.resize(in_.bags() * heads_);
+    for (int64_t i = 0; i < in_.bags() * heads_; ++i) {
+      const int64_t b = i / heads_, from = in_.offsets[b], to = in_.offsets[b + 1];
+      double sum = 0;
+      for (int64_t slot = in_.slot_of(from, b); from < to && slot <= in_.slot_of(to - 1, b); ++slot) {
+        sum += slots[slot * heads_ + i % heads_];
+      }
+      normal_[i] = static_cast<A>(1. / sum);
+    }
+  }
+
   const Ragged<T>& in_;
   PoolGradients<A> g_;
   int64_t heads_, width_;
+  std::vector<A> normal_;  // [bags, heads]
   std::vector<int64_t> center_;
   std::vector<A> correction_;
   bool finite_ = true;

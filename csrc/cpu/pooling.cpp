@@ -18,7 +18,7 @@ struct Forward {
   void pool(const Score<T>& score, const Ragged<T>& in) {
     using A = acc_t<T>;
     pool_forward(score, in, scores.mutable_data_ptr<A>(),
-                 SoftmaxPool<T>(in, score.heads(), nullptr, bag.mutable_data_ptr<A>(), lse.mutable_data_ptr<A>()));
+                 SoftmaxPool<T>(in, score, nullptr, bag.mutable_data_ptr<A>(), lse.mutable_data_ptr<A>()));
   }
 };
 

@@ -27,6 +27,7 @@ class GivenScore final : public Score<T> {
   GivenScore(const Ragged<T>& in, int64_t heads, const A* scores, A* grad_scores)
       : in_(in), heads_(heads), scores_(scores), grad_scores_(grad_scores) {}
   int64_t heads() const override { return heads_; }
+  bool reads_rows() const override { return false; }
   std::unique_ptr<typename Score<T>::Worker> forward_worker() const override { return std::make_unique<Worker>(*this); }
   std::unique_ptr<typename Score<T>::Worker> backward_worker() const override { return std::make_unique<Worker>(*this); }
 

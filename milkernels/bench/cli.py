@@ -19,7 +19,7 @@ _WIDTH = 170  # columns of the table where the output is no terminal
 _EXAMPLES = """examples:
   python -m milkernels bench
   python -m milkernels bench --distribution skewed --dtype float32 --mode fwd,step,frozen
-  python -m milkernels bench --op dsmil_pool --heads 2 --hidden 128 --contenders eager
+  python -m milkernels bench --op dsmil --heads 3 --contenders eager
   python -m milkernels bench --features musk2.npz --json result.json --plot result.png
 """
 
@@ -65,8 +65,8 @@ def parser() -> argparse.ArgumentParser:
     shape = p.add_argument_group("shape")
     shape.add_argument("--instances", type=_positive, default=100_000)
     shape.add_argument("--dim", type=_positive, default=512)
-    shape.add_argument("--hidden", type=_positive, default=256)
-    shape.add_argument("--heads", type=_positive, default=1, help="or classes, where the op has some")
+    shape.add_argument("--hidden", type=_positive, help="default: 128 for DSMIL, else 256")
+    shape.add_argument("--heads", type=_positive, help="or classes; default: 2 or 4 where the op has classes, else 1")
     bags = shape.add_mutually_exclusive_group()
     bags.add_argument("--lengths", type=_lengths, help="of the bags: 100,200,...")
     bags.add_argument(
@@ -120,7 +120,11 @@ def _shape(arguments: argparse.Namespace) -> Shape:
             lengths = make(arguments.bags or 32, arguments.instances)
     if 0 in lengths:
         raise ValueError(f"{arguments.instances} instances are too few for {len(lengths)} bags")
-    return Shape(lengths, dim, arguments.hidden, arguments.heads)
+    case = CASES[arguments.op]
+    heads = arguments.heads or case.default_heads
+    # Scores stand alone: their width is the number of heads.
+    width = dim if case.leading == "x" else heads
+    return Shape(lengths, width, arguments.hidden or case.default_hidden, heads)
 
 
 def _contenders(arguments: argparse.Namespace, workload: Workload) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from milkernels.testing import Inputs, OpCase, evaluate
+from milkernels.testing import CASES, Inputs, OpCase, evaluate
 from milkernels.testing.formulas import attention_scores_eager
 
 Compute = Callable[[Inputs], dict[str, Tensor]]
@@ -28,21 +28,29 @@ class Contender:
 
     name: str
     prepare: Callable[[OpCase, Inputs, bool], tuple[Compute, Inputs]]
+    title: str = ""  # where it is not the name
+    loops: bool = False  # over bags
     version: Callable[[], str] = lambda: ""
     ours: bool = False  # held to the error promise; its failure is the command's
     peer: bool = False  # somebody else's code for the same thing
     work: Callable[[Inputs], float] = lambda inputs: 1.0  # how its arithmetic grows, beyond with the instances
 
     def label(self, case: OpCase, inputs: Inputs) -> str:
-        if self.name == "eager" and case.takes_offsets and len(inputs.lengths) > 1:
-            return "eager (loop over bags)"
-        if self.name == "compile" and case.takes_offsets and len(inputs.lengths) > 1:
-            return "compile (loop over bags)"
-        return " ".join(filter(None, (self.name, self.version())))
+        looping = self.loops and case.takes_offsets and len(inputs.lengths) > 1
+        return " ".join(filter(None, (self.title or self.name, self.version(), looping and "(loop over bags)")))
 
 
 def _eager(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
     return case.eager, inputs
+
+
+def _alternative(formula: str) -> Callable[[OpCase, Inputs, bool], tuple[Compute, Inputs]]:
+    def prepare(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
+        if formula not in case.alternatives:
+            raise Unavailable(f"nobody writes this op with {formula}")
+        return lambda i: case.eager(i, case.alternatives[formula]), inputs
+
+    return prepare
 
 
 def _compile(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
@@ -149,11 +157,19 @@ def _installed(package: str) -> Callable[[], str]:
     return version
 
 
+# Other formulas of an op: contender -> what they use
+ALTERNATIVES = {f"eager-{formula}": formula for case in CASES.values() for formula in case.alternatives}
+YARDSTICKS = ("eager", *ALTERNATIVES, "compile")  # what a result is divided by
+
 REGISTRY: dict[str, Contender] = {
     c.name: c
     for c in (
-        Contender("eager", _eager),
-        Contender("compile", _compile),
+        Contender("eager", _eager, loops=True),
+        *(
+            Contender(name, _alternative(formula), title=f"eager, {formula}", loops=True, peer=True)
+            for name, formula in ALTERNATIVES.items()
+        ),
+        Contender("compile", _compile, loops=True),
         Contender("padded", _padded, peer=True, work=_padding),
         Contender("pyg", _pyg, version=_installed("torch_geometric"), peer=True),
         Contender("native", _ours("native"), ours=True),
@@ -164,8 +180,8 @@ REGISTRY: dict[str, Contender] = {
 
 
 def default_contenders(case: OpCase, inputs: Inputs) -> list[str]:
-    """Eager and torch.compile; on several bags also the peers that are there and have this op."""
-    names = ["eager", "compile"]
+    """Eager in all formulas and torch.compile; on several bags also the peers that are there and have this op."""
+    names = ["eager", *(name for name, formula in ALTERNATIVES.items() if formula in case.alternatives), "compile"]
     if len(inputs.lengths) > 1 and _is_attention_pool(case):
         pyg = _installed("torch_geometric")() and _pyg_refuses(case, inputs) is None
         names += ["padded", *(["pyg"] if pyg else [])]

@@ -12,13 +12,16 @@ from milkernels.testing import (
     OpCase,
     Promise,
     Reference,
-    errors_of,
+    eager_errors,
     evaluate,
     float64_reference,
     promise_from_errors,
 )
 
 SLOW = 5.0  # seconds that one run for the gate may take
+# Of two equally good results of n numbers one has, once in a hundred draws, more than 2 * (1 + 8 / n) times the error
+# of the other (for n from 2 on): the luck of a few numbers, such as the gradient of a bias of two classes.
+_LUCK = 8
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def yardstick(case: OpCase, inputs: Inputs, mode: str, seconds: float, memory: i
 def _eager_errors(case: OpCase, inputs: Inputs, reference: Reference, mode: str) -> dict[str, float]:
     if inputs.x.dtype == torch.float64:
         return _scaled_errors(case, inputs, reference, mode)
-    return errors_of(_results(case, case.eager, inputs.with_keep(), mode), reference)
+    return eager_errors(case, inputs, reference, mode)
 
 
 def _scaled_errors(case: OpCase, inputs: Inputs, reference: Reference, mode: str) -> dict[str, float]:
@@ -82,10 +85,9 @@ def _scaled_errors(case: OpCase, inputs: Inputs, reference: Reference, mode: str
     scale = 1.5 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     narrow = inputs.to(torch.float32)
     rounded = float64_reference(case, narrow, mode)
-    errors = errors_of(_results(case, case.eager, narrow.with_keep(), mode), rounded)
     sizes = {name: float(_finite_norm(t)) for name, t in reference.results.items()}
     largest = {True: 0.0, False: 0.0}  # of the gradients, of the outputs
-    for name, error in errors.items():
+    for name, error in eager_errors(case, narrow, rounded, mode).items():
         if name not in rounded.summands and sizes[name] > 0:
             kind = name.startswith("grad_")
             largest[kind] = max(largest[kind], error / sizes[name])
@@ -110,7 +112,7 @@ def judge(case: OpCase, stick: Yardstick, compute: Compute, inputs: Inputs, mode
     """
     reference = _for_mode(stick.reference, mode)
     promise = promise_from_errors(
-        _results(case, compute, stick.judged, mode), stick.eager_errors, reference, stick.dtype
+        _results(case, compute, stick.judged, mode), stick.eager_errors, reference, stick.dtype, _LUCK
     )
     if stick.whole is None or not promise.ok or seconds > SLOW:
         return promise
@@ -120,7 +122,7 @@ def judge(case: OpCase, stick: Yardstick, compute: Compute, inputs: Inputs, mode
         name: stick.eager_errors[name] / max(sizes[name], math.ulp(0.0)) * float(_finite_norm(t))
         for name, t in whole.results.items()
     }
-    everywhere = promise_from_errors(_results(case, compute, inputs, mode), allowed, whole, stick.dtype)
+    everywhere = promise_from_errors(_results(case, compute, inputs, mode), allowed, whole, stick.dtype, _LUCK)
     return promise if everywhere.ok else everywhere
 
 

@@ -12,7 +12,18 @@ from pathlib import Path
 from milkernels.bench import report
 
 BEGIN, END = "<!-- figures: python -m milkernels.bench.readme -->", "<!-- end of figures -->"
-_HEADER = ("bags", "type", "mode", "against", "theirs, ms", "milkernels, ms", "ratio", "extra memory, MB", "of floor")
+_HEADER = (
+    "op",
+    "bags",
+    "type",
+    "mode",
+    "against",
+    "theirs, ms",
+    "milkernels, ms",
+    "ratio",
+    "extra memory, MB",
+    "of floor",
+)
 
 
 def _what(workload: dict) -> str:
@@ -30,6 +41,8 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _rows(result: dict, digest: str | None) -> list[list[str]]:
+    """Lines of cells as ``_HEADER`` names them."""
+    workload = result["workload"]
     stale = " (stale)" if digest != result["sources"] else ""
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in result["rows"]:
@@ -38,7 +51,7 @@ def _rows(result: dict, digest: str | None) -> list[list[str]]:
     for (dtype, mode), rows in groups.items():
         ours = next((r for r in rows if r["ours"]), None)
         for other in (r for r in rows if r is not ours):
-            cells = [_what(result["workload"]) + stale, dtype, mode, other["label"]]
+            cells = [f"`{workload['op']}`", _what(workload) + stale, dtype, mode, other["label"]]
             if ours is None or ours["status"] != "ok" or other["status"] != "ok":
                 lines.append([*cells, "not measured", "", "", "", ""])
                 continue
@@ -66,12 +79,15 @@ def figures(root: Path = report.ROOT) -> str:
         machines.setdefault(name, []).append(result)
     digest, parts = report.source_digest(root), []
     for name, results in machines.items():
+        results.sort(key=lambda result: result["workload"]["op"])
+        ops = {result["workload"]["op"] for result in results}
         body = [line for result in results for line in _rows(result, digest)]
-        table = [_HEADER, ["---"] * len(_HEADER), *body]
+        shown = slice(int(len(ops) == 1), None)  # one op is named above the table
+        table = [line[shown] for line in (_HEADER, ["---"] * len(_HEADER), *body)]
         commands = "\n".join(f"    {result['command'].partition(' --json')[0]}" for result in results)
         lines = "\n".join("| " + " | ".join(line) + " |" for line in table)
-        op = ", ".join(dict.fromkeys(f"`{result['workload']['op']}`" for result in results))
-        parts.append(f"{op} on {name}:\n\n{lines}\n\nThe commands:\n\n{commands}\n")
+        title = f"`{ops.pop()}` on {name}" if len(ops) == 1 else name
+        parts.append(f"{title}:\n\n{lines}\n\nThe commands:\n\n{commands}\n")
     return "\n".join([*parts, "GPUs, and CPUs with AVX-512 or AMX: not measured.\n"])
 
 

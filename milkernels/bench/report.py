@@ -1,8 +1,8 @@
 """What a run says: the table, and the JSON file.
 
-The JSON file, schema 1, is one object:
+The JSON file, schema 2, is one object:
 
-``schema``      1; a reader refuses numbers it does not know
+``schema``      2; in files of 1 the rows have ratio_to_eager and ratio_to_compile in the place of ratios
 ``command``     the command line, paths cut to their last part
 ``date``        UTC, ISO 8601
 ``machine``     cpu, instruction_set, threads, torch, python, system, huge_pages, versions of peers
@@ -16,7 +16,8 @@ The JSON file, schema 1, is one object:
     reason      for any status but ok
     seconds     per call and round; median, minimum, spread (interquartile range over median), rounds,
                 calls per round; ``once``: a single run after a warm-up on a prefix
-    ratio_to_eager, ratio_to_compile, instances_per_second, flops, bytes, floor_seconds, share_of_floor
+    ratios      contender -> its median over this one, for eager in all its formulas and torch.compile
+    instances_per_second, flops, bytes, floor_seconds, share_of_floor
     resident, allocator   peak extra bytes; null where not measured, with ``memory_note``
     errors      name, ours, eager, bound, size, ratio, ok and reason per output and gradient; ``gate_note``
 """
@@ -41,11 +42,12 @@ from rich.table import Table
 
 from milkernels import native
 from milkernels.bench import run
+from milkernels.bench.contenders import YARDSTICKS
 from milkernels.bench.roofline import MatrixProbe
 from milkernels.bench.run import Result, Row
 from milkernels.bench.workload import Workload
 
-SCHEMA = 1
+SCHEMA = 2
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, or where the package is installed
 _IMPOSSIBLE = 4 / 3  # a step that keeps its hidden units does three quarters of the work counted
 _NO_ERROR = 1e-3  # of the bound: sums that cancel, and luck
@@ -215,11 +217,11 @@ def _headline(result: Result, workload: Workload) -> list[str]:
     return lines
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, yardsticks: Sequence[str]) -> list[str]:
     start = [row.op, row.dtype, row.mode, row.label]
     if not row.timed:
         status = row.status if row.status == run.FAIL else f"[{row.status}]"
-        return [*start, status.replace("[", r"\["), *["-"] * 8]
+        return [*start, status.replace("[", r"\["), *["-"] * (6 + len(yardsticks))]
     rounds = f"{len(row.timing.seconds)}{'*' if row.once else ''}"
     memory = "-" if row.resident is None else _number(row.resident / 1e6)
     return [
@@ -227,8 +229,7 @@ def _cells(row: Row) -> list[str]:
         _number(1e3 * row.timing.median),
         _number(1e3 * row.timing.minimum),
         rounds,
-        _number(row.ratio_to_eager),
-        _number(row.ratio_to_compile),
+        *(_number(row.ratios.get(name)) for name in yardsticks),
         _number(row.instances_per_second / 1e6),
         memory,
         "-" if row.share_of_floor is None else f"{100 * row.share_of_floor:.0f}%",
@@ -243,6 +244,7 @@ def _worst_ratio(row: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> Table:
+    yardsticks = [name for name in YARDSTICKS if any(row.contender == name for row in rows)]
     result = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("op", "dtype", "mode", "contender"):
         result.add_column(name, no_wrap=True)
@@ -250,8 +252,7 @@ def table(rows: Sequence[Row]) -> Table:
         "median ms",
         "min ms",
         "rounds",
-        "x eager",
-        "x compile",
+        *(f"x {name}" for name in yardsticks),
         "M inst/s",
         "extra MB",
         "of floor",
@@ -264,13 +265,13 @@ def table(rows: Sequence[Row]) -> Table:
             result.add_section()
         previous = (row.dtype, row.mode)
         style = {run.FAIL: "bold red", run.OK: "bold" if row.ours else ""}.get(row.status, "dim")
-        result.add_row(*_cells(row), style=style)
+        result.add_row(*_cells(row, yardsticks), style=style)
     return result
 
 
 def _notes(rows: Sequence[Row], probe: MatrixProbe) -> list[str]:
     notes = [
-        "x eager, x compile: their median over this one. extra MB: peak resident memory beyond the inputs, "
+        "x eager and so on: its median over this one. extra MB: peak resident memory beyond the inputs, "
         "outputs and gradients included. of floor: the least time this machine allows over the median; a "
         "contender that keeps hidden units instead of computing them again may pass 100%. error: the largest "
         "of our error over eager's, both against float64."

@@ -39,8 +39,7 @@ class Row:
     once: bool = False  # one run, after a warm-up on a prefix only
     timing: harness.Timing | None = None
     instances: int = 0
-    ratio_to_eager: float | None = None
-    ratio_to_compile: float | None = None
+    ratios: dict[str, float] = field(default_factory=dict)  # the median of a yardstick over this one
     floor_seconds: float | None = None
     flops: int = 0
     bytes: int = 0
@@ -234,9 +233,7 @@ class Bench:
 
 
 def _compare(rows: list[Row]) -> None:
-    by_key = {(r.dtype, r.mode, r.contender): r for r in rows if r.timed}
-    for row in by_key.values():
-        for other, attribute in (("eager", "ratio_to_eager"), ("compile", "ratio_to_compile")):
-            yardstick = by_key.get((row.dtype, row.mode, other))
-            if yardstick is not None:
-                setattr(row, attribute, yardstick.timing.median / row.timing.median)
+    timed = {(r.dtype, r.mode, r.contender): r for r in rows if r.timed}
+    for row in timed.values():
+        yardsticks = {name: timed.get((row.dtype, row.mode, name)) for name in contenders.YARDSTICKS}
+        row.ratios = {n: other.timing.median / row.timing.median for n, other in yardsticks.items() if other}

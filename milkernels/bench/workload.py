@@ -49,12 +49,12 @@ class Workload:
     def inputs(self, dtype: torch.dtype) -> Inputs:
         """The same tensors in every process: seeded, or read from the file."""
         features = self.features if self.features in FEATURES else load_features(self.features)[0]
-        options = {"dropout_p": self.dropout} if self.case.dropout else {}
+        options = {self.case.dropout: self.dropout} if self.case.dropout else {}
         if not self.padded:
             return self.case.inputs(self.shape, dtype, features, self.seed, **options)
         mask = prefix_mask(self.shape)
         if isinstance(features, Tensor):
-            rows = features.new_zeros(len(mask), self.shape.dim)
+            rows = features.new_zeros(len(mask), features.shape[1])
             rows[mask] = features
             features = rows
         return self.case.inputs(self.shape.padded(), dtype, features, self.seed, mask=mask, **options)

@@ -6,19 +6,21 @@ inherits every test and benchmark that iterates ``CASES``.  ``error_promise`` is
 promises.
 """
 
-from milkernels.testing.cases import CASES, MODES, OpCase
+from milkernels.testing.cases import MODES, OpCase
 from milkernels.testing.inputs import FEATURES, Inputs, Shape, even_lengths, skewed_lengths, small_lengths
 from milkernels.testing.philox import PHILOX_VECTORS, dropout_keep, philox4x32
 from milkernels.testing.promise import (
     Promise,
     Reference,
     Verdict,
+    eager_errors,
     error_promise,
     errors_of,
     evaluate,
     float64_reference,
     promise_from_errors,
 )
+from milkernels.testing.registry import CASES
 
 __all__ = [
     "CASES",
@@ -32,6 +34,7 @@ __all__ = [
     "Shape",
     "Verdict",
     "dropout_keep",
+    "eager_errors",
     "error_promise",
     "errors_of",
     "evaluate",

@@ -1,4 +1,4 @@
-"""The registry: one ``OpCase`` per op."""
+"""What an ``OpCase`` is: one op with its inputs, its call, the formula it replaces, and what it costs."""
 
 import itertools
 import math
@@ -9,55 +9,71 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milkernels.testing import formulas
-from milkernels.testing.formulas import Tensors
+from milkernels.testing.formulas import OneBag, Tensors
 from milkernels.testing.inputs import ROWWISE, Inputs, Shape, features_of
 
 MODES = ("fwd", "step", "frozen")  # forward; forward and backward; the same when x needs no gradient
-_PER_INSTANCE = frozenset({"scores", "logits"})  # outputs of N rows; the others have one row per bag
+_PER_INSTANCE = frozenset({"scores", "logits", "weights"})  # outputs of N rows; the others have one row per bag
 _INDICES = frozenset({"indices", "critical"})  # outputs that are rows of x
 
-
-def _join(bags: list[Tensors], starts: list[int]) -> Tensors:
-    joined = {}
-    for name in bags[0]:
-        parts = [bag[name] for bag in bags]
-        if name in _INDICES:
-            parts = [part + start for part, start in zip(parts, starts, strict=True)]
-        joined[name] = torch.cat(parts) if name in _PER_INSTANCE else torch.stack(parts)
-    return joined
-
-
 Factory = Callable[[Shape, Callable[..., Tensor]], dict[str, Tensor]]
+Flops = Callable[[Shape], int]
+
+
+def _no_flops(shape: Shape) -> int:
+    return 0
+
+
+def _no_tensors(shape: Shape, randn: Callable[..., Tensor]) -> Tensors:
+    return {}
 
 
 @dataclass(frozen=True)
 class OpCase:
-    """One op: inputs, call, eager formula, and what it costs.  ``name`` is the public function's."""
+    """One op, or one variant of it.  The first tensor of a call is ``Inputs.x``: the instances, or their scores.
 
-    name: str
+    Arithmetic is that of the cheapest exact algorithm that stores no hidden unit; see ``flops`` and ``bytes``.
+    """
+
+    name: str  # the key in the registry
     outputs: tuple[str, ...]  # in the order the op returns them
-    parameters: Factory  # (shape, randn) -> tensors in the order of the op's arguments
-    one_bag: Callable[[Tensor, Tensors, dict[str, Any]], Tensors]
+    one_bag: OneBag  # the formula it replaces
+    parameters: Factory = _no_tensors  # (shape, randn) -> tensors that may need a gradient
+    fixed: Factory = _no_tensors  # tensors that never do
+    op: str = ""  # the public function, where its name is not the key
+    compose: Callable[[Inputs, str | None], Tensors] | None = None  # the call, where one function is not all of it
+    alternatives: Mapping[str, OneBag] = field(default_factory=dict)  # other formulas for the same, by what they use
+    leading: str = "x"  # what ``Inputs.x`` is: instances [N, L], or scores [N, K]
     primary: str = "bag"  # the output that a training step differentiates
+    # The size of that output for one bag, of (shape, options); one with a row per instance has a column per head.
+    primary_row: Callable[[Shape, Mapping[str, Any]], tuple[int, ...]] = lambda shape, _: (shape.heads, shape.dim)
     positional: tuple[str, ...] = ()  # arguments between x and offsets; the other tensors are keywords
     options: Mapping[str, Any] = field(default_factory=dict)
-    fixed: Factory = lambda shape, randn: {}
+    dropout: str = ""  # the option that is the share of dropped units, where there is one
+    derived: Callable[[Inputs], Tensors] = lambda inputs: {}  # parameters that follow from the other inputs
+    bagwise: frozenset[str] = frozenset()  # parameters with one row per bag
     takes_offsets: bool = True
-    score_flops: Callable[[Shape], int] = lambda shape: 0  # matrix products that score all instances once
-    recomputes: bool = False  # the backward scores again: hidden units are never stored
-    reads_x_backward: bool = True
-    pooled_heads: Callable[[Shape], int] = lambda shape: shape.heads
+    winners: str = ""  # where a choice is made: in the logits of a classifier "weight", or in the tensor named
+    default_heads: int = 1
+    default_hidden: int = 256
+    hidden_flops: Flops = _no_flops  # products for hidden units: never stored, so the backward repeats them
+    head_flops: Flops = _no_flops  # products with a few vectors per bag or of all bags, differentiated
+    forward_flops: Flops = _no_flops  # products that the backward does not differentiate
+    reads: tuple[int, int] = (1, 1)  # passes over x in the forward and in the backward
+    columns: tuple[int, int] = (1, 1)  # tensors like the scores, [N, heads], moved in the forward and in the backward
     zero_gradients: Callable[[Inputs], tuple[str, ...]] = lambda inputs: ()  # 0 in exact arithmetic
     tags: frozenset[str] = frozenset()
 
-    @property
-    def dropout(self) -> bool:
-        return "dropout_p" in self.options
+    def __post_init__(self):
+        object.__setattr__(self, "op", self.op or self.name)
 
     def modes(self) -> tuple[str, ...]:
         """The modes in which there is something to compute: an op without parameters has nothing to train."""
-        return MODES if self.positional else MODES[:2]
+        return MODES if self.leading == "x" and self.parameters is not _no_tensors else MODES[:2]
+
+    def width(self, shape: Shape) -> int:
+        """Numbers in a row of ``Inputs.x``."""
+        return shape.dim if self.leading == "x" else shape.heads
 
     def inputs(
         self,
@@ -70,37 +86,38 @@ class OpCase:
         mask: Tensor | None = None,
         **options: Any,
     ) -> Inputs:
-        """Seeded inputs; ``features`` names a distribution or is the rows.  One bag has no offsets."""
+        """Seeded inputs; ``features`` names a distribution or is the rows, scores are normal.
+
+        One bag has no offsets.
+        """
         generator = torch.Generator().manual_seed(seed)
 
         def randn(*size: int) -> Tensor:
             return torch.randn(size, generator=generator)
 
-        x = features_of(features, shape, randn)
-        parameters = self.parameters(shape, randn)
-        fixed = self.fixed(shape, randn)
-        _plant_winners(self, x, parameters, fixed, shape, mask)
-        offsets = torch.tensor([0, *itertools.accumulate(shape.lengths)]) if shape.bags > 1 else None
-        cotangent = randn(*self._primary_size(shape))
-        return Inputs(
+        options = {**self.options, **options}
+        instances = self.leading == "x"
+        x = features_of(features, shape, randn) if instances else randn(shape.instances, shape.heads)
+        parameters, fixed = self.parameters(shape, randn), self.fixed(shape, randn)
+        if self.winners:
+            plant = _plant_largest_logits if self.winners == "weight" else _plant_largest_entries
+            target = {"x": x, **parameters, **fixed}[self.winners]
+            plant(x, target, _real_rows(shape, mask), options.get("k", 1))
+        per_instance = self.primary in _PER_INSTANCE
+        size = (shape.instances, shape.heads) if per_instance else (shape.bags, *self.primary_row(shape, options))
+        inputs = Inputs(
             x=x.to(dtype),
             parameters={name: t.to(parameter_dtype or dtype) for name, t in parameters.items()},
             fixed={name: t.to(dtype) for name, t in fixed.items()},
-            offsets=offsets,
+            offsets=torch.tensor([0, *itertools.accumulate(shape.lengths)]) if shape.bags > 1 else None,
             mask=mask,
-            options={**self.options, **options},
+            options=options,
             lengths=shape.lengths,
-            cotangent=cotangent.to(dtype),
+            cotangent=randn(*size).to(dtype),
+            bagwise=self.bagwise,
         )
-
-    def _primary_size(self, shape: Shape) -> tuple[int, ...]:
-        if self.primary == "scores":
-            return (shape.instances, shape.heads)
-        if self.name in ("mean_pool", "max_pool"):
-            return (shape.bags, shape.dim)
-        if self.name == "instance_max":
-            return (shape.bags, shape.heads)
-        return (shape.bags, self.pooled_heads(shape), shape.dim)
+        inputs.parameters |= {n: t.to(parameter_dtype or dtype) for n, t in self.derived(inputs).items()}
+        return inputs
 
     def prefix(self, inputs: Inputs, instances: int) -> Inputs:
         """The same inputs cut to their first rows; the last bag may be cut short, later bags are gone."""
@@ -109,7 +126,8 @@ class OpCase:
 
         def cut(tensors: Tensors) -> Tensors:
             # A leaf of its own: the prefix of a parameter with one row per instance must not reach back.
-            return {n: t[:rows].detach().clone() if n in ROWWISE else t for n, t in tensors.items()}
+            sizes = dict.fromkeys(ROWWISE, rows) | dict.fromkeys(inputs.bagwise, len(lengths))
+            return {n: t[: sizes[n]].detach().clone() if n in sizes else t for n, t in tensors.items()}
 
         return replace(
             inputs,
@@ -120,207 +138,112 @@ class OpCase:
             offsets=None if inputs.offsets is None else torch.tensor([0, *itertools.accumulate(lengths)]),
             mask=None if inputs.mask is None else inputs.mask[:rows],
             lengths=lengths,
-            cotangent=inputs.cotangent[: rows if self.primary == "scores" else len(lengths)],
+            cotangent=inputs.cotangent[: rows if self.primary in _PER_INSTANCE else len(lengths)],
         )
 
     def call(self, inputs: Inputs, backend: str | None) -> Tensors:
         """The op itself, through the public function."""
         import milkernels
 
+        if self.compose is not None:
+            return self.compose(inputs, backend)
         tensors = inputs.parameters | inputs.fixed
         arguments = [tensors[name] for name in self.positional]
         keywords = {n: t for n, t in tensors.items() if n not in self.positional} | inputs.options
         if self.takes_offsets:
-            arguments.append(inputs.offsets)
-        op = getattr(milkernels, self.name)
-        result = op(inputs.x, *arguments, mask=inputs.mask, backend=backend, **keywords)
+            keywords["offsets"] = inputs.offsets
+        result = getattr(milkernels, self.op)(inputs.x, *arguments, mask=inputs.mask, backend=backend, **keywords)
         results = (result,) if isinstance(result, Tensor) else result
         return dict(zip(self.outputs, results, strict=True))
 
-    def eager(self, inputs: Inputs, one_bag: Callable[..., Tensors] | None = None) -> Tensors:
+    def eager(self, inputs: Inputs, one_bag: OneBag | None = None) -> Tensors:
         """The formula as people write it: plain for one bag, a loop over bags otherwise."""
         one_bag = one_bag or self.one_bag
-        # Scores alone know no bags, so nobody loops for them.
-        bounds = inputs.bounds() if self.takes_offsets else [(0, inputs.x.shape[0])]
-        bags = [one_bag(inputs.x[s:e], inputs.rows(s, e), inputs.options) for s, e in bounds]
-        if not self.takes_offsets:
-            return bags[0]
+        if not self.takes_offsets:  # scores alone know no bags, so nobody loops for them
+            return one_bag(inputs.x, inputs.rows(0, len(inputs.x)), inputs.options)
+        bounds = inputs.bounds()
+        bags = [one_bag(inputs.x[s:e], inputs.rows(s, e, b), inputs.options) for b, (s, e) in enumerate(bounds)]
         return _join(bags, [start for start, _ in bounds])
 
     def complete(self, outputs: Tensors, inputs: Inputs) -> Tensors:
-        """``outputs`` with what eager leaves out (lse), and an index replaced by the value that it chose."""
+        """``outputs`` with what eager leaves out (lse), and indices replaced by the values that they choose."""
         full = dict(outputs)
         if "lse" in self.outputs and "lse" not in full:
-            scores = full["scores"]
-            full["lse"] = torch.stack([torch.logsumexp(scores[s:e], dim=0) for s, e in inputs.bounds()])
-        if "indices" in full:
-            full["chosen"] = full.get("logits", inputs.x).detach().gather(0, full.pop("indices"))
-        if "critical" in full:
-            full["chosen"] = inputs.fixed["instance_logits"].gather(0, full.pop("critical"))
+            full["lse"] = bag_logsumexp(full["scores"], inputs)
+        compared = full.get("logits", inputs.fixed.get("instance_logits", inputs.x)).detach()
+        for name in _INDICES & full.keys():
+            full[f"chosen_{name}"] = _chosen(compared, full.pop(name))
         return full
 
     def flops(self, shape: Shape, mode: str) -> int:
         """Matrix arithmetic under the memory promise: the backward computes hidden units again."""
-        score = self.score_flops(shape)
-        pool = 2 * shape.instances * shape.dim * self.pooled_heads(shape) if self.primary == "bag" else 0
-        if mode == "fwd" or not self.reads_x_backward:
-            return score + pool
+        hidden, heads = self.hidden_flops(shape), self.head_flops(shape)
+        forward = hidden + heads + self.forward_flops(shape)
+        if mode == "fwd":
+            return forward
         into_x = int(mode == "step")
-        return (2 + int(self.recomputes) + into_x) * score + (2 + into_x) * pool
+        return forward + (2 + into_x) * hidden + (1 + into_x) * heads
 
     def bytes(self, shape: Shape, dtype: torch.dtype, mode: str) -> int:
-        """Traffic to main memory: x once per pass, its gradient, and the scores."""
-        x = shape.instances * shape.dim * dtype.itemsize
-        scores = 4 * shape.instances * shape.heads * len(_PER_INSTANCE & set(self.outputs))
+        """Traffic to main memory: the passes over x, its gradient, and what is like the scores."""
+        x = shape.instances * self.width(shape) * dtype.itemsize
+        column = 4 * shape.instances * shape.heads
         if mode == "fwd":
-            return x + scores
-        return x * (1 + int(self.reads_x_backward) + int(mode == "step")) + 2 * scores
+            return x * self.reads[0] + column * self.columns[0]
+        return x * (sum(self.reads) + int(mode == "step")) + column * sum(self.columns)
 
 
-def _plant_winners(
-    case: OpCase, x: Tensor, parameters: Tensors, fixed: Tensors, shape: Shape, mask: Tensor | None
-) -> None:
-    """Gives every bag and class a clear winner, so that rounding cannot change what an op chooses."""
-    if case.name not in ("instance_max", "dsmil_pool"):
-        return
-    for start, end in itertools.pairwise([0, *itertools.accumulate(shape.lengths)]):
-        real = range(start, end) if mask is None else (start + mask[start:end].nonzero()[:, 0]).tolist()
-        for c in range(shape.heads if len(real) else 0):
-            row = real[(7 * c + len(real) // 2) % len(real)]
-            if case.name == "instance_max":
-                weight = parameters["weight"][c]
-                x[row] += 10 * weight / weight.dot(weight)
-            else:
-                fixed["instance_logits"][row, c] = 8.0
+def bag_logsumexp(scores: Tensor, inputs: Inputs) -> Tensor:
+    """Of the scores ``[N, K]`` in each bag: ``[B, K]``."""
+    return torch.stack([torch.logsumexp(scores[s:e], dim=0) for s, e in inputs.bounds()])
 
 
-def _attention_parameters(gated: bool) -> Factory:
-    def make(shape: Shape, randn: Callable[..., Tensor]) -> dict[str, Tensor]:
-        made = {}
-        for name in ("v", "u") if gated else ("v",):
-            made[f"{name}_weight"] = randn(shape.hidden, shape.dim) / math.sqrt(shape.dim)
-            made[f"{name}_bias"] = randn(shape.hidden) / 10
-        # Twice the size that keeps the variance: the weights of a bag should differ visibly.
-        made["w_weight"] = 2 * randn(shape.heads, shape.hidden) / math.sqrt(shape.hidden)
-        made["w_bias"] = randn(shape.heads) / 10
-        return made
-
-    return make
+def _join(bags: list[Tensors], starts: list[int]) -> Tensors:
+    joined = {}
+    for name in bags[0]:
+        parts = [bag[name] for bag in bags]
+        if name in _INDICES:
+            parts = [torch.where(part < 0, -1, part + start) for part, start in zip(parts, starts, strict=True)]
+        joined[name] = torch.cat(parts) if name in _PER_INSTANCE else torch.stack(parts)
+    return joined
 
 
-def _classifier(shape: Shape, randn: Callable[..., Tensor]) -> dict[str, Tensor]:
-    return {
-        "weight": randn(shape.heads, shape.dim) / math.sqrt(shape.dim),
-        "bias": randn(shape.heads) / 10,
-    }
+def _chosen(rows: Tensor, indices: Tensor) -> Tensor:
+    """``rows [N, C]`` at ``indices`` ``[B, C]`` or ``[B, C, k]``; -inf where there is none."""
+    indices = indices.reshape(*indices.shape[:2], -1)
+    columns = torch.arange(rows.shape[1], device=rows.device).view(1, -1, 1)
+    return rows[indices.clamp(min=0), columns].masked_fill(indices < 0, -math.inf)
 
 
-def _dsmil_parameters(shape: Shape, randn: Callable[..., Tensor]) -> dict[str, Tensor]:
-    return {
-        "q_weight": randn(shape.hidden, shape.dim) / math.sqrt(shape.dim),
-        "q_bias": randn(shape.hidden) / 10,
-        "q2_weight": randn(shape.hidden, shape.hidden) / math.sqrt(shape.hidden),
-        "q2_bias": randn(shape.hidden) / 10,
-    }
+# Every bag and column gets clear winners, so that rounding cannot change what an op chooses.
 
 
-def _attention_case(name: str, gated: bool) -> OpCase:
-    pools = name.endswith("_pool")
-    units = ("v_weight", "v_bias", "u_weight", "u_bias") if gated else ("v_weight", "v_bias")
-    return OpCase(
-        name=name,
-        outputs=("bag", "scores", "lse") if pools else ("scores",),
-        parameters=_attention_parameters(gated),
-        one_bag=formulas.attention_pool_eager if pools else formulas.attention_scores_eager,
-        primary="bag" if pools else "scores",
-        positional=(*units, "w_weight", "w_bias"),
-        options={"activation": "tanh", "dropout_p": 0.0, "seed": 0},
-        takes_offsets=pools,
-        score_flops=lambda s: 2 * s.instances * s.hidden * ((2 if gated else 1) * s.dim + s.heads),
-        recomputes=True,
-        zero_gradients=lambda inputs: ("w_bias",) if pools else (),
-        tags=frozenset({"compiled", "attention"}),
-    )
+def _real_rows(shape: Shape, mask: Tensor | None) -> list[Tensor]:
+    """The rows of each bag that are not masked."""
+    real = torch.ones(shape.instances, dtype=torch.bool) if mask is None else mask.bool()
+    bounds = itertools.pairwise(itertools.accumulate(shape.lengths, initial=0))
+    return [start + real[start:end].nonzero()[:, 0] for start, end in bounds]
 
 
-def _class_flops(shape: Shape) -> int:
-    return 2 * shape.instances * shape.dim * shape.heads
+def _winning_rows(rows: int, columns: int, count: int) -> Tensor:
+    """``[columns, count]`` of so many rows, different ones for each column."""
+    first = 7 * torch.arange(columns).unsqueeze(1) + rows // 2
+    return (first + torch.arange(min(count, rows))) % rows
 
 
-_ALL = (
-    _attention_case("attention_pool", gated=False),
-    _attention_case("gated_attention_pool", gated=True),
-    _attention_case("attention_scores", gated=False),
-    _attention_case("gated_attention_scores", gated=True),
-    OpCase(
-        name="softmax_pool",
-        outputs=("bag", "scores", "lse"),
-        parameters=lambda shape, randn: {"scores": randn(shape.instances, shape.heads)},
-        one_bag=formulas.softmax_pool_eager,
-        positional=("scores",),
-    ),
-    OpCase(
-        name="query_pool",
-        outputs=("bag", "scores", "lse"),
-        parameters=lambda shape, randn: {"query": randn(shape.heads, shape.dim)},
-        one_bag=formulas.query_pool_eager,
-        positional=("query",),
-        options={"scale": 0.05},
-        score_flops=_class_flops,
-    ),
-    OpCase(
-        name="instance_max",
-        outputs=("values", "indices", "logits"),
-        parameters=_classifier,
-        one_bag=formulas.instance_max_eager,
-        primary="values",
-        positional=("weight", "bias"),
-        score_flops=_class_flops,
-        reads_x_backward=False,
-    ),
-    OpCase(
-        name="dsmil_pool",
-        outputs=("bag", "scores", "lse", "critical"),
-        parameters=_dsmil_parameters,
-        one_bag=formulas.dsmil_pool_eager,
-        positional=("instance_logits", "q_weight", "q_bias"),
-        fixed=lambda shape, randn: {"instance_logits": randn(shape.instances, shape.heads)},
-        score_flops=lambda s: 2 * s.instances * s.hidden * (s.dim + s.hidden + s.heads),
-        recomputes=True,
-    ),
-    OpCase(
-        name="loss_attention_pool",
-        outputs=("bag", "scores", "lse", "logits"),
-        parameters=_classifier,
-        one_bag=formulas.loss_attention_pool_eager,
-        positional=("weight", "bias"),
-        score_flops=_class_flops,
-        pooled_heads=lambda shape: 1,
-        # One class leaves a plain softmax of the logits, in which the bias cancels.
-        zero_gradients=lambda inputs: ("bias",) if len(inputs.parameters["bias"]) == 1 else (),
-    ),
-    OpCase(
-        name="weighted_pool",
-        outputs=("bag",),
-        parameters=lambda shape, randn: {"weights": randn(shape.instances, shape.heads)},
-        one_bag=formulas.weighted_pool_eager,
-        positional=("weights",),
-    ),
-    OpCase(
-        name="mean_pool",
-        outputs=("bag",),
-        parameters=lambda shape, randn: {},
-        one_bag=formulas.mean_pool_eager,
-        pooled_heads=lambda shape: 1,
-        reads_x_backward=False,
-    ),
-    OpCase(
-        name="max_pool",
-        outputs=("values", "indices"),
-        parameters=lambda shape, randn: {},
-        one_bag=formulas.max_pool_eager,
-        primary="values",
-        reads_x_backward=False,
-    ),
-)
-CASES: dict[str, OpCase] = {case.name: case for case in _ALL}
+def _plant_largest_logits(x: Tensor, weight: Tensor, bags: list[Tensor], count: int) -> None:
+    classes = torch.arange(len(weight))
+    towards = torch.linalg.pinv(weight).T  # row c moves the logit of class c alone, by the least change of x
+    for real in filter(len, bags):
+        logits = x[real] @ weight.T
+        for rows in _winning_rows(len(real), len(weight), count).T:
+            missing = logits.amax(dim=0) + 1 - logits[rows, classes]
+            x.index_add_(0, real[rows], missing.unsqueeze(1) * towards)
+
+
+def _plant_largest_entries(x: Tensor, target: Tensor, bags: list[Tensor], count: int) -> None:
+    columns = torch.arange(target.shape[1]).unsqueeze(1)
+    for real in filter(len, bags):
+        rows = real[_winning_rows(len(real), target.shape[1], count)]
+        # Steps that half types still resolve.
+        target[rows, columns] = target[real].amax(dim=0).unsqueeze(1) + 1 + torch.arange(rows.shape[1]) / 4

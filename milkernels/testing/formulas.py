@@ -5,6 +5,7 @@ return there is in ``milkernels.functional``.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,14 +17,14 @@ from milkernels.testing.philox import keep_scale
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu, "identity": lambda t: t}
 
 Tensors = dict[str, Tensor]
+OneBag = Callable[[Tensor, Tensors, dict[str, Any]], Tensors]  # of x, the other tensors and the options
 
 
 def _masked(scores: Tensor, t: Tensors) -> Tensor:
     return scores if "mask" not in t else scores.masked_fill(~t["mask"].bool().unsqueeze(1), -math.inf)
 
 
-def _dropped(h: Tensor, t: Tensors, options: dict[str, Any], name: str) -> Tensor:
-    p = options.get("dropout_p", 0.0)
+def _dropped(h: Tensor, t: Tensors, p: float, name: str) -> Tensor:
     if p == 0.0:
         return h
     return h * t[name].to(h.dtype) * keep_scale(p) if name in t else F.dropout(h, p)
@@ -31,11 +32,12 @@ def _dropped(h: Tensor, t: Tensors, options: dict[str, Any], name: str) -> Tenso
 
 def attention_scores_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensors:
     """ABMIL's and, with ``u_weight``, CLAM's attention network."""
-    a = ACTIVATIONS[options.get("activation", "tanh")](F.linear(x, t["v_weight"], t["v_bias"]))
-    a = _dropped(a, t, options, "keep_activation")
+    p = options["dropout_p"]
+    a = ACTIVATIONS[options["activation"]](F.linear(x, t["v_weight"], t["v_bias"]))
+    a = _dropped(a, t, p, "keep_activation")
     if "u_weight" in t:
         b = torch.sigmoid(F.linear(x, t["u_weight"], t["u_bias"]))
-        a = a.mul(_dropped(b, t, options, "keep_sigmoid"))
+        a = a.mul(_dropped(b, t, p, "keep_sigmoid"))
     return {"scores": _masked(F.linear(a, t["w_weight"], t["w_bias"]), t)}
 
 
@@ -51,8 +53,12 @@ def softmax_pool_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensor
     return _pooled(x, _masked(t["scores"], t))
 
 
+def query_scores_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensors:
+    return {"scores": _masked(torch.mm(x, t["query"].transpose(0, 1)) * options["scale"], t)}
+
+
 def query_pool_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensors:
-    return _pooled(x, _masked(torch.mm(x, t["query"].transpose(0, 1)) * options["scale"], t))
+    return _pooled(x, query_scores_eager(x, t, options)["scores"])
 
 
 def instance_max_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensors:
@@ -61,25 +67,51 @@ def instance_max_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensor
     return {"values": values, "indices": indices, "logits": logits}
 
 
-def dsmil_pool_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensors:
-    """DSMIL's BClassifier with the non-linear query and no value transform, as shipped."""
+def _dsmil_query(h: Tensor, t: Tensors) -> Tensor:
+    hidden = F.linear(h, t["q_weight"], t["q_bias"])
+    return torch.tanh(F.linear(torch.relu(hidden), t["q2_weight"], t["q2_bias"])) if "q2_weight" in t else hidden
 
-    def query(h: Tensor) -> Tensor:
-        hidden = torch.relu(F.linear(h, t["q_weight"], t["q_bias"]))
-        return torch.tanh(F.linear(hidden, t["q2_weight"], t["q2_bias"]))
 
-    q = query(x)
-    _, order = torch.sort(_masked(t["instance_logits"], t), 0, descending=True)
-    q_max = query(torch.index_select(x, dim=0, index=order[0]))
+def _dsmil_value(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensor:
+    if "v_weight" not in t:
+        return x
+    dropped = _dropped(x, t, options["v_dropout_p"], "keep_value")
+    return ACTIVATIONS[options.get("v_activation", "identity")](F.linear(dropped, t["v_weight"], t["v_bias"]))
+
+
+def _dsmil_stream(x: Tensor, c: Tensor, t: Tensors, options: dict[str, Any]) -> Tensors:
+    """DSMIL's BClassifier after the class scores ``c``."""
+    v, q = _dsmil_value(x, t, options), _dsmil_query(x, t)
+    _, order = torch.sort(c, 0, descending=True)
+    q_max = _dsmil_query(torch.index_select(x, dim=0, index=order[0]), t)
     scores = torch.mm(q, q_max.transpose(0, 1)) / math.sqrt(q.shape[1])
-    return {**_pooled(x, _masked(scores, t)), "critical": order[0]}
+    return {**_pooled(v, _masked(scores, t)), "critical": order[0]}
+
+
+def dsmil_pool_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensors:
+    return _dsmil_stream(x, _masked(t["instance_logits"], t), t, options)
+
+
+def dsmil_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensors:
+    """Both streams, as DSMIL's MILNet and training loop have them."""
+    first = instance_max_eager(x, t, options)
+    second = _dsmil_stream(x, first["logits"], t, options)
+    return {**first, **second, "streams": torch.cat([second["bag"].flatten(), first["values"]])}
 
 
 def loss_attention_pool_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensors:
+    """Loss-Attention's own: exponentials over one total."""
     logits = _masked(F.linear(x, t["weight"], t["bias"]), t)
     e = torch.exp(logits).sum(dim=1, keepdim=True)
     alpha = e / e.sum(dim=0, keepdim=True)
     return {"bag": (x * alpha).sum(dim=0, keepdim=True), "scores": torch.log(e), "logits": logits}
+
+
+def loss_attention_pool_logsumexp(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensors:
+    """The same, safe for logits of any size, and pooled by a product."""
+    logits = F.linear(x, t["weight"], t["bias"])
+    scores = torch.logsumexp(logits, dim=1, keepdim=True)
+    return {**_pooled(x, _masked(scores, t)), "logits": _masked(logits, t)}
 
 
 def weighted_pool_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensors:
@@ -96,3 +128,19 @@ def mean_pool_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensors:
 def max_pool_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensors:
     values, indices = torch.max(_masked(x, t), dim=0)
     return {"values": values, "indices": indices}
+
+
+def segment_softmax_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensors:
+    return {"weights": F.softmax(_masked(x, t), dim=0)}
+
+
+def attention_weights_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensors:
+    return {"weights": torch.exp(_masked(x, t) - t["lse"])}
+
+
+def topk_instances_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensors:
+    """Padded to ``k`` where the bag has fewer."""
+    values, indices = torch.topk(_masked(x, t), min(options["k"], len(x)), dim=0)
+    missing = (0, options["k"] - len(values))
+    indices = indices.masked_fill(values == -math.inf, -1)
+    return {"values": F.pad(values.T, missing, value=-math.inf), "indices": F.pad(indices.T, missing, value=-1)}

@@ -13,6 +13,8 @@ from milkernels.testing.philox import dropout_keep
 
 FEATURES = ("relu", "noise")
 ROWWISE = frozenset({"scores", "weights", "instance_logits"})  # inputs with one row per instance, besides x
+# What an option drops: (name of the mask, branch of the counter)
+_DROPS = {"dropout_p": (("keep_activation", 0), ("keep_sigmoid", 1)), "v_dropout_p": (("keep_value", 2),)}
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def _scaled(raw: Sequence[float], total: int) -> tuple[int, ...]:
 class Inputs:
     """What one call of an op takes.  ``lengths`` repeats ``offsets`` on the host, for the loops over bags."""
 
-    x: Tensor
+    x: Tensor  # the instances [N, L]; the scores [N, K] for ops that see nothing else
     parameters: dict[str, Tensor]  # every input besides x that may need a gradient
     fixed: dict[str, Tensor]  # inputs that never do
     offsets: Tensor | None
@@ -79,6 +81,7 @@ class Inputs:
     lengths: tuple[int, ...]
     cotangent: Tensor  # gradient of the primary output
     keep: dict[str, Tensor] = field(default_factory=dict)  # dropout masks that make eager repeatable
+    bagwise: frozenset[str] = frozenset()  # parameters with one row per bag
 
     def leaves(self, mode: str) -> dict[str, Tensor]:
         """The tensors that need a gradient in this mode, marked so."""
@@ -86,13 +89,14 @@ class Inputs:
         leaves = {"x": self.x} if mode == "step" else {}
         return leaves | {name: t.requires_grad_() for name, t in self.parameters.items()}
 
-    def rows(self, start: int, end: int) -> dict[str, Tensor]:
+    def rows(self, start: int, end: int, bag: int = 0) -> dict[str, Tensor]:
         """Parameters and other tensors of the bag of rows ``[start, end)``, mask and dropout included."""
         tensors = self.parameters | self.fixed | self.keep
         if self.mask is not None:
             tensors["mask"] = self.mask
         per_instance = ROWWISE | {"mask", *self.keep}
-        return {name: t[start:end] if name in per_instance else t for name, t in tensors.items()}
+        cut = {name: t[start:end] if name in per_instance else t for name, t in tensors.items()}
+        return cut | {name: cut[name][bag] for name in self.bagwise}
 
     def to(self, dtype: torch.dtype) -> "Inputs":
         """Copies of the same numbers in another type, without autograd history."""
@@ -110,14 +114,14 @@ class Inputs:
 
     def with_keep(self) -> "Inputs":
         """The same inputs with the kernels' dropout mask spelled out, so that eager drops the same units."""
-        p = self.options.get("dropout_p", 0.0)
-        if p == 0.0 or self.keep:
-            return self
-        size = (self.x.shape[0], self.parameters["v_weight"].shape[0])
-        branches = {"keep_activation": 0, "keep_sigmoid": 1}
-        return replace(
-            self, keep={name: dropout_keep(self.options["seed"], *size, b, p) for name, b in branches.items()}
-        )
+        keep = dict(self.keep)
+        for option, masks in _DROPS.items():
+            p = self.options.get(option, 0.0)
+            if p == 0.0 or self.keep:
+                continue
+            units = self.parameters["v_weight"].shape[option == "v_dropout_p"]  # V's input, or its output
+            keep |= {name: dropout_keep(self.options["seed"], len(self.x), units, b, p) for name, b in masks}
+        return replace(self, keep=keep)
 
     def bounds(self) -> list[tuple[int, int]]:
         return list(itertools.pairwise(itertools.accumulate(self.lengths, initial=0)))

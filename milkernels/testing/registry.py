@@ -1,0 +1,292 @@
+"""The registry: every op that works on bags, and its variants under keys of their own."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from milkernels.testing import formulas
+from milkernels.testing.cases import Factory, Flops, OpCase, bag_logsumexp
+from milkernels.testing.formulas import Tensors
+from milkernels.testing.inputs import Inputs, Shape
+
+Randn = Callable[..., Tensor]
+_POOLED = ("bag", "scores", "lse")
+
+
+def _vectors(count: int) -> Flops:
+    """The products of all instances with ``count`` vectors for each head."""
+    return lambda s: 2 * s.instances * s.dim * s.heads * count
+
+
+def _linear(prefix: str, out_dim: int, in_dim: int, randn: Randn) -> Tensors:
+    return {f"{prefix}weight": randn(out_dim, in_dim) / math.sqrt(in_dim), f"{prefix}bias": randn(out_dim) / 10}
+
+
+def _per_instance(name: str) -> Factory:
+    return lambda shape, randn: {name: randn(shape.instances, shape.heads)}
+
+
+def _classifier(shape: Shape, randn: Randn) -> Tensors:
+    return _linear("", shape.heads, shape.dim, randn)
+
+
+# Attention
+
+
+def _attention_parameters(gated: bool) -> Factory:
+    def make(shape: Shape, randn: Randn) -> Tensors:
+        made = {}
+        for prefix in ("v_", "u_") if gated else ("v_",):
+            made |= _linear(prefix, shape.hidden, shape.dim, randn)
+        # Twice the size that keeps the variance: the weights of a bag should differ visibly.
+        made["w_weight"] = 2 * randn(shape.heads, shape.hidden) / math.sqrt(shape.hidden)
+        made["w_bias"] = randn(shape.heads) / 10
+        return made
+
+    return make
+
+
+def _attention(name: str, gated: bool) -> OpCase:
+    pools = name.endswith("_pool")
+    units = ("v_weight", "v_bias", "u_weight", "u_bias") if gated else ("v_weight", "v_bias")
+    return OpCase(
+        name=name,
+        outputs=_POOLED if pools else ("scores",),
+        parameters=_attention_parameters(gated),
+        one_bag=formulas.attention_pool_eager if pools else formulas.attention_scores_eager,
+        primary="bag" if pools else "scores",
+        positional=(*units, "w_weight", "w_bias"),
+        options={"activation": "tanh", "dropout_p": 0.0, "seed": 0},
+        dropout="dropout_p",
+        takes_offsets=pools,
+        hidden_flops=lambda s: 2 * s.instances * s.hidden * ((2 if gated else 1) * s.dim + s.heads),
+        head_flops=_vectors(int(pools)),
+        zero_gradients=lambda inputs: ("w_bias",) if pools else (),
+        tags=frozenset({"compiled", "attention"}),
+    )
+
+
+# Queries
+
+
+def _query(name: str, *, per_bag: bool) -> OpCase:
+    pools = name.startswith("query_pool")
+    return OpCase(
+        name=name,
+        op="query_pool" if pools else "query_scores",
+        outputs=_POOLED if pools else ("scores",),
+        parameters=lambda s, randn: {"query": randn(*((s.bags,) if per_bag else ()), s.heads, s.dim)},
+        one_bag=formulas.query_pool_eager if pools else formulas.query_scores_eager,
+        primary="bag" if pools else "scores",
+        positional=("query",),
+        options={"scale": 0.05},
+        bagwise=frozenset({"query"} if per_bag else ()),
+        takes_offsets=pools or per_bag,
+        head_flops=_vectors(2 if pools else 1),
+    )
+
+
+# DSMIL: its second stream, and both
+
+
+def _dsmil_parameters(mlp: bool, classifier: bool) -> Factory:
+    def make(shape: Shape, randn: Randn) -> Tensors:
+        made = _classifier(shape, randn) if classifier else {}
+        made |= _linear("q_", shape.hidden, shape.dim, randn)
+        if mlp:
+            return made | _linear("q2_", shape.hidden, shape.hidden, randn)
+        return made | _linear("v_", shape.dim, shape.dim, randn)
+
+    return make
+
+
+def _both_streams(inputs: Inputs, backend: str | None) -> Tensors:
+    import milkernels
+
+    second = dict(inputs.parameters)
+    weight, bias = second.pop("weight"), second.pop("bias")
+    common = {"offsets": inputs.offsets, "mask": inputs.mask, "backend": backend}
+    top = milkernels.instance_max(inputs.x, weight, bias, **common)
+    pooled = milkernels.dsmil_pool(inputs.x, top.logits.detach(), **second, **inputs.options, **common)
+    # A training step goes through both, as DSMIL's two losses do.
+    streams = torch.cat([pooled.bag.flatten(1), top.values], dim=1)
+    return {**top._asdict(), **pooled._asdict(), "streams": streams}
+
+
+def _dsmil(name: str, *, mlp: bool = False, activation: str | None = None, both: bool = False) -> OpCase:
+    """Linear query and value; with ``mlp`` the non-linear query and no value.  ``both`` streams, or the second."""
+    options = {} if mlp else {"v_dropout_p": 0.0, "seed": 0}
+    if both:
+        stream = {
+            "compose": _both_streams,
+            "outputs": ("values", "indices", "logits", *_POOLED, "critical", "streams"),
+            "one_bag": formulas.dsmil_eager,
+            "primary": "streams",
+            "primary_row": lambda s, _: (s.heads * (s.dim + 1),),
+            "winners": "weight",
+            "forward_flops": _vectors(1),
+            "reads": (2, 1),  # which instance is critical is known after the first
+        }
+    else:
+        stream = {
+            "outputs": (*_POOLED, "critical"),
+            "one_bag": formulas.dsmil_pool_eager,
+            "positional": ("instance_logits", "q_weight", "q_bias"),
+            "fixed": _per_instance("instance_logits"),
+            "winners": "instance_logits",
+        }
+
+    def hidden_flops(s: Shape) -> int:
+        # A linear query is absorbed and a linear value folded: vectors only, however many hidden units.
+        if mlp:
+            return 2 * s.instances * s.hidden * (s.dim + s.hidden + s.heads)
+        return 2 * s.instances * s.dim * s.dim if activation else 0
+
+    return OpCase(
+        name=name,
+        op="dsmil_pool",
+        parameters=_dsmil_parameters(mlp, classifier=both),
+        options=options | ({"v_activation": activation} if activation else {}),
+        dropout="" if mlp else "v_dropout_p",
+        default_heads=2,
+        default_hidden=128,
+        hidden_flops=hidden_flops,
+        head_flops=_vectors(1 if mlp else 2),
+        columns=(2, 1),
+        **stream,
+    )
+
+
+# Ops on scores alone
+
+
+def _weights_of_pooled(inputs: Inputs, backend: str | None) -> Tensors:
+    import milkernels
+
+    scores, lse = inputs.x, inputs.parameters["lse"]
+    pooled = milkernels.Pooled(scores.new_zeros(*lse.shape, 1), scores, lse)
+    return {"weights": milkernels.attention_weights(pooled, inputs.offsets, mask=inputs.mask, backend=backend)}
+
+
+def _exact_lse(inputs: Inputs) -> Tensors:
+    scores = inputs.x.double()
+    if inputs.mask is not None:
+        scores = scores.masked_fill(~inputs.mask.bool().unsqueeze(1), -math.inf)
+    return {"lse": bag_logsumexp(scores, inputs)}
+
+
+_ALL = (
+    _attention("attention_pool", gated=False),
+    _attention("gated_attention_pool", gated=True),
+    _attention("attention_scores", gated=False),
+    _attention("gated_attention_scores", gated=True),
+    OpCase(
+        name="softmax_pool",
+        outputs=_POOLED,
+        one_bag=formulas.softmax_pool_eager,
+        parameters=_per_instance("scores"),
+        positional=("scores",),
+        head_flops=_vectors(1),
+        columns=(1, 2),  # the backward reads scores and writes their gradient
+    ),
+    _query("query_pool", per_bag=False),
+    _query("query_pool_per_bag", per_bag=True),
+    _query("query_scores", per_bag=False),
+    _query("query_scores_per_bag", per_bag=True),
+    OpCase(
+        name="instance_max",
+        outputs=("values", "indices", "logits"),
+        one_bag=formulas.instance_max_eager,
+        parameters=_classifier,
+        primary="values",
+        primary_row=lambda s, _: (s.heads,),
+        positional=("weight", "bias"),
+        winners="weight",
+        default_heads=2,
+        forward_flops=_vectors(1),
+        reads=(1, 0),
+        columns=(1, 0),
+    ),
+    _dsmil("dsmil_pool"),
+    _dsmil("dsmil_pool_relu", activation="relu"),
+    _dsmil("dsmil_pool_mlp", mlp=True),
+    _dsmil("dsmil", both=True),
+    _dsmil("dsmil_mlp", mlp=True, both=True),
+    OpCase(
+        name="loss_attention_pool",
+        outputs=(*_POOLED, "logits"),
+        one_bag=formulas.loss_attention_pool_eager,
+        alternatives={"logsumexp": formulas.loss_attention_pool_logsumexp},
+        parameters=_classifier,
+        primary_row=lambda s, _: (1, s.dim),
+        positional=("weight", "bias"),
+        default_heads=4,
+        # One vector for each class, and one for the pooled bag.
+        head_flops=lambda s: 2 * s.instances * s.dim * (s.heads + 1),
+        # One class leaves a plain softmax of the logits, in which the bias cancels.
+        zero_gradients=lambda inputs: ("bias",) if len(inputs.parameters["bias"]) == 1 else (),
+    ),
+    OpCase(
+        name="weighted_pool",
+        outputs=("bag",),
+        one_bag=formulas.weighted_pool_eager,
+        parameters=_per_instance("weights"),
+        positional=("weights",),
+        head_flops=_vectors(1),
+    ),
+    OpCase(
+        name="mean_pool",
+        outputs=("bag",),
+        one_bag=formulas.mean_pool_eager,
+        primary_row=lambda s, _: (s.dim,),
+        forward_flops=lambda s: s.instances * s.dim,
+        reads=(1, 0),
+        columns=(0, 0),
+    ),
+    OpCase(
+        name="max_pool",
+        outputs=("values", "indices"),
+        one_bag=formulas.max_pool_eager,
+        primary="values",
+        primary_row=lambda s, _: (s.dim,),
+        winners="x",
+        reads=(1, 0),
+        columns=(0, 0),
+    ),
+    OpCase(
+        name="segment_softmax",
+        outputs=("weights",),
+        one_bag=formulas.segment_softmax_eager,
+        leading="scores",
+        primary="weights",
+        reads=(1, 0),
+        columns=(1, 2),  # the backward reads the weights and their gradient
+    ),
+    OpCase(
+        name="attention_weights",
+        compose=_weights_of_pooled,
+        outputs=("weights",),
+        one_bag=formulas.attention_weights_eager,
+        leading="scores",
+        derived=_exact_lse,
+        bagwise=frozenset({"lse"}),
+        primary="weights",
+        reads=(1, 0),
+        columns=(1, 2),
+    ),
+    OpCase(
+        name="topk_instances",
+        outputs=("values", "indices"),
+        one_bag=formulas.topk_instances_eager,
+        leading="scores",
+        primary="values",
+        primary_row=lambda s, options: (s.heads, options["k"]),
+        options={"k": 8},
+        winners="x",
+        reads=(1, 0),
+        columns=(0, 0),
+    ),
+)
+CASES: dict[str, OpCase] = {case.name: case for case in _ALL}

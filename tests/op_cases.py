@@ -1,0 +1,347 @@
+"""Every op and its variants as a table, and what is done with an entry of it: make tensors, compute outputs and
+gradients on a backend and by the oracle, compare.  The tests of the reference and of the kernels share it."""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import oracle
+import pytest
+import torch
+from oracle import INF
+from torch import Tensor
+
+import milkernels
+from milkernels import native, testing
+
+NAN = float("nan")
+SEED = 2**40 + 7
+LENGTHS = (4, 0, 1, 7, 2, 3)
+# Width, hidden units (of a linear query: Q), heads, classes, units of a second query layer, of a value.
+SMALL = {"L": 6, "D": 5, "K": 2, "C": 3, "Q2": 4, "V": 3}
+
+
+def offsets_of(lengths, dtype=torch.int64) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call: sizes of tensors by argument name (see SMALL; "N": rows, "B": bags), and other arguments."""
+
+    op: str
+    tensors: dict[str, tuple]
+    options: dict = dataclasses.field(default_factory=dict)
+    fixed: dict[str, tuple] = dataclasses.field(default_factory=dict)  # tensors that take no gradient
+    bags: bool = True  # takes offsets
+    edit: Callable[[dict[str, Tensor]], None] | None = None  # writes what random numbers do not have
+
+    @property
+    def kernel(self) -> str:
+        """The name by which backends know the op."""
+        return self.op.removeprefix("gated_")
+
+    def make(
+        self, lengths=LENGTHS, dtype=torch.float64, seed=0, parameter_dtype=None, relu=False, **sizes
+    ) -> dict[str, Tensor]:
+        """Tensors by name, those of ``fixed`` last; ``relu`` gives features with a mean."""
+        generator = torch.Generator().manual_seed(seed)
+        symbols = SMALL | sizes | {"N": sum(lengths), "B": len(lengths)}
+
+        def randn(name, size):
+            size = [symbols.get(s, s) for s in size]
+            t = torch.randn(size, generator=generator, dtype=torch.float64)
+            if relu:
+                t = t.relu() if name == "x" else t / size[-1] ** 0.5
+            return t.to(dtype if name == "x" or parameter_dtype is None else parameter_dtype)
+
+        made = {name: randn(name, size) for name, size in (self.tensors | self.fixed).items()}
+        if relu:  # keeps units off the kink of a ReLU, where rounding decides the gradient
+            if "relu" in self.options.values() and "v_bias" in made:
+                made["v_bias"] += 5
+            if "q2_bias" in made:
+                made["q_bias"] += 3
+        if self.op == "instance_max" and relu:  # a clear winner for each bag and class
+            for start, end in itertools.pairwise(offsets_of(lengths).tolist()):
+                for c, w in enumerate(made["weight"].to(dtype) if start < end else ()):
+                    made["x"][min(start + c, end - 1)] += 6 * w / (w @ w)
+        if self.edit is not None:
+            self.edit(made)
+        return {name: t.requires_grad_(name in self.tensors) for name, t in made.items()}
+
+    def ours(self, backend):
+        """The public function on that backend, as a function of (tensors, offsets, mask)."""
+
+        def compute(tensors, offsets, mask) -> tuple[Tensor, ...]:
+            bags = {"offsets": offsets} if self.bags else {}
+            if self.op == "attention_weights":
+                pooled = milkernels.softmax_pool(**tensors, **bags, mask=mask, backend="reference")
+                return (milkernels.attention_weights(pooled, offsets, backend=backend),)
+            out = getattr(milkernels, self.op)(**tensors, **self.options, **bags, mask=mask, backend=backend)
+            return (out,) if isinstance(out, Tensor) else tuple(out)
+
+        return compute
+
+    def truth(self, tensors, offsets, mask) -> tuple[Tensor, ...]:
+        options = {k: v for k, v in self.options.items() if k != "seed"}
+        n = next(iter(tensors.values())).shape[0]
+        if p := options.get("dropout_p"):
+            units = tensors["v_weight"].shape[0]
+            options["keep"] = [oracle.dropout_keep(SEED, n, units, branch, p) for branch in (0, 1)]
+        if p := options.get("v_dropout_p"):
+            options["keep"] = oracle.dropout_keep(SEED, n, tensors["x"].shape[1], 2, p)
+        bags = {"offsets": offsets} if self.bags else {}
+        return getattr(oracle, self.op)(**tensors, **options, **bags, mask=mask)
+
+    def dropped(self) -> bool:
+        return "seed" in self.options
+
+    def has_rows(self, name: str) -> bool:
+        """Whether the tensor has one row per instance."""
+        return (self.tensors | self.fixed)[name][0] == "N"
+
+
+def _dead_scores(t):
+    """Rows that do not count for the first head, for no head, and a bag of one row that does not for the last."""
+    t["scores"][2::7, 0] = -INF
+    t["scores"][3::11] = -INF
+    t["scores"][0:5:4, -1] = -INF
+
+
+def _nan_behind_dead_scores(t):
+    _dead_scores(t)
+    t["x"][3::11] = NAN
+
+
+def _whole_numbers(t):
+    """Few of them, so that many rows tie exactly, in every type."""
+    for name, values in t.items():
+        values.copy_(values.sign() if name in ("weight", "bias") else values.round().clamp(-1, 1))
+
+
+X = {"x": ("N", "L")}
+SCORES = {"scores": ("N", "K")}
+V = {"v_weight": ("D", "L"), "v_bias": ("D",)}
+U = {"u_weight": ("D", "L"), "u_bias": ("D",)}
+W = {"w_weight": ("K", "D"), "w_bias": ("K",)}
+DROPPED = {"dropout_p": 0.4, "seed": SEED}
+NO_BIAS = {"v_bias": None, "w_bias": None}
+LOGITS = {"instance_logits": ("N", "C")}
+LINEAR_Q = {"q_weight": ("D", "L"), "q_bias": ("D",)}
+MLP_Q = {**LINEAR_Q, "q2_weight": ("Q2", "D"), "q2_bias": ("Q2",)}
+LINEAR_V = {"v_weight": ("V", "L"), "v_bias": ("V",)}
+V_DROPPED = {"v_dropout_p": 0.4, "seed": SEED}
+CLASSES = {"weight": ("C", "L"), "bias": ("C",)}
+
+
+def _dsmil(*parts, **options):
+    return Case("dsmil_pool", {k: v for part in (X, *parts) for k, v in part.items()}, options, LOGITS)
+
+
+CASES = {
+    "softmax_pool": Case("softmax_pool", X | SCORES),
+    "softmax_pool-dead-scores": Case("softmax_pool", X | SCORES, edit=_dead_scores),
+    "softmax_pool-nan-behind-dead-scores": Case("softmax_pool", X | SCORES, edit=_nan_behind_dead_scores),
+    "attention_pool": Case("attention_pool", X | V | W),
+    "attention_pool-relu": Case("attention_pool", X | V | W, {"activation": "relu"}),
+    "attention_pool-gelu-dropout": Case("attention_pool", X | V | W, {"activation": "gelu", **DROPPED}),
+    "attention_pool-identity-no-bias": Case(
+        "attention_pool",
+        X | {"v_weight": ("D", "L"), "w_weight": (1, "D")},
+        {"activation": "identity", **NO_BIAS},
+    ),
+    "gated_attention_pool": Case("gated_attention_pool", X | V | U | W),
+    "gated_attention_pool-dropout": Case("gated_attention_pool", X | V | U | W, DROPPED),
+    "gated_attention_pool-no-bias": Case(
+        "gated_attention_pool",
+        X | {"v_weight": ("D", "L"), "u_weight": ("D", "L"), "w_weight": (1, "D")},
+        {"u_bias": None, **NO_BIAS},
+    ),
+    "attention_scores": Case("attention_scores", X | V | W, bags=False),
+    "gated_attention_scores": Case("gated_attention_scores", X | V | U | W, DROPPED, bags=False),
+    "query_pool-shared": Case("query_pool", X | {"query": ("K", "L")}, {"scale": 0.3}),
+    "query_pool": Case("query_pool", X | {"query": ("B", "K", "L")}),
+    "query_scores-shared": Case("query_scores", X | {"query": ("K", "L")}),
+    "query_scores": Case("query_scores", X | {"query": ("B", "K", "L")}, {"scale": 0.3}),
+    "weighted_pool": Case("weighted_pool", X | {"weights": ("N", "K")}),
+    "instance_max": Case("instance_max", X | CLASSES),
+    "instance_max-no-bias": Case("instance_max", X | {"weight": ("C", "L")}),
+    "instance_max-ties": Case("instance_max", X | CLASSES, edit=_whole_numbers),
+    "dsmil_pool": _dsmil(LINEAR_Q),
+    "dsmil_pool-no-bias-scale-1": _dsmil({"q_weight": ("D", "L")}, scale=1.0),
+    "dsmil_pool-linear-v": _dsmil(LINEAR_Q, LINEAR_V),
+    "dsmil_pool-linear-v-no-bias": _dsmil({"q_weight": ("D", "L"), "v_weight": ("V", "L")}, v_activation="identity"),
+    "dsmil_pool-linear-v-dropout": _dsmil(LINEAR_Q, LINEAR_V, **V_DROPPED),
+    "dsmil_pool-relu-v": _dsmil(LINEAR_Q, LINEAR_V, v_activation="relu"),
+    "dsmil_pool-relu-v-dropout": _dsmil(LINEAR_Q, LINEAR_V, v_activation="relu", **V_DROPPED),
+    "dsmil_pool-mlp-q": _dsmil(MLP_Q),
+    "dsmil_pool-mlp-q-linear-v": _dsmil(MLP_Q, LINEAR_V),
+    "dsmil_pool-mlp-q-relu-v": _dsmil(MLP_Q, LINEAR_V, v_activation="relu", **V_DROPPED),
+    "dsmil_pool-mlp-q-tanh-v": _dsmil(MLP_Q, LINEAR_V, v_activation="tanh", **V_DROPPED),
+    "dsmil_pool-mlp-q-gelu-v": _dsmil(MLP_Q, LINEAR_V, v_activation="gelu", scale=0.3, **V_DROPPED),
+    "dsmil_pool-mlp-q-no-bias": _dsmil(
+        {"q_weight": ("D", "L"), "q2_weight": ("Q2", "D"), "v_weight": ("V", "L")}, v_activation="relu"
+    ),
+    "loss_attention_pool": Case("loss_attention_pool", X | CLASSES),
+    "loss_attention_pool-one-class": Case("loss_attention_pool", X | {"weight": (1, "L")}),
+    "mean_pool": Case("mean_pool", X),
+    "max_pool": Case("max_pool", X),
+    "max_pool-ties": Case("max_pool", X, edit=_whole_numbers),
+    "segment_softmax": Case("segment_softmax", SCORES),
+    "segment_softmax-dead-scores": Case("segment_softmax", SCORES, edit=_dead_scores),
+    "attention_weights": Case("attention_weights", X | SCORES),
+    "attention_weights-dead-scores": Case("attention_weights", X | SCORES, edit=_dead_scores),
+    "topk_instances": Case("topk_instances", SCORES, {"k": 3}),
+    "topk_instances-dead-scores": Case("topk_instances", SCORES, {"k": 70}, edit=_dead_scores),
+    "topk_instances-ties": Case("topk_instances", SCORES, {"k": 9}, edit=_whole_numbers),
+    "topk_instances-smallest": Case("topk_instances", SCORES, {"k": 3, "largest": False}, edit=_dead_scores),
+}
+PLAIN = {name: case for name, case in CASES.items() if "-" not in name}  # one case of each op
+POOLS = {name: case for name, case in PLAIN.items() if name.endswith("_pool")}
+
+
+# Outputs and gradients
+
+
+def cotangents(outputs, seed=1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+
+
+def step(compute, tensors, offsets, mask, wanted=None) -> dict[str, Tensor]:
+    """All outputs of a call and all gradients, by name; ``wanted`` are the outputs that are differentiated."""
+    outputs = compute(tensors, offsets, mask)
+    leaves = {name: t for name, t in tensors.items() if t.requires_grad}
+    chosen = [i for i in range(len(outputs)) if wanted is None or i in wanted]
+    gradients = oracle.gradients(
+        [outputs[i] for i in chosen], leaves.values(), [c for i, c in enumerate(cotangents(outputs)) if i in chosen]
+    )
+    results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    return results | {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}
+
+
+def close(got, expected, tolerance=1e-10, equal_nan=False) -> None:
+    assert got.keys() == expected.keys()
+    for name, t in got.items():
+        torch.testing.assert_close(
+            t,
+            expected[name],
+            rtol=tolerance,
+            atol=tolerance,
+            equal_nan=equal_nan,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
+
+
+def same_bits(got, expected) -> None:
+    assert got.keys() == expected.keys()
+    for name, t in got.items():
+        assert torch.equal(t, expected[name]), name  # NaN equals nothing
+
+
+# Checks that the reference and the kernels pass alike, at sizes of their own
+
+
+def promise(case, backend, dtype, parameter_dtype=None, *, lengths, seeds, **sizes) -> testing.Promise:
+    """The error promise over several seeds together: few numbers are too few to compare two errors."""
+    offsets, runs = offsets_of(lengths), []
+    for seed in range(seeds):
+        tensors = case.make(lengths, dtype, seed, parameter_dtype, relu=True, **sizes)
+        # Where types are mixed, eager PyTorch runs under autocast.
+        with torch.autocast("cpu", dtype, enabled=parameter_dtype is not None):
+            eager = step(case.truth, tensors, offsets, None)
+        runs.append((step(case.ours(backend), tensors, offsets, None), eager, exactly(case, tensors, offsets)))
+    return testing.error_promise(*(together(results) for results in zip(*runs, strict=True)), dtype)
+
+
+def exactly(case, tensors, offsets) -> dict[str, Tensor]:
+    """Outputs and gradients by the oracle in float64, for the same numbers."""
+    exact = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in tensors.items()}
+    return step(case.truth, exact, offsets, None)
+
+
+def together(results) -> dict[str, Tensor]:
+    """The results of several runs as one, indices as numbers."""
+    joined = {name: torch.stack([r[name] for r in results]) for name in results[0]}
+    return {n: t if t.is_floating_point() else t.double() for n, t in joined.items()}
+
+
+def check_masked_rows_do_not_leak(case, backend, lengths, offsets, mask, poison, dtype, **sizes) -> None:
+    """The same bits whatever masked rows hold, and no gradient there."""
+
+    def filled(value):
+        tensors = case.make(lengths, dtype, **sizes)
+        for name, t in tensors.items():
+            if case.has_rows(name):
+                t.data[~mask] = value
+        return step(case.ours(backend), tensors, offsets, mask)
+
+    got = filled(poison)
+    same_bits(got, filled(1.0))
+    for name in case.tensors:
+        if case.has_rows(name):
+            assert not got[f"gradient of {name}"][~mask].any()
+
+
+def check_nan_stays_in_its_bag(case, backend, lengths, bag, row, dtype=torch.float32, poison=NAN, **sizes) -> None:
+    offsets = offsets_of(lengths)
+    assert offsets[bag] <= row < offsets[bag + 1]
+
+    def filled(value):
+        tensors = case.make(lengths, dtype, **sizes)
+        for name, t in tensors.items():
+            if case.has_rows(name):
+                t.data[row] = value
+        return step(case.ours(backend), tensors, offsets, None)
+
+    clean, got = filled(0.0), filled(poison)
+    bags, rows = torch.arange(len(lengths)) != bag, torch.ones(sum(lengths), dtype=torch.bool)
+    rows[offsets[bag] : offsets[bag + 1]] = False
+    for name, t in got.items():
+        if name.startswith("gradient") and not case.has_rows(name.split()[-1]):
+            continue  # parameters gather all rows
+        others = bags if t.shape[0] == len(lengths) else rows
+        assert torch.equal(t[others], clean[name][others]), name
+    if case.kernel != "topk_instances" and poison != poison:
+        assert got["output 0"].isnan().any()
+        parameters = [got[f"gradient of {name}"] for name in case.tensors if not case.has_rows(name)]
+        assert not parameters or any(g.isnan().any() for g in parameters)  # they show it, as in eager
+
+
+def check_gradients(case, backend, lengths, mask, check=torch.autograd.gradcheck, **sizes) -> None:
+    """Numerical differences against the gradients of all outputs together."""
+    tensors = case.make(lengths, **sizes)
+    names = [name for name, t in tensors.items() if t.requires_grad]
+
+    def compute(*values):
+        out = case.ours(backend)(tensors | dict(zip(names, values, strict=True)), offsets_of(lengths), mask)
+        # Numerical differences of -inf are NaN.
+        return [o.masked_fill(o.isinf(), 0) for o in out if o.is_floating_point()]
+
+    assert check(compute, [tensors[name] for name in names])
+
+
+# The kernels
+
+
+@contextlib.contextmanager
+def threads(count: int):
+    """Within the block PyTorch has that many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+COMPILED = {name: case for name, case in CASES.items() if case.kernel in native.OPS}
+every_kernel = pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED)
+needs_extension = pytest.mark.skipif(native.load_error() is not None, reason=f"no extension: {native.load_error()}")
+
+
+def compiled(*names: str):
+    """Parametrises over those cases that have a kernel."""
+    chosen = {name: COMPILED[name] for name in names if name in COMPILED}
+    return pytest.mark.parametrize("case", chosen.values(), ids=chosen)
