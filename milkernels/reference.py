@@ -325,8 +325,11 @@ def _softmax_pool(x: Tensor, scores: Tensor, segments: _Segments) -> tuple[Tenso
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, product: torch.dtype, acc: torch.dtype) -> Tensor:
-    """A linear layer in ``product``, its result in the accumulation type."""
-    return F.linear(x.to(product), weight.to(product), None if bias is None else bias.to(product)).to(acc)
+    """A linear layer: the product in ``product``, the result, and a bias of another type, in the accumulation type."""
+    x, weight = x.to(product), weight.to(product)
+    if bias is None or bias.dtype == product:  # rounding once, as PyTorch does
+        return F.linear(x, weight, bias).to(acc)
+    return F.linear(x, weight).to(acc) + bias.to(acc)
 
 
 # Dropout
