@@ -6,6 +6,7 @@ from milkernels.backends import use_backend
 from milkernels.bags import Bags, collate_bags
 from milkernels.classical import generalized_mean_pool, isr_pool, log_sum_exp_pool, noisy_or_pool
 from milkernels.functional import (
+    DSMIL,
     DSMILPooled,
     InstanceMax,
     LossAttentionPooled,
@@ -15,6 +16,7 @@ from milkernels.functional import (
     attention_pool,
     attention_scores,
     attention_weights,
+    dsmil,
     dsmil_pool,
     gated_attention_pool,
     gated_attention_scores,
@@ -38,6 +40,7 @@ except metadata.PackageNotFoundError:  # run from a source tree that was not ins
 
 __all__ = [
     "Bags",
+    "DSMIL",
     "DSMILPooled",
     "InstanceMax",
     "LossAttentionPooled",
@@ -48,6 +51,7 @@ __all__ = [
     "attention_scores",
     "attention_weights",
     "collate_bags",
+    "dsmil",
     "dsmil_pool",
     "gated_attention_pool",
     "gated_attention_scores",

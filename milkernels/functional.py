@@ -61,6 +61,15 @@ class DSMILPooled(NamedTuple):
     critical: Tensor  # [B, C]  the critical instance of each class
 
 
+class DSMIL(NamedTuple):
+    bag: Tensor  # [B, C, Lv]
+    scores: Tensor  # [N, C]
+    lse: Tensor  # [B, C]
+    critical: Tensor  # [B, C]  the instances with the largest logits
+    values: Tensor  # [B, C]  their logits
+    logits: Tensor  # [N, C]
+
+
 class LossAttentionPooled(NamedTuple):
     bag: Tensor  # [B, 1, L]
     scores: Tensor  # [N, 1]
@@ -385,7 +394,56 @@ def dsmil_pool(
     """
     _check_bags(x, offsets)
     check_per_row("instance_logits", instance_logits, x)
-    query, value = (q_weight, q_bias, q2_weight, q2_bias), (v_weight, v_bias, v_activation)
+    parameters = (q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias)
+    options = _dsmil_options(x, parameters, mask, seed, v_activation, v_dropout_p, scale)
+    backend = backends.choose("dsmil_pool", x, instance_logits, *parameters, requested=backend)
+    if backend == "reference":
+        return DSMILPooled(*_dsmil_reference(x, instance_logits, parameters, offsets, options))
+    inputs = (_for_kernels(x), instance_logits.detach(), *parameters, offsets, *options)
+    bag, scores, lse, critical, _ = ops.call("dsmil_pool", backend, *inputs)
+    return DSMILPooled(bag.to(reference.result_dtype(x, *parameters)), scores, lse, critical)
+
+
+def dsmil(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    q_weight: Tensor,
+    q_bias: Tensor | None = None,
+    offsets: Tensor | None = None,
+    *,
+    q2_weight: Tensor | None = None,
+    q2_bias: Tensor | None = None,
+    v_weight: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    v_activation: str | None = None,
+    v_dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> DSMIL:
+    """Both streams of DSMIL (eqs. 3 to 7): `instance_max` of ``weight`` and ``bias``, and `dsmil_pool` of its logits.
+
+    The same numbers as these two in turn, whose arguments and results it has; its backward writes the gradient
+    of ``x`` once, where two ops would write one each and have them added.
+    """
+    _check_bags(x, offsets)
+    check_linear("", weight, bias, x.shape[1], x)
+    parameters = (q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias)
+    options = _dsmil_options(x, parameters, mask, seed, v_activation, v_dropout_p, scale)
+    backend = backends.choose("dsmil", x, weight, bias, *parameters, requested=backend)
+    if backend == "reference":
+        values, _, logits = reference.instance_max(x, weight, bias, offsets, options[0], options[-1])
+        return DSMIL(*_dsmil_reference(x, logits.detach(), parameters, offsets, options), values, logits)
+    inputs = (_for_kernels(x), weight, bias, *parameters, offsets, *options)
+    bag, *rest, _ = ops.call("dsmil", backend, *inputs)
+    return DSMIL(bag.to(reference.result_dtype(x, *parameters)), *rest)
+
+
+def _dsmil_options(x, parameters, mask, seed, v_activation, v_dropout_p, scale):
+    """The arguments that follow parameters and offsets, checked."""
+    q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias = parameters
     check_linear("q_", q_weight, q_bias, x.shape[1], x)
     if q2_weight is not None:
         check_linear("q2_", q2_weight, q2_bias, q_weight.shape[0], x)
@@ -400,17 +458,13 @@ def dsmil_pool(
     if scale is not None:
         check_number("scale", scale)
     seed = checked_seed(seed, "v_dropout_p", v_dropout_p, x)
-    mask = checked_mask(mask, x)
-    parameters = (*query, v_weight, v_bias)
-    backend = backends.choose("dsmil_pool", x, instance_logits, *parameters, requested=backend)
-    if backend == "reference":
-        options = (mask, seed, v_dropout_p, scale, _compute_dtype(x))
-        return DSMILPooled(*reference.dsmil_pool(x, instance_logits, query, value, offsets, *options))
-    options = (offsets, mask, seed, v_activation, v_dropout_p, scale, _compute_dtype(x))
-    bag, scores, lse, critical, _ = ops.call(
-        "dsmil_pool", backend, _for_kernels(x), instance_logits.detach(), *parameters, *options
-    )
-    return DSMILPooled(bag.to(reference.result_dtype(x, *parameters)), scores, lse, critical)
+    return checked_mask(mask, x), seed, v_activation, v_dropout_p, scale, _compute_dtype(x)
+
+
+def _dsmil_reference(x, logits, parameters, offsets, options):
+    mask, seed, v_activation, *rest = options
+    query, value = parameters[:4], (*parameters[4:], v_activation)
+    return reference.dsmil_pool(x, logits, query, value, offsets, mask, seed, *rest)
 
 
 # Others

@@ -104,6 +104,8 @@ _DSMIL = (
     f"{_BAGS}, Tensor? seed, str? v_activation, float v_dropout_p, float? scale, ScalarType? compute_dtype"
 )
 
+_DSMIL_OPTIONS = ("str? v_activation", "float v_dropout_p", "float? scale", "ScalarType? compute_dtype")
+
 FORWARDS = (
     Forward(
         "attention_pool",
@@ -167,8 +169,25 @@ FORWARDS = (
             inputs="x q_weight q_bias q2_weight q2_bias v_weight v_bias",
             saves="x q_weight [q_bias] [q2_weight] [q2_bias] [v_weight] [v_bias] [offsets] [mask] [seed] "
             "bag scores lse critical pooled",
-            options=("str? v_activation", "float v_dropout_p", "float? scale", "ScalarType? compute_dtype"),
+            options=_DSMIL_OPTIONS,
             outputs="bag scores lse",
+        ),
+        indices="critical",
+    ),
+    Forward(
+        "dsmil",
+        f"Tensor x, Tensor weight, Tensor? bias, {_DSMIL}",
+        "bag scores lse critical values logits pooled",
+        lambda x, weight, v_weight, v_activation, offsets, **_: _both_streams(
+            x, *_dsmil_shapes(x, weight.shape[0], v_weight, v_activation, offsets)
+        ),
+        Backward(
+            "dsmil",
+            inputs="x weight bias q_weight q_bias q2_weight q2_bias v_weight v_bias",
+            saves="x weight [bias] q_weight [q_bias] [q2_weight] [q2_bias] [v_weight] [v_bias] [offsets] [mask] [seed] "
+            "bag scores lse critical logits pooled",
+            options=_DSMIL_OPTIONS,
+            outputs="bag scores lse values logits",
         ),
         indices="critical",
     ),
@@ -231,6 +250,10 @@ def _dsmil_shapes(x, classes, v_weight, v_activation, offsets):
     # Saved for the backward: what is pooled before a linear value is taken of it, if that is another vector.
     folded = v_weight is not None and v_activation in (None, "identity")
     return bag, scores, lse, lse, ((*lse, x.shape[1]) if folded else (0,))
+
+
+def _both_streams(x, bag, scores, lse, critical, pooled):
+    return bag, scores, lse, critical, lse, scores, pooled
 
 
 # Fakes

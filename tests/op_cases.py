@@ -62,7 +62,7 @@ class Case:
                 made["v_bias"] += 5
             if "q2_bias" in made:
                 made["q_bias"] += 3
-        if self.op == "instance_max" and relu:  # a clear winner for each bag and class
+        if self.op in ("instance_max", "dsmil") and relu:  # a clear winner for each bag and class
             for start, end in itertools.pairwise(offsets_of(lengths).tolist()):
                 for c, w in enumerate(made["weight"].to(dtype) if start < end else ()):
                     made["x"][min(start + c, end - 1)] += 6 * w / (w @ w)
@@ -183,6 +183,11 @@ CASES = {
     "dsmil_pool-mlp-q-no-bias": _dsmil(
         {"q_weight": ("D", "L"), "q2_weight": ("Q2", "D"), "v_weight": ("V", "L")}, v_activation="relu"
     ),
+    "dsmil": Case("dsmil", X | CLASSES | LINEAR_Q | LINEAR_V),
+    "dsmil-mlp-q-relu-v": Case(
+        "dsmil", X | CLASSES | MLP_Q | LINEAR_V, {"v_activation": "relu", "scale": 0.3, **V_DROPPED}
+    ),
+    "dsmil-no-bias": Case("dsmil", X | {"weight": ("C", "L"), "q_weight": ("D", "L")}, {"bias": None}),
     "loss_attention_pool": Case("loss_attention_pool", X | CLASSES),
     "loss_attention_pool-one-class": Case("loss_attention_pool", X | {"weight": (1, "L")}),
     "mean_pool": Case("mean_pool", X),

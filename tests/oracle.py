@@ -250,6 +250,12 @@ def dsmil_pool(
     return bag, scores, lse, critical
 
 
+def dsmil(x, weight, bias=None, *args, mask=None, offsets=None, **options):
+    values, _, logits = instance_max(x, weight, bias, offsets, mask=mask)
+    pooled = dsmil_pool(x, logits.detach(), *args, mask=mask, offsets=offsets, **options)
+    return *pooled, values, logits
+
+
 def loss_attention_pool(x, weight, bias=None, offsets=None, *, mask=None):
     rows = real_rows(x.shape[0], offsets, mask)
     logits = [_linear(x[r], weight, bias) for r in rows]

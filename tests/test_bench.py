@@ -181,10 +181,10 @@ def test_a_failing_contender_is_a_row(ours, expected, tmp_path, monkeypatch):
 
 
 def test_a_backend_without_a_kernel_is_a_row(tmp_path):
-    arguments = ("--op", "mean_pool", "--contenders", "eager", "--backends", "native", "--mode", "fwd")
+    arguments = ("--op", "mean_pool", "--contenders", "eager", "--backends", "triton", "--mode", "fwd")
     code, result = run(tmp_path, *arguments)
     assert code == 0
-    assert {row["status"] for row in result["rows"] if row["contender"] == "native"} == {"unavailable"}
+    assert {row["status"] for row in result["rows"] if row["contender"] == "triton"} == {"unavailable"}
 
 
 def test_what_does_not_fit_the_budget_runs_once(tmp_path):

@@ -45,6 +45,7 @@ OPS = {
     "weighted_pool": {"x": (N, L), "weights": (N, K)},
     "instance_max": {"x": (N, L), **CLASSES},
     "dsmil_pool": {"x": (N, L), "instance_logits": (N, C), **DSMIL},
+    "dsmil": {"x": (N, L), **CLASSES, **DSMIL},
     "loss_attention_pool": {"x": (N, L), **CLASSES},
     "mean_pool": {"x": (N, L)},
     "max_pool": {"x": (N, L)},
@@ -152,8 +153,8 @@ def test_bad_attention_options(op):
     bad_dropout("dropout_p", op)
 
 
-def test_bad_dsmil_options():
-    op = "dsmil_pool"
+@pytest.mark.parametrize("op", ["dsmil_pool", "dsmil"])
+def test_bad_dsmil_options(op):
     bad_dropout("v_dropout_p", op)
     refuses(ValueError, "v_activation must be one of .*; got 'silu'", op, v_activation="silu")
     refuses(TypeError, "scale must be a number; got str", op, scale="1")
@@ -219,6 +220,7 @@ def test_result_types(op, dtype, parameter_dtype):
         "max_pool": (dtype, torch.int64),
         "instance_max": (acc, torch.int64, acc),
         "dsmil_pool": (bag, acc, acc, torch.int64),
+        "dsmil": (bag, acc, acc, torch.int64, acc, acc),
         "loss_attention_pool": (bag, acc, acc, acc),
         "topk_instances": (dtype, torch.int64),
     }
@@ -240,6 +242,7 @@ SHAPES = {
     "weighted_pool": [(B, K, L)],
     "instance_max": [(B, C), (B, C), (N, C)],
     "dsmil_pool": [(B, C, 4), (N, C), (B, C), (B, C)],
+    "dsmil": [(B, C, 4), (N, C), (B, C), (B, C), (B, C), (N, C)],
     "loss_attention_pool": [(B, 1, L), (N, 1), (B, 1), (N, C)],
     "mean_pool": [(B, L)],
     "max_pool": [(B, L), (B, L)],

@@ -1,4 +1,5 @@
-// dsmil_pool on the CPU: the second stream of DSMIL (Li, Li, Eliceiri 2021).
+// dsmil_pool on the CPU, the second stream of DSMIL (Li, Li, Eliceiri 2021), and dsmil, both streams: then the gradient of
+// the first, a few rows, is added to that of the second where it lies.
 //
 // What is linear never meets the instances: <Wq x_i + bq, q_m> = <x_i, Wq^T q_m> + <bq, q_m>, so a linear query is one
 // vector for each bag and class, and V sum_i a_i x_i = sum_i a_i V x_i, since the weights sum to 1. The few critical
@@ -7,7 +8,7 @@
 
 #include <tuple>
 
-#include "call.h"
+#include "instance_max.h"
 #include "mlp_score.h"
 #include "value.h"
 
@@ -296,7 +297,49 @@ Gradients dsmil_pool_bwd(const Tensor& x, const Tensor& q_weight, const Optional
   return std::tuple_cat(grads);
 }
 
+// --- both streams
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_fwd(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& q_weight,
+    const OptionalTensor& q_bias, const OptionalTensor& q2_weight, const OptionalTensor& q2_bias,
+    const OptionalTensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& offsets,
+    const OptionalTensor& mask, const OptionalTensor& seed, std::optional<c10::string_view> v_activation,
+    double v_dropout_p, std::optional<double> scale, std::optional<ScalarType> compute_dtype) {
+  auto [values, indices, logits] = instance_max_fwd(x, weight, bias, offsets, mask);
+  auto [bag, scores, lse, critical, pooled] =
+      dsmil_pool_fwd(x, logits, q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias, offsets, mask, seed,
+                     v_activation, v_dropout_p, scale, compute_dtype);
+  return {bag, scores, lse, critical, values, logits, pooled};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_bwd(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& q_weight,
+    const OptionalTensor& q_bias, const OptionalTensor& q2_weight, const OptionalTensor& q2_bias,
+    const OptionalTensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& offsets,
+    const OptionalTensor& mask, const OptionalTensor& seed, const Tensor& bag, const Tensor& scores, const Tensor& lse,
+    const Tensor& critical, const Tensor& logits, const Tensor& pooled, std::optional<c10::string_view> v_activation,
+    double v_dropout_p, std::optional<double> scale, std::optional<ScalarType> compute_dtype,
+    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
+    const OptionalTensor& grad_values, const OptionalTensor& grad_logits, std::array<bool, 9> needs) {
+  auto [grad_x, grad_q, grad_q_bias, grad_q2, grad_q2_bias, grad_v, grad_v_bias] = dsmil_pool_bwd(
+      x, q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias, offsets, mask, seed, bag, scores, lse, critical, pooled,
+      v_activation, v_dropout_p, scale, compute_dtype, grad_bag, grad_scores, grad_lse,
+      {needs[0], needs[3], needs[4], needs[5], needs[6], needs[7], needs[8]});
+  Tensor grad_weight = at::empty({0}, x.options()), grad_bias = grad_weight.clone();
+  if (grad_values || grad_logits) {
+    std::tie(grad_x, grad_weight, grad_bias) = instance_max_gradients(
+        x, weight, bias, offsets, mask, critical, logits, grad_values, grad_logits, {needs[0], needs[1], needs[2]},
+        needs[0] ? OptionalTensor(grad_x) : std::nullopt);
+  } else {
+    if (needs[1]) grad_weight = at::zeros_like(weight, at::MemoryFormat::Contiguous);
+    if (needs[2]) grad_bias = at::zeros_like(*bias, at::MemoryFormat::Contiguous);
+  }
+  return {grad_x, grad_weight, grad_bias, grad_q, grad_q_bias, grad_q2, grad_q2_bias, grad_v, grad_v_bias};
+}
+
 TORCH_LIBRARY_IMPL(milkernels, CPU, m) {
+  m.impl("dsmil_fwd.native", dsmil_fwd);
+  m.impl("dsmil_bwd.native", dsmil_bwd);
   m.impl("dsmil_pool_fwd.native", dsmil_pool_fwd);
   m.impl("dsmil_pool_bwd.native", dsmil_pool_bwd);
 }

@@ -144,4 +144,10 @@ inline void add_to_row(T* x, const acc_t<T>* values, acc_t<T> factor, int64_t wi
   });
 }
 
+template <typename T>
+inline void zero_rows(T* x, int64_t n) {
+  advise_huge_pages(x, n * int64_t(sizeof(T)));
+  at::parallel_for(0, n, int64_t{1} << 18, [&](int64_t begin, int64_t end) { std::fill(x + begin, x + end, T(0)); });
+}
+
 }  // namespace milkernels

@@ -96,6 +96,7 @@ def dsmil_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensors:
     """Both streams, as DSMIL's MILNet and training loop have them."""
     first = instance_max_eager(x, t, options)
     second = _dsmil_stream(x, first["logits"], t, options)
+    first.pop("indices")  # the critical instances of the second
     return {**first, **second, "streams": torch.cat([second["bag"].flatten(), first["values"]])}
 
 

@@ -105,14 +105,11 @@ def _dsmil_parameters(mlp: bool, classifier: bool) -> Factory:
 def _both_streams(inputs: Inputs, backend: str | None) -> Tensors:
     import milkernels
 
-    second = dict(inputs.parameters)
-    weight, bias = second.pop("weight"), second.pop("bias")
-    common = {"offsets": inputs.offsets, "mask": inputs.mask, "backend": backend}
-    top = milkernels.instance_max(inputs.x, weight, bias, **common)
-    pooled = milkernels.dsmil_pool(inputs.x, top.logits.detach(), **second, **inputs.options, **common)
+    both = milkernels.dsmil(
+        inputs.x, **inputs.parameters, **inputs.options, offsets=inputs.offsets, mask=inputs.mask, backend=backend
+    )
     # A training step goes through both, as DSMIL's two losses do.
-    streams = torch.cat([pooled.bag.flatten(1), top.values], dim=1)
-    return {**top._asdict(), **pooled._asdict(), "streams": streams}
+    return {**both._asdict(), "streams": torch.cat([both.bag.flatten(1), both.values], dim=1)}
 
 
 def _dsmil(name: str, *, mlp: bool = False, activation: str | None = None, both: bool = False) -> OpCase:
@@ -121,7 +118,7 @@ def _dsmil(name: str, *, mlp: bool = False, activation: str | None = None, both:
     if both:
         stream = {
             "compose": _both_streams,
-            "outputs": ("values", "indices", "logits", *_POOLED, "critical", "streams"),
+            "outputs": (*_POOLED, "critical", "values", "logits", "streams"),
             "one_bag": formulas.dsmil_eager,
             "primary": "streams",
             "primary_row": lambda s, _: (s.heads * (s.dim + 1),),
@@ -146,7 +143,7 @@ def _dsmil(name: str, *, mlp: bool = False, activation: str | None = None, both:
 
     return OpCase(
         name=name,
-        op="dsmil_pool",
+        op="dsmil" if both else "dsmil_pool",
         parameters=_dsmil_parameters(mlp, classifier=both),
         options=options | ({"v_activation": activation} if activation else {}),
         dropout="" if mlp else "v_dropout_p",
