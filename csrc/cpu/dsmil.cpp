@@ -269,7 +269,8 @@ Gradients dsmil_pool_bwd(const Tensor& x, const Tensor& q_weight, const Optional
         if (stage->slices()) fewer(*stage->slices());
       }
       pool_backward<T>(score, stage, in, tensors.typed<A>(), grad_x, slices);
-      score.products.gradient_of_bags(grad_vectors.mutable_data_ptr<A>());
+      const auto g = tensors.typed<A>();
+      score.products.gradient_of_bags(grad_vectors.mutable_data_ptr<A>(), call.mlp() || stage ? nullptr : &g);
       const auto take_sums = [&](const Layer<E>& layer, const typename Layer<E>::Sums& sums, int weight) {
         Tensor &w = grads[weight], &b = grads[weight + 1];
         const auto& parameter = call.parameters[weight - 1];

@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_max_gradients(
     if (needs[1] || needs[2]) score.products.prepare_gradient();
     const PoolGradients<A> g{nullptr, l.const_data_ptr<A>(), nullptr, nullptr, dense.const_data_ptr<A>(), nullptr};
     pool_backward<T>(score, nullptr, in, g, out_x, in.chunks());
-    if (needs[1]) score.products.gradient(out_weight);
+    if (needs[1]) score.products.gradient(out_weight, nullptr);
     if (needs[2]) score.products.shift_gradient(out_bias);
   });
   if (needs[1]) grad_weight = grad_weight.to(weight.scalar_type());

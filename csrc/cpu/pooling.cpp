@@ -119,8 +119,9 @@ std::tuple<Tensor, Tensor> query_bwd(const Tensor& x, const Tensor& query, const
     if (needs[1]) score.products.prepare_gradient();
     pool_backward<T>(score, nullptr, in, pooled.typed<A>(), data_if<T>(needs[0], grad_x), in.chunks());
     if (!needs[1]) return;
-    if (call.bag_stride > 0) score.products.gradient_of_bags(grad_query.mutable_data_ptr<A>());
-    else score.products.gradient(grad_query.mutable_data_ptr<A>());
+    const auto g = pooled.typed<A>();
+    if (call.bag_stride > 0) score.products.gradient_of_bags(grad_query.mutable_data_ptr<A>(), &g);
+    else score.products.gradient(grad_query.mutable_data_ptr<A>(), &g);
   });
   if (needs[1]) grad_query = (scale == 1. ? grad_query : grad_query.mul_(scale)).to(query.scalar_type());
   return {grad_x, grad_query};
@@ -160,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> loss_attention_pool_bwd(
     LogSumExpScore<T> score(in, call.queries<A>(), const_cast<A*>(l.const_data_ptr<A>()), data_or_null<A>(g));
     if (needs[1] || needs[2]) score.classes().prepare_gradient();
     pool_backward<T>(score, nullptr, in, pooled.typed<A>(), data_if<T>(needs[0], grad_x), in.chunks());
-    if (needs[1]) score.classes().gradient(grad_weight.mutable_data_ptr<A>());
+    if (needs[1]) score.classes().gradient(grad_weight.mutable_data_ptr<A>(), nullptr);
     if (needs[2]) score.classes().shift_gradient(grad_bias.mutable_data_ptr<A>());
   });
   if (needs[1]) grad_weight = grad_weight.to(weight.scalar_type());

@@ -108,8 +108,17 @@ class QueryProducts {
     });
   }
   // After it: of each bag [bags, heads, width], or of queries that all bags share [heads, width]; and of shared shifts.
-  void gradient_of_bags(A* grad_q) const { sums_->merge_bags(in_, false, grad_q, nullptr); }
-  void gradient(A* grad_q) const { sums_->merge_all(grad_q); }
+  // With the softmax's part of the score gradients, sum_i a_i (<x_i - bag, grad_bag> + grad_lse), goes an error that all
+  // instances of a bag share. Those of the first term sum to 0, so what they do sum to is known, and its share of the
+  // gradient, that times the bag, is taken off where the bag was made of the rows that were scored (else null).
+  void gradient_of_bags(A* grad_q, const PoolGradients<A>* g) const {
+    sums_->merge_bags(in_, false, grad_q, nullptr);
+    if (g != nullptr) add_excess(*g, grad_q, heads() * width_);
+  }
+  void gradient(A* grad_q, const PoolGradients<A>* g) const {
+    sums_->merge_all(grad_q);
+    if (g != nullptr) add_excess(*g, grad_q, 0);
+  }
   void shift_gradient(A* grad_shift) const {
     for (int64_t k = 0; k < heads(); ++k) {
       double sum = 0;
@@ -119,6 +128,24 @@ class QueryProducts {
   }
 
  private:
+  void add_excess(const PoolGradients<A>& g, A* grad_q, int64_t bag_stride) const {
+    if (g.grad_bag == nullptr && g.grad_lse == nullptr) return;
+    for (int64_t b = 0; b < in_.bags(); ++b) {
+      const int64_t from = in_.offsets[b], to = in_.offsets[b + 1];
+      for (int64_t k = 0; from < to && k < heads(); ++k) {
+        const int64_t bk = b * heads() + k;
+        double excess = g.grad_lse ? -double(g.grad_lse[bk]) : 0.;
+        for (int64_t slot = in_.slot_of(from, b); slot <= in_.slot_of(to - 1, b); ++slot) {
+          excess += shift_sums_[slot * heads() + k];
+        }
+        for (int64_t row = from; g.grad_scores != nullptr && row < to; ++row) {
+          if (g.scores[row * heads() + k] != kDead<A>) excess -= g.grad_scores[row * heads() + k];
+        }
+        if (g.lse[bk] == kDead<A>) continue;  // nothing counts
+        add_to_row(grad_q + b * bag_stride + k * width_, g.bag + bk * width_, static_cast<A>(-excess), width_);
+      }
+    }
+  }
   template <typename R>
   void add(const Tile<T>& tile, const R* rows, int64_t ld, int64_t slot, const A* grads, Worker& w) const {
     w.selected.select(tile.mask, tile.rows);
