@@ -8,12 +8,12 @@ import textwrap
 import torch
 
 import milkernels
-from milkernels import backends, native
+from milkernels import backends, functional, native
 
 
 def _ops() -> tuple[str, ...]:
-    """The public functions that take a backend; a gated op is its plain op with two more parameters."""
-    public = {name: getattr(milkernels, name) for name in milkernels.__all__}
+    """The public ops, without what is composed of them; a gated one is its plain op with two more parameters."""
+    public = {name: getattr(functional, name, None) for name in milkernels.__all__}
     chosen = (name for name, f in public.items() if inspect.isfunction(f) and _takes_backend(f))
     return tuple(dict.fromkeys(name.removeprefix("gated_") for name in sorted(chosen)))
 

@@ -14,8 +14,12 @@ from torch import Tensor
 _MODULES = {"AVX512": "_C_avx512", "AVX2": "_C_avx2", "DEFAULT": "_C_default"}  # best first
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPS = frozenset(
-    "attention_pool attention_scores attention_weights dsmil dsmil_pool instance_max loss_attention_pool max_pool mean_pool "
-    "query_pool query_scores segment_softmax softmax_pool topk_instances weighted_pool".split()
+    (
+        *("softmax_pool", "query_pool", "query_scores", "weighted_pool", "mean_pool", "max_pool"),
+        *("attention_pool", "attention_scores", "loss_attention_pool"),
+        *("dsmil", "dsmil_pool", "instance_max"),
+        *("segment_softmax", "attention_weights", "topk_instances"),
+    )
 )
 
 

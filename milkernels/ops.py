@@ -389,5 +389,5 @@ for _backend in backends.KERNELS:
 
 
 def call(op: str, backend: str, *inputs):
-    """The outputs of ``<op>_fwd`` as declared above: inputs in schema order, scores and sums in the accumulation type."""
+    """The outputs of ``<op>_fwd``, both in the order declared above; scores and sums in the accumulation type."""
     return _op(f"{op}_fwd", backend)(*inputs)

@@ -88,7 +88,9 @@ def figures(root: Path = report.ROOT) -> str:
         lines = "\n".join("| " + " | ".join(line) + " |" for line in table)
         title = f"`{ops.pop()}` on {name}" if len(ops) == 1 else name
         parts.append(f"{title}:\n\n{lines}\n\nThe commands:\n\n{commands}\n")
-    return "\n".join([*parts, "GPUs, and CPUs with AVX-512 or AMX: not measured.\n"])
+    seen = {result["machine"]["instruction_set"] for results in machines.values() for result in results}
+    wider = "AMX" if "AVX512" in seen else "AVX-512 or AMX"
+    return "\n".join([*parts, f"GPUs, and CPUs with {wider}: not measured.\n"])
 
 
 def rewrite(text: str, block: str) -> str:
