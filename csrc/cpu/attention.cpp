@@ -55,7 +55,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const AttentionCall& call, bool pool)
     const auto in = call.ragged<T>();
     A* const to = scores.mutable_data_ptr<A>();
     if (pool) {
-      pool_forward(program, in, to, SoftmaxPool<T>(in, program, nullptr, bag.mutable_data_ptr<A>(), lse.mutable_data_ptr<A>()));
+      pool_forward(program, in, to,
+                   SoftmaxPool<T>(in, program, nullptr, bag.mutable_data_ptr<A>(), lse.mutable_data_ptr<A>()));
     } else {
       pool_forward(program, in, to, NoPool());
     }

@@ -109,7 +109,8 @@ class AttentionScore final : public Score<T> {
 
   void forward(const Tile<T>& tile, A* scores, Worker& s) const {
     const int64_t rows = round_up(tile.rows, kRowMultiple), heads = p_.heads;
-    const auto x = stage(tile.x, tile.ld, tile.mask, tile.rows, rows, p_.width, packed_.depth(), planes_, s.staged.get());
+    const auto x =
+        stage(tile.x, tile.ld, tile.mask, tile.rows, rows, p_.width, packed_.depth(), planes_, s.staged.get());
     for (int64_t r = 0; r < tile.rows; ++r) {
       for (int64_t k = 0; k < heads; ++k) scores[r * heads + k] = p_.w_bias ? p_.w_bias[k] : A(0);
     }

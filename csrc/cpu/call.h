@@ -25,7 +25,9 @@ inline Activation parse_activation(std::string_view name) {
   return Activation::kIdentity;
 }
 
-inline ScalarType accumulation_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+inline ScalarType accumulation_type(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 template <typename A>
 const A* data_or_null(const Tensor& t) {
@@ -36,7 +38,8 @@ const A* data_or_null(const Tensor& t) {
 class Call {
  public:
   Call(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask)
-      : x(rows_of(x)), acc(accumulation_type(x)), rows(x.size(0)), width(x.size(1)), offsets(checked_offsets(offsets, rows)) {
+      : x(rows_of(x)), acc(accumulation_type(x)), rows(x.size(0)), width(x.size(1)),
+        offsets(checked_offsets(offsets, rows)) {
     TORCH_CHECK_VALUE(width > 0, "x must have at least one column; got ", x.sizes());
     if (mask) {
       TORCH_CHECK_VALUE(mask->scalar_type() == at::kBool && mask->dim() == 1 && mask->size(0) == rows && mask->is_cpu(),
@@ -92,7 +95,8 @@ class ClassCall : public Call {
   ClassCall(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
             const OptionalTensor& mask)
       : Call(x, offsets, mask) {
-    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0, "weight must be [any, ", width, "]; got ", weight.sizes());
+    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0, "weight must be [any, ", width, "]; got ",
+                      weight.sizes());
     classes = weight.size(0);
     this->weight = take(weight, "weight", {classes, width});
     this->bias = take(bias, "bias", {classes});

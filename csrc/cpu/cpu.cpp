@@ -25,7 +25,8 @@ double product_rate() {
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> c(kRows * kColumns);
     for (int64_t i = 0; i < (end - begin) * kRepeats; ++i) {
-      at::native::cpublas::brgemm(kRows, kColumns, kDepth, kDepth, kColumns, kColumns, false, a.data(), b.data(), c.data(),
+      at::native::cpublas::brgemm(kRows, kColumns, kDepth, kDepth, kColumns, kColumns, false, a.data(), b.data(),
+                                  c.data(),
                                   /*is_vnni=*/false);
     }
   });

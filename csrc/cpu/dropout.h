@@ -9,8 +9,8 @@
 
 namespace milkernels {
 
-// factor[r * ld + j] = 0 where unit first_unit + j (first_unit a multiple of 8) of row first_row + r is dropped in any of
-// the branches (two at most), else the scale to the power of their number.
+// factor[r * ld + j] = 0 where unit first_unit + j (first_unit a multiple of 8) of row first_row + r is dropped in any
+// of the branches (two at most), else the scale to the power of their number.
 template <typename A>
 inline void dropout_factors(const Dropout& dropout, std::initializer_list<DropoutBranch> branches, int64_t first_row,
                             int64_t rows, int64_t first_unit, int64_t units, A* factor, int64_t ld) {

@@ -1,5 +1,5 @@
-// dsmil_pool on the CPU, the second stream of DSMIL (Li, Li, Eliceiri 2021), and dsmil, both streams: then the gradient of
-// the first, a few rows, is added to that of the second where it lies.
+// dsmil_pool on the CPU, the second stream of DSMIL (Li, Li, Eliceiri 2021), and dsmil, both streams: then the gradient
+// of the first, a few rows, is added to that of the second where it lies.
 //
 // What is linear never meets the instances: <Wq x_i + bq, q_m> = <x_i, Wq^T q_m> + <bq, q_m>, so a linear query is one
 // vector for each bag and class, and V sum_i a_i x_i = sum_i a_i V x_i, since the weights sum to 1. The few critical
@@ -122,7 +122,8 @@ class CriticalQueries {
     using A = acc_t<T>;
     const int64_t* const row = critical_.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < critical_.numel(); ++i) {
-      if (row[i] >= 0) add_to_row(grad_x + row[i] * call_.width, grad_rows.const_data_ptr<A>() + i * call_.width, A(1), call_.width);
+      if (row[i] >= 0)
+        add_to_row(grad_x + row[i] * call_.width, grad_rows.const_data_ptr<A>() + i * call_.width, A(1), call_.width);
     }
   }
 
@@ -142,7 +143,8 @@ void with_programs(const DSMILCall& call, const Ragged<T>& in, const CriticalQue
   using A = acc_t<T>;
   const int planes = std::max(call.planes, 1);
   const auto layer = [&](const Tensor& weight, const Tensor& bias, Activation activation) {
-    return Layer<E>(weight.const_data_ptr<A>(), data_or_null<A>(bias), weight.size(0), weight.size(1), activation, planes);
+    return Layer<E>(weight.const_data_ptr<A>(), data_or_null<A>(bias), weight.size(0), weight.size(1), activation,
+                    planes);
   };
   std::optional<ValueStage<T, E>> stage;
   if (call.staged()) {
@@ -196,7 +198,8 @@ Outputs dsmil_pool_fwd(const Tensor& x, const Tensor& instance_logits, const Ten
   if (call.folded()) {
     pooled = bag;
     const auto empty = (lse == kDead<double>).unsqueeze(2);
-    bag = plus_bias(pooled.view({B * C, call.width}).mm(call.v_weight().t()), call.v_bias()).view({B, C, call.bag_width()});
+    bag = plus_bias(pooled.view({B * C, call.width}).mm(call.v_weight().t()), call.v_bias())
+              .view({B, C, call.bag_width()});
     bag.masked_fill_(empty, 0.);
   }
   return {bag, scores, lse, critical, pooled};
@@ -214,7 +217,8 @@ Gradients dsmil_pool_bwd(const Tensor& x, const Tensor& q_weight, const Optional
                          const OptionalTensor& grad_lse, std::array<bool, 7> needs) {
   const DSMILCall call(x, q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias, offsets, mask, seed, v_activation,
                        v_dropout_p, scale, compute_dtype);
-  TORCH_CHECK_VALUE(critical.dim() == 2 && critical.size(1) > 0, "critical must be [bags, any]; got ", critical.sizes());
+  TORCH_CHECK_VALUE(critical.dim() == 2 && critical.size(1) > 0, "critical must be [bags, any]; got ",
+                    critical.sizes());
   const int64_t B = call.bags(), C = critical.size(1), N = call.rows, L = call.width, Lv = call.bag_width();
   const Tensor winners = call.take_indices(critical, "critical", {B, C});
   Tensor grad_pooled = call.take(grad_bag, "grad_bag", {B, C, Lv});
@@ -322,10 +326,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     double v_dropout_p, std::optional<double> scale, std::optional<ScalarType> compute_dtype,
     const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
     const OptionalTensor& grad_values, const OptionalTensor& grad_logits, std::array<bool, 9> needs) {
-  auto [grad_x, grad_q, grad_q_bias, grad_q2, grad_q2_bias, grad_v, grad_v_bias] = dsmil_pool_bwd(
-      x, q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias, offsets, mask, seed, bag, scores, lse, critical, pooled,
-      v_activation, v_dropout_p, scale, compute_dtype, grad_bag, grad_scores, grad_lse,
-      {needs[0], needs[3], needs[4], needs[5], needs[6], needs[7], needs[8]});
+  auto [grad_x, grad_q, grad_q_bias, grad_q2, grad_q2_bias, grad_v, grad_v_bias] =
+      dsmil_pool_bwd(x, q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias, offsets, mask, seed, bag, scores, lse,
+                     critical, pooled, v_activation, v_dropout_p, scale, compute_dtype, grad_bag, grad_scores, grad_lse,
+                     {needs[0], needs[3], needs[4], needs[5], needs[6], needs[7], needs[8]});
   Tensor grad_weight = at::empty({0}, x.options()), grad_bias = grad_weight.clone();
   if (grad_values || grad_logits) {
     std::tie(grad_x, grad_weight, grad_bias) = instance_max_gradients(

@@ -159,7 +159,8 @@ void weighted_sums(const T* x, int64_t ld, const int32_t* index, int64_t n, cons
     constexpr int H = decltype(block_heads)::value;
     for (int64_t l = 0; l < width; l += kStrip) {
       const int64_t wide = std::min(kStrip, width - l);
-      for_blocks<kWeightRegisters / H>(n, [&](int64_t r, auto rows) { add_rows(k, l, wide, r, r == 0, block_heads, rows); });
+      for_blocks<kWeightRegisters / H>(
+          n, [&](int64_t r, auto rows) { add_rows(k, l, wide, r, r == 0, block_heads, rows); });
       unroll<H>([&](auto h) {
         const V s(scale[k + h]);
         A* const to = out + (k + h) * width + l;
@@ -199,11 +200,11 @@ void combine(const acc_t<T>* coefficient, const acc_t<T>* const* vector, int64_t
   });
 }
 
-#define INSTANTIATE(T)                                                                                              \
+#define INSTANTIATE(T)                                                                                               \
   template void dots(const T*, int64_t, const int32_t*, int64_t, const acc_t<T>*, const acc_t<T>*, int64_t, int64_t, \
-                     acc_t<T>*);                                                                                    \
+                     acc_t<T>*);                                                                                     \
   template void weighted_sums(const T*, int64_t, const int32_t*, int64_t, const acc_t<T>*, int64_t, const acc_t<T>*, \
-                              int64_t, acc_t<T>*, bool);                                                                \
+                              int64_t, acc_t<T>*, bool);                                                             \
   template void combine(const acc_t<T>*, const acc_t<T>* const*, int64_t, int64_t, int64_t, T*, int64_t);
 INSTANTIATE(double)
 INSTANTIATE(float)

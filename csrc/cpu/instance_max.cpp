@@ -56,8 +56,8 @@ std::tuple<Tensor, Tensor, Tensor> instance_max_gradients(
                values = call.take(grad_values, "grad_values", {B, C});
   Tensor dense = call.take(grad_logits, "grad_logits", {call.rows, C});
   const bool rows_only = !dense.defined() && add_to;
-  Tensor grad_x = rows_only ? *add_to : call.grad_x(needs[0]), grad_weight = call.gradient(needs[1], call.weight.sizes()),
-         grad_bias = call.gradient(needs[2], {C});
+  Tensor grad_x = rows_only ? *add_to : call.grad_x(needs[0]),
+         grad_weight = call.gradient(needs[1], call.weight.sizes()), grad_bias = call.gradient(needs[2], {C});
   dispatch_storage(x.scalar_type(), [&]<typename T>() {
     using A = acc_t<T>;
     const auto out_x = data_if<T>(needs[0], grad_x);
@@ -93,8 +93,8 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> instance_max_bwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                                     const OptionalTensor& offsets, const OptionalTensor& mask,
                                                     const Tensor& indices, const Tensor& logits,
-                                                    const OptionalTensor& grad_values, const OptionalTensor& grad_logits,
-                                                    std::array<bool, 3> needs) {
+                                                    const OptionalTensor& grad_values,
+                                                    const OptionalTensor& grad_logits, std::array<bool, 3> needs) {
   return instance_max_gradients(x, weight, bias, offsets, mask, indices, logits, grad_values, grad_logits, needs, {});
 }
 

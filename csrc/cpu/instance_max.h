@@ -11,7 +11,8 @@ namespace milkernels {
 std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                                     const OptionalTensor& offsets, const OptionalTensor& mask);
 
-// Gradients of x, weight and bias. That of x is added to `add_to`, where it is given: a few rows, unless logits have one.
+// Gradients of x, weight and bias. That of x is added to `add_to`, where it is given: a few rows, unless logits have
+// one.
 std::tuple<Tensor, Tensor, Tensor> instance_max_gradients(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
     const OptionalTensor& mask, const Tensor& indices, const Tensor& logits, const OptionalTensor& grad_values,

@@ -38,7 +38,8 @@ void spread_rows(const Ragged<T>& in, int64_t heads, const acc_t<T>* weights, co
   using A = acc_t<T>;
   advise_huge_pages(grad_x, in.rows * in.width * int64_t(sizeof(T)));
   const std::vector<A> ones(weights ? 0 : kBlock, A(1));
-  const bool finite = std::all_of(grad_bag, grad_bag + in.bags() * heads * in.width, [](A v) { return std::isfinite(v); });
+  const bool finite =
+      std::all_of(grad_bag, grad_bag + in.bags() * heads * in.width, [](A v) { return std::isfinite(v); });
   for_tiles(in, [&] { return std::vector<int64_t>(kBlock); }, [&](const Tile<T>& tile, std::vector<int64_t>& bag_of) {
     InputGradient<T> out;
     out.to = grad_x + tile.first * in.width;

@@ -1,5 +1,5 @@
-// A linear layer with its activation on a tile of rows, act(x W^T + b), and its backward: what the query network of DSMIL
-// and the value stage are made of.
+// A linear layer with its activation on a tile of rows, act(x W^T + b), and its backward: what the query network of
+// DSMIL and the value stage are made of.
 #pragma once
 
 #include "pool_backward.h"
@@ -17,8 +17,8 @@ inline void with_activation(Activation activation, const F& f) {
   }
 }
 
-// E: in what the products run, see matmul.h. Outputs are padded to columns(); padding is 0 on the way there, since every
-// activation of 0 is 0, and must be 0 on the way back. Rows are a multiple of kRowMultiple, at most kChunk.
+// E: in what the products run, see matmul.h. Outputs are padded to columns(); padding is 0 on the way there, since
+// every activation of 0 is 0, and must be 0 on the way back. Rows are a multiple of kRowMultiple, at most kChunk.
 template <typename E>
 class Layer {
  public:
@@ -99,7 +99,8 @@ class Layer {
       left = {s.grad.get(), columns(), rows * columns()};
       write_elements(grad, s.grad.get(), rows * columns(), planes_, left.plane_stride);
     }
-    add_outer_products<E>(left, columns(), x, in_, rows, planes_, !first, s.transposed.get(), s.paired.get(), sums.weight);
+    add_outer_products<E>(left, columns(), x, in_, rows, planes_, !first, s.transposed.get(), s.paired.get(),
+                          sums.weight);
     return left;
   }
 

@@ -269,11 +269,12 @@ inline Matrix<E> stage_right(Matrix<E> a, int64_t rows, int64_t width, int plane
   }
 }
 
-// sum [columns, width] = or += left^T right over `rows`; `columns` is a multiple of kBlock. `transposed` and `paired` are
-// scratch of planes * rows * columns and, where rows of a right operand come in pairs, planes * rows * depth of `right`.
+// sum [columns, width] = or += left^T right over `rows`; `columns` is a multiple of kBlock. `transposed` and `paired`
+// are scratch of planes * rows * columns and, where rows of a right operand come in pairs, planes * rows * depth of
+// `right`.
 template <typename E>
-inline void add_outer_products(Matrix<E> left, int64_t columns, Matrix<E> right, int64_t width, int64_t rows, int planes,
-                               bool add, E* transposed, E* paired, acc_t<E>* sum) {
+inline void add_outer_products(Matrix<E> left, int64_t columns, Matrix<E> right, int64_t width, int64_t rows,
+                               int planes, bool add, E* transposed, E* paired, acc_t<E>* sum) {
   const int64_t stride = rows * columns;
   for (int p = 0; p < planes; ++p) {
     transpose(left.data + p * left.plane_stride, left.ld, rows, columns, transposed + p * stride, rows);
@@ -282,8 +283,8 @@ inline void add_outer_products(Matrix<E> left, int64_t columns, Matrix<E> right,
   const auto b = stage_right(right, rows, width, planes, paired);
   for (int64_t l = 0; l < width; l += kBlock) {
     for (int64_t c = 0; c < columns; c += kBlock) {
-      product<E>(kBlock, std::min(kBlock, width - l), rows, a.rows_from(c), b.columns_from(l), planes, sum + c * width + l,
-                 width, add);
+      product<E>(kBlock, std::min(kBlock, width - l), rows, a.rows_from(c), b.columns_from(l), planes,
+                 sum + c * width + l, width, add);
     }
   }
 }

@@ -1,5 +1,5 @@
-// Score program `mlp_query`: score[i, k] = <tanh(W2 relu(W1 x_i + b1) + b2), q[b, k]>, b the bag of i: the query network
-// of DSMIL as its authors ship it (Li, Li, Eliceiri 2021, public code).
+// Score program `mlp_query`: score[i, k] = <tanh(W2 relu(W1 x_i + b1) + b2), q[b, k]>, b the bag of i: the query
+// network of DSMIL as its authors ship it (Li, Li, Eliceiri 2021, public code).
 #pragma once
 
 #include "layer.h"
@@ -89,8 +89,8 @@ class MlpScore final : public Score<T> {
     typename Layer<E>::Backward first, second;
 
     explicit BackwardWorker(const MlpScore& p)
-        : Worker(p, kChunk), grad1(kChunk * p.first.columns()), grad2(kChunk * p.second.columns()), block(kBlock * kBlock),
-          first(p.first, kChunk), second(p.second, kChunk) {}
+        : Worker(p, kChunk), grad1(kChunk * p.first.columns()), grad2(kChunk * p.second.columns()),
+          block(kBlock * kBlock), first(p.first, kChunk), second(p.second, kChunk) {}
     A* scratch_of(Buffer<A>&) override { return grad1.get(); }  // z1 is needed again
 
     void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x, int64_t slice) override {

@@ -1,9 +1,9 @@
 // The pooling driver: score each instance, softmax the scores inside its bag, sum the instances by their weights.
 //
-// Rows of all bags lie back to back and are cut into chunks of 256 (or 64), whatever the bags; a chunk is read in tiles of
-// kBlock rows that cross bag boundaries. The rows that chunk c and bag b share are one segment; what is summed over it
-// lies in slot c + b of the partial results, which no other segment has, since from one segment to the next c or b or
-// both grow. Slots of a bag are merged in order, so results do not depend on the number of threads.
+// Rows of all bags lie back to back and are cut into chunks of 256 (or 64), whatever the bags; a chunk is read in tiles
+// of kBlock rows that cross bag boundaries. The rows that chunk c and bag b share are one segment; what is summed over
+// it lies in slot c + b of the partial results, which no other segment has, since from one segment to the next c or b
+// or both grow. Slots of a bag are merged in order, so results do not depend on the number of threads.
 //
 // Score programs (attention_score.h, query_score.h, mlp_score.h) plug in as a Score, what is done with the scores as a
 // reduction, and an instance stage (value.h) where other rows are pooled than were scored.
@@ -306,7 +306,8 @@ class SoftmaxPool {
   using A = acc_t<T>;
 
   SoftmaxPool(const Ragged<T>& in, const Score<T>& score, const Stage<T>* stage, A* bag, A* lse)
-      : in_(in), fresh_(!score.reads_rows()), stage_(stage), bag_(bag), lse_(lse), partials_(in.slots(), score.heads(), stage ? stage->width() : in.width) {}
+      : in_(in), fresh_(!score.reads_rows()), stage_(stage), bag_(bag), lse_(lse),
+        partials_(in.slots(), score.heads(), stage ? stage->width() : in.width) {}
 
   struct Worker {
     typename Partials<A>::Worker partials;
@@ -349,18 +350,20 @@ template <typename T, typename Reduction>
 void pool_forward(const Score<T>& score, const Ragged<T>& in, acc_t<T>* scores, Reduction&& reduction) {
   using A = acc_t<T>;
   const int64_t heads = score.heads();
-  for_tiles(in, [&] { return std::pair(score.forward_worker(), reduction.worker()); }, [&](const Tile<T>& tile, auto& w) {
-    A* const out = scores + tile.first * heads;
-    if (!tile.any_real()) {
-      std::fill_n(out, tile.rows * heads, kDead<A>);
-      return;
-    }
-    w.first->scores(tile, out);
-    for (int64_t r = 0; tile.mask != nullptr && r < tile.rows; ++r) {
-      if (!tile.mask[r]) std::fill_n(out + r * heads, heads, kDead<A>);
-    }
-    reduction.add(tile, out, w.second);
-  });
+  for_tiles(
+      in, [&] { return std::pair(score.forward_worker(), reduction.worker()); },
+      [&](const Tile<T>& tile, auto& w) {
+        A* const out = scores + tile.first * heads;
+        if (!tile.any_real()) {
+          std::fill_n(out, tile.rows * heads, kDead<A>);
+          return;
+        }
+        w.first->scores(tile, out);
+        for (int64_t r = 0; tile.mask != nullptr && r < tile.rows; ++r) {
+          if (!tile.mask[r]) std::fill_n(out + r * heads, heads, kDead<A>);
+        }
+        reduction.add(tile, out, w.second);
+      });
   reduction.finish();
 }
 

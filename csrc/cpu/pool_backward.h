@@ -1,5 +1,5 @@
-// The backward of the pooling driver: from the gradients of bag vectors, scores and lse to those of the scores and of the
-// rows, unit by unit; a unit is a tile or a chunk, as the score program wants it.
+// The backward of the pooling driver: from the gradients of bag vectors, scores and lse to those of the scores and of
+// the rows, unit by unit; a unit is a tile or a chunk, as the score program wants it.
 #pragma once
 
 #include "pool.h"
@@ -214,9 +214,9 @@ class Slices {
  public:
   // As many as fit into 64 MB, but at least 4 and at most 16; `size` numbers each.
   Slices(int64_t rows, int64_t size)
-      : size_(size),
-        count_(std::clamp<int64_t>(ceil_div(rows, chunk_rows(rows)), 1,
-                                   std::clamp<int64_t>((int64_t{64} << 20) / std::max<int64_t>(size * sizeof(A), 1), 4, 16))),
+      : size_(size), count_(std::clamp<int64_t>(
+                         ceil_div(rows, chunk_rows(rows)), 1,
+                         std::clamp<int64_t>((int64_t{64} << 20) / std::max<int64_t>(size * sizeof(A), 1), 4, 16))),
         used_(count_, 0), buffer_(count_ * size) {}
 
   int64_t count() const { return count_; }
@@ -261,8 +261,11 @@ void pool_backward(const Score<T>& score, const Stage<T>* stage, const Ragged<T>
   };
   const auto make_worker = [&] {
     const int64_t staged = stage ? kChunk : 0;
-    return Worker{score.backward_worker(), stage ? stage->worker(kChunk) : nullptr, typename ScoreGradients<T>::Worker(heads),
-                  std::vector<int64_t>(kChunk), Buffer<A>(staged * pooled_width),
+    return Worker{score.backward_worker(),
+                  stage ? stage->worker(kChunk) : nullptr,
+                  typename ScoreGradients<T>::Worker(heads),
+                  std::vector<int64_t>(kChunk),
+                  Buffer<A>(staged * pooled_width),
                   Buffer<A>(grad_x != nullptr ? staged * width : 0)};
   };
   parallel_items(slices, make_worker, [&](int64_t slice, Worker& w) {

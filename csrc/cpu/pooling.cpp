@@ -25,7 +25,8 @@ struct Forward {
 // --- softmax_pool
 
 Tensor checked_given(const Call& call, const Tensor& given) {
-  TORCH_CHECK_VALUE(given.dim() == 2 && given.size(1) > 0, "scores must be [", call.rows, ", any]; got ", given.sizes());
+  TORCH_CHECK_VALUE(given.dim() == 2 && given.size(1) > 0, "scores must be [", call.rows, ", any]; got ",
+                    given.sizes());
   return call.take(given, "scores", {call.rows, given.size(1)});
 }
 
@@ -63,7 +64,8 @@ std::tuple<Tensor, Tensor> softmax_pool_bwd(const Tensor& x, const OptionalTenso
 
 class QueryCall : public Call {
  public:
-  QueryCall(const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask, double scale)
+  QueryCall(const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
+            double scale)
       : Call(x, offsets, mask) {
     const bool per_bag = query.dim() == 3;
     TORCH_CHECK_VALUE(per_bag || query.dim() == 2, "query must be 2-D or 3-D; got ", query.sizes());

@@ -29,7 +29,9 @@ class GivenScore final : public Score<T> {
   int64_t heads() const override { return heads_; }
   bool reads_rows() const override { return false; }
   std::unique_ptr<typename Score<T>::Worker> forward_worker() const override { return std::make_unique<Worker>(*this); }
-  std::unique_ptr<typename Score<T>::Worker> backward_worker() const override { return std::make_unique<Worker>(*this); }
+  std::unique_ptr<typename Score<T>::Worker> backward_worker() const override {
+    return std::make_unique<Worker>(*this);
+  }
 
  private:
   struct Worker final : Score<T>::Worker {
@@ -66,8 +68,8 @@ struct Queries {
   int64_t shift_stride;
 };
 
-// Scores of rows by the queries of their bags, and what the queries get back. Rows are those of x, or hidden ones made of
-// them: `rows` holds those of the tile, ld apart.
+// Scores of rows by the queries of their bags, and what the queries get back. Rows are those of x, or hidden ones made
+// of them: `rows` holds those of the tile, ld apart.
 template <typename T>
 class QueryProducts {
  public:
@@ -108,9 +110,9 @@ class QueryProducts {
     });
   }
   // After it: of each bag [bags, heads, width], or of queries that all bags share [heads, width]; and of shared shifts.
-  // With the softmax's part of the score gradients, sum_i a_i (<x_i - bag, grad_bag> + grad_lse), goes an error that all
-  // instances of a bag share. Those of the first term sum to 0, so what they do sum to is known, and its share of the
-  // gradient, that times the bag, is taken off where the bag was made of the rows that were scored (else null).
+  // With the softmax's part of the score gradients, sum_i a_i (<x_i - bag, grad_bag> + grad_lse), goes an error that
+  // all instances of a bag share. Those of the first term sum to 0, so what they do sum to is known, and its share of
+  // the gradient, that times the bag, is taken off where the bag was made of the rows that were scored (else null).
   void gradient_of_bags(A* grad_q, const PoolGradients<A>* g) const {
     sums_->merge_bags(in_, false, grad_q, nullptr);
     if (g != nullptr) add_excess(*g, grad_q, heads() * width_);
@@ -175,7 +177,9 @@ class QueryScore final : public Score<T> {
   QueryScore(const Ragged<T>& in, const Queries<A>& queries) : products(in, queries, in.width) {}
   int64_t heads() const override { return products.heads(); }
   std::unique_ptr<typename Score<T>::Worker> forward_worker() const override { return std::make_unique<Worker>(*this); }
-  std::unique_ptr<typename Score<T>::Worker> backward_worker() const override { return std::make_unique<Worker>(*this); }
+  std::unique_ptr<typename Score<T>::Worker> backward_worker() const override {
+    return std::make_unique<Worker>(*this);
+  }
 
   QueryProducts<T> products;
 

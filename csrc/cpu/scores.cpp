@@ -152,8 +152,8 @@ std::tuple<Tensor, Tensor> attention_weights_bwd(const Tensor& scores, const Ten
 
 // --- topk_instances
 
-std::tuple<Tensor, Tensor> topk_instances_fwd(const Tensor& scores, int64_t k, const OptionalTensor& offsets, bool largest,
-                                              const OptionalTensor& mask) {
+std::tuple<Tensor, Tensor> topk_instances_fwd(const Tensor& scores, int64_t k, const OptionalTensor& offsets,
+                                              bool largest, const OptionalTensor& mask) {
   TORCH_CHECK_VALUE(k >= 1, "k must be at least 1; got ", k);
   const ScoresCall call(scores, offsets, mask);
   const int64_t B = call.bags(), heads = call.width;
@@ -204,7 +204,8 @@ Tensor topk_instances_bwd(const Tensor& scores, const Tensor& indices, const Ten
   AT_DISPATCH_FLOATING_TYPES(call.acc, "topk_instances_bwd", [&] {
     for (int64_t i = 0; i < rows.numel(); ++i) {
       const int64_t row = rows.const_data_ptr<int64_t>()[i];
-      if (row >= 0) grad.mutable_data_ptr<scalar_t>()[row * call.width + i / k % call.width] = g.const_data_ptr<scalar_t>()[i];
+      if (row >= 0)
+        grad.mutable_data_ptr<scalar_t>()[row * call.width + i / k % call.width] = g.const_data_ptr<scalar_t>()[i];
     }
   });
   return grad.to(scores.scalar_type());

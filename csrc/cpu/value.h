@@ -1,5 +1,6 @@
-// The instance stage of DSMIL's value, act(V drop(x_i) + b_V): pooled in place of x_i, computed for a tile at a time and
-// again in the backward, never stored. Without V it is drop(x_i): a linear value is taken of the pooled vector instead.
+// The instance stage of DSMIL's value, act(V drop(x_i) + b_V): pooled in place of x_i, computed for a tile at a time
+// and again in the backward, never stored. Without V it is drop(x_i): a linear value is taken of the pooled vector
+// instead.
 #pragma once
 
 #include "dropout.h"
@@ -80,7 +81,8 @@ class ValueStage final : public Stage<T> {
           std::fill(to + real, to + layer.columns(), A(0));
         }
         const bool first = p.slices_->start(slice);
-        const auto left = layer.backward(x, z.get(), rows, grad.get(), first, layer.sums(p.slices_->at(slice)), *scratch);
+        const auto left =
+            layer.backward(x, z.get(), rows, grad.get(), first, layer.sums(p.slices_->at(slice)), *scratch);
         if (grad_x == nullptr) return;
         layer.input_gradient(left, rows, block.get(), [&](int64_t r, int64_t column, int64_t count, const A* part) {
           if (r < unit.rows) std::copy_n(part, count, grad_x + r * width + column);
@@ -89,7 +91,8 @@ class ValueStage final : public Stage<T> {
         std::copy_n(grad_rows, unit.rows * width, grad_x);
       }
       if (p.dropout_ && grad_x != nullptr) {
-        for (int64_t i = 0; i < unit.rows * width; ++i) grad_x[i] = keep.get()[i] == A(0) ? A(0) : grad_x[i] * keep.get()[i];
+        for (int64_t i = 0; i < unit.rows * width; ++i)
+          grad_x[i] = keep.get()[i] == A(0) ? A(0) : grad_x[i] * keep.get()[i];
       }
     }
   };
