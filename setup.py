@@ -35,7 +35,7 @@ INSTRUCTION_SETS = {
     + ["-Wno-maybe-uninitialized"],  # GCC's own headers, up to 12
 }
 OPTIMISE = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]  # never -ffast-math
-QUIET = ["-Wno-unknown-pragmas"]  # PyTorch's headers have hundreds
+QUIET = ["-Wno-unknown-pragmas", "-Wno-psabi"]  # PyTorch's headers have hundreds; GCC notes vectors passed by value
 
 
 def setting(name):
