@@ -6,13 +6,6 @@ from milkernels.backends import use_backend
 from milkernels.bags import Bags, collate_bags
 from milkernels.classical import generalized_mean_pool, isr_pool, log_sum_exp_pool, noisy_or_pool
 from milkernels.functional import (
-    DSMIL,
-    DSMILPooled,
-    InstanceMax,
-    LossAttentionPooled,
-    MaxPooled,
-    Pooled,
-    TopInstances,
     attention_pool,
     attention_scores,
     attention_weights,
@@ -31,6 +24,15 @@ from milkernels.functional import (
     softmax_pool,
     topk_instances,
     weighted_pool,
+)
+from milkernels.results import (
+    DSMIL,
+    DSMILPooled,
+    InstanceMax,
+    LossAttentionPooled,
+    MaxPooled,
+    Pooled,
+    TopInstances,
 )
 
 try:

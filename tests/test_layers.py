@@ -16,6 +16,7 @@ PACKAGE = Path(milkernels.__file__).parent
 LAYERS = {
     "bags": 0,
     "arguments": 0,
+    "results": 0,
     "native": 1,
     "triton": 1,
     "backends": 2,
