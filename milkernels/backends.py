@@ -1,7 +1,7 @@
 """Which backend serves which op on which tensors, and why the others do not.
 
-``auto`` takes the first backend of ``KERNELS`` that can serve the call, else the reference, and says so once where a
-kernel exists but cannot be used.  A backend asked for by name never falls back: it raises, with the reason.
+``auto`` takes the first backend of the tensor's device that can serve the call, else the reference, and says so once
+where a kernel exists but cannot be used.  A backend asked for by name never falls back: it raises, with the reason.
 """
 
 import contextlib
@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from milkernels import native
+from milkernels import native, triton
 
-KERNELS = {"native": native}  # in the order `auto` tries them
-NAMES = ("auto", *KERNELS, "triton", "reference")
+KERNELS = {"native": native, "triton": triton}
+_AUTO = {"cpu": ("native",), "cuda": ("triton",)}  # what `auto` tries, by device
+NAMES = ("auto", *KERNELS, "reference")
 
 
 def _checked(name: str, source: str) -> str:
@@ -44,8 +45,6 @@ def why_not(backend: str, op: str, x: Tensor, *parameters: Tensor | None) -> str
     """Why ``backend`` cannot serve ``op`` on these tensors, or None if it can."""
     if backend == "reference":
         return None
-    if backend not in KERNELS:
-        return "this version has no kernels for it"
     return KERNELS[backend].unsupported(op, x, *parameters)
 
 
@@ -62,7 +61,8 @@ def choose(op: str, x: Tensor, *parameters: Tensor | None, requested: str | None
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} cannot serve {op}: {reason}")
         return backend
-    for name, module in KERNELS.items():
+    for name in _AUTO.get(x.device.type, ()):
+        module = KERNELS[name]
         reason = module.unsupported(op, x, *parameters)
         if reason is None:
             return name
@@ -86,6 +86,6 @@ def report(ops: tuple[str, ...]) -> list[tuple[str, str, str, dict[str, str]]]:
             # Only type and device are looked at, so this stands for a tensor on a device that may not be there.
             x = SimpleNamespace(device=torch.device(device), dtype=torch.float32)
             reasons = {name: why_not(name, op, x) for name in NAMES if name not in ("auto", "reference")}
-            serving = next((name for name, reason in reasons.items() if reason is None), "reference")
+            serving = next((name for name in _AUTO[device] if reasons[name] is None), "reference")
             rows.append((op, device, serving, {n: r for n, r in reasons.items() if r is not None}))
     return rows

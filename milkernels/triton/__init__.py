@@ -1,0 +1,72 @@
+"""Adapter to the Triton kernels: which calls they serve, and their registration with PyTorch's dispatcher.
+
+Triton is imported when a kernel is first called. With ``TRITON_INTERPRET=1`` set before that, Triton runs kernels on
+the CPU, slowly and in Python: so their numbers can be tested where there is no GPU. ``auto`` never chooses that.
+"""
+
+import importlib
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FAMILIES = {  # module: ops
+    "attention": ("attention_pool", "attention_scores"),
+    "pooling": (
+        *("softmax_pool", "query_pool", "query_scores", "weighted_pool", "mean_pool", "loss_attention_pool"),
+        *("segment_softmax", "attention_weights"),
+    ),
+    "choice": ("instance_max", "max_pool", "topk_instances"),
+    "dsmil": ("dsmil", "dsmil_pool"),
+}
+OPS = frozenset(op for ops in _FAMILIES.values() for op in ops)
+_SHARED = {"attention": "attention", "query": "pooling"}  # backwards of several ops
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def load_error() -> str | None:
+    """Why there are no Triton kernels here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; `pip install triton`"
+    return None
+
+
+def device_types() -> tuple[str, ...]:
+    return ("cuda", "cpu") if interpreted() else ("cuda",)
+
+
+def unsupported(op: str, x: Tensor, *parameters: Tensor | None) -> str | None:
+    """Why this backend cannot serve ``op`` on these tensors, or None if it can."""
+    if op not in OPS:
+        return f"it has no kernel for {op}"
+    if x.device.type not in device_types():
+        return f"it has no kernels for {x.device.type} tensors"
+    if (error := load_error()) is not None:
+        return error
+    if x.dtype not in _DTYPES:
+        return f"it has no kernels for {x.dtype}"
+    if x.dtype != torch.float64 and any(p is not None and p.dtype == torch.float64 for p in parameters):
+        return f"float64 parameters with {x.dtype} x"
+    return None
+
+
+def kernel(name: str):
+    """``<op>_fwd`` or ``<op>_bwd``, on the device of its first argument."""
+    op = name.rpartition("_")[0]
+    family = _SHARED.get(op) or next(family for family, ops in _FAMILIES.items() if op in ops)
+    found = None
+
+    def call(first: Tensor, *args):
+        nonlocal found
+        found = found or getattr(importlib.import_module(f"milkernels.triton.{family}"), name)
+        if not first.is_cuda:
+            return found(first, *args)
+        with torch.cuda.device(first.device):
+            return found(first, *args)
+
+    return call

@@ -1,0 +1,298 @@
+"""Attention and gated attention pooling (Ilse, Tomczak, Welling 2018) on chunks of rows: the library's products with V
+and U into a workspace, kernels for gate and score behind them, then the pooling driver."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from milkernels.triton import pool, rows
+from milkernels.triton.call import Call, ceil_div, launch, power_of_two, product, product_dtype
+from milkernels.triton.common import activate, activation_gradient, dropout_factors, sigmoid
+
+
+@triton.jit
+def gate_scores(
+    Z, BIAS, W, W_BIAS, MASK, SEED, OUT, first, last, D, threshold,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Scores of rows [first, last) from Z = x [V; U]^T, which begins at row `first`; BIAS is that of V, then of U."""
+    A: tl.constexpr = OUT.dtype.element_ty
+    WIDE: tl.constexpr = 2 if GATED else 1
+    r = tl.cast(first, tl.int64) + tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    out = tl.zeros([BN, BK], A)
+    z_rows = Z + (r - first)[:, None] * (WIDE * D)
+    for unit in tl.range(0, D, BD):
+        d = unit + tl.arange(0, BD)
+        inside = (r < last)[:, None] & (d < D)[None, :]
+        gate = activate(_units(z_rows, BIAS, d, inside, D, A), ACTIVATION)
+        if SEED is not None:
+            gate = gate * dropout_factors(SEED, r, unit, threshold, 0, BD, A)
+        if GATED:
+            u = sigmoid(_units(z_rows + D, None if BIAS is None else BIAS + D, d, inside, D, A))
+            if SEED is not None:
+                u = u * dropout_factors(SEED, r, unit, threshold, 1, BD, A)
+            gate = gate * u
+        for j in tl.static_range(K):
+            w = tl.load(W + j * D + d, mask=d < D, other=0.0)
+            score = tl.sum(gate * w[None, :], axis=1)
+            if K == 1:
+                out += score[:, None]
+            else:
+                out += tl.where((k == j)[None, :], score[:, None], 0.0)
+    if W_BIAS is not None:
+        out += tl.load(W_BIAS + k, mask=k < K, other=0.0)[None, :]
+    if MASK is not None:
+        real = tl.load(MASK + r, mask=r < last, other=0) != 0
+        out = tl.where(real[:, None], out, float("-inf"))
+    tl.store(OUT + r[:, None] * K + k[None, :], out, mask=(r < last)[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def _units(Z_ROWS, BIAS, d, inside, D, A: tl.constexpr):
+    z = tl.load(Z_ROWS + d[None, :], mask=inside, other=0.0).to(A)
+    if BIAS is not None:
+        z += tl.load(BIAS + d, mask=d < D, other=0.0)[None, :]
+    return z
+
+
+@triton.jit
+def gate_backward(
+    Z, BIAS, W, DS, MASK, SEED, SCALE, SUMS, first, last, D, threshold,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradient of Z, times SCALE, over Z, and into SUMS [programs, K + 2, D] what these rows add to the
+    gradients of w (K rows) and of the biases of V and U. DS: gradients of the scores, [N, K]."""
+    A: tl.constexpr = SUMS.dtype.element_ty
+    WIDE: tl.constexpr = 2 if GATED else 1
+    unit = tl.program_id(1) * BD
+    d = unit + tl.arange(0, BD)
+    begin = tl.cast(first, tl.int64) + tl.program_id(0) * ROWS
+    dw = ()
+    for j in tl.static_range(K):
+        dw = dw + (tl.zeros([BD], A),)
+    dv_bias = tl.zeros([BD], A)
+    du_bias = tl.zeros([BD], A)
+    grad_scale = tl.cast(1.0, A)
+    if SCALE is not None:
+        grad_scale = tl.load(SCALE)
+    for row in tl.range(begin, tl.minimum(begin + ROWS, last), BN):
+        r = row + tl.arange(0, BN)
+        inside = (r < last)[:, None] & (d < D)[None, :]
+        z_rows = Z + (r - first)[:, None] * (WIDE * D)
+        v = _units(z_rows, BIAS, d, inside, D, A)
+        t = activate(v, ACTIVATION)
+        dt = activation_gradient(v, t, ACTIVATION)
+        if SEED is not None:
+            factor = dropout_factors(SEED, r, unit, threshold, 0, BD, A)
+            t = t * factor
+            dt = dt * factor
+        gate = t
+        if GATED:
+            u = sigmoid(_units(z_rows + D, None if BIAS is None else BIAS + D, d, inside, D, A))
+            du = u * (1.0 - u)
+            if SEED is not None:
+                factor = dropout_factors(SEED, r, unit, threshold, 1, BD, A)
+                u = u * factor
+                du = du * factor
+            gate = t * u
+        alive = inside
+        if MASK is not None:
+            alive = inside & (tl.load(MASK + r, mask=r < last, other=0) != 0)[:, None]
+            gate = tl.where(alive, gate, 0.0)
+        dgate = tl.zeros([BN, BD], A)
+        added = ()
+        for j in tl.static_range(K):
+            ds = tl.load(DS + r * K + j, mask=r < last, other=0.0)
+            w = tl.load(W + j * D + d, mask=d < D, other=0.0)
+            dgate += ds[:, None] * w[None, :]
+            added = added + (dw[j] + tl.sum(gate * ds[:, None], axis=0),)
+        dw = added
+        if GATED:
+            dz = tl.where(alive, dgate * u * dt, 0.0)
+            dz_u = tl.where(alive, dgate * t * du, 0.0)
+            du_bias += tl.sum(dz_u, axis=0)
+            tl.store(z_rows + D + d[None, :], (dz_u * grad_scale).to(Z.dtype.element_ty), mask=inside)
+        else:
+            dz = tl.where(alive, dgate * dt, 0.0)
+        dv_bias += tl.sum(dz, axis=0)
+        tl.store(z_rows + d[None, :], (dz * grad_scale).to(Z.dtype.element_ty), mask=inside)
+    sums = SUMS + tl.program_id(0) * ((K + 2) * D) + d
+    for j in tl.static_range(K):
+        tl.store(sums + j * D, dw[j], mask=d < D)
+    tl.store(sums + K * D, dv_bias, mask=d < D)
+    tl.store(sums + (K + 1) * D, du_bias, mask=d < D)
+
+
+class _Attention(Call):
+    """The parameters as kernels take them: V over U in the type of products, the rest in that of accumulation."""
+
+    def __init__(self, x, parameters, offsets, mask, seed, activation, dropout_p, compute_dtype):
+        super().__init__(x, offsets, mask)
+        v_weight, v_bias, u_weight, u_bias, w_weight, w_bias = parameters
+        self.gated, self.activation = u_weight is not None, activation
+        self.type = product_dtype(x, compute_dtype)
+        weights = [v_weight, u_weight] if self.gated else [v_weight]
+        self.weight = torch.cat([w.to(self.type) for w in weights]) if self.gated else v_weight.to(self.type)
+        self.weight = self.weight.contiguous()
+        self.heads, self.hidden = w_weight.shape
+        self.w, self.w_bias = self.take(w_weight), self.take(w_bias)
+        self.bias = None
+        if v_bias is not None or u_bias is not None:
+            none = self.zeros(self.hidden)
+            biases = [v_bias, u_bias] if self.gated else [v_bias]
+            self.bias = torch.cat([none if b is None else b.to(self.acc) for b in biases])
+        self.dropout = dropout_of(seed, dropout_p)
+
+    @property
+    def units(self) -> int:
+        return self.weight.shape[0]
+
+    def rows_of(self, block: slice, workspace: bool) -> Tensor:
+        """The slice of x for products; a copy where its type is another, or masked rows may hold anything."""
+        if workspace or self.x.dtype != self.type:
+            return rows.staged(self, self.x[block], block, self.type)
+        return self.x[block]
+
+    def options(self) -> dict:
+        return {"GATED": self.gated, "ACTIVATION": self.activation}
+
+
+def dropout_of(seed: Tensor | None, p: float) -> tuple[Tensor | None, int]:
+    """``(seed, threshold)``: a unit is dropped if its 16 bits are below the threshold; no seed, no dropout."""
+    threshold = int(p * 65536 + 0.5)
+    return (None, 0) if seed is None or threshold == 0 else (seed, threshold)
+
+
+def _scores(call: _Attention) -> Tensor:
+    out = call.empty(call.rows, call.heads)
+    heads = power_of_two(call.heads)
+    seed, threshold = call.dropout
+    units = min(max(power_of_two(call.hidden), 16), 64)
+    size = torch.finfo(call.type).bits // 8
+    converted = call.width * size if call.type != call.x.dtype else 0
+    for block in call.blocks(call.units * size + converted):
+        z = product(call.rows_of(block, False), call.weight.t())
+        launch(
+            gate_scores, (ceil_div(block.stop - block.start, 32),),
+            z, call.bias, call.w, call.w_bias, call.mask, seed, out, block.start, block.stop, call.hidden,
+            threshold, BN=32, BD=units, K=call.heads, BK=heads, num_warps=4, **call.options(),
+        )  # fmt: skip
+    return out
+
+
+def attention_pool_fwd(x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, offsets, mask, *options):
+    call = _Attention(x, (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias), offsets, mask, *options)
+    scores = _scores(call)
+    bag, lse = pool.softmax_pool(call, call.x, scores)
+    return bag, scores, lse
+
+
+def attention_scores_fwd(x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, offsets, mask, *options):
+    call = _Attention(x, (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias), offsets, mask, *options)
+    return _scores(call)
+
+
+def attention_bwd(
+    x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, offsets, mask, seed, bag, scores, lse, activation,
+    dropout_p, compute_dtype, grad_bag, grad_scores, grad_lse, needs,
+):  # fmt: skip
+    parameters = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
+    call = _Attention(x, parameters, offsets, mask, seed, activation, dropout_p, compute_dtype)
+    gradients = PoolGradients(call, call.x, scores, bag, grad_bag, grad_scores, grad_lse, weights=needs[0])
+    ds, D, K = gradients.scores, call.hidden, call.heads
+
+    grad_x = call.x.new_empty(call.x.shape) if needs[0] else None
+    need_weight = needs[1] or needs[3]
+    grad_weight = call.zeros(call.units, call.width) if need_weight else None
+    sums = call.zeros(K + 2, D)
+    scale = _power_of_two_scale(ds, call.w) if call.type == torch.float16 else None
+    seed, threshold = call.dropout
+    units = min(max(power_of_two(D), 16), 64)
+    size = torch.finfo(call.type).bits // 8
+    per_row = call.units * size + (call.width * call.acc.itemsize if needs[0] else 0)
+    copied = call.mask is not None or call.type != call.x.dtype
+    for block in call.blocks(per_row + (call.width * size if copied else 0)) if any(needs) else ():
+        count = block.stop - block.start
+        x_rows = call.rows_of(block, call.mask is not None)
+        z = product(x_rows, call.weight.t())
+        programs = ceil_div(count, _SUMMED_ROWS)
+        part = call.empty(programs, K + 2, D)
+        launch(
+            gate_backward, (programs, ceil_div(D, units)),
+            z, call.bias, call.w, ds, call.mask, seed, scale, part, block.start, block.stop, D, threshold,
+            ROWS=_SUMMED_ROWS, BN=16, BD=units, K=K, num_warps=4, **call.options(),
+        )  # fmt: skip
+        sums += part.sum(0)
+        if need_weight:
+            grad_weight += product(z.t(), x_rows, call.acc)
+        if needs[0]:
+            rows.expand(
+                call, grad_x, gradients.weights, gradients.bag,
+                product=product(z, call.weight, call.acc), scale=None if scale is None else 1 / scale, rows=block,
+            )  # fmt: skip
+    if need_weight and scale is not None:
+        grad_weight /= scale
+    found = (
+        grad_x,
+        None if grad_weight is None else grad_weight[:D],
+        sums[K],
+        None if grad_weight is None else grad_weight[D:],
+        sums[K + 1],
+        sums[:K],
+        ds.sum(0),
+    )
+    return gradients_in_their_types(call, (x, *parameters), found, needs)
+
+
+_SUMMED_ROWS = 256  # by one program of gate_backward
+
+
+def _power_of_two_scale(ds: Tensor, w: Tensor) -> Tensor:
+    """What gradients are multiplied by so that the largest come to about 2^12 in float16: at N = 100k most of them
+    would be 0 there otherwise. A power of two, which costs no digit; on the device, so that nothing waits."""
+    largest = ds.nan_to_num(0, 0, 0).abs().amax() if ds.numel() else ds.new_zeros(())
+    bound = largest * w.abs().nan_to_num(0, 0, 0).sum(0).amax()
+    exponent = (12 - bound.log2().ceil()).clamp(-24, 100)
+    return torch.where(bound > 0, exponent.exp2(), 1.0)
+
+
+class PoolGradients:
+    """The gradient of a softmax pooling: of its scores [N, K], and the weights, by which rows get that of their bag."""
+
+    def __init__(self, call: Call, x, scores, bag, grad_bag, grad_scores, grad_lse, *, weights: bool):
+        """``x``: the rows pooled; the bag is None where only the scores were asked for."""
+        self.bag = call.take(grad_bag)
+        ds, dlse = call.take(grad_scores), call.take(grad_lse)
+        da = shift = self.weights = None
+        if self.bag is None and dlse is None:
+            self.scores = _alive(ds, scores)
+            return
+        if self.bag is not None:
+            centre, shift = centred(bag, self.bag)
+            da = rows.products(call, x, self.bag, centre=centre)
+        terms = pool.softmax_terms(call, scores)
+        self.scores, self.weights = rows.gradients_of_scores(
+            call, scores, terms, da, shift, dlse, ds, weights and self.bag is not None
+        )
+
+
+def _alive(ds: Tensor, scores: Tensor) -> Tensor:
+    return ds.masked_fill(scores == float("-inf"), 0)
+
+
+def centred(bag: Tensor, grad_bag: Tensor) -> tuple[Tensor, Tensor]:
+    """``(c [B, L], <bag - c, grad_bag> [B, K])``: the gradient of a score is  a (<x - c, grad> - <bag - c, grad>)  for
+    any c; near the bag vectors it keeps the digits of features with a mean."""
+    centre = bag.mean(1).nan_to_num(0, 0, 0)
+    return centre, ((bag - centre[:, None]) * grad_bag).sum(-1)
+
+
+def gradients_in_their_types(call: Call, inputs, found, needs) -> tuple[Tensor, ...]:
+    """Each gradient that is wanted in the type of its input; empty ones for the others."""
+    return tuple(
+        gradient.to(like.dtype).contiguous() if need else call.x.new_empty(0)
+        for like, gradient, need in zip(inputs, found, needs, strict=True)
+    )

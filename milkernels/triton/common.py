@@ -1,0 +1,124 @@
+"""What kernels share: the ragged schedule of ``bags.segments`` found on the device, activations, the dropout mask."""
+
+import triton
+import triton.language as tl
+
+_DEAD = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def bag_rows(OFFSETS, bag, num_rows):
+    """The rows ``[start, end)`` of a bag, within ``[0, num_rows]`` whatever the offsets say."""
+    if OFFSETS is None:
+        start = tl.cast(0, tl.int64)
+        end = tl.cast(num_rows, tl.int64)
+    else:
+        start = tl.minimum(tl.maximum(tl.load(OFFSETS + bag).to(tl.int64), 0), num_rows)
+        end = tl.minimum(tl.maximum(tl.load(OFFSETS + bag + 1).to(tl.int64), 0), num_rows)
+    return start, end
+
+
+@triton.jit
+def segment(OFFSETS, slot, num_bags, num_rows, R: tl.constexpr):
+    """The segment that writes partial results into ``slot``: ``(bag, first row, end)``, empty where there is none.
+
+    Bag b owns the slots from ``start // R + b`` on, a number that grows with b, so that the bag is found by bisection.
+    """
+    low = tl.cast(slot, tl.int32) * 0
+    if OFFSETS is not None:
+        high = low + num_bags
+        while high - low > 1:
+            middle = (low + high) // 2
+            start = tl.minimum(tl.maximum(tl.load(OFFSETS + middle).to(tl.int64), 0), num_rows)
+            before = start // R + middle <= slot
+            low = tl.where(before, middle, low)
+            high = tl.where(before, high, middle)
+    start, end = bag_rows(OFFSETS, low, num_rows)
+    chunk = tl.cast(slot - low, tl.int64) * R
+    return low, tl.maximum(start, chunk), tl.minimum(end, chunk + R)
+
+
+@triton.jit
+def slots_of(OFFSETS, bag, num_rows, R: tl.constexpr):
+    """The slots ``[first, end)`` of the partial results of a bag."""
+    start, end = bag_rows(OFFSETS, bag, num_rows)
+    first = start // R + bag
+    return first, tl.where(end > start, (end - 1) // R + bag + 1, first)
+
+
+@triton.jit
+def real_rows(MASK, rows, end):
+    """Which of the rows are inside the segment and not masked."""
+    alive = rows < end
+    if MASK is not None:
+        alive = alive & (tl.load(MASK + rows, mask=alive, other=0) != 0)
+    return alive
+
+
+@triton.jit
+def finite_or_zero(top):
+    """A maximum to subtract: 0 in place of -inf, so that nothing is -inf - -inf."""
+    return tl.where(top == _DEAD, 0.0, top)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    size = tl.abs(x)
+    e = tl.exp(-2.0 * size)
+    wide = (1.0 - e) / (1.0 + e)
+    if x.dtype == tl.float32:
+        # 1 - e loses the digits of a small x; 3e-8 at the switch.
+        s = x * x
+        narrow = size * (1.0 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835 - s * (1382 / 155925))))))
+        wide = tl.where(size < 0.3, narrow, wide)
+    return tl.where(x < 0, -wide, tl.where(x == x, wide, x))
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "tanh":
+        return tanh(x)
+    elif ACTIVATION == "relu":
+        return tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        return x
+
+
+@triton.jit
+def activation_gradient(x, y, ACTIVATION: tl.constexpr):
+    """The derivative at ``x``, where the activation is ``y``."""
+    if ACTIVATION == "tanh":
+        return 1.0 - y * y
+    elif ACTIVATION == "relu":
+        return tl.where(x > 0, x * 0 + 1, x * 0)
+    elif ACTIVATION == "gelu":
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    else:
+        return x * 0 + 1
+
+
+@triton.jit
+def dropout_factors(SEED, rows, unit, threshold, BRANCH: tl.constexpr, UNITS: tl.constexpr, A: tl.constexpr):
+    """``[rows, UNITS]``: 0 for dropped units, 1 / (1 - p) for kept ones; ``unit``, the first one, is a multiple of 8.
+
+    Philox4x32-10 with key = seed and counter = (row low, row high, unit >> 3, branch); 8 units share a counter.
+    """
+    seed = tl.load(SEED).to(tl.uint64, bitcast=True)
+    group = (unit // 8 + tl.arange(0, UNITS // 8)).to(tl.uint32)
+    rows = rows.to(tl.int64)
+    zero = (rows[:, None] * 0 + group[None, :] * 0).to(tl.uint32)
+    low = (rows & 0xFFFFFFFF).to(tl.uint32)[:, None] + zero
+    high = (rows >> 32).to(tl.uint32)[:, None] + zero
+    w0, w1, w2, w3 = tl.philox(seed, low, high, group[None, :] + zero, zero + BRANCH)
+    words = tl.permute(tl.join(tl.join(w0, w1), tl.join(w2, w3)), (0, 1, 3, 2))  # last: word >> 1, word & 1
+    lanes = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (rows.shape[0], UNITS))
+    # Nothing is kept where the threshold is 65536.
+    scale = tl.cast(65536, A) / tl.cast(tl.maximum(65536 - threshold, 1), A)
+    return tl.where(lanes.to(tl.int32) >= threshold, scale, 0.0)

@@ -1,0 +1,286 @@
+"""The pooling driver: sums of rows by weights or by the softmax of scores, bag by bag.
+
+A program reduces one segment (``bags.segments``) to a partial result; another merges those of a bag in the order of
+their slots. Nothing is added atomically, so results are the same from run to run.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from milkernels.triton.call import Call, ceil_div, launch, power_of_two
+from milkernels.triton.common import finite_or_zero, real_rows, segment, slots_of
+
+HEADS = 4  # that share a read of the rows
+
+
+@triton.jit
+def pool_partial(
+    X, S, MASK, OFFSETS, TOP, TOTAL, SUM,
+    bags, rows, first, last, x_stride, L, K,
+    SOFTMAX: tl.constexpr, R: tl.constexpr, J: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of rows [first, last), which begin at X. S: scores with -inf for dead rows, or weights, [N, K]."""
+    A: tl.constexpr = SUM.dtype.element_ty
+    slot = first // R + tl.program_id(0)
+    bag, start, end = segment(OFFSETS, slot, bags, rows, R)
+    if (start < end) & (start >= first) & (start < last):
+        columns = tl.program_id(1) * BL + tl.arange(0, BL)
+        heads = ()
+        tops = ()
+        sums = ()
+        for j in tl.static_range(J):
+            # Past the last head this is the last one, once more.
+            heads = heads + (tl.minimum(tl.program_id(2) * J + j, K - 1),)
+            sums = sums + (tl.zeros([BL], A),)
+            if SOFTMAX:
+                all_rows = start + tl.arange(0, R)
+                s = tl.load(S + all_rows * K + heads[j], mask=all_rows < end, other=float("-inf")).to(A)
+                top = tl.max(s, axis=0)
+                total = tl.sum(tl.exp(s - finite_or_zero(top)), axis=0)
+                tops = tops + (finite_or_zero(top),)
+                at = tl.cast(slot, tl.int64) * K + heads[j]
+                tl.store(TOP + at, top, mask=tl.program_id(1) == 0)
+                tl.store(TOTAL + at, total, mask=tl.program_id(1) == 0)
+        for row in tl.range(start, end, BN, num_stages=NS):
+            r = row + tl.arange(0, BN)
+            alive = real_rows(MASK, r, end)
+            x = tl.load(
+                X + (r - first)[:, None] * x_stride + columns[None, :],
+                mask=alive[:, None] & (columns < L)[None, :],
+                other=0.0,
+            ).to(A)
+            added = ()
+            for j in tl.static_range(J):
+                if SOFTMAX:
+                    s = tl.load(S + r * K + heads[j], mask=alive, other=float("-inf")).to(A)
+                    weight = tl.exp(s - tops[j])
+                    term = tl.where((s == float("-inf"))[:, None], 0.0, x * weight[:, None])
+                else:
+                    weight = tl.load(S + r * K + heads[j], mask=alive, other=0.0).to(A)
+                    term = x * weight[:, None]
+                added = added + (sums[j] + tl.sum(term, axis=0),)
+            sums = added
+        for j in tl.static_range(J):
+            at = (tl.cast(slot, tl.int64) * K + heads[j]) * L + columns
+            tl.store(SUM + at, sums[j], mask=columns < L)
+
+
+@triton.jit
+def pool_combine(
+    OFFSETS, TOP, TOTAL, SUM, OUT, LSE,
+    rows, L, K, HOW: tl.constexpr, R: tl.constexpr, BS: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
+    """The partial sums of a bag and head, together. HOW: "softmax", "mean" (divided by TOTAL), "sum"."""
+    A: tl.constexpr = OUT.dtype.element_ty
+    bag = tl.program_id(0) // K
+    k = tl.program_id(0) % K
+    columns = tl.program_id(1) * BL + tl.arange(0, BL)
+    first, end = slots_of(OFFSETS, bag, rows, R)
+    top = tl.full([BS], float("-inf"), A)
+    if HOW == "softmax":
+        for slot in tl.range(first, end, BS):
+            s = slot + tl.arange(0, BS)
+            top = tl.maximum(top, tl.load(TOP + s * K + k, mask=s < end, other=float("-inf")))
+    highest = tl.max(top, axis=0)
+    base = finite_or_zero(highest)
+    total = tl.zeros([BS], A)
+    sums = tl.zeros([BS, BL], A)
+    for slot in tl.range(first, end, BS):
+        s = slot + tl.arange(0, BS)
+        part = tl.load(
+            SUM + (s * K + k)[:, None] * L + columns[None, :],
+            mask=(s < end)[:, None] & (columns < L)[None, :],
+            other=0.0,
+        )
+        if HOW == "softmax":
+            part_top = tl.load(TOP + s * K + k, mask=s < end, other=float("-inf"))
+            factor = tl.exp(part_top - base)
+            total += tl.load(TOTAL + s * K + k, mask=s < end, other=0.0) * factor
+            # A part in which nothing is alive holds 0, and a part far below the others may overflow no more.
+            sums += part * factor[:, None]
+        else:
+            sums += part
+            if HOW == "mean":
+                total += tl.load(TOTAL + s * K + k, mask=s < end, other=0.0)
+    bag_sum = tl.sum(sums, axis=0)
+    all_of_them = tl.sum(total, axis=0)
+    at = tl.cast(tl.program_id(0), tl.int64)
+    if HOW != "sum":
+        bag_sum = bag_sum / tl.where(all_of_them == 0, 1.0, all_of_them)
+    tl.store(OUT + at * L + columns, bag_sum, mask=columns < L)
+    if HOW == "softmax":
+        lse = tl.where(all_of_them == 0, float("-inf"), base + tl.log(all_of_them))
+        tl.store(LSE + at, lse, mask=tl.program_id(1) == 0)
+
+
+@triton.jit
+def sums_partial(
+    V, W, MASK, OFFSETS, TOP, TOTAL, bags, rows, K,
+    SOFTMAX: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Of values V [N, K]: their largest and the sum of their exponentials, or the sum of them (times W)."""
+    A: tl.constexpr = TOTAL.dtype.element_ty
+    slot = tl.program_id(0)
+    bag, start, end = segment(OFFSETS, slot, bags, rows, R)
+    if start < end:
+        k = tl.program_id(1) * BK + tl.arange(0, BK)
+        top = tl.full([BK], float("-inf"), A)
+        total = tl.zeros([BK], A)
+        for row in tl.range(start, end, BN):
+            r = row + tl.arange(0, BN)
+            used = real_rows(MASK, r, end)[:, None] & (k < K)[None, :]
+            at = r[:, None] * K + k[None, :]
+            if SOFTMAX:
+                v = tl.load(V + at, mask=used, other=float("-inf")).to(A)
+                higher = tl.maximum(top, tl.max(v, axis=0))
+                base = finite_or_zero(higher)
+                total = total * tl.exp(top - base) + tl.sum(tl.exp(v - base[None, :]), axis=0)
+                top = higher
+            else:
+                v = tl.load(V + at, mask=used, other=0.0).to(A)
+                if W is not None:
+                    v = v * tl.load(W + at, mask=used, other=0.0).to(A)
+                total += tl.sum(v, axis=0)
+        at = tl.cast(slot, tl.int64) * K + k
+        tl.store(TOTAL + at, total, mask=k < K)
+        if SOFTMAX:
+            tl.store(TOP + at, top, mask=k < K)
+
+
+@triton.jit
+def sums_combine(
+    OFFSETS, TOP, TOTAL, BAG_TOP, BAG_TOTAL, rows, K,
+    SOFTMAX: tl.constexpr, R: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """TOP (finite) and TOTAL of each bag [B, K], from the partial ones."""
+    A: tl.constexpr = BAG_TOTAL.dtype.element_ty
+    bag = tl.program_id(0)
+    k = tl.program_id(1) * BK + tl.arange(0, BK)
+    first, end = slots_of(OFFSETS, bag, rows, R)
+    top = tl.full([BK], float("-inf"), A)
+    total = tl.zeros([BK], A)
+    for slot in tl.range(first, end, BS):
+        s = slot + tl.arange(0, BS)
+        used = (s < end)[:, None] & (k < K)[None, :]
+        part = tl.load(TOTAL + s[:, None] * K + k[None, :], mask=used, other=0.0)
+        if SOFTMAX:
+            part_top = tl.load(TOP + s[:, None] * K + k[None, :], mask=used, other=float("-inf"))
+            higher = tl.maximum(top, tl.max(part_top, axis=0))
+            base = finite_or_zero(higher)
+            total = total * tl.exp(top - base) + tl.sum(part * tl.exp(part_top - base[None, :]), axis=0)
+            top = higher
+        else:
+            total += tl.sum(part, axis=0)
+    at = tl.cast(bag, tl.int64) * K + k
+    tl.store(BAG_TOTAL + at, total, mask=k < K)
+    if SOFTMAX:
+        tl.store(BAG_TOP + at, finite_or_zero(top), mask=k < K)
+
+
+# Launches
+
+
+def row_tile(width: int, itemsize: int, most: int = 2048) -> dict[str, int]:
+    """A tile of rows whose columns lie across the threads, 16 bytes each, and whose rows lie in their registers."""
+    columns = max(min(power_of_two(width), most), 16)
+    lane = 16 // itemsize
+    warps = min(max(columns // (32 * lane), 1), 8)
+    rows = max(4, min(16, 64 * 32 * warps // columns))
+    return {"BL": columns, "BN": rows, "num_warps": warps}
+
+
+def head_groups(heads: int) -> tuple[int, int]:
+    """``(groups, heads of a group)``."""
+    groups = ceil_div(heads, HEADS)
+    return groups, ceil_div(heads, groups)
+
+
+def slots_at_once(call: Call) -> int:
+    """Of partial results that a program reads together."""
+    return min(max(power_of_two(ceil_div(call.slots, max(call.bags, 1))), 4), 128)
+
+
+class Partials:
+    """The partial sums of one pooling: of all rows together, or of one slice of rows after the other."""
+
+    def __init__(self, call: Call, heads: int, width: int, how: str = "softmax"):
+        self.call, self.heads, self.width, self.how = call, heads, width, how
+        self.sum = call.empty(call.slots, heads, width)
+        self.top = call.empty(call.slots, heads) if how == "softmax" else None
+        self.total = self.top if self.top is None else call.empty(call.slots, heads)
+
+    def add(self, x: Tensor, weights: Tensor, rows: slice | None = None, mask: Tensor | None = None) -> None:
+        """Of ``x``, which holds the rows of the slice; ``weights`` [N, heads] are of all rows, scores in a softmax."""
+        call, rows = self.call, rows or self.call.whole
+        if call.rows == 0:
+            return
+        tile = row_tile(self.width, x.element_size())
+        groups, J = head_groups(self.heads)
+        grid = (call.slots_in(rows), ceil_div(self.width, tile["BL"]), groups)
+        launch(
+            pool_partial, grid, x, weights, mask, call.offsets, self.top, self.total, self.sum,
+            call.bags, call.rows, rows.start, rows.stop, x.stride(0), self.width, self.heads,
+            SOFTMAX=self.how == "softmax", R=call.chunk, J=J, NS=3, **tile,
+        )  # fmt: skip
+
+    def result(self) -> tuple[Tensor, Tensor | None]:
+        """``(bag [B, heads, width], lse [B, heads])``."""
+        call = self.call
+        bag = call.empty(call.bags, self.heads, self.width)
+        lse = call.empty(call.bags, self.heads) if self.how == "softmax" else None
+        launch(
+            pool_combine, (call.bags * self.heads, ceil_div(self.width, 32)),
+            call.offsets, self.top, self.total, self.sum, bag, lse, call.rows, self.width, self.heads,
+            HOW=self.how, R=call.chunk, BS=slots_at_once(call), BL=32, num_warps=4,
+        )  # fmt: skip
+        return bag, lse
+
+
+def softmax_pool(call: Call, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """``(bag, lse)`` of rows ``x`` by scores that have -inf where a row is dead."""
+    partials = Partials(call, scores.shape[1], x.shape[1])
+    partials.add(x, scores)
+    return partials.result()
+
+
+def weighted_sums(call: Call, x: Tensor, weights: Tensor) -> Tensor:
+    """``sum_i weights[i, k] x_i`` over each bag, without the masked rows: [B, K, L]."""
+    partials = Partials(call, weights.shape[1], x.shape[1], "sum")
+    partials.add(x, weights, mask=call.mask)
+    return partials.result()[0]
+
+
+def _column_tile(columns: int) -> dict[str, int]:
+    block = min(power_of_two(columns), 16)
+    return {"BK": block, "num_warps": 4}
+
+
+def _column_sums(call: Call, values: Tensor, factors: Tensor | None, softmax: bool):
+    K = values.shape[1]
+    top, total = (call.empty(call.slots, K) for _ in range(2))
+    bag_top, bag_total = (call.empty(call.bags, K) for _ in range(2))
+    tile = _column_tile(K)
+    columns = ceil_div(K, tile["BK"])
+    if call.rows:
+        launch(
+            sums_partial, (call.slots_in(call.whole), columns),
+            values, factors, call.mask, call.offsets, top, total, call.bags, call.rows, K,
+            SOFTMAX=softmax, R=call.chunk, BN=min(call.chunk, 2048 // tile["BK"]), **tile,
+        )  # fmt: skip
+    launch(
+        sums_combine, (call.bags, columns), call.offsets, top, total, bag_top, bag_total, call.rows, K,
+        SOFTMAX=softmax, R=call.chunk, BS=slots_at_once(call), **tile,
+    )  # fmt: skip
+    return bag_top, bag_total
+
+
+def softmax_terms(call: Call, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """``(top, total)`` [B, K]: a weight is ``exp(score - top) / total``, exact where ``exp(score - lse)`` is not:
+    a rounding of an lse of 500 is 3e-5."""
+    return _column_sums(call, scores, None, True)
+
+
+def column_sums(call: Call, values: Tensor, factors: Tensor | None = None) -> Tensor:
+    """``sum_i values[i, k] factors[i, k]`` over each bag, without masked rows: [B, K]."""
+    return _column_sums(call, values, factors, False)[1]

@@ -1,0 +1,277 @@
+"""Row by row: products of rows with the vectors of their bag, and rows made of such vectors.
+
+With the sums of ``pool`` these are the three derivatives of  sum_ik weight[i,k] <x_i, vector[bag(i),k]>, of which every
+op and its backward are made.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from milkernels.triton.call import Call, ceil_div, launch, power_of_two
+from milkernels.triton.common import activation_gradient, dropout_factors, real_rows, segment
+from milkernels.triton.pool import row_tile
+
+
+@triton.jit
+def row_products(
+    X, VECTORS, CENTRE, SHIFT, MASK, OFFSETS, OUT,
+    bags, rows, first, last, x_stride, L, K, vector_stride,
+    R: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr, FILL: tl.constexpr,
+):  # fmt: skip
+    """OUT[i, k] = <x_i - centre[b], vectors[b, k]> + shift[b, k]; FILL where masked. X begins at row `first`."""
+    A: tl.constexpr = OUT.dtype.element_ty
+    bag, start, end = segment(OFFSETS, first // R + tl.program_id(0), bags, rows, R)
+    if (start < end) & (start >= first) & (start < last):
+        k = tl.program_id(1) * BK + tl.arange(0, BK)
+        vectors = VECTORS + tl.cast(bag, tl.int64) * vector_stride
+        for row in tl.range(start, end, BN):
+            r = row + tl.arange(0, BN)
+            alive = real_rows(MASK, r, end)
+            out = tl.zeros([BN, BK], A)
+            for column in tl.range(0, L, BL, num_stages=NS):
+                c = column + tl.arange(0, BL)
+                x = tl.load(
+                    X + (r - first)[:, None] * x_stride + c[None, :],
+                    mask=alive[:, None] & (c < L)[None, :],
+                    other=0.0,
+                ).to(A)
+                if CENTRE is not None:
+                    x = x - tl.load(CENTRE + tl.cast(bag, tl.int64) * L + c, mask=c < L, other=0.0)[None, :]
+                for j in tl.static_range(BK):
+                    head = tl.minimum(tl.program_id(1) * BK + j, K - 1)
+                    v = tl.load(vectors + tl.cast(head, tl.int64) * L + c, mask=c < L, other=0.0)
+                    product = tl.sum(x * v.to(A)[None, :], axis=1)
+                    if BK == 1:
+                        out += product[:, None]
+                    else:
+                        out += tl.where((tl.arange(0, BK) == j)[None, :], product[:, None], 0.0)
+            if SHIFT is not None:
+                shift = tl.load(SHIFT + tl.cast(bag, tl.int64) * K + k, mask=k < K, other=0.0)
+                out += shift[None, :]
+            out = tl.where(alive[:, None], out, FILL)
+            tl.store(OUT + r[:, None] * K + k[None, :], out, mask=(r < end)[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def score_gradients(
+    DA, S, TOP, TOTAL, SHIFT, DLSE, DS, OFFSETS, OUT, WEIGHTS,
+    bags, rows, K, R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """ds = a (da - shift + dlse) + ds of the scores themselves, 0 for dead rows; and the weights a."""
+    A: tl.constexpr = OUT.dtype.element_ty
+    bag, start, end = segment(OFFSETS, tl.program_id(0), bags, rows, R)
+    if start < end:
+        k = tl.program_id(1) * BK + tl.arange(0, BK)
+        of_bag = tl.cast(bag, tl.int64) * K + k
+        top = tl.load(TOP + of_bag, mask=k < K, other=0.0)
+        total = tl.load(TOTAL + of_bag, mask=k < K, other=1.0)
+        same = tl.zeros([BK], A)
+        if SHIFT is not None:
+            same -= tl.load(SHIFT + of_bag, mask=k < K, other=0.0)
+        if DLSE is not None:
+            same += tl.load(DLSE + of_bag, mask=k < K, other=0.0)
+        for row in tl.range(start, end, BN):
+            r = row + tl.arange(0, BN)
+            used = (r < end)[:, None] & (k < K)[None, :]
+            at = r[:, None] * K + k[None, :]
+            s = tl.load(S + at, mask=used, other=float("-inf"))
+            dead = s == float("-inf")
+            a = tl.exp(s - top[None, :]) / total[None, :]
+            da = tl.zeros([BN, BK], A) + same[None, :]
+            if DA is not None:
+                da += tl.load(DA + at, mask=used, other=0.0)
+            ds = a * da
+            if DS is not None:
+                ds += tl.load(DS + at, mask=used, other=0.0)
+            tl.store(OUT + at, tl.where(dead, 0.0, ds), mask=used)
+            if WEIGHTS is not None:
+                tl.store(WEIGHTS + at, tl.where(dead, 0.0, a), mask=used)
+
+
+@triton.jit
+def bag_weights(
+    V, TOP, TOTAL, SHIFT, G, MASK, OFFSETS, OUT,
+    bags, rows, K, EXP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """EXP: exp(v - top) / total, 0 for dead rows. Else v (g - shift)."""
+    A: tl.constexpr = OUT.dtype.element_ty
+    bag, start, end = segment(OFFSETS, tl.program_id(0), bags, rows, R)
+    if start < end:
+        k = tl.program_id(1) * BK + tl.arange(0, BK)
+        of_bag = tl.cast(bag, tl.int64) * K + k
+        for row in tl.range(start, end, BN):
+            r = row + tl.arange(0, BN)
+            alive = real_rows(MASK, r, end)
+            used = (r < end)[:, None] & (k < K)[None, :]
+            at = r[:, None] * K + k[None, :]
+            if EXP:
+                v = tl.load(V + at, mask=used & alive[:, None], other=float("-inf")).to(A)
+                out = tl.exp(v - tl.load(TOP + of_bag, mask=k < K, other=0.0)[None, :])
+                if TOTAL is not None:
+                    out = out / tl.load(TOTAL + of_bag, mask=k < K, other=1.0)[None, :]
+                out = tl.where(v == float("-inf"), 0.0, out)
+            else:
+                v = tl.load(V + at, mask=used, other=0.0).to(A)
+                g = tl.load(G + at, mask=used, other=0.0)
+                if SHIFT is not None:
+                    g = g - tl.load(SHIFT + of_bag, mask=k < K, other=0.0)[None, :]
+                # A weight of 0 takes part in nothing, whatever comes back to it.
+                out = tl.where(v == 0, 0.0, v * g)
+            tl.store(OUT + at, out, mask=used)
+
+
+@triton.jit
+def expand_rows(
+    PRODUCT, SCALE, WEIGHTS, VECTORS, WEIGHTS2, VECTORS2, MASK, OFFSETS, OUT,
+    bags, rows, first, last, out_stride, L, K, K2, vector_stride2,
+    R: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
+    """OUT[i] = product[i] scale + sum_k weights[i, k] vectors[b, k] + sum_j weights2[i, j] vectors2[b, j]; 0 if masked.
+
+    PRODUCT begins at row `first`, OUT at row 0; each of the three terms may be None.
+    """
+    bag, start, end = segment(OFFSETS, first // R + tl.program_id(0), bags, rows, R)
+    if (start < end) & (start >= first) & (start < last):
+        c = tl.program_id(1) * BL + tl.arange(0, BL)
+        for row in tl.range(start, end, BN):
+            r = row + tl.arange(0, BN)
+            alive = real_rows(MASK, r, end)
+            used = (r < end)[:, None] & (c < L)[None, :]
+            if PRODUCT is not None:
+                out = tl.load(PRODUCT + (r - first)[:, None] * L + c[None, :], mask=used, other=0.0)
+                if SCALE is not None:
+                    out = out * tl.load(SCALE)
+            elif WEIGHTS is not None:
+                out = tl.zeros([BN, BL], WEIGHTS.dtype.element_ty)
+            else:
+                out = tl.zeros([BN, BL], WEIGHTS2.dtype.element_ty)
+            if WEIGHTS is not None:
+                for k in tl.range(0, K):
+                    w = tl.load(WEIGHTS + r * K + k, mask=r < end, other=0.0)
+                    v = tl.load(VECTORS + (tl.cast(bag, tl.int64) * K + k) * L + c, mask=c < L, other=0.0)
+                    out += tl.where((w == 0)[:, None], 0.0, w[:, None] * v[None, :])
+            if WEIGHTS2 is not None:
+                for k in tl.range(0, K2):
+                    w = tl.load(WEIGHTS2 + r * K2 + k, mask=r < end, other=0.0)
+                    at = tl.cast(bag, tl.int64) * vector_stride2 + tl.cast(k, tl.int64) * L
+                    v = tl.load(VECTORS2 + at + c, mask=c < L, other=0.0)
+                    out += tl.where((w == 0)[:, None], 0.0, w[:, None] * v[None, :])
+            out = tl.where(alive[:, None], out, 0.0)
+            tl.store(OUT + r[:, None] * out_stride + c[None, :], out.to(OUT.dtype.element_ty), mask=used)
+
+
+@triton.jit
+def stage_rows(
+    X, MASK, SEED, Z, OUT, first, last, x_stride, L, threshold,
+    ACTIVATION: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
+    """OUT: rows of X, 0 where masked, dropped out (branch 2), in the type of OUT; times the gradient of the activation
+    at Z, if given. All but the dropout count rows from `first`."""
+    A: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
+    r = tl.cast(first, tl.int64) + tl.program_id(0) * BN + tl.arange(0, BN)
+    c = tl.program_id(1) * BL + tl.arange(0, BL)
+    inside = (r < last)[:, None] & (c < L)[None, :]
+    alive = real_rows(MASK, r, last)[:, None] & (c < L)[None, :]
+    x = tl.load(X + (r - first)[:, None] * x_stride + c[None, :], mask=alive, other=0.0).to(A)
+    if SEED is not None:
+        # Dropped features are selected away: what is dropped may be infinite.
+        factors = dropout_factors(SEED, r, tl.program_id(1) * BL, threshold, 2, BL, A)
+        x = tl.where(factors == 0, 0.0, x * factors)
+    if Z is not None:
+        z = tl.load(Z + (r - first)[:, None] * L + c[None, :], mask=alive, other=0.0).to(A)
+        x = x * activation_gradient(z, z, ACTIVATION)
+    tl.store(OUT + (r - first)[:, None] * L + c[None, :], x.to(OUT.dtype.element_ty), mask=inside)
+
+
+# Launches
+
+
+def products(
+    call: Call, x: Tensor, vectors: Tensor, *, centre=None, shift=None, fill=0.0, rows: slice | None = None, out=None
+) -> Tensor:
+    """``<x_i - centre[b], vectors[b, k]> + shift[b, k]`` [N, K]; vectors are [B, K, L], or [K, L] for all bags."""
+    rows = rows or call.whole
+    K, L = vectors.shape[-2:]
+    out = call.empty(call.rows, K) if out is None else out
+    if call.rows == 0:
+        return out
+    block = min(power_of_two(K), 8)
+    tile = row_tile(L, x.element_size())
+    launch(
+        row_products, (call.slots_in(rows), ceil_div(K, block)),
+        x, vectors, centre, shift, call.mask, call.offsets, out,
+        call.bags, call.rows, rows.start, rows.stop, x.stride(0), L, K, K * L if vectors.dim() == 3 else 0,
+        R=call.chunk, BK=block, NS=2, FILL=fill, **tile,
+    )  # fmt: skip
+    return out
+
+
+def _scalar_tile(columns: int) -> dict[str, int]:
+    block = min(power_of_two(columns), 16)
+    return {"BK": block, "BN": max(16, 512 // block), "num_warps": 4}
+
+
+def gradients_of_scores(call: Call, scores: Tensor, terms, da, shift, dlse, ds, weights: bool):
+    """``(gradient of the scores before the softmax, weights or None)``, both [N, K]; ``terms`` are `softmax_terms`."""
+    K = scores.shape[1]
+    out = call.empty(call.rows, K)
+    a = call.empty(call.rows, K) if weights else None
+    tile = _scalar_tile(K)
+    if call.rows:
+        launch(
+            score_gradients, (call.slots_in(call.whole), ceil_div(K, tile["BK"])),
+            da, scores, *terms, shift, dlse, ds, call.offsets, out, a, call.bags, call.rows, K, R=call.chunk, **tile,
+        )  # fmt: skip
+    return out, a
+
+
+def weights_of(call: Call, values: Tensor, *, top=None, total=None, grad=None, shift=None) -> Tensor:
+    """``exp(values - top) / total``, or ``values (grad - shift)`` where ``grad`` is given: [N, K]."""
+    K = values.shape[1]
+    out = call.empty(call.rows, K)
+    tile = _scalar_tile(K)
+    if call.rows:
+        launch(
+            bag_weights, (call.slots_in(call.whole), ceil_div(K, tile["BK"])),
+            values, top, total, shift, grad, call.mask, call.offsets, out, call.bags, call.rows, K,
+            EXP=grad is None, R=call.chunk, **tile,
+        )  # fmt: skip
+    return out
+
+
+def expand(
+    call: Call, out: Tensor, weights=None, vectors=None, weights2=None, vectors2=None, *,
+    product=None, scale=None, rows: slice | None = None,
+) -> None:  # fmt: skip
+    """Writes ``product * scale + weights vectors + weights2 vectors2`` into the rows of ``out`` [N, L]."""
+    rows = rows or call.whole
+    if call.rows == 0:
+        return
+    L = out.shape[1]
+    K = 0 if weights is None else weights.shape[1]
+    K2 = 0 if weights2 is None else weights2.shape[1]
+    tile = row_tile(L, out.element_size(), most=1024)
+    launch(
+        expand_rows, (call.slots_in(rows), ceil_div(L, tile["BL"])),
+        product, scale, weights, vectors, weights2, vectors2, call.mask, call.offsets, out,
+        call.bags, call.rows, rows.start, rows.stop, out.stride(0), L, K, K2,
+        K2 * L if vectors2 is not None and vectors2.dim() == 3 else 0, R=call.chunk, **tile,
+    )  # fmt: skip
+
+
+def staged(
+    call: Call, x: Tensor, rows: slice, dtype, *, dropout=None, z=None, activation="identity", out=None
+) -> Tensor:
+    """The slice's rows, which ``x`` holds, in ``dtype`` as a workspace: masked rows 0, dropped out by
+    ``dropout = (seed, threshold)``, times the activation's gradient where its values ``z`` are given."""
+    count, L = rows.stop - rows.start, x.shape[1]
+    out = call.empty(count, L, dtype=dtype) if out is None else out
+    seed, threshold = dropout or (None, 0)
+    block = min(max(power_of_two(L), 16), 256)
+    launch(
+        stage_rows, (ceil_div(count, 16), ceil_div(L, block)),
+        x, call.mask, seed, z, out, rows.start, rows.stop, x.stride(0), L, threshold,
+        ACTIVATION=activation, BN=16, BL=block, num_warps=4,
+    )  # fmt: skip
+    return out
