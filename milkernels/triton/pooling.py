@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from milkernels.triton import pool, rows
-from milkernels.triton.attention import PoolGradients, gradients_in_their_types
 from milkernels.triton.call import Call
+from milkernels.triton.gradients import PoolGradients, alive, in_their_types
 
 _DEAD = float("-inf")
 
@@ -30,7 +30,7 @@ def softmax_pool_bwd(x, offsets, mask, bag, scores, lse, grad_bag, grad_scores, 
     if needs[0]:
         grad_x = x.new_empty(x.shape)
         _pooled_rows(call, grad_x, gradients)
-    return gradients_in_their_types(call, (x, scores), (grad_x, gradients.scores), needs)
+    return in_their_types(call, (x, scores), (grad_x, gradients.scores), needs)
 
 
 def _pooled_rows(call: Call, grad_x: Tensor, gradients: PoolGradients, *others) -> None:
@@ -38,8 +38,7 @@ def _pooled_rows(call: Call, grad_x: Tensor, gradients: PoolGradients, *others) 
     if gradients.weights is None and not others:
         grad_x.zero_()
     else:
-        rows.expand(call, grad_x, gradients.weights, gradients.weights if gradients.weights is None else gradients.bag,
-                    *others)  # fmt: skip
+        rows.expand(call, grad_x, gradients.weights, gradients.bag_of(gradients.weights), *others)
 
 
 def weighted_pool_fwd(x, weights, offsets, mask):
@@ -56,7 +55,7 @@ def weighted_pool_bwd(x, weights, offsets, mask, grad_bag, needs):
         rows.expand(call, grad_x, call.take(weights), grad_bag)
     if needs[1]:
         grad_weights = rows.products(call, call.x, grad_bag)
-    return gradients_in_their_types(call, (x, weights), (grad_x, grad_weights), needs)
+    return in_their_types(call, (x, weights), (grad_x, grad_weights), needs)
 
 
 def mean_pool_fwd(x, offsets, mask):
@@ -108,7 +107,7 @@ def query_bwd(x, query, offsets, mask, bag, scores, lse, scale, grad_bag, grad_s
     if needs[1]:
         grad_query = pool.weighted_sums(call, call.x, gradients.scores) * scale
         grad_query = grad_query.sum(0) if query.dim() == 2 else grad_query
-    return gradients_in_their_types(call, (x, query), (grad_x, grad_query), needs)
+    return in_their_types(call, (x, query), (grad_x, grad_query), needs)
 
 
 # Loss-Attention (Shi et al. 2020)
@@ -139,23 +138,18 @@ def loss_attention_pool_bwd(
     if gradients is not None:
         shares = (logits - scores).exp()
         of_logits = of_logits + alive(gradients.scores * shares, logits)
-    return gradients_in_their_types(
-        call, (x, weight, bias), linear_gradients(call, x, weight, of_logits, gradients, needs), needs
+    return in_their_types(
+        call, (x, weight, bias), linear_gradients(call, weight, of_logits, gradients, needs), needs
     )
 
 
-def alive(gradient: Tensor, values: Tensor) -> Tensor:
-    return gradient.masked_fill(values == _DEAD, 0)
-
-
-def linear_gradients(call: Call, x, weight, of_logits: Tensor, gradients: PoolGradients | None, needs):
-    """Those of x, W and b from the gradient [N, C] of ``W x + b``; to x that of a pooling is added."""
+def linear_gradients(call: Call, weight, of_logits: Tensor, gradients: PoolGradients | None, needs, onto=None):
+    """Those of x, W and b from the gradient [N, C] of ``W x + b``; to x that of a pooling is added, or ``onto``."""
     grad_x = grad_weight = None
     if needs[0]:
-        grad_x = x.new_empty(x.shape)
-        weights = None if gradients is None else gradients.weights
-        bag = None if weights is None else gradients.bag
-        rows.expand(call, grad_x, weights, bag, of_logits, call.take(weight))
+        grad_x = call.x.new_empty(call.x.shape) if onto is None else onto
+        pooled = (None, None) if gradients is None else (gradients.weights, gradients.bag_of(gradients.weights))
+        rows.expand(call, grad_x, *pooled, of_logits, call.take(weight), product=onto)
     if needs[1]:
         grad_weight = pool.weighted_sums(call, call.x, of_logits).sum(0)
     return grad_x, grad_weight, of_logits.sum(0)
@@ -188,6 +182,6 @@ def attention_weights_bwd(scores, lse, offsets, weights, grad_weights, needs):
     call = Call(scores, offsets, None)
     of_scores = rows.weights_of(call, weights, grad=call.take(grad_weights))
     of_lse = -pool.column_sums(call, of_scores) if needs[1] else None
-    return gradients_in_their_types(call, (scores, lse), (of_scores, of_lse), needs)
+    return in_their_types(call, (scores, lse), (of_scores, of_lse), needs)
 
 

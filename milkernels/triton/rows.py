@@ -56,12 +56,12 @@ def row_products(
 @triton.jit
 def score_gradients(
     DA, S, TOP, TOTAL, SHIFT, DLSE, DS, OFFSETS, OUT, WEIGHTS,
-    bags, rows, K, R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    bags, rows, first, last, K, R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """ds = a (da - shift + dlse) + ds of the scores themselves, 0 for dead rows; and the weights a."""
     A: tl.constexpr = OUT.dtype.element_ty
-    bag, start, end = segment(OFFSETS, tl.program_id(0), bags, rows, R)
-    if start < end:
+    bag, start, end = segment(OFFSETS, first // R + tl.program_id(0), bags, rows, R)
+    if (start < end) & (start >= first) & (start < last):
         k = tl.program_id(1) * BK + tl.arange(0, BK)
         of_bag = tl.cast(bag, tl.int64) * K + k
         top = tl.load(TOP + of_bag, mask=k < K, other=0.0)
@@ -129,8 +129,9 @@ def expand_rows(
 ):  # fmt: skip
     """OUT[i] = product[i] scale + sum_k weights[i, k] vectors[b, k] + sum_j weights2[i, j] vectors2[b, j]; 0 if masked.
 
-    PRODUCT begins at row `first`, OUT at row 0; each of the three terms may be None.
+    PRODUCT and OUT begin at row `first` and may be one; each of the three terms may be None.
     """
+    A: tl.constexpr = tl.float64 if OUT.dtype.element_ty == tl.float64 else tl.float32
     bag, start, end = segment(OFFSETS, first // R + tl.program_id(0), bags, rows, R)
     if (start < end) & (start >= first) & (start < last):
         c = tl.program_id(1) * BL + tl.arange(0, BL)
@@ -138,14 +139,11 @@ def expand_rows(
             r = row + tl.arange(0, BN)
             alive = real_rows(MASK, r, end)
             used = (r < end)[:, None] & (c < L)[None, :]
+            out = tl.zeros([BN, BL], A)
             if PRODUCT is not None:
-                out = tl.load(PRODUCT + (r - first)[:, None] * L + c[None, :], mask=used, other=0.0)
+                out = tl.load(PRODUCT + (r - first)[:, None] * L + c[None, :], mask=used, other=0.0).to(A)
                 if SCALE is not None:
                     out = out * tl.load(SCALE)
-            elif WEIGHTS is not None:
-                out = tl.zeros([BN, BL], WEIGHTS.dtype.element_ty)
-            else:
-                out = tl.zeros([BN, BL], WEIGHTS2.dtype.element_ty)
             if WEIGHTS is not None:
                 for k in tl.range(0, K):
                     w = tl.load(WEIGHTS + r * K + k, mask=r < end, other=0.0)
@@ -158,7 +156,7 @@ def expand_rows(
                     v = tl.load(VECTORS2 + at + c, mask=c < L, other=0.0)
                     out += tl.where((w == 0)[:, None], 0.0, w[:, None] * v[None, :])
             out = tl.where(alive[:, None], out, 0.0)
-            tl.store(OUT + r[:, None] * out_stride + c[None, :], out.to(OUT.dtype.element_ty), mask=used)
+            tl.store(OUT + (r - first)[:, None] * out_stride + c[None, :], out.to(OUT.dtype.element_ty), mask=used)
 
 
 @triton.jit
@@ -212,18 +210,17 @@ def _scalar_tile(columns: int) -> dict[str, int]:
     return {"BK": block, "BN": max(16, 512 // block), "num_warps": 4}
 
 
-def gradients_of_scores(call: Call, scores: Tensor, terms, da, shift, dlse, ds, weights: bool):
-    """``(gradient of the scores before the softmax, weights or None)``, both [N, K]; ``terms`` are `softmax_terms`."""
+def gradients_of_scores(call: Call, scores: Tensor, terms, da, shift, dlse, ds, *, out, weights, rows: slice) -> None:
+    """Writes the slice's gradients of the scores before the softmax, and the weights if wanted, both [N, K]; ``terms``
+    are `pool.softmax_terms`."""
     K = scores.shape[1]
-    out = call.empty(call.rows, K)
-    a = call.empty(call.rows, K) if weights else None
     tile = _scalar_tile(K)
     if call.rows:
         launch(
-            score_gradients, (call.slots_in(call.whole), ceil_div(K, tile["BK"])),
-            da, scores, *terms, shift, dlse, ds, call.offsets, out, a, call.bags, call.rows, K, R=call.chunk, **tile,
+            score_gradients, (call.slots_in(rows), ceil_div(K, tile["BK"])),
+            da, scores, *terms, shift, dlse, ds, call.offsets, out, weights, call.bags, call.rows, rows.start, rows.stop,
+            K, R=call.chunk, **tile,
         )  # fmt: skip
-    return out, a
 
 
 def weights_of(call: Call, values: Tensor, *, top=None, total=None, grad=None, shift=None) -> Tensor:
@@ -244,8 +241,10 @@ def expand(
     call: Call, out: Tensor, weights=None, vectors=None, weights2=None, vectors2=None, *,
     product=None, scale=None, rows: slice | None = None,
 ) -> None:  # fmt: skip
-    """Writes ``product * scale + weights vectors + weights2 vectors2`` into the rows of ``out`` [N, L]."""
+    """Writes ``product * scale + weights vectors + weights2 vectors2`` into the slice's rows, of ``out`` [N, L] or of an
+    ``out`` that holds no others."""
     rows = rows or call.whole
+    out = out if out.shape[0] == rows.stop - rows.start else out[rows]
     if call.rows == 0:
         return
     L = out.shape[1]
