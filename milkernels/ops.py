@@ -2,7 +2,7 @@
 
 One schema per op; the overload name is the backend (``milkernels::softmax_pool_fwd.native``), so PyTorch's
 dispatcher goes straight to the kernel of that backend and device, and the fake and autograd registrations below
-serve all of them.  Kernels are registered in ``csrc`` for ``native``, and here for ``triton``.
+serve all of them.  Kernels are registered elsewhere: in ``csrc`` for ``native``.
 
 An op is declared as a `Forward`, what it saves and differentiates as a `Backward`; both schemas, the fakes and the
 autograd function are made from these.  Ops of one `Backward` share a kernel.
@@ -384,17 +384,8 @@ def _register_all(backend: str) -> None:
         _register(f"{op.name}_bwd", backend, op.schema(), _backward_fake(op), _backward_function(op, backend))
 
 
-def _implement(backend: str) -> None:
-    """Registers the kernels of a backend that is written in Python."""
-    module = backends.KERNELS[backend]
-    for name in sorted({f"{op.name}_fwd" for op in FORWARDS} | {f"{op.backward.name}_bwd" for op in FORWARDS}):
-        for device in module.device_types():
-            _LIBRARY.impl(f"{name}.{backend}", module.kernel(name), device.upper())
-
-
 for _backend in backends.KERNELS:
     _register_all(_backend)
-_implement("triton")
 
 
 def call(op: str, backend: str, *inputs):

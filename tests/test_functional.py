@@ -142,7 +142,8 @@ def test_bad_mask(op):
 
 
 @every_op
-def test_bad_backend(op):
+def test_bad_backend(op, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which would make it serve CPU tensors
     refuses(ValueError, "backend must be one of auto, .*; got 'fast'", op, backend="fast")
     refuses(RuntimeError, "backend 'triton' cannot serve", op, backend="triton")
 
@@ -389,7 +390,8 @@ def test_autocast_narrows_products_only(backend):
         torch.testing.assert_close(a, b)
 
 
-def test_use_backend():
+def test_use_backend(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     kwargs = arguments("mean_pool")
     with milkernels.use_backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot serve mean_pool"):
         milkernels.mean_pool(**kwargs)

@@ -22,7 +22,11 @@ _FAMILIES = {  # module: ops
     "dsmil": ("dsmil", "dsmil_pool"),
 }
 OPS = frozenset(op for ops in _FAMILIES.values() for op in ops)
-_SHARED = {"attention": "attention", "query": "pooling"}  # backwards of several ops
+_SHARED = {  # the backward of several ops
+    "attention": ("attention_pool", "attention_scores"),
+    "query": ("query_pool", "query_scores"),
+}
+_LIBRARY = torch.library.Library("milkernels", "IMPL")
 
 
 def interpreted() -> bool:
@@ -55,11 +59,19 @@ def unsupported(op: str, x: Tensor, *parameters: Tensor | None) -> str | None:
     return None
 
 
+def kernels() -> dict[str, str]:
+    """``<op>_fwd`` and ``<op>_bwd`` of every op, and the module that has them."""
+    found = {f"{op}_fwd": family for family, ops in _FAMILIES.items() for op in ops}
+    for family, ops in _FAMILIES.items():
+        for op in ops:
+            shared = next((name for name, users in _SHARED.items() if op in users), op)
+            found[f"{shared}_bwd"] = family
+    return found
+
+
 def kernel(name: str):
-    """``<op>_fwd`` or ``<op>_bwd``, on the device of its first argument."""
-    op = name.rpartition("_")[0]
-    family = _SHARED.get(op) or next(family for family, ops in _FAMILIES.items() if op in ops)
-    found = None
+    """The kernel of that name, which runs on the device of its first argument."""
+    family, found = kernels()[name], None
 
     def call(first: Tensor, *args):
         nonlocal found
@@ -70,3 +82,8 @@ def kernel(name: str):
             return found(first, *args)
 
     return call
+
+
+for _name in kernels():
+    for _device in device_types():
+        _LIBRARY.impl(f"{_name}.triton", kernel(_name), _device.upper())

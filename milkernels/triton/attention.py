@@ -6,9 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from milkernels.triton import pool, rows
+from milkernels.triton import fused, pool, rows, tuning
 from milkernels.triton.call import Call, ceil_div, launch, power_of_two, product, product_dtype
 from milkernels.triton.common import activate, activation_gradient, dropout_factors, sigmoid
+from milkernels.triton.gradients import PoolGradients, in_their_types, largest, power_of_two_scale
 
 
 @triton.jit
@@ -145,6 +146,10 @@ class _Attention(Call):
             biases = [v_bias, u_bias] if self.gated else [v_bias]
             self.bias = torch.cat([none if b is None else b.to(self.acc) for b in biases])
         self.dropout = dropout_of(seed, dropout_p)
+        plan = tuning.plan(self.x.device, self.type, self.width, self.hidden)
+        self.fused = plan.scores == "fused" and fused.serves(self)
+        if self.fused:
+            self.weight = fused.prepared(self.weight)
 
     @property
     def units(self) -> int:
@@ -167,6 +172,8 @@ def dropout_of(seed: Tensor | None, p: float) -> tuple[Tensor | None, int]:
 
 
 def _scores(call: _Attention) -> Tensor:
+    if call.fused:
+        return fused.scores(call)
     out = call.empty(call.rows, call.heads)
     heads = power_of_two(call.heads)
     seed, threshold = call.dropout
@@ -208,29 +215,22 @@ def attention_bwd(
     need_weight = needs[1] or needs[3]
     grad_weight = call.zeros(call.units, call.width) if need_weight else None
     sums = call.zeros(K + 2, D)
-    scale = _power_of_two_scale(ds, call.w) if call.type == torch.float16 else None
-    seed, threshold = call.dropout
-    units = min(max(power_of_two(D), 16), 64)
+    scale = None
+    if call.type == torch.float16:
+        scale = power_of_two_scale(largest(ds) * call.w.abs().nan_to_num(0, 0, 0).sum(0).amax())
     size = torch.finfo(call.type).bits // 8
     per_row = call.units * size + (call.width * call.acc.itemsize if needs[0] else 0)
     copied = call.mask is not None or call.type != call.x.dtype
     for block in call.blocks(per_row + (call.width * size if copied else 0)) if any(needs) else ():
-        count = block.stop - block.start
         x_rows = call.rows_of(block, call.mask is not None)
-        z = product(x_rows, call.weight.t())
-        programs = ceil_div(count, _SUMMED_ROWS)
-        part = call.empty(programs, K + 2, D)
-        launch(
-            gate_backward, (programs, ceil_div(D, units)),
-            z, call.bias, call.w, ds, call.mask, seed, scale, part, block.start, block.stop, D, threshold,
-            ROWS=_SUMMED_ROWS, BN=16, BD=units, K=K, num_warps=4, **call.options(),
-        )  # fmt: skip
+        gradients_of_products = fused.gradients_of_products if call.fused else _gradients_of_products
+        z, part = gradients_of_products(call, x_rows, block, ds, scale)
         sums += part.sum(0)
         if need_weight:
             grad_weight += product(z.t(), x_rows, call.acc)
         if needs[0]:
             rows.expand(
-                call, grad_x, gradients.weights, gradients.bag,
+                call, grad_x, gradients.weights, gradients.bag_of(gradients.weights),
                 product=product(z, call.weight, call.acc), scale=None if scale is None else 1 / scale, rows=block,
             )  # fmt: skip
     if need_weight and scale is not None:
@@ -244,55 +244,24 @@ def attention_bwd(
         sums[:K],
         ds.sum(0),
     )
-    return gradients_in_their_types(call, (x, *parameters), found, needs)
+    return in_their_types(call, (x, *parameters), found, needs)
 
 
 _SUMMED_ROWS = 256  # by one program of gate_backward
 
 
-def _power_of_two_scale(ds: Tensor, w: Tensor) -> Tensor:
-    """What gradients are multiplied by so that the largest come to about 2^12 in float16: at N = 100k most of them
-    would be 0 there otherwise. A power of two, which costs no digit; on the device, so that nothing waits."""
-    largest = ds.nan_to_num(0, 0, 0).abs().amax() if ds.numel() else ds.new_zeros(())
-    bound = largest * w.abs().nan_to_num(0, 0, 0).sum(0).amax()
-    exponent = (12 - bound.log2().ceil()).clamp(-24, 100)
-    return torch.where(bound > 0, exponent.exp2(), 1.0)
-
-
-class PoolGradients:
-    """The gradient of a softmax pooling: of its scores [N, K], and the weights, by which rows get that of their bag."""
-
-    def __init__(self, call: Call, x, scores, bag, grad_bag, grad_scores, grad_lse, *, weights: bool):
-        """``x``: the rows pooled; the bag is None where only the scores were asked for."""
-        self.bag = call.take(grad_bag)
-        ds, dlse = call.take(grad_scores), call.take(grad_lse)
-        da = shift = self.weights = None
-        if self.bag is None and dlse is None:
-            self.scores = _alive(ds, scores)
-            return
-        if self.bag is not None:
-            centre, shift = centred(bag, self.bag)
-            da = rows.products(call, x, self.bag, centre=centre)
-        terms = pool.softmax_terms(call, scores)
-        self.scores, self.weights = rows.gradients_of_scores(
-            call, scores, terms, da, shift, dlse, ds, weights and self.bag is not None
-        )
-
-
-def _alive(ds: Tensor, scores: Tensor) -> Tensor:
-    return ds.masked_fill(scores == float("-inf"), 0)
-
-
-def centred(bag: Tensor, grad_bag: Tensor) -> tuple[Tensor, Tensor]:
-    """``(c [B, L], <bag - c, grad_bag> [B, K])``: the gradient of a score is  a (<x - c, grad> - <bag - c, grad>)  for
-    any c; near the bag vectors it keeps the digits of features with a mean."""
-    centre = bag.mean(1).nan_to_num(0, 0, 0)
-    return centre, ((bag - centre[:, None]) * grad_bag).sum(-1)
-
-
-def gradients_in_their_types(call: Call, inputs, found, needs) -> tuple[Tensor, ...]:
-    """Each gradient that is wanted in the type of its input; empty ones for the others."""
-    return tuple(
-        gradient.to(like.dtype).contiguous() if need else call.x.new_empty(0)
-        for like, gradient, need in zip(inputs, found, needs, strict=True)
-    )
+def _gradients_of_products(call: _Attention, x: Tensor, block: slice, ds: Tensor, scale: Tensor | None):
+    """``(z, sums)`` of a block, whose rows x holds: the gradient of ``x [V; U]^T`` [rows, units], times the scale, and
+    what programs add to the gradients of w and of the biases [programs, K + 2, D]."""
+    z = product(x, call.weight.t())
+    D, K = call.hidden, call.heads
+    units = min(max(power_of_two(D), 16), 64)
+    programs = ceil_div(block.stop - block.start, _SUMMED_ROWS)
+    sums = call.empty(programs, K + 2, D)
+    seed, threshold = call.dropout
+    launch(
+        gate_backward, (programs, ceil_div(D, units)),
+        z, call.bias, call.w, ds, call.mask, seed, scale, sums, block.start, block.stop, D, threshold,
+        ROWS=_SUMMED_ROWS, BN=16, BD=units, K=K, num_warps=4, **call.options(),
+    )  # fmt: skip
+    return z, sums

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from milkernels import bags
@@ -20,6 +19,10 @@ _MOST_CHUNKS = 1024  # partial results of one bag are merged one after the other
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """Every kernel is launched here, so that a stand-in can take the place of the device."""
+    _run(kernel, grid, args, options)
+
+
+def _run(kernel, grid: tuple[int, ...], args: tuple, options: dict) -> None:
     kernel[grid](*args, **options)
 
 
@@ -74,7 +77,7 @@ class Call:
         return ceil_div(self.rows, self.chunk) + self.bags
 
     def slots_in(self, rows: slice) -> int:
-        """How many slots rows ``[start, stop)`` need, ``start`` at a chunk's beginning; the first is ``start // chunk``."""
+        """How many slots the rows need; the first is ``start // chunk``, and ``start`` begins a chunk."""
         return ceil_div(rows.stop - rows.start, self.chunk) + self.bags - 1
 
     @property
@@ -99,14 +102,8 @@ def schedule(call: Call) -> tuple:
 def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``a @ b`` by the library, in ``dtype``: half types accumulate in float32 and need not be rounded."""
     dtype = dtype or a.dtype
-    if dtype == a.dtype:
-        return a @ b
     if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)  # the CPU has no such product; only an interpreter comes here
-
-
-def cdiv_grid(call: Call, slots: int, *others: int) -> tuple[int, ...]:
-    return (slots, *others)
-
-
+        return a @ b if dtype == a.dtype else torch.mm(a, b, out_dtype=dtype)
+    # Only an interpreter comes here; products of half types on a CPU may read into the next row, NaN or not.
+    acc = accumulation_dtype(a)
+    return (a.to(acc) @ b.to(acc)).to(dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from milkernels.triton import pool
 from milkernels.triton.call import Call, ceil_div, launch
-from milkernels.triton.common import bag_rows, real_rows, segment, slots_of
+from milkernels.triton.common import bag_rows, kernel, real_rows, segment, slots_of
 from milkernels.triton.gradients import alive, in_their_types
 from milkernels.triton.pooling import class_logits, linear_gradients
 
@@ -17,7 +17,7 @@ _NONE = tl.constexpr(1 << 62)  # later than any row
 
 @triton.jit
 def _first(values, index, eligible):
-    """``(value, index)`` of the first largest, down the columns; NaN is the largest; index _NONE where none is eligible."""
+    """``(value, index)`` of the first largest, down the columns; NaN is the largest; _NONE where none is eligible."""
     nan = tl.min(tl.where(eligible & (values != values), index, _NONE), axis=0)
     top = tl.max(tl.where(eligible & (values == values), values, float("-inf")), axis=0)
     at = tl.min(tl.where(eligible & (values == top[None, :]), index, _NONE), axis=0)
@@ -32,7 +32,7 @@ def _better(value, at, best, best_at):
     return tl.where(wins, value, best), tl.where(wins, at, best_at)
 
 
-@triton.jit
+@kernel
 def max_partial(
     X, MASK, OFFSETS, VALUES, ROWS, bags, rows, x_stride, L,
     DEAD: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr,
@@ -57,7 +57,7 @@ def max_partial(
         tl.store(ROWS + tl.cast(slot, tl.int64) * L + c, best_at, mask=c < L)
 
 
-@triton.jit
+@kernel
 def max_combine(
     OFFSETS, VALUES, ROWS, OUT, INDICES, rows, L,
     EMPTY: tl.constexpr, R: tl.constexpr, BS: tl.constexpr, BL: tl.constexpr,
@@ -82,10 +82,8 @@ def max_combine(
     tl.store(INDICES + out, tl.where(none, -1, best_at), mask=c < L)
 
 
-@triton.jit
-def scatter(
-    INDICES, G, OUT, count, columns, k, stride, rows, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
+@kernel
+def scatter(INDICES, G, OUT, count, columns, k, stride, rows, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """OUT[indices[j, c, i], c] = or += g[j, c, i], of j `columns` columns c of k each. No two go to one place."""
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(INDICES + j, mask=j < count, other=-1)
@@ -97,7 +95,7 @@ def scatter(
     tl.store(at, g, mask=used)
 
 
-@triton.jit
+@kernel
 def add_rows(INDICES, V, OUT, stride, rows, L, C: tl.constexpr, BL: tl.constexpr):
     """OUT[indices[b, c]] += v[b, c]: the classes of a bag may have chosen one row, bags never do."""
     bag = tl.cast(tl.program_id(0), tl.int64)
@@ -118,10 +116,8 @@ def add_rows(INDICES, V, OUT, stride, rows, L, C: tl.constexpr, BL: tl.constexpr
             tl.store(at, total.to(OUT.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def sort_keys(
-    X, MASK, OFFSETS, KEYS, bags, rows, x_stride, LARGEST: tl.constexpr, R: tl.constexpr, BN: tl.constexpr
-):
+@kernel
+def sort_keys(X, MASK, OFFSETS, KEYS, bags, rows, x_stride, LARGEST: tl.constexpr, R: tl.constexpr, BN: tl.constexpr):
     """KEYS [K, N]: bag, dead or not, then (but of float64) a number that orders as the scores do, NaN above all."""
     k = tl.program_id(1)
     bag, start, end = segment(OFFSETS, tl.program_id(0), bags, rows, R)
@@ -138,10 +134,8 @@ def sort_keys(
         tl.store(KEYS + tl.cast(k, tl.int64) * rows + r, key, mask=r < end)
 
 
-@triton.jit
-def pick(
-    X, MASK, OFFSETS, ORDER, VALUES, INDICES, rows, K, k, x_stride, NONE: tl.constexpr, BLOCK: tl.constexpr
-):
+@kernel
+def pick(X, MASK, OFFSETS, ORDER, VALUES, INDICES, rows, K, k, x_stride, NONE: tl.constexpr, BLOCK: tl.constexpr):
     """The first k rows of a bag and column in their order; NONE and -1 where the living end."""
     bag = tl.program_id(0) // K
     column = tl.program_id(0) % K
@@ -261,8 +255,9 @@ def topk_instances_fwd(scores, k, offsets, largest, mask):
     K = scores.shape[1]
     values, indices = (call.empty(call.bags, K, k, dtype=t) for t in (scores.dtype, torch.int64))
     launch(
-        pick, (call.bags * K, ceil_div(k, 256)), call.x, call.mask, call.offsets, _order(call, largest), values, indices,
-        call.rows, K, k, call.x.stride(0), NONE=float("-inf") if largest else float("inf"), BLOCK=256, num_warps=4,
+        pick, (call.bags * K, ceil_div(k, 256)),
+        call.x, call.mask, call.offsets, _order(call, largest), values, indices, call.rows, K, k,
+        call.x.stride(0), NONE=float("-inf") if largest else float("inf"), BLOCK=256, num_warps=4,
     )  # fmt: skip
     return values, indices
 

@@ -5,6 +5,10 @@ import triton.language as tl
 
 _DEAD = tl.constexpr(float("-inf"))
 
+# A kernel is compiled again for integers that are 1 or divisible by 16; not for those that only bound loops, which
+# differ from bag to bag.
+kernel = triton.jit(do_not_specialize=("bags", "rows", "first", "last", "count", "threshold"))
+
 
 @triton.jit
 def bag_rows(OFFSETS, bag, num_rows):

@@ -13,7 +13,7 @@ from milkernels.triton.attention import dropout_of
 from milkernels.triton.call import Call, product, product_dtype
 from milkernels.triton.choice import add_to_rows, first_max, gather_rows, instance_max_gradients
 from milkernels.triton.gradients import PoolGradients, alive, in_their_types, largest, power_of_two_scale
-from milkernels.triton.pooling import class_logits, masked
+from milkernels.triton.pooling import class_logits, masked, pool_by_products, pool_by_products_backward
 
 _DEAD = float("-inf")
 
@@ -140,11 +140,11 @@ def _second_stream(call: _DSMIL, critical: Tensor):
     queries = _CriticalQueries(call, critical)
     C = critical.shape[1]
     scores = call.empty(call.rows, C)
-    if not call.mlp:
-        rows.products(call, call.x, queries.vectors, shift=queries.shift, fill=_DEAD, out=scores)
     if not call.mlp and not call.staged:
-        bag, lse = pool.softmax_pool(call, call.x, scores)
+        bag, scores, lse = pool_by_products(call, queries.vectors.contiguous(), queries.shift)
     else:
+        if not call.mlp:
+            rows.products(call, call.x, queries.vectors, shift=queries.shift, fill=_DEAD, out=scores)
         partials = pool.Partials(call, C, call.pooled_width)
         for block in call.row_blocks(of_query=call.mlp, of_value=call.staged, gradient=False):
             if call.mlp:
@@ -218,7 +218,8 @@ class _Backward:
 
     def __init__(self, call: _DSMIL, queries, scores, bag, grad_bag, ds, dlse, grad_x, found):
         self.call, self.queries, self.grad_x, self.found = call, queries, grad_x, found
-        pooled = None if call.staged else call.x
+        # Rows of x that a linear query scores are read once for all of it.
+        pooled = call.x if call.mlp and not call.staged else None
         need_weights = grad_x is not None or call.layered
         self.pool = PoolGradients(call, pooled, scores, bag, grad_bag, ds, dlse, weights=need_weights)
         self.values = call.staged and grad_bag is not None
@@ -227,18 +228,15 @@ class _Backward:
         """The gradient of the queries' vectors [B, C, Q or L]; those of x and of the layers are written and added."""
         call = self.call
         if not call.mlp and not call.staged:
-            self._rows_of_x(call.whole, None)
-        else:
+            return pool_by_products_backward(call, self.pool, self.queries.vectors.contiguous(), self.grad_x)
+        if call.mlp:
+            of_vectors = pool.Partials(call, self.pool.given.shape[1], call.q2.shape[0], "sum")
+        for block in call.row_blocks(of_query=call.mlp, of_value=call.staged, gradient=True):
+            part = self._value(block) if call.staged else None
             if call.mlp:
-                of_vectors = pool.Partials(call, self.pool.given.shape[1], call.q2.shape[0], "sum")
-            for block in call.row_blocks(of_query=call.mlp, of_value=call.staged, gradient=True):
-                part = self._value(block) if call.staged else None
-                if call.mlp:
-                    part = self._query(block, of_vectors, part)
-                self._rows_of_x(block, part)
-            if call.mlp:
-                return of_vectors.result()[0]
-        return pool.weighted_sums(call, call.x, self.pool.scores)
+                part = self._query(block, of_vectors, part)
+            self._rows_of_x(block, part)
+        return of_vectors.result()[0] if call.mlp else pool.weighted_sums(call, call.x, self.pool.scores)
 
     def _rows_of_x(self, block: slice, part: Tensor | None) -> None:
         """Writes the gradient of x: what came through layers, that of the bag and that of a linear query."""

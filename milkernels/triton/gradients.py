@@ -8,8 +8,8 @@ from milkernels.triton.call import Call
 
 
 class PoolGradients:
-    """The gradient of the ``scores`` [N, K], and the ``weights`` [N, K] by which rows get that of their ``bag`` [B, K, L]:
-    None where they are not wanted, or where the bag vectors have no gradient.
+    """The gradient of the ``scores`` [N, K], and the ``weights`` [N, K] by which rows get that of their ``bag``, None
+    where they are not wanted or the bag vectors [B, K, L] have no gradient.
 
     ``x`` are the rows that were pooled; without it, `add` takes them slice by slice.
     """
@@ -17,12 +17,13 @@ class PoolGradients:
     def __init__(self, call: Call, x, scores, bag, grad_bag, grad_scores, grad_lse, *, weights: bool):
         self.call, self.given = call, scores
         self.bag, self.grad_scores, self.grad_lse = call.take(grad_bag), call.take(grad_scores), call.take(grad_lse)
+        self.centre = self.shift = None
         self.pooled = self.bag is not None or self.grad_lse is not None
         self.weights = call.empty(*scores.shape) if weights and self.bag is not None else None
         if not self.pooled:
             self.scores = alive(self.grad_scores, scores)
             return
-        self.scores, self.centre, self.shift = call.empty(*scores.shape), None, None
+        self.scores = call.empty(*scores.shape)
         self.terms = pool.softmax_terms(call, scores)
         if self.bag is not None:
             self.centre, self.shift = _centred(bag, self.bag)
@@ -41,6 +42,31 @@ class PoolGradients:
             self.call, self.given, self.terms, da, self.shift, self.grad_lse, self.grad_scores,
             out=self.scores, weights=self.weights, rows=block,
         )  # fmt: skip
+
+    def of_vectors(self, x: Tensor, sums: Tensor | None = None) -> Tensor:
+        """``sum_i gradient[i, k] x_i`` [B, K, L], the gradient of vectors that scores are products with; ``sums`` are
+        those of ``x - centre`` if they are known.
+
+        The gradients of a bag's scores sum to that of its lse and those of the scores themselves: what rounding makes
+        of them beyond that is an error that all rows share, and is large where features have a mean.
+        """
+        if self.centre is None:
+            return pool.weighted_sums(self.call, x, self.scores)
+        if sums is None:
+            sums = pool.weighted_sums(self.call, x, self.scores, self.centre)
+        total = self.grad_lse
+        if self.grad_scores is not None:
+            given = pool.column_sums(self.call, alive(self.grad_scores, self.given))
+            total = given if total is None else total + given
+        if total is None:
+            return sums
+        # A head without a living row has no lse.
+        total = total.masked_fill(self.given_none(), 0)
+        return sums + total[..., None] * self.centre[:, None]
+
+    def given_none(self) -> Tensor:
+        """[B, K]: no row is alive."""
+        return self.terms[1] == 0
 
     def bag_of(self, weights: Tensor | None) -> Tensor | None:
         return None if weights is None else self.bag
@@ -72,8 +98,14 @@ def largest(t: Tensor) -> Tensor:
 
 
 def in_their_types(call: Call, inputs, found, needs) -> tuple[Tensor, ...]:
-    """Each gradient that is wanted in the type of its input; empty ones for the others."""
+    """Each gradient that is wanted in the type of its input, in memory of its own; empty ones for the others."""
+
+    def own(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        gradient = gradient.to(dtype).contiguous()
+        whole = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.itemsize
+        return gradient if whole else gradient.clone()
+
     return tuple(
-        gradient.to(like.dtype).contiguous() if need else call.x.new_empty(0)
+        own(gradient, like.dtype) if need else call.x.new_empty(0)
         for like, gradient, need in zip(inputs, found, needs, strict=True)
     )

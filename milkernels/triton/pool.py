@@ -4,23 +4,23 @@ A program reduces one segment (``bags.segments``) to a partial result; another m
 their slots. Nothing is added atomically, so results are the same from run to run.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from milkernels.triton.call import Call, ceil_div, launch, power_of_two
-from milkernels.triton.common import finite_or_zero, real_rows, segment, slots_of
+from milkernels.triton.common import finite_or_zero, kernel, real_rows, segment, slots_of
 
 HEADS = 4  # that share a read of the rows
 
 
-@triton.jit
+@kernel
 def pool_partial(
-    X, S, MASK, OFFSETS, TOP, TOTAL, SUM,
+    X, S, CENTRE, MASK, OFFSETS, TOP, TOTAL, SUM,
     bags, rows, first, last, x_stride, L, K,
     SOFTMAX: tl.constexpr, R: tl.constexpr, J: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of rows [first, last), which begin at X. S: scores with -inf for dead rows, or weights, [N, K]."""
+    """Partial sums of rows [first, last), which begin at X, less the centre of their bag if given. S: scores with -inf
+    for dead rows, or weights, [N, K]."""
     A: tl.constexpr = SUM.dtype.element_ty
     slot = first // R + tl.program_id(0)
     bag, start, end = segment(OFFSETS, slot, bags, rows, R)
@@ -28,20 +28,22 @@ def pool_partial(
         columns = tl.program_id(1) * BL + tl.arange(0, BL)
         heads = ()
         tops = ()
+        totals = ()
         sums = ()
         for j in tl.static_range(J):
             # Past the last head this is the last one, once more.
             heads = heads + (tl.minimum(tl.program_id(2) * J + j, K - 1),)
+            totals = totals + (tl.cast(0.0, A),)
             sums = sums + (tl.zeros([BL], A),)
+            top = tl.cast(float("-inf"), A)
             if SOFTMAX:
-                all_rows = start + tl.arange(0, R)
-                s = tl.load(S + all_rows * K + heads[j], mask=all_rows < end, other=float("-inf")).to(A)
-                top = tl.max(s, axis=0)
-                total = tl.sum(tl.exp(s - finite_or_zero(top)), axis=0)
-                tops = tops + (finite_or_zero(top),)
-                at = tl.cast(slot, tl.int64) * K + heads[j]
-                tl.store(TOP + at, top, mask=tl.program_id(1) == 0)
-                tl.store(TOTAL + at, total, mask=tl.program_id(1) == 0)
+                for row in tl.range(start, end, 256):
+                    r = row + tl.arange(0, 256)
+                    s = tl.load(S + r * K + heads[j], mask=r < end, other=float("-inf")).to(A)
+                    top = tl.maximum(top, tl.max(s, axis=0))
+            tops = tops + (top,)
+        if CENTRE is not None:
+            centre = tl.load(CENTRE + tl.cast(bag, tl.int64) * L + columns, mask=columns < L, other=0.0)
         for row in tl.range(start, end, BN, num_stages=NS):
             r = row + tl.arange(0, BN)
             alive = real_rows(MASK, r, end)
@@ -50,23 +52,32 @@ def pool_partial(
                 mask=alive[:, None] & (columns < L)[None, :],
                 other=0.0,
             ).to(A)
-            added = ()
+            if CENTRE is not None:
+                x = x - centre[None, :]
+            next_sums = ()
+            next_totals = ()
             for j in tl.static_range(J):
+                at = S + r * K + heads[j]
                 if SOFTMAX:
-                    s = tl.load(S + r * K + heads[j], mask=alive, other=float("-inf")).to(A)
-                    weight = tl.exp(s - tops[j])
+                    s = tl.load(at, mask=alive, other=float("-inf")).to(A)
+                    weight = tl.exp(s - finite_or_zero(tops[j]))
                     term = tl.where((s == float("-inf"))[:, None], 0.0, x * weight[:, None])
                 else:
-                    weight = tl.load(S + r * K + heads[j], mask=alive, other=0.0).to(A)
+                    weight = tl.load(at, mask=alive, other=0.0).to(A)
                     term = x * weight[:, None]
-                added = added + (sums[j] + tl.sum(term, axis=0),)
-            sums = added
+                next_sums = next_sums + (sums[j] + tl.sum(term, axis=0),)
+                next_totals = next_totals + (totals[j] + tl.sum(weight, axis=0),)
+            sums = next_sums
+            totals = next_totals
         for j in tl.static_range(J):
-            at = (tl.cast(slot, tl.int64) * K + heads[j]) * L + columns
-            tl.store(SUM + at, sums[j], mask=columns < L)
+            at = tl.cast(slot, tl.int64) * K + heads[j]
+            tl.store(SUM + at * L + columns, sums[j], mask=columns < L)
+            if SOFTMAX:
+                tl.store(TOP + at, tops[j], mask=tl.program_id(1) == 0)
+                tl.store(TOTAL + at, totals[j], mask=tl.program_id(1) == 0)
 
 
-@triton.jit
+@kernel
 def pool_combine(
     OFFSETS, TOP, TOTAL, SUM, OUT, LSE,
     rows, L, K, HOW: tl.constexpr, R: tl.constexpr, BS: tl.constexpr, BL: tl.constexpr,
@@ -114,7 +125,7 @@ def pool_combine(
         tl.store(LSE + at, lse, mask=tl.program_id(1) == 0)
 
 
-@triton.jit
+@kernel
 def sums_partial(
     V, W, MASK, OFFSETS, TOP, TOTAL, bags, rows, K,
     SOFTMAX: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
@@ -148,7 +159,7 @@ def sums_partial(
             tl.store(TOP + at, top, mask=k < K)
 
 
-@triton.jit
+@kernel
 def sums_combine(
     OFFSETS, TOP, TOTAL, BAG_TOP, BAG_TOTAL, rows, K,
     SOFTMAX: tl.constexpr, R: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
@@ -210,8 +221,9 @@ class Partials:
         self.top = call.empty(call.slots, heads) if how == "softmax" else None
         self.total = self.top if self.top is None else call.empty(call.slots, heads)
 
-    def add(self, x: Tensor, weights: Tensor, rows: slice | None = None, mask: Tensor | None = None) -> None:
-        """Of ``x``, which holds the rows of the slice; ``weights`` [N, heads] are of all rows, scores in a softmax."""
+    def add(self, x: Tensor, weights: Tensor, rows: slice | None = None, mask=None, centre=None) -> None:
+        """Of ``x``, which holds the rows of the slice, less the bag's ``centre``; ``weights`` [N, heads], scores in a
+        softmax, are of all rows."""
         call, rows = self.call, rows or self.call.whole
         if call.rows == 0:
             return
@@ -219,7 +231,7 @@ class Partials:
         groups, J = head_groups(self.heads)
         grid = (call.slots_in(rows), ceil_div(self.width, tile["BL"]), groups)
         launch(
-            pool_partial, grid, x, weights, mask, call.offsets, self.top, self.total, self.sum,
+            pool_partial, grid, x, weights, centre, mask, call.offsets, self.top, self.total, self.sum,
             call.bags, call.rows, rows.start, rows.stop, x.stride(0), self.width, self.heads,
             SOFTMAX=self.how == "softmax", R=call.chunk, J=J, NS=3, **tile,
         )  # fmt: skip
@@ -244,10 +256,10 @@ def softmax_pool(call: Call, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]
     return partials.result()
 
 
-def weighted_sums(call: Call, x: Tensor, weights: Tensor) -> Tensor:
-    """``sum_i weights[i, k] x_i`` over each bag, without the masked rows: [B, K, L]."""
+def weighted_sums(call: Call, x: Tensor, weights: Tensor, centre: Tensor | None = None) -> Tensor:
+    """``sum_i weights[i, k] (x_i - centre[b])`` over each bag, without the masked rows: [B, K, L]."""
     partials = Partials(call, weights.shape[1], x.shape[1], "sum")
-    partials.add(x, weights, mask=call.mask)
+    partials.add(x, weights, mask=call.mask, centre=centre)
     return partials.result()[0]
 
 
@@ -258,8 +270,8 @@ def _column_tile(columns: int) -> dict[str, int]:
 
 def _column_sums(call: Call, values: Tensor, factors: Tensor | None, softmax: bool):
     K = values.shape[1]
-    top, total = (call.empty(call.slots, K) for _ in range(2))
-    bag_top, bag_total = (call.empty(call.bags, K) for _ in range(2))
+    total = call.empty(call.slots, K)
+    top = call.empty(call.slots, K) if softmax else None
     tile = _column_tile(K)
     columns = ceil_div(K, tile["BK"])
     if call.rows:
@@ -268,8 +280,16 @@ def _column_sums(call: Call, values: Tensor, factors: Tensor | None, softmax: bo
             values, factors, call.mask, call.offsets, top, total, call.bags, call.rows, K,
             SOFTMAX=softmax, R=call.chunk, BN=min(call.chunk, 2048 // tile["BK"]), **tile,
         )  # fmt: skip
+    return _merged(call, top, total, softmax)
+
+
+def _merged(call: Call, top: Tensor | None, total: Tensor, softmax: bool):
+    K = total.shape[1]
+    bag_total = call.empty(call.bags, K)
+    bag_top = call.empty(call.bags, K) if softmax else None
+    tile = _column_tile(K)
     launch(
-        sums_combine, (call.bags, columns), call.offsets, top, total, bag_top, bag_total, call.rows, K,
+        sums_combine, (call.bags, ceil_div(K, tile["BK"])), call.offsets, top, total, bag_top, bag_total, call.rows, K,
         SOFTMAX=softmax, R=call.chunk, BS=slots_at_once(call), **tile,
     )  # fmt: skip
     return bag_top, bag_total
@@ -284,3 +304,8 @@ def softmax_terms(call: Call, scores: Tensor) -> tuple[Tensor, Tensor]:
 def column_sums(call: Call, values: Tensor, factors: Tensor | None = None) -> Tensor:
     """``sum_i values[i, k] factors[i, k]`` over each bag, without masked rows: [B, K]."""
     return _column_sums(call, values, factors, False)[1]
+
+
+def merged_sums(call: Call, partial: Tensor) -> Tensor:
+    """The partial sums [slots, K] of each bag, together: [B, K]."""
+    return _merged(call, None, partial, False)[1]

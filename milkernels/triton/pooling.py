@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from milkernels.triton import pool, rows
+from milkernels.triton import pool, rows, single_pass
 from milkernels.triton.call import Call
 from milkernels.triton.gradients import PoolGradients, alive, in_their_types
 
@@ -92,21 +92,38 @@ def query_scores_fwd(x, query, offsets, mask, scale):
 
 def query_pool_fwd(x, query, offsets, mask, scale):
     call = Call(x, offsets, mask)
-    scores = rows.products(call, call.x, _query(call, query, scale), fill=_DEAD)
+    return pool_by_products(call, _query(call, query, scale), None)
+
+
+def pool_by_products(call: Call, vectors: Tensor, shift: Tensor | None):
+    """``(bag, scores, lse)`` for the scores ``<x_i, vectors[b, k]> + shift[b, k]``."""
+    pooled = single_pass.score_pool(call, vectors, shift, classes=False)
+    if pooled is not None:
+        return pooled[:3]
+    scores = rows.products(call, call.x, vectors, shift=shift, fill=_DEAD)
     bag, lse = pool.softmax_pool(call, call.x, scores)
     return bag, scores, lse
 
 
+def pool_by_products_backward(call: Call, gradients: PoolGradients, vectors: Tensor, grad_x: Tensor | None) -> Tensor:
+    """Writes the gradient of the rows, if wanted; returns that of the vectors [B, K, L]."""
+    sums = None
+    if gradients.bag is not None:
+        sums = single_pass.score_pool_backward(call, gradients, vectors, grad_x)
+    if sums is not None:
+        return gradients.of_vectors(call.x, sums[0])
+    gradients.add(call.x, call.whole)
+    if grad_x is not None:
+        _pooled_rows(call, grad_x, gradients, gradients.scores, vectors)
+    return gradients.of_vectors(call.x)
+
+
 def query_bwd(x, query, offsets, mask, bag, scores, lse, scale, grad_bag, grad_scores, grad_lse, needs):
     call = Call(x, offsets, mask)
-    gradients = PoolGradients(call, call.x, scores, bag, grad_bag, grad_scores, grad_lse, weights=needs[0])
-    grad_x = grad_query = None
-    if needs[0]:
-        grad_x = x.new_empty(x.shape)
-        _pooled_rows(call, grad_x, gradients, gradients.scores, _query(call, query, scale))
-    if needs[1]:
-        grad_query = pool.weighted_sums(call, call.x, gradients.scores) * scale
-        grad_query = grad_query.sum(0) if query.dim() == 2 else grad_query
+    gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=needs[0])
+    grad_x = x.new_empty(x.shape) if needs[0] else None
+    grad_query = pool_by_products_backward(call, gradients, _query(call, query, scale), grad_x) * scale
+    grad_query = grad_query.sum(0) if query.dim() == 2 else grad_query
     return in_their_types(call, (x, query), (grad_x, grad_query), needs)
 
 
@@ -115,6 +132,10 @@ def query_bwd(x, query, offsets, mask, bag, scores, lse, scale, grad_bag, grad_s
 
 def loss_attention_pool_fwd(x, weight, bias, offsets, mask):
     call = Call(x, offsets, mask)
+    shift = _per_bag(call, bias)
+    pooled = single_pass.score_pool(call, call.take(weight), shift, classes=True)
+    if pooled is not None:
+        return pooled
     logits = class_logits(call, weight, bias)
     scores = logits.logsumexp(1, keepdim=True)
     bag, lse = pool.softmax_pool(call, call.x, scores)
@@ -123,8 +144,11 @@ def loss_attention_pool_fwd(x, weight, bias, offsets, mask):
 
 def class_logits(call: Call, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``W x_i + b`` [N, C], -inf where masked."""
-    shift = None if bias is None else call.take(bias).expand(call.bags, -1).contiguous()
-    return rows.products(call, call.x, call.take(weight), shift=shift, fill=_DEAD)
+    return rows.products(call, call.x, call.take(weight), shift=_per_bag(call, bias), fill=_DEAD)
+
+
+def _per_bag(call: Call, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else call.take(bias).expand(call.bags, -1).contiguous()
 
 
 def loss_attention_pool_bwd(
@@ -133,14 +157,19 @@ def loss_attention_pool_bwd(
     call = Call(x, offsets, mask)
     gradients = None
     if grad_bag is not None or grad_scores is not None or grad_lse is not None:
-        gradients = PoolGradients(call, call.x, scores, bag, grad_bag, grad_scores, grad_lse, weights=needs[0])
+        gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=needs[0])
+        grad_x = x.new_empty(x.shape) if needs[0] else None
+        found = single_pass.score_pool_backward(
+            call, gradients, call.take(weight), grad_x, logits, call.take(grad_logits)
+        )
+        if found is not None:
+            return in_their_types(call, (x, weight, bias), (grad_x, *(part.sum(0) for part in found)), needs)
+        gradients.add(call.x, call.whole)
     of_logits = call.zeros(*logits.shape) if grad_logits is None else alive(call.take(grad_logits), logits)
     if gradients is not None:
         shares = (logits - scores).exp()
         of_logits = of_logits + alive(gradients.scores * shares, logits)
-    return in_their_types(
-        call, (x, weight, bias), linear_gradients(call, weight, of_logits, gradients, needs), needs
-    )
+    return in_their_types(call, (x, weight, bias), linear_gradients(call, weight, of_logits, gradients, needs), needs)
 
 
 def linear_gradients(call: Call, weight, of_logits: Tensor, gradients: PoolGradients | None, needs, onto=None):
@@ -159,7 +188,7 @@ def linear_gradients(call: Call, weight, of_logits: Tensor, gradients: PoolGradi
 
 
 def segment_softmax_fwd(scores, offsets, mask):
-    call = Call(scores, offsets, mask)
+    call = Call(scores.contiguous(), offsets, mask)
     top, total = pool.softmax_terms(call, call.x)
     return rows.weights_of(call, call.x, top=top, total=total)
 
@@ -174,7 +203,7 @@ def segment_softmax_bwd(scores, offsets, weights, grad_weights, needs):
 
 
 def attention_weights_fwd(scores, lse, offsets, mask):
-    call = Call(scores, offsets, mask)
+    call = Call(scores.contiguous(), offsets, mask)
     return rows.weights_of(call, call.x, top=call.take(lse))
 
 
@@ -183,5 +212,3 @@ def attention_weights_bwd(scores, lse, offsets, weights, grad_weights, needs):
     of_scores = rows.weights_of(call, weights, grad=call.take(grad_weights))
     of_lse = -pool.column_sums(call, of_scores) if needs[1] else None
     return in_their_types(call, (scores, lse), (of_scores, of_lse), needs)
-
-

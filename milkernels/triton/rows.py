@@ -4,16 +4,15 @@ With the sums of ``pool`` these are the three derivatives of  sum_ik weight[i,k]
 op and its backward are made.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from milkernels.triton.call import Call, ceil_div, launch, power_of_two
-from milkernels.triton.common import activation_gradient, dropout_factors, real_rows, segment
+from milkernels.triton.common import activation_gradient, dropout_factors, kernel, real_rows, segment
 from milkernels.triton.pool import row_tile
 
 
-@triton.jit
+@kernel
 def row_products(
     X, VECTORS, CENTRE, SHIFT, MASK, OFFSETS, OUT,
     bags, rows, first, last, x_stride, L, K, vector_stride,
@@ -53,7 +52,7 @@ def row_products(
             tl.store(OUT + r[:, None] * K + k[None, :], out, mask=(r < end)[:, None] & (k < K)[None, :])
 
 
-@triton.jit
+@kernel
 def score_gradients(
     DA, S, TOP, TOTAL, SHIFT, DLSE, DS, OFFSETS, OUT, WEIGHTS,
     bags, rows, first, last, K, R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -89,7 +88,7 @@ def score_gradients(
                 tl.store(WEIGHTS + at, tl.where(dead, 0.0, a), mask=used)
 
 
-@triton.jit
+@kernel
 def bag_weights(
     V, TOP, TOTAL, SHIFT, G, MASK, OFFSETS, OUT,
     bags, rows, K, EXP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -121,7 +120,7 @@ def bag_weights(
             tl.store(OUT + at, out, mask=used)
 
 
-@triton.jit
+@kernel
 def expand_rows(
     PRODUCT, SCALE, WEIGHTS, VECTORS, WEIGHTS2, VECTORS2, MASK, OFFSETS, OUT,
     bags, rows, first, last, out_stride, L, K, K2, vector_stride2,
@@ -159,7 +158,7 @@ def expand_rows(
             tl.store(OUT + (r - first)[:, None] * out_stride + c[None, :], out.to(OUT.dtype.element_ty), mask=used)
 
 
-@triton.jit
+@kernel
 def stage_rows(
     X, MASK, SEED, Z, OUT, first, last, x_stride, L, threshold,
     ACTIVATION: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr,
@@ -218,8 +217,8 @@ def gradients_of_scores(call: Call, scores: Tensor, terms, da, shift, dlse, ds, 
     if call.rows:
         launch(
             score_gradients, (call.slots_in(rows), ceil_div(K, tile["BK"])),
-            da, scores, *terms, shift, dlse, ds, call.offsets, out, weights, call.bags, call.rows, rows.start, rows.stop,
-            K, R=call.chunk, **tile,
+            da, scores, *terms, shift, dlse, ds, call.offsets, out, weights,
+            call.bags, call.rows, rows.start, rows.stop, K, R=call.chunk, **tile,
         )  # fmt: skip
 
 
@@ -241,8 +240,8 @@ def expand(
     call: Call, out: Tensor, weights=None, vectors=None, weights2=None, vectors2=None, *,
     product=None, scale=None, rows: slice | None = None,
 ) -> None:  # fmt: skip
-    """Writes ``product * scale + weights vectors + weights2 vectors2`` into the slice's rows, of ``out`` [N, L] or of an
-    ``out`` that holds no others."""
+    """Writes ``product * scale + weights vectors + weights2 vectors2`` into the slice's rows of ``out`` [N, L], or into
+    an ``out`` that holds no others."""
     rows = rows or call.whole
     out = out if out.shape[0] == rows.stop - rows.start else out[rows]
     if call.rows == 0:

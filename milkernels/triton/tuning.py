@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from milkernels.triton import interpreted
+
 SCORES = ("chunked", "fused")
 PRODUCTS = ("library", "split")
 
@@ -23,7 +25,7 @@ class Plan:
     products: str = "library"
 
 
-_MEASURED: dict[tuple, Plan] = {}  # (compute capability, dtype, width, hidden units): plan
+_MEASURED: dict[tuple, Plan] = {}  # (architecture, dtype, width, hidden units): plan
 _forced: dict[str, str] = {}
 
 
@@ -44,5 +46,27 @@ def use(*, scores: str | None = None, products: str | None = None) -> Iterator[N
 
 def plan(device: torch.device, dtype: torch.dtype, width: int, hidden: int) -> Plan:
     """The plan of a call on these sizes."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" and _MEASURED else None
-    return replace(_MEASURED.get((capability, dtype, width, hidden), Plan()), **_forced)
+    key = (target(device)[1], dtype, width, hidden) if _MEASURED else None
+    return replace(_MEASURED.get(key, Plan()), **_forced)
+
+
+def target(device: torch.device) -> tuple[str, int | str]:
+    """What kernels are compiled for: ("cuda", 90), ("hip", "gfx942"), or ("interpreter", 0)."""
+    if interpreted():
+        return "interpreter", 0
+    from triton.runtime import driver  # only where a kernel is about to run
+
+    found = driver.active.get_current_target()
+    return found.backend, found.arch
+
+
+def large_tiles(device: torch.device) -> bool:
+    """Whether there are tensor descriptors (TMA), and shared memory of more than 200 KB for what they load."""
+    backend, architecture = target(device)
+    return backend == "interpreter" or (backend == "cuda" and 90 <= architecture < 120)
+
+
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 132  # interpreted, or compiled for a device that is not there
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,408 @@
+"""Attention scores and their backward with gates computed where the products are: no workspace of [rows, hidden] in the
+forward, one write of it in the backward. Which calls come here is for ``tuning`` to say.
+
+Tiles are read through tensor descriptors (TMA) where the device has them and the layout allows it, else by pointers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from milkernels.triton import tuning
+from milkernels.triton.call import ceil_div, launch, power_of_two
+from milkernels.triton.common import activate, activation_gradient, dropout_factors, kernel
+
+_MOST_HEADS = 8  # the sums over hidden units are unrolled over the heads
+
+# FAST stands for the approximate exp2 and reciprocal of NVIDIA's special function units (relative errors of 2^-22 and
+# 2^-23, flushing subnormals): as good as float32 needs behind products of half types or of tf32.
+
+
+@triton.jit
+def _exp2(x, FAST: tl.constexpr):
+    if FAST:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def _reciprocal(x, FAST: tl.constexpr):
+    if FAST:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def _decay(x, rate: tl.constexpr, least: tl.constexpr, FAST: tl.constexpr):
+    """exp(-rate x), bounded so that products stay finite: below `least` tanh and sigmoid have come to their limits."""
+    return _exp2(tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL) * (-1.4426950408889634 * rate), FAST)
+
+
+@triton.jit
+def _gate(v, u, GATED: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
+    """act(v) sigmoid(u), or act(v) alone; one reciprocal serves both."""
+    if ACTIVATION == "tanh":
+        a = _decay(v, 2.0, -15.0, FAST)
+        if GATED:
+            return (1.0 - a) * _reciprocal((1.0 + a) * (1.0 + _decay(u, 1.0, -40.0, FAST)), FAST)
+        else:
+            return (1.0 - a) * _reciprocal(1.0 + a, FAST)
+    elif GATED:
+        return activate(v, ACTIVATION) * _reciprocal(1.0 + _decay(u, 1.0, -40.0, FAST), FAST)
+    else:
+        return activate(v, ACTIVATION)
+
+
+@triton.jit
+def _branches(v, u, GATED: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
+    """act(v) and sigmoid(u); u is returned as it is where there is no gate."""
+    if ACTIVATION == "tanh":
+        a = _decay(v, 2.0, -15.0, FAST)
+        if GATED:
+            b = _decay(u, 1.0, -40.0, FAST)
+            r = _reciprocal((1.0 + a) * (1.0 + b), FAST)
+            return (1.0 - a) * (1.0 + b) * r, (1.0 + a) * r
+        else:
+            return (1.0 - a) * _reciprocal(1.0 + a, FAST), u
+    elif GATED:
+        return activate(v, ACTIVATION), _reciprocal(1.0 + _decay(u, 1.0, -40.0, FAST), FAST)
+    else:
+        return activate(v, ACTIVATION), u
+
+
+@triton.jit
+def _factors(SEED, instance, unit, threshold, GATED: tl.constexpr, BD: tl.constexpr):
+    """What dropout multiplies the product of both branches by, and so its gradients."""
+    factors = dropout_factors(SEED, instance, unit, threshold, 0, BD, tl.float32)
+    if GATED:
+        factors = factors * dropout_factors(SEED, instance, unit, threshold, 1, BD, tl.float32)
+    return factors
+
+
+@triton.jit
+def _row_tile(
+    X, row, column, count, L, x_stride, TMA: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr
+):
+    """[BN, BL]. Past the last row anything may stand, past the last column 0."""
+    if TMA:
+        return X.load([row, column])
+    else:
+        r = tl.minimum(row + tl.arange(0, BN), count - 1).to(tl.int64)
+        c = column + tl.arange(0, BL)
+        at = X + r[:, None] * x_stride + c[None, :]
+        if EVEN:
+            return tl.load(at)
+        else:
+            return tl.load(at, mask=(c < L)[None, :], other=0.0)
+
+
+@triton.jit
+def _unit_rows(WEIGHT, rows, column, L, EVEN: tl.constexpr, BL: tl.constexpr):
+    c = column + tl.arange(0, BL)
+    at = WEIGHT + rows.to(tl.int64)[:, None] * L + c[None, :]
+    if EVEN:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(c < L)[None, :], other=0.0)
+
+
+@kernel
+def score_tiles(
+    X, WEIGHT, BIAS, W, W_BIAS, MASK, SEED, OUT, first, count, rows, L, D, x_stride, threshold,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
+    """OUT [chunks of BD units, rows, K]: what a chunk adds to the scores of the rows from `first` on, `count` of which
+    are in X. WEIGHT is V over U. A program goes through tiles; those of the same rows stand together, to meet in L2."""
+    tl.assume(L > 0)  # else ptxas may serialise the products, for the sake of no product at all
+    WIDE: tl.constexpr = 2 if GATED else 1
+    chunks = tl.cdiv(D, BD)
+    k = tl.arange(0, BK)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(count, BN) * chunks, tl.num_programs(0)):
+        chunk = tile % chunks
+        row = (tile // chunks) * BN
+        unit = chunk * BD
+        acc = tl.zeros([BN, WIDE * BD], tl.float32)
+        for column in tl.range(0, L, BL):
+            x = _row_tile(X, row, column, count, L, x_stride, TMA, EVEN, BN, BL)
+            if TMA:
+                weight = tl.reshape(WEIGHT.load([0, unit, column]), [WIDE * BD, BL])
+            else:
+                j = tl.arange(0, WIDE * BD)
+                weight = _unit_rows(WEIGHT, (j // BD) * D + tl.minimum(unit + j % BD, D - 1), column, L, EVEN, BL)
+            acc = tl.dot(x, weight.T, acc, input_precision=PRECISION)
+        v = acc
+        u = acc
+        if GATED:
+            v, u = _halves(acc)
+        r = row + tl.arange(0, BN)
+        instance = tl.cast(first, tl.int64) + r
+        d = unit + tl.arange(0, BD)
+        if BIAS is not None:
+            v += tl.load(BIAS + d, mask=d < D, other=0.0)[None, :]
+            if GATED:
+                u += tl.load(BIAS + D + d, mask=d < D, other=0.0)[None, :]
+        gate = _gate(v, u, GATED, ACTIVATION, FAST)
+        if SEED is not None:
+            gate = gate * _factors(SEED, instance, unit, threshold, GATED, BD)
+        # Past the last unit stand those of U or nothing: not for sure finite, so they are selected away.
+        gate = tl.where((d < D)[None, :], gate, 0.0)
+        score = tl.zeros([BN, BK], tl.float32)
+        for j in tl.static_range(K):
+            of_head = tl.sum(gate * tl.load(W + j * D + d, mask=d < D, other=0.0)[None, :], axis=1)
+            if K == 1:
+                score += of_head[:, None]
+            else:
+                score += tl.where((k == j)[None, :], of_head[:, None], 0.0)
+        if W_BIAS is not None:
+            score += tl.where(chunk == 0, tl.load(W_BIAS + k, mask=k < K, other=0.0), 0.0)[None, :]
+        if MASK is not None:
+            real = tl.load(MASK + instance, mask=r < count, other=0) != 0
+            score = tl.where(real[:, None], score, float("-inf"))
+        at = (tl.cast(chunk, tl.int64) * rows + instance)[:, None] * K + k[None, :]
+        tl.store(OUT + at, score, mask=(r < count)[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def _halves(t):
+    """The left half of the columns and the right one. In an accumulator's layout a thread has columns of both, so that
+    nothing moves."""
+    return tl.split(tl.permute(tl.reshape(t, [t.shape[0], 2, t.shape[1] // 2]), [0, 2, 1]))
+
+
+@kernel
+def gate_gradients(
+    X, WEIGHT, BIAS, W, DS, MASK, SEED, SCALE, OUT, SUMS, first, count, L, D, x_stride, out_stride, threshold,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, K: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, BL: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """OUT [V and U, D, count]: the gradient of the products, times SCALE, 0 for masked rows. SUMS [parts, K + 2, D]:
+    what parts of tiles add to the gradients of w and of the biases. Units lie across the warps, so that sums over rows
+    shuffle little."""
+    tl.assume(L > 0)
+    chunks = tl.cdiv(D, BD)
+    tile = tl.program_id(0) // chunks
+    row = tile * BN
+    unit = (tl.program_id(0) % chunks) * BD
+    d = unit + tl.arange(0, BD)
+    v = tl.zeros([BD, BN], tl.float32)
+    u = tl.zeros([BD, BN], tl.float32)
+    for column in tl.range(0, L, BL):
+        x = _row_tile(X, row, column, count, L, x_stride, TMA, EVEN, BN, BL).T
+        if TMA:
+            v = tl.dot(WEIGHT.load([unit, column]), x, v, input_precision=PRECISION)
+            if GATED:
+                u = tl.dot(WEIGHT.load([D + unit, column]), x, u, input_precision=PRECISION)
+        else:
+            inside = tl.minimum(d, D - 1)
+            v = tl.dot(_unit_rows(WEIGHT, inside, column, L, EVEN, BL), x, v, input_precision=PRECISION)
+            if GATED:
+                u = tl.dot(_unit_rows(WEIGHT, D + inside, column, L, EVEN, BL), x, u, input_precision=PRECISION)
+    if PARTS == 1:
+        _part_gradients(
+            v, u, BIAS, W, DS, MASK, SEED, SCALE, OUT, SUMS, tile, first, row, count, unit, D, out_stride, threshold,
+            GATED, ACTIVATION, K, TMA, FAST, BN, BD,
+        )  # fmt: skip
+    else:
+        v0, v1 = _halves(v)
+        u0, u1 = _halves(u)
+        _part_gradients(
+            v0, u0, BIAS, W, DS, MASK, SEED, SCALE, OUT, SUMS, 2 * tile, first, row, count, unit, D, out_stride,
+            threshold, GATED, ACTIVATION, K, TMA, FAST, BN // 2, BD,
+        )  # fmt: skip
+        _part_gradients(
+            v1, u1, BIAS, W, DS, MASK, SEED, SCALE, OUT, SUMS, 2 * tile + 1, first, row + BN // 2, count, unit, D,
+            out_stride, threshold, GATED, ACTIVATION, K, TMA, FAST, BN // 2, BD,
+        )  # fmt: skip
+
+
+@triton.jit
+def _part_gradients(
+    v, u, BIAS, W, DS, MASK, SEED, SCALE, OUT, SUMS, part, first, row, count, unit, D, out_stride, threshold,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr, FAST: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    d = unit + tl.arange(0, BD)
+    if BIAS is not None:
+        v += tl.load(BIAS + d, mask=d < D, other=0.0)[:, None]
+        if GATED:
+            u += tl.load(BIAS + D + d, mask=d < D, other=0.0)[:, None]
+    r = row + tl.arange(0, BN)
+    instance = tl.cast(first, tl.int64) + r
+    alive = r < count
+    if MASK is not None:
+        alive = alive & (tl.load(MASK + instance, mask=r < count, other=0) != 0)
+
+    t, s = _branches(v, u, GATED, ACTIVATION, FAST)
+    gate = t
+    dv = activation_gradient(v, t, ACTIVATION)
+    if GATED:
+        gate = t * s
+        dv = s * dv
+        du = gate * (1.0 - s)
+    # Selected, not multiplied: a masked row may hold NaN.
+    gate = tl.where(alive[None, :], gate, 0.0)
+    if SEED is not None:
+        factors = _factors(SEED, instance, unit, threshold, GATED, BD).T
+        gate = gate * factors
+    scale = tl.cast(1.0, tl.float32)  # a power of two, so it rounds nothing
+    if SCALE is not None:
+        scale = tl.load(SCALE)
+    dgate = tl.zeros([BD, BN], tl.float32)
+    sums = SUMS + tl.cast(part, tl.int64) * ((K + 2) * D) + d
+    for j in tl.static_range(K):
+        ds = tl.load(DS + instance * K + j, mask=alive, other=0.0)
+        dgate += tl.load(W + j * D + d, mask=d < D, other=0.0)[:, None] * (ds * scale)[None, :]
+        tl.store(sums + j * D, tl.sum(gate * ds[None, :], axis=1), mask=d < D)
+    if SEED is not None:
+        dgate = dgate * factors
+    dv = tl.where(alive[None, :], dgate * dv, 0.0)
+    tl.store(sums + K * D, tl.sum(dv, axis=1) / scale, mask=d < D)
+    _store_units(OUT, dv, 0, unit, row, D, out_stride, TMA, BN, BD)
+    if GATED:
+        du = tl.where(alive[None, :], dgate * du, 0.0)
+        tl.store(sums + (K + 1) * D, tl.sum(du, axis=1) / scale, mask=d < D)
+        _store_units(OUT, du, 1, unit, row, D, out_stride, TMA, BN, BD)
+    else:
+        tl.store(sums + (K + 1) * D, tl.zeros([BD], tl.float32), mask=d < D)
+
+
+@triton.jit
+def _store_units(
+    OUT, values, BRANCH: tl.constexpr, unit, row, D, out_stride, TMA: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+):
+    """Into rows of OUT, which has room for whole tiles of columns; a branch ends at its last unit."""
+    if TMA:
+        OUT.store([BRANCH, unit, row], tl.reshape(values.to(OUT.dtype), [1, BD, BN]))
+    else:
+        d = unit + tl.arange(0, BD)
+        at = (BRANCH * D + d).to(tl.int64)[:, None] * out_stride + (row + tl.arange(0, BN))[None, :]
+        tl.store(OUT + at, values.to(OUT.dtype.element_ty), mask=(d < D)[:, None])
+
+
+# Launches
+
+
+def serves(call) -> bool:
+    """Whether these kernels can take the place of products on chunks, at their accuracy."""
+    if call.type == torch.float64 or call.heads > _MOST_HEADS:
+        return False
+    backend, architecture = tuning.target(call.x.device)
+    if backend == "cuda" and architecture < 80:
+        return False
+    return call.type != torch.float32 or backend == "interpreter" or (backend == "cuda" and tf32_allowed())
+
+
+def tf32_allowed() -> bool:
+    """What PyTorch's own float32 products do at this moment; the older of its two switches refuses to be read where the
+    newer one was set."""
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
+def prepared(weight: Tensor) -> Tensor:
+    """V over U as the kernels take it: float32 rounded to tf32, for tensor cores cut off what is past it. With rows and
+    weights both cut off the errors come to more than twice those of rounded ones."""
+    if weight.dtype != torch.float32 or tuning.target(weight.device)[0] != "cuda":
+        return weight
+    return as_tf32(weight)
+
+
+def as_tf32(t: Tensor) -> Tensor:
+    """The nearest numbers of 11 significant bits (Veltkamp 1968)."""
+    high = t * (2**13 + 1)
+    return high - (high - t)
+
+
+def scores(call) -> Tensor:
+    """Scores [N, K], -inf for masked rows."""
+    if call.rows == 0:
+        return call.empty(0, call.heads)
+    # Rows in the type of products are read where they lie, all of them at once.
+    direct = call.x.dtype == call.type
+    options = _options(call, call.x if direct else None, forward=True)
+    chunks = ceil_div(call.hidden, options["BD"])
+    out = call.empty(chunks, call.rows, call.heads)
+    seed, threshold = call.dropout
+    for block in [call.whole] if direct else call.blocks(call.width * call.type.itemsize):
+        x, count = call.rows_of(block, False), block.stop - block.start
+        x_tiles, weight = x, call.weight
+        if options["TMA"]:
+            x_tiles = _described(x, options["BN"], options["BL"])
+            weight = weight.view(-1, call.hidden, call.width)
+            weight = _described(weight, weight.shape[0], options["BD"], options["BL"])
+        programs = min(tuning.multiprocessors(x.device), ceil_div(count, options["BN"]) * chunks)
+        launch(
+            score_tiles, (programs,),
+            x_tiles, weight, call.bias, call.w, call.w_bias, call.mask, seed, out, block.start, count, call.rows,
+            call.width, call.hidden, x.stride(0), threshold, BK=power_of_two(call.heads), **options,
+        )  # fmt: skip
+    return out[0] if chunks == 1 else out.sum(0)
+
+
+def gradients_of_products(call, x: Tensor, block: slice, ds: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``(z, sums)`` of a block, whose rows x holds: the gradient of ``x [V; U]^T`` [rows, units], times the scale, and
+    what parts of tiles add to the gradients of w and of the biases [parts, K + 2, D]."""
+    options = _options(call, x, forward=False)
+    BN, BD, parts = options["BN"], options["BD"], options["PARTS"]
+    count, D = block.stop - block.start, call.hidden
+    tiles, chunks = ceil_div(count, BN), ceil_div(D, BD)
+    z = call.empty(call.units, tiles * BN, dtype=call.type)
+    sums = call.empty(tiles * parts, call.heads + 2, D)
+    x_tiles, weight, out = x, call.weight, z
+    if options["TMA"]:
+        x_tiles = _described(x, BN, options["BL"])
+        weight = _described(weight, BD, options["BL"])
+        out = _described(z.view(-1, D, tiles * BN), 1, BD, BN // parts)
+    seed, threshold = call.dropout
+    launch(
+        gate_gradients, (tiles * chunks,),
+        x_tiles, weight, call.bias, call.w, ds, call.mask, seed, scale, out, sums, block.start, count,
+        call.width, D, x.stride(0), z.stride(0), threshold, **options,
+    )  # fmt: skip
+    return z[:, :count].t(), sums
+
+
+def _described(t: Tensor, *tile: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(t, list(tile))
+
+
+def _options(call, x: Tensor | None, *, forward: bool) -> dict:
+    """The variant of a kernel and its tile; x is None where rows come in a workspace, without gaps between them."""
+    itemsize = call.type.itemsize
+    aligned = call.width * itemsize % 16 == 0 and call.weight.data_ptr() % 16 == 0
+    if x is not None:
+        aligned = aligned and x.data_ptr() % 16 == 0 and x.stride(0) * itemsize % 16 == 0
+    tma = aligned and tuning.large_tiles(call.x.device)
+    tile = (_large_tile if tma else _small_tile)(call, forward)
+    nvidia = tuning.target(call.x.device)[0] == "cuda"
+    variant = {"K": call.heads, "TMA": tma, "EVEN": call.width % tile["BL"] == 0}
+    return {**call.options(), **variant, "FAST": nvidia, "PRECISION": "tf32" if nvidia else "ieee", **tile}
+
+
+# Tiles are the largest whose accumulators and epilogue the registers hold, as the compiler reports them.
+
+
+def _large_tile(call, forward: bool) -> dict[str, int]:
+    dropped = call.dropout[0] is not None
+    tile = {"BN": 128, "BD": 128, "BL": 128 // call.type.itemsize, "num_warps": 8, "num_stages": 4}
+    if forward:
+        tile["BD"] = (256 >> call.gated) >> dropped
+    else:
+        # Blackwell's accumulators come into the registers all at once.
+        heads = (call.heads > 1) + (call.heads > 4)
+        crowded = call.gated + dropped + heads + (tuning.target(call.x.device)[1] >= 100)
+        tile |= {"BN": 64, "PARTS": 1} if crowded > 1 else {"PARTS": 1 + call.gated}
+    return tile | {"BD": min(max(power_of_two(call.hidden), 64), tile["BD"])}
+
+
+def _small_tile(call, forward: bool) -> dict[str, int]:
+    tile = {"BN": 128 if forward else 64, "BD": 64, "BL": 64 // call.type.itemsize, "num_warps": 8, "num_stages": 3}
+    return tile if forward else tile | {"PARTS": 1}

@@ -1,0 +1,70 @@
+"""Products of float32 matrices on bfloat16 matrix units, as exact as float32 ones: each number is the sum of three
+bfloat16 parts (8 + 8 + 8 bits), and of their nine products six count; they accumulate in float32, the small ones first.
+
+For users who leave ``torch.get_float32_matmul_precision()`` at "highest", where a GPU has no fast float32 products.
+"""
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from milkernels.triton.call import ceil_div, launch, power_of_two, product
+from milkernels.triton.common import kernel
+
+
+@kernel
+def split_rows(X, OUT, rows, x_stride, L, BN: tl.constexpr, BL: tl.constexpr):
+    """OUT [rows, 3 L]: the three parts of X, side by side."""
+    r = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    c = tl.program_id(1) * BL + tl.arange(0, BL)
+    inside = (r < rows)[:, None] & (c < L)[None, :]
+    rest = tl.load(X + r[:, None] * x_stride + c[None, :], mask=inside, other=0.0)
+    out = OUT + r[:, None] * (3 * L) + c[None, :]
+    for i in tl.static_range(3):
+        part = rest.to(tl.bfloat16)
+        tl.store(out + i * L, part, mask=inside)
+        taken = part.to(tl.float32)
+        # What is infinite or NaN is so in the first part; inf - inf would make the others NaN.
+        rest = tl.where(tl.abs(taken) < float("inf"), rest - taken, 0.0)
+
+
+def serves(type: torch.dtype) -> bool:
+    """Whether products of this type are float32 ones that PyTorch has been told not to round."""
+    return type == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+
+
+def split(x: Tensor) -> Tensor:
+    """The parts of float32 rows [N, L], side by side: [N, 3 L] bfloat16."""
+    rows, L = x.shape
+    out = x.new_empty((rows, 3 * L), dtype=torch.bfloat16)
+    block = min(max(power_of_two(L), 16), 256)
+    launch(
+        split_rows, (ceil_div(rows, 16), ceil_div(L, block)), x, out, rows, x.stride(0), L, BN=16, BL=block, num_warps=4
+    )
+    return out
+
+
+def by_weight(a: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """``a @ b`` in float32, for the parts [N, 3 L] of a and what `stacked` makes of b."""
+    L = a.shape[1] // 3
+    lowest, low, high = weight
+    out = product(a[:, :L], lowest, torch.float32)
+    out += product(a[:, : 2 * L], low, torch.float32)
+    return out.add_(product(a, high, torch.float32))
+
+
+def stacked(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For ``[a1 a2 a3]``, from b [L, M] = b1 + b2 + b3: the third part, twice the second, three times the first."""
+    high, low, lowest = split(b.t().contiguous()).chunk(3, dim=1)
+    return lowest.t(), torch.cat([low, low], 1).t(), torch.cat([high, high, high], 1).t()
+
+
+def transposed(a: Tensor, b: Tensor) -> Tensor:
+    """``a^T @ b`` in float32, a sum over rows, for the parts [N, 3 M] and [N, 3 L]."""
+    M, L = a.shape[1] // 3, b.shape[1] // 3
+    first, second, third = (a[:, i * M : (i + 1) * M].t() for i in range(3))
+    lowest = product(third, b[:, :L], torch.float32)
+    low = product(second, b[:, : 2 * L], torch.float32)
+    high = product(first, b, torch.float32)
+    out = lowest.add_(high[:, 2 * L :]).add_(low[:, L:])
+    return out.add_(low[:, :L]).add_(high[:, L : 2 * L]).add_(high[:, :L])

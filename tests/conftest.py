@@ -1,0 +1,44 @@
+"""Where there is no GPU the Triton kernels are tested by Triton's interpreter, of which two faults are mended here."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+
+
+def _mend_interpreter() -> None:
+    """The interpreter keeps bfloat16 as bits: it cuts off what a GPU rounds, and multiplies the bits in a dot product
+    (triton-lang/triton#11584)."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert, create_dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def convert_float(data, source, target, rounding):
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return data.astype(np.uint32) << 16
+        if (source, target) == (tl.float32, tl.bfloat16):
+            bits = np.ascontiguousarray(data).view(np.uint32)
+            rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+            return np.where(np.isnan(data), bits >> 16 | 0x40, rounded).astype(np.uint16)
+        return convert(data, source, target, rounding)
+
+    def dot(builder, a, b, *rest):
+        def widened(t):
+            if t.dtype.scalar != tl.bfloat16:
+                return t
+            return interpreter.TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+        return create_dot(builder, widened(a), widened(b), *rest)
+
+    interpreter._convert_float, interpreter.InterpreterBuilder.create_dot = convert_float, dot
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    try:
+        _mend_interpreter()
+    except ImportError:
+        pass  # no Triton: its tests skip

@@ -1,0 +1,324 @@
+"""The Triton kernels through Triton's interpreter: their numbers, not their compilation, which is test_aot.py's.
+
+A launch costs milliseconds here for each program, so sizes are the smallest that cut tiles, segments and heads.
+On a GPU, test_gpu.py does the same and more.
+"""
+
+import itertools
+
+import op_cases
+import pytest
+import torch
+from op_cases import CASES, NAN, PLAIN, close, offsets_of, same_bits, step
+from test_contract import detached, recorded
+
+import milkernels
+from milkernels import native, ops, testing, triton
+
+pytestmark = [
+    pytest.mark.skipif(
+        triton.load_error() is not None or not triton.interpreted(),
+        reason=f"no interpreter: {triton.load_error() or 'there is a GPU, which test_gpu.py uses'}",
+    ),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of what is selected away
+]
+
+INF = float("inf")
+# Empty bags first, last and in between; one instance; a whole segment of 64 rows, and bags that cross segments.
+RAGGED = (0, 1, 64, 0, 63, 5, 0)
+LONG = (0, 256, 2000, 1, 300)  # more than 2048 rows: segments of 256
+ODD = {"L": 37, "D": 41, "K": 2, "C": 2, "Q2": 9, "V": 33}
+FIVE = {"L": 20, "D": 18, "K": 5, "C": 5, "Q2": 17, "V": 7}  # more heads than share a read
+
+SERVED = {name: case for name, case in CASES.items() if case.kernel in triton.OPS}
+every_kernel = pytest.mark.parametrize("case", SERVED.values(), ids=SERVED)
+one_of_each = pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
+
+
+def served(*names: str):
+    return pytest.mark.parametrize("case", [CASES[name] for name in names], ids=names)
+
+
+def run(case, tensors, offsets, mask=None, backend="triton", wanted=None):
+    return step(case.ours(backend), tensors, offsets, mask, wanted)
+
+
+def some_mask(n: int):
+    """Holes everywhere, and a segment with no real row at all."""
+    mask = torch.rand(n, generator=torch.Generator().manual_seed(5)) > 0.3
+    mask[64:128] = False
+    return mask
+
+
+@pytest.mark.parametrize(
+    "lengths, index, masked, sizes",
+    [
+        pytest.param(RAGGED, torch.int32, False, FIVE, id="five-heads"),
+        pytest.param(RAGGED, torch.int64, True, ODD, id="two-heads-mask"),
+        pytest.param((133,), None, True, FIVE | {"K": 1, "C": 1}, id="one-bag-mask"),
+    ],
+)
+@every_kernel
+def test_oracle(case, lengths, index, masked, sizes):
+    offsets = None if index is None else offsets_of(lengths, index)
+    mask, tensors = some_mask(sum(lengths)) if masked else None, case.make(lengths, **sizes)
+    close(run(case, tensors, offsets, mask), step(case.truth, tensors, offsets, mask))
+
+
+@one_of_each
+def test_many_rows(case):
+    """Segments of 256 rows; masked ones, and bags that cross them."""
+    mask = some_mask(sum(LONG))
+    mask[256:512] = mask[2256] = False
+    tensors = case.make(LONG, L=12, D=7, K=2, C=2, Q2=3, V=4)
+    offsets = offsets_of(LONG)
+    close(run(case, tensors, offsets, mask), step(case.truth, tensors, offsets, mask))
+
+
+@served("gated_attention_pool", "gated_attention_scores", "dsmil_pool-mlp-q-relu-v", "dsmil_pool-linear-v-dropout")
+def test_rows_in_several_slices(case, monkeypatch):
+    """A workspace that holds one segment: what is one slice of rows elsewhere is as many as there are segments."""
+    lengths, mask = (70, 0, 5, 130), some_mask(205)
+    tensors, offsets = case.make(lengths, **ODD), offsets_of(lengths)
+    whole = run(case, tensors, offsets, mask)
+    from milkernels.triton import call
+
+    monkeypatch.setattr(call, "WORKSPACE", 1)
+    close(run(case, tensors, offsets, mask), whole)
+
+
+@one_of_each
+def test_some_gradients_only(case):
+    """Of any of the outputs; and for each input alone, as where features or parameters are frozen."""
+    lengths, mask = (30, 5), torch.arange(35) % 4 > 0
+    offsets = offsets_of(lengths)
+    tensors = case.make(lengths, L=6, D=5, K=2, C=2, Q2=3, V=4)
+    whole = run(case, tensors, offsets, mask)
+    outputs = [i for i in range(4) if f"output {i}" in whole and whole[f"output {i}"].is_floating_point()]
+    for wanted in itertools.chain.from_iterable(itertools.combinations(outputs, n) for n in range(len(outputs))):
+        got = run(case, tensors, offsets, mask, wanted=wanted)
+        close(got, step(case.truth, tensors, offsets, mask, wanted=wanted))
+    for name in case.tensors:
+        alone = {n: t.detach().requires_grad_(n == name) for n, t in tensors.items()}
+        for key, value in run(case, alone, offsets, mask).items():
+            torch.testing.assert_close(value, whole[key], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "dtype, parameter_dtype",
+    [(torch.float32, None), (torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+@every_kernel
+def test_error_promise(case, dtype, parameter_dtype):
+    kept = op_cases.promise(case, "triton", dtype, parameter_dtype, lengths=(70, 5), seeds=2, **FIVE)
+    assert kept.ok, kept.broken()
+
+
+@served("gated_attention_pool", "dsmil_pool-mlp-q-relu-v")
+def test_float16_gradients_do_not_underflow(case):
+    """Of a loss that is small the gradients are as exact as of one that is not; parameters are float32 here, so that
+    they can hold them."""
+    offsets = offsets_of((300,))
+    tensors = case.make((300,), torch.float16, parameter_dtype=torch.float32, relu=True, **ODD)
+    parameters = {n: t for n, t in tensors.items() if t.requires_grad and n not in ("x", "w_bias")}
+    bag = case.ours("triton")(tensors, offsets, None)[0]
+    sent = torch.randn(bag.shape, generator=torch.Generator().manual_seed(0))
+    usual, small = (
+        torch.autograd.grad(bag, parameters.values(), sent * size, retain_graph=True) for size in (1.0, 2.0**-40)
+    )
+    for name, a, b in zip(parameters, usual, small, strict=True):
+        assert a.norm() > 0
+        assert (b * 2.0**40 - a).norm() <= 1e-3 * a.norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+@every_kernel
+def test_masked_rows_do_not_leak(case, dtype):
+    offsets, mask = offsets_of(RAGGED), some_mask(sum(RAGGED))
+    poison = torch.tensor([NAN, INF, -INF]).repeat(len(mask))[: (~mask).sum(), None].to(dtype)
+    op_cases.check_masked_rows_do_not_leak(case, "triton", RAGGED, offsets, mask, poison, dtype, **ODD)
+
+
+@pytest.mark.parametrize("poison", [NAN, INF], ids=str)
+@one_of_each
+def test_nan_stays_in_its_bag(case, poison):
+    lengths, row = (60, 6, 70, 0, 30), 65
+    op_cases.check_nan_stays_in_its_bag(case, "triton", lengths, 1, row, torch.float32, poison, **ODD)
+
+
+@pytest.mark.parametrize("lengths", [(), (0,), (0, 0), (1,), None], ids=str)
+@one_of_each
+def test_hardly_anything(case, lengths):
+    offsets = None if lengths is None else offsets_of(lengths)
+    tensors = case.make((0,) if lengths is None else lengths, relu=True)
+    close(run(case, tensors, offsets), run(case, tensors, offsets, backend="reference"))
+
+
+@one_of_each
+def test_layouts(case):
+    """Rows inside wider ones, and every second row, of whatever is given."""
+    lengths = (40, 0, 30)
+    tensors, offsets = case.make(lengths, L=6, D=5, K=2, C=2, Q2=3, V=4), offsets_of(lengths)
+    expected = run(case, tensors, offsets)
+    for name, t in tensors.items():
+        wide = torch.full((*t.shape[:-1], t.shape[-1] + 9), NAN, dtype=t.dtype)
+        wide[..., 3:-6] = t.detach()
+        for other in (wide[..., 3:-6], t.detach().repeat_interleave(2, 0)[::2]):
+            changed = tensors | {name: other.requires_grad_(t.requires_grad)}
+            close(run(case, changed, offsets), expected)
+
+
+@one_of_each
+def test_wrong_offsets_stay_inside(case):
+    """On a device offsets are not looked at: decreasing ones, and those past the rows, give wrong numbers only. An
+    access outside would be a segmentation fault here, or a change of what lies behind the rows."""
+    n = 70
+    tensors = {name: t.detach() for name, t in case.make((n, 0, 0), torch.float32, **ODD).items()}
+    for wrong in ((5, 90, 2, 71), (-7, 30, 10**6, -3), (80, 90, 100, 110)):
+        inputs = _padded_by_nan(tensors)
+        offsets = torch.tensor(wrong)
+        with _unchecked():
+            outputs = case.ours("triton")(inputs, offsets, None)
+        assert outputs[0].shape[0] in (3, n)
+        for name, t in inputs.items():
+            assert t._base[-1].isnan().all(), name
+
+
+def _padded_by_nan(tensors):
+    """Each tensor with NaN before and behind it, in one piece of memory."""
+    made = {}
+    for name, t in tensors.items():
+        base = torch.full((t.numel() + 2 * 4096,), NAN, dtype=t.dtype)
+        base[4096:-4096] = t.flatten()
+        made[name] = base[4096:-4096].view(t.shape)
+    return made
+
+
+class _unchecked:
+    """Within the block functional takes offsets as they are, as it does on a device."""
+
+    def __enter__(self):
+        from milkernels import functional
+
+        self.module, self.check = functional, functional.check_offsets
+        functional.check_offsets = lambda *_: None
+
+    def __exit__(self, *_):
+        self.module.check_offsets = self.check
+
+
+@served("gated_attention_pool", "dsmil_pool", "dsmil-mlp-q-relu-v", "instance_max", "max_pool")
+def test_same_bits_again(case):
+    tensors, offsets = case.make(RAGGED, torch.float32, **FIVE), offsets_of(RAGGED)
+    same_bits(run(case, tensors, offsets), run(case, tensors, offsets))
+
+
+@pytest.mark.skipif(native.load_error() is not None, reason=f"no extension: {native.load_error()}")
+@served("attention_pool-gelu-dropout", "gated_attention_pool-dropout", "dsmil_pool-relu-v-dropout")
+def test_dropout_is_that_of_the_cpu_kernels(case):
+    """One unit that is dropped on one side only would be far off."""
+    tensors, offsets = case.make((133,), **(ODD | {"D": 70, "L": 70})), None
+    close(run(case, tensors, offsets), run(case, tensors, offsets, backend="native"))
+
+
+def test_rows_past_four_billion_are_counted_in_the_dropout():
+    """The counter's second word; 2^32 rows do not fit anywhere, so the kernel's own function is asked."""
+    import triton as compiler
+    import triton.language as tl
+
+    from milkernels.testing import philox
+    from milkernels.triton import common
+
+    @compiler.jit
+    def factors(SEED, OUT, first, threshold, BRANCH: tl.constexpr, dropout: tl.constexpr):
+        r = tl.cast(first, tl.int64) + tl.arange(0, 8)
+        kept = dropout(SEED, r, 0, threshold, BRANCH, 16, tl.float32)
+        tl.store(OUT + tl.arange(0, 8)[:, None] * 16 + tl.arange(0, 16)[None, :], kept)
+
+    first, out, key = 2**33 + 5, torch.empty(8, 16), (op_cases.SEED & 0xFFFFFFFF, op_cases.SEED >> 32)
+    factors[(1,)](torch.tensor([op_cases.SEED]), out, first, 1 << 15, BRANCH=1, dropout=common.dropout_factors)
+    row, unit = torch.arange(first, first + 8)[:, None], torch.arange(16)[None]
+    counter = [t.expand(8, 16) for t in (row & 0xFFFFFFFF, row >> 32, unit >> 3, torch.ones_like(unit))]
+    words = torch.stack(philox.philox4x32(counter, key), -1).gather(-1, (unit >> 1 & 3).expand(8, 16)[..., None])[
+        ..., 0
+    ]
+    lanes = words >> 16 * (unit & 1) & 0xFFFF
+    assert torch.equal(out, 2.0 * (lanes >= 1 << 15))
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_topk_is_exactly_the_references(dtype, largest):
+    """Many ties, NaN, both infinities and both zeros; more asked for than a bag, or all bags, have."""
+    generator = torch.Generator().manual_seed(3)
+    for lengths in (RAGGED, (300,), (0, 0)):
+        n = sum(lengths)
+        scores = torch.randint(-4, 5, (n, 5), generator=generator).to(dtype) / 2
+        scores[:, 1] = torch.randn(n, generator=generator).to(dtype)
+        for column, value in ((2, NAN), (2, -INF), (3, INF), (3, -INF), (4, -0.0), (4, NAN)):
+            scores[torch.rand(n, generator=generator) < 0.2, column] = value
+        for k, mask in ((1, None), (64, torch.rand(n, generator=generator) > 0.4), (331, None)):
+            options = {"largest": largest, "mask": mask}
+            got, expected = (
+                milkernels.topk_instances(scores, k, offsets_of(lengths), backend=backend, **options)
+                for backend in ("triton", "reference")
+            )
+            assert torch.equal(got.indices, expected.indices), (lengths, k)
+            torch.testing.assert_close(got.values, expected.values, rtol=0, atol=0, equal_nan=True)
+
+
+@served("instance_max", "max_pool", "dsmil_pool")
+def test_nan_wins(case):
+    """As in torch.max: the first of several, over larger numbers before and behind it."""
+    lengths = (5, 0, 70, 130)
+    tensors, offsets = case.make(lengths), offsets_of(lengths)
+    chooser = tensors["instance_logits" if case.op == "dsmil_pool" else "x"].data
+    chooser[[30, 160]] = INF if case.op == "max_pool" else 1e3
+    chooser[[40, 41, 140, 170]] = NAN
+    got = run(case, tensors, offsets)
+    close(got, step(case.truth, tensors, offsets, None), equal_nan=True)
+    indices = got["output 3" if case.op == "dsmil_pool" else "output 1"]
+    assert indices[-1].unique().item() == 140
+
+
+@pytest.mark.parametrize("name", ["softmax_pool", "segment_softmax"])
+def test_scores_far_from_zero(name):
+    """Weights taken as exp(score - lse) would show one rounding of the lse, 3e-5."""
+    case = CASES[name]
+    tensors = case.make((70, 5), torch.float32, relu=True, **ODD)
+    with torch.no_grad():
+        tensors["scores"] += 500
+        tensors["scores"][::2] -= 1e4
+    offsets = offsets_of((70, 5))
+    eager = step(case.truth, tensors, offsets, None)
+    kept = testing.error_promise(
+        run(case, tensors, offsets), eager, op_cases.exactly(case, tensors, offsets), torch.float32
+    )
+    assert kept.ok, kept.broken()
+
+
+def test_every_op_has_a_kernel():
+    assert {case.kernel for case in CASES.values()} == triton.OPS
+    declared = {f"{op.name}_fwd" for op in ops.FORWARDS} | {f"{op.backward.name}_bwd" for op in ops.FORWARDS}
+    assert set(triton.kernels()) == declared
+
+
+# As torch.library ops
+
+
+@one_of_each
+def test_opcheck(case):
+    for calls in recorded(case, "triton"):
+        for op, args, kwargs in calls:
+            torch.library.opcheck(op, detached(args), kwargs)
+
+
+@served("gated_attention_pool-dropout", "dsmil", "loss_attention_pool", "topk_instances")
+def test_compile_fullgraph(case):
+    """One graph for two sizes, forward and backward, with the numbers of eager."""
+    compute = torch.compile(case.ours("triton"), fullgraph=True, dynamic=True, backend="aot_eager")
+    torch._dynamo.reset()
+    for lengths in ((30, 0, 35), (7, 20, 3)):
+        tensors, offsets = case.make(lengths, **ODD), offsets_of(lengths)
+        close(step(compute, tensors, offsets, None), run(case, tensors, offsets))
