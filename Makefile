@@ -3,6 +3,8 @@
 #   make install                    .venv with PyTorch, this package (editable) and its compiled extension
 #   make bench ARGS="--op ..."      benchmarks
 #   make test  ARGS="-k bags"       tests
+#   make gpu [QUICK=1] [OUT=dir]    tests and benchmarks on an NVIDIA GPU, with what $(PYTHON) has; needs no network
+#   make aot   ARGS="--op ..."      compiles every Triton kernel for NVIDIA's and AMD's GPUs and checks the code; needs none
 #   make lint | format | info | clean
 #
 # PYTHON        the interpreter; what it has already is used, PyTorch first of all, and not downloaded
@@ -13,6 +15,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
+QUICK ?=
+OUT ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -22,7 +26,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 PYTHON_FILES := setup.py $(wildcard milkernels tests benchmarks)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install bench test lint format info clean
+.PHONY: install bench test gpu aot lint format info clean
 
 install: $(VENV)/.built
 
@@ -31,8 +35,16 @@ bench: $(VENV)/.built
 	$(PY) -m milkernels bench $(ARGS)
 
 test: $(VENV)/.built
-	@$(PY) -c "import pytest, pytest_benchmark, numpy, rich, matplotlib, psutil" 2>/dev/null || $(PIP) install "milkernels[test]"
+	@$(PY) -c "import pytest, pytest_benchmark, numpy, rich, matplotlib, psutil, triton" 2>/dev/null || $(PIP) install "milkernels[test]"
 	$(PY) -m pytest -ra --durations=15 $(ARGS)
+
+# Not in .venv, which may have to be filled from the network.
+gpu:
+	@$(PYTHON) benchmarks/gpu.py $(if $(QUICK),--quick) $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+aot: $(VENV)/.installed
+	@$(PY) -c "import triton" 2>/dev/null || $(PIP) install "triton>=3.6"
+	env -u TRITON_INTERPRET $(PY) -m milkernels.testing.aot $(ARGS)
 
 lint: $(VENV)/.ruff
 	$(PY) -m ruff check $(PYTHON_FILES)

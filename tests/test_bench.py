@@ -180,7 +180,8 @@ def test_a_failing_contender_is_a_row(ours, expected, tmp_path, monkeypatch):
     assert by_contender(result)["reference"]["status"] == "ok"
 
 
-def test_a_backend_without_a_kernel_is_a_row(tmp_path):
+def test_a_backend_without_a_kernel_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which would make it serve CPU tensors
     arguments = ("--op", "mean_pool", "--contenders", "eager", "--backends", "triton", "--mode", "fwd")
     code, result = run(tmp_path, *arguments)
     assert code == 0
@@ -247,6 +248,12 @@ def test_source_digest_follows_contents(tmp_path):
     first = report.source_digest(tmp_path)
     (tmp_path / "milkernels" / "notes.txt").write_text("no source")
     assert report.source_digest(tmp_path) == first
+    kernels = tmp_path / "milkernels" / "triton"
+    kernels.mkdir()
+    on_a_gpu = report.source_digest(tmp_path, gpu=True)
+    (kernels / "pool.py").write_text("1")
+    assert report.source_digest(tmp_path, gpu=True) != on_a_gpu
+    assert report.source_digest(tmp_path) == first  # which a CPU does not run
     source.write_text("2")
     assert report.source_digest(tmp_path) != first
     assert report.commit(tmp_path) is None

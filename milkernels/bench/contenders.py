@@ -1,13 +1,18 @@
 """Who is measured.  Peers are looked for when they are asked for, and named with their version."""
 
+import contextlib
+import functools
 import importlib.metadata
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from milkernels.bench import cuda
 from milkernels.testing import CASES, Inputs, OpCase, evaluate
 from milkernels.testing.formulas import attention_scores_eager
 
@@ -34,6 +39,7 @@ class Contender:
     ours: bool = False  # held to the error promise; its failure is the command's
     peer: bool = False  # somebody else's code for the same thing
     work: Callable[[Inputs], float] = lambda inputs: 1.0  # how its arithmetic grows, beyond with the instances
+    within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # around all of its runs
 
     def label(self, case: OpCase, inputs: Inputs) -> str:
         looping = self.loops and case.takes_offsets and len(inputs.lengths) > 1
@@ -89,9 +95,10 @@ def _padded(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs
     bags, longest, dim = len(inputs.lengths), max(inputs.lengths), inputs.x.shape[1]
     hidden = sum(t.shape[0] for name, t in inputs.parameters.items() if name in ("v_weight", "u_weight"))
     needed = bags * longest * (2 * dim + 4 * hidden) * inputs.x.element_size()
-    if needed > 0.5 * available_memory():
+    if needed > 0.5 * available_memory(inputs.x.device):
         raise Unavailable(f"the padded batch and its temporaries need {needed / 1e9:.1f} GB")
-    inside = torch.arange(longest) < torch.tensor(inputs.lengths).unsqueeze(1)
+    device = inputs.x.device
+    inside = torch.arange(longest, device=device) < torch.tensor(inputs.lengths, device=device).unsqueeze(1)
     batch = inputs.x.new_zeros(bags, longest, dim)
     batch[inside] = inputs.x.detach()
     real = inside
@@ -107,7 +114,9 @@ def _padded(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs
     return compute, replace(inputs, x=batch, mask=real)
 
 
-def available_memory() -> int:
+def available_memory(device: torch.device | str = "cpu") -> int:
+    if torch.device(device).type == "cuda":
+        return cuda.available_memory()
     import psutil
 
     return psutil.virtual_memory().available
@@ -138,7 +147,8 @@ def _pyg(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
         from torch_geometric.nn import AttentionalAggregation
     except ImportError as error:
         raise Unavailable(f"PyTorch Geometric: {error}") from error
-    index = torch.repeat_interleave(torch.arange(len(inputs.lengths)), torch.tensor(inputs.lengths))
+    lengths = torch.tensor(inputs.lengths, device=inputs.x.device)
+    index = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     aggregate = AttentionalAggregation(_Gate(inputs))
 
     def compute(i: Inputs) -> dict[str, Tensor]:
@@ -155,6 +165,65 @@ def _installed(package: str) -> Callable[[], str]:
             return ""
 
     return version
+
+
+@contextlib.contextmanager
+def _kernels(**chosen: str) -> Iterator[None]:
+    """Those that Triton takes by itself, but for the chosen ones."""
+    from milkernels.triton import tuning
+
+    with mock.patch.object(tuning, "_forced", {}), tuning.use(**chosen):
+        yield
+
+
+@contextlib.contextmanager
+def _workspace(megabytes: int) -> Iterator[None]:
+    from milkernels.triton import call
+
+    before, call.WORKSPACE = call.WORKSPACE, megabytes << 20
+    try:
+        yield
+    finally:
+        call.WORKSPACE = before
+
+
+def launched(run: Callable[[], object]) -> Counter[str]:
+    """The Triton kernels that ``run`` launches, by name."""
+    from milkernels.triton import call
+
+    names: Counter[str] = Counter()
+
+    def counting(kernel, *rest, launch=call._run):
+        names[kernel.__name__] += 1
+        launch(kernel, *rest)
+
+    with mock.patch.object(call, "_run", counting):
+        run()
+    return names
+
+
+def _with_kernels(chosen: dict[str, str]) -> Contender:
+    """Triton with other kernels than it takes by itself; none where they cannot serve the call."""
+    name = next(iter(chosen.values()))
+
+    def prepare(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
+        compute, _ = _ours("triton")(case, inputs, static)
+        few = case.prefix(inputs, PREFIX)
+        with torch.no_grad():
+            forced = launched(lambda: compute(few))
+            with _kernels():
+                usual = launched(lambda: compute(few))
+        if forced == usual:
+            raise Unavailable(f"the kernels are those of triton: {', '.join(sorted(usual))}")
+        return compute, inputs
+
+    return Contender(name, prepare, title=f"triton, {name}", ours=True, within=lambda: _kernels(**chosen))
+
+
+def _with_workspace(megabytes: int) -> Contender:
+    name = f"workspace-{megabytes}"
+    within = functools.partial(_workspace, megabytes)
+    return Contender(name, _ours("triton"), title=f"triton, {name} MB", ours=True, within=within)
 
 
 # Other formulas of an op: contender -> what they use
@@ -174,6 +243,8 @@ REGISTRY: dict[str, Contender] = {
         Contender("pyg", _pyg, version=_installed("torch_geometric"), peer=True),
         Contender("native", _ours("native"), ours=True),
         Contender("triton", _ours("triton"), ours=True),
+        *(_with_kernels(chosen) for chosen in ({"scores": "chunked"}, {"scores": "fused"}, {"products": "split"})),
+        *(_with_workspace(megabytes) for megabytes in (8, 16, 32, 64)),
         Contender("reference", _ours("reference"), ours=True),
     )
 }

@@ -71,18 +71,21 @@ def measure(
     rounds: int | None = None,
     between: Callable[[], object] = lambda: None,
     expected: Mapping[str, float] | None = None,
+    clock: Callable[..., float] | None = None,
 ) -> dict[str, Timing]:
     """Warms every call up once, then times all of them round by round.  A call that raises has an ``error``.
 
-    ``expected`` seconds guard against a warm-up that is longer than the calls after it (compilation).
+    ``expected`` seconds guard against a warm-up that is longer than the calls after it (compilation).  ``clock`` is
+    another device's ``timed``.
     """
+    clock = clock or timed
     timings = {name: Timing() for name in calls}
     estimates = {}
     for name, call in calls.items():
         try:
-            estimate = min(timed(call), (expected or {}).get(name, math.inf))
+            estimate = min(clock(call), (expected or {}).get(name, math.inf))
             if estimate < _CHEAP:
-                estimate = timed(call)
+                estimate = clock(call)
         except Exception as error:  # any reason: the others still count
             timings[name].error = describe(error)
             continue
@@ -91,7 +94,7 @@ def measure(
     left = budget
     while estimates:
         start = time.perf_counter()
-        _run_rounds(plan_rounds(estimates, left, rounds), calls, timings, between)
+        _run_rounds(plan_rounds(estimates, left, rounds), calls, timings, between, clock)
         left -= time.perf_counter() - start
         # Rounds are planned again while they turn out shorter than was guessed and all can have a few more.
         seen = {n: timings[n] for n in estimates if not timings[n].error}
@@ -108,6 +111,7 @@ def _run_rounds(
     calls: Mapping[str, Callable[[], object]],
     timings: Mapping[str, Timing],
     between: Callable[[], object],
+    clock: Callable[..., float],
 ) -> None:
     for names in schedule(plan):
         between()
@@ -116,7 +120,7 @@ def _run_rounds(
             if timing.error:
                 continue
             try:
-                timing.seconds.append(timed(calls[name], timing.calls))
+                timing.seconds.append(clock(calls[name], timing.calls))
             except Exception as error:
                 timing.error = describe(error)
 

@@ -55,7 +55,8 @@ def _rows(result: dict, digest: str | None) -> list[list[str]]:
             if ours is None or ours["status"] != "ok" or other["status"] != "ok":
                 lines.append([*cells, "not measured", "", "", "", ""])
                 continue
-            memory = [r["resident"] for r in (other, ours)]
+            # On a GPU it is the allocator's peak that counts.
+            memory = [r["allocator" if "gpu" in result["machine"] else "resident"] for r in (other, ours)]
             lines.append(
                 [
                     *cells,
@@ -69,28 +70,48 @@ def _rows(result: dict, digest: str | None) -> list[list[str]]:
     return lines
 
 
+def _results(path: Path) -> list[dict]:
+    """One for each workload of the file; of a run on a GPU those that were called its headlines."""
+    result = json.loads(path.read_text())
+    if "units" not in result:
+        return [result]
+    chosen = [unit for unit in result["units"] if unit["headline"] and unit["kind"] == "bench"]
+    return [result | {"workload": unit["workload"], "rows": unit["rows"]} for unit in chosen]
+
+
+def _machine(about: dict) -> str:
+    if "gpu" in about:
+        return f"{about['gpu']['name']}, CUDA {about['gpu']['cuda']}, PyTorch {about['torch']}"
+    return f"{about['cpu']}, {about['threads']} threads, {about['instruction_set']}, PyTorch {about['torch']}"
+
+
+def _unmeasured(machines: list[dict]) -> str:
+    seen = {about["instruction_set"] for about in machines if "gpu" not in about}
+    wider = [name for kind, name in (("AVX512", "AVX-512"), ("AVX512+AMX", "AMX")) if kind not in seen]
+    kinds = [] if any("gpu" in about for about in machines) else ["GPUs"]
+    kinds += [f"CPUs with {' or '.join(wider)}"] if wider else []
+    return ", and ".join(kinds) + ": not measured.\n" if kinds else ""
+
+
 def figures(root: Path = report.ROOT) -> str:
     """The Markdown between the comments: one table for each kind of machine, from its result files."""
     machines: dict[str, list[dict]] = {}
     for path in sorted((root / "benchmarks" / "results").glob("*.json")):
-        result = json.loads(path.read_text())
-        about = result["machine"]
-        name = f"{about['cpu']}, {about['threads']} threads, {about['instruction_set']}, PyTorch {about['torch']}"
-        machines.setdefault(name, []).append(result)
-    digest, parts = report.source_digest(root), []
+        for result in _results(path):
+            machines.setdefault(_machine(result["machine"]), []).append(result)
+    digests, parts = [report.source_digest(root, gpu=gpu) for gpu in (False, True)], []
     for name, results in machines.items():
         results.sort(key=lambda result: result["workload"]["op"])
         ops = {result["workload"]["op"] for result in results}
-        body = [line for result in results for line in _rows(result, digest)]
+        body = [line for result in results for line in _rows(result, digests["gpu" in result["machine"]])]
         shown = slice(int(len(ops) == 1), None)  # one op is named above the table
         table = [line[shown] for line in (_HEADER, ["---"] * len(_HEADER), *body)]
-        commands = "\n".join(f"    {result['command'].partition(' --json')[0]}" for result in results)
+        given = dict.fromkeys(result["command"].partition(" --json")[0] for result in results)
+        commands = "\n".join(f"    {command}" for command in given)
         lines = "\n".join("| " + " | ".join(line) + " |" for line in table)
         title = f"`{ops.pop()}` on {name}" if len(ops) == 1 else name
         parts.append(f"{title}:\n\n{lines}\n\nThe commands:\n\n{commands}\n")
-    seen = {result["machine"]["instruction_set"] for results in machines.values() for result in results}
-    wider = "AMX" if "AVX512" in seen else "AVX-512 or AMX"
-    return "\n".join([*parts, f"GPUs, and CPUs with {wider}: not measured.\n"])
+    return "\n".join([*parts, _unmeasured([results[0]["machine"] for results in machines.values()])])
 
 
 def rewrite(text: str, block: str) -> str:

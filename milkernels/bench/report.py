@@ -99,18 +99,20 @@ def machine() -> dict[str, object]:
     }
 
 
-def device_slug() -> str:
-    """A file name for this kind of device."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {instruction_set()}".lower()).strip("-")
+def device_slug(name: str | None = None) -> str:
+    """A file name for this kind of device; without a name of one, for the CPU."""
+    return re.sub(r"[^a-z0-9]+", "-", (name or f"{cpu_model()} {instruction_set()}").lower()).strip("-")
 
 
-def source_digest(root: Path = ROOT) -> str | None:
-    """SHA-256 over names and contents of what decides the speed: ``csrc``, the contracts and the other backends."""
+def source_digest(root: Path = ROOT, *, gpu: bool = False) -> str | None:
+    """SHA-256 over names and contents of what decides the speed: ``csrc``, the contracts and the reference; on a GPU the
+    Triton kernels too."""
     if not (root / "csrc").is_dir():
         return None  # installed without sources
     package = root / "milkernels"
     files = [p for p in (root / "csrc").rglob("*") if p.is_file()]
-    files += [*package.glob("ops.py"), *package.glob("reference.py"), *(package / "triton").rglob("*.py")]
+    files += [*package.glob("ops.py"), *package.glob("reference.py")]
+    files += (package / "triton").rglob("*.py") if gpu else ()
     digest = hashlib.sha256()
     for path in sorted(files, key=lambda p: p.relative_to(root).as_posix()):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -132,7 +134,7 @@ def commit(root: Path = ROOT) -> str | None:
         return None
 
 
-def _row(row: Row) -> dict[str, object]:
+def row_values(row: Row) -> dict[str, object]:
     values = asdict(row) | {
         "share_of_floor": row.share_of_floor,
         "instances_per_second": row.instances_per_second,
@@ -150,12 +152,12 @@ def _row(row: Row) -> dict[str, object]:
     return values
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """JSON has no NaN and no infinity."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -164,21 +166,21 @@ def to_json(result: Result, workload: Workload, argv: Sequence[str]) -> dict[str
     shown["features"] = Path(workload.features).name
     # Results are published: a path says nothing about them, only about whose machine it was.
     words = [Path(word).name if os.sep in word else word for word in argv]
-    return _plain(
+    return plain(
         {
             "schema": SCHEMA,
             "command": " ".join(["python -m milkernels bench", *words]),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": machine(),
             "commit": commit(),
-            "sources": source_digest(),
+            "sources": source_digest(gpu=workload.device != "cpu"),
             "workload": shown,
             "roofline": {
                 "read_bandwidth": result.bandwidth,
                 "array_bytes": result.bandwidth_array,
                 "matrix_rates": {str(d).removeprefix("torch."): r for d, r in result.probe.rates.items()},
             },
-            "rows": [_row(row) for row in result.rows],
+            "rows": [row_values(row) for row in result.rows],
         }
     )
 

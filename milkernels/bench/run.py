@@ -1,17 +1,19 @@
 """One benchmark run: gate, interleaved rounds, memory, and the rows that come of it."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 
-from milkernels.bench import contenders, gate, harness, memory, roofline
+from milkernels.bench import contenders, cuda, gate, harness, memory, roofline
 from milkernels.bench.contenders import Compute, Contender, Unavailable
 from milkernels.bench.workload import DTYPES, Workload
 from milkernels.testing import Inputs, evaluate
 
 OK, FAIL, ERROR, UNAVAILABLE, DIFFERS = "ok", "FAIL", "error", "unavailable", "differs"
 _MEMORY_TIMEOUT = 900.0
+_ON_GPU = 1e-3
 _SLOW = 2.0  # seconds of a run above which memory is measured in one run, without a full warm-up
 
 
@@ -81,13 +83,40 @@ class _Entry:
 
     row: Row
     contender: Contender
-    call: Callable[[], object] | None = None
+    call: "_Run | None" = None
     guess: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One run of a contender."""
+
+    contender: Contender
+    compute: Compute
+    inputs: Inputs
+    mode: str
+    primary: str
+
+    def __call__(self):
+        with self.contender.within():
+            return evaluate(self.compute, self.inputs, self.mode, self.primary)
+
+
 class Bench:
-    def __init__(self, workload: Workload, options: Options, say: Callable[[str], object] = lambda text: None):
+    """``finished`` takes the rows of a type and mode as soon as there are no more to come, ``at_work`` the contender
+    and mode that run next: for those who look on when it takes the process with it."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        options: Options,
+        say: Callable[[str], object] = lambda text: None,
+        finished: Callable[[list[Row]], object] = lambda rows: None,
+        at_work: Callable[[str, str], object] = lambda contender, mode: None,
+    ):
         self.workload, self.options, self.say = workload, options, say
+        self.finished, self.at_work = finished, at_work
+        self.on_gpu = workload.device != "cpu"
         self.case = workload.case
         self.shape = workload.shape  # the real instances: padding is not work
         self.group_budget = options.budget / max(1, len(options.dtypes) * len(options.modes))
@@ -96,12 +125,12 @@ class Bench:
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
         self.say("machine")
-        bandwidth, array = roofline.read_bandwidth()
-        self.probe = roofline.MatrixProbe([DTYPES[d] for d in self.options.dtypes])
-        self.bandwidth = bandwidth
-        rows = [row for dtype in self.options.dtypes for row in self._dtype(dtype)]
-        _compare(rows)
-        return Result(rows, bandwidth, array, self.probe)
+        with self.workload.products():
+            limits = cuda if self.on_gpu else roofline
+            self.bandwidth, array = limits.read_bandwidth()
+            self.probe = limits.MatrixProbe([DTYPES[d] for d in self.options.dtypes])
+            rows = [row for dtype in self.options.dtypes for row in self._dtype(dtype)]
+        return Result(rows, self.bandwidth, array, self.probe)
 
     def _dtype(self, dtype: str) -> list[Row]:
         self.say(f"{dtype}: inputs")
@@ -109,17 +138,49 @@ class Bench:
         modes = self.options.modes
         widest = next(mode for mode in ("step", "frozen", "fwd") if mode in modes)
         self.say(f"{dtype}: float64 and eager's errors")
+        self.at_work("eager", widest)
         try:
             eager = contenders.REGISTRY["eager"]
-            guesses = {m: gate.guess_seconds(eager, self.case, inputs, m) for m in modes}
-            available = contenders.available_memory() // 2
+            guesses = {m: self._guess(eager, inputs, m) for m in modes}
+            available = contenders.available_memory(self.workload.device) // 2
             stick = gate.yardstick(self.case, inputs, widest, guesses[widest], available)
         except Exception as error:  # eager may not know a type; the rows will say so
             guesses, stick = dict.fromkeys(modes, 0.0), harness.describe(error)
-        groups = [self._group(dtype, mode, inputs, guesses[mode], stick) for mode in modes]
+        groups = []
+        for mode in modes:
+            groups.append(self._group(dtype, mode, inputs, guesses[mode], stick))
+            if self.on_gpu:  # a peak is known after one more run, in this process
+                self._peaks(groups[-1])
+                self._finish(groups[-1])
         del stick  # a gigabyte that the measurements to come have no use for
-        self._measure_memory(dtype, inputs, [entry for entries in groups for entry in entries])
+        if not self.on_gpu:
+            self._measure_memory(dtype, inputs, [entry for entries in groups for entry in entries])
+            for entries in groups:
+                self._finish(entries)
         return [entry.row for entries in groups for entry in entries]
+
+    def _clock(self, run: _Run, calls: int = 1) -> float:
+        self.at_work(run.contender.name, run.mode)
+        return (cuda.timed if self.on_gpu else harness.timed)(run, calls)
+
+    def _finish(self, entries: list[_Entry]) -> None:
+        rows = [entry.row for entry in entries]
+        _compare(rows)
+        self.finished(rows)
+
+    def _guess(self, contender: Contender, inputs: Inputs, mode: str) -> float:
+        """Seconds of one run; on a GPU, where a prefix would have kernels compiled for itself, few enough that the run
+        after the first, which compiles, tells."""
+        return _ON_GPU if self.on_gpu else gate.guess_seconds(contender, self.case, inputs, mode)
+
+    def _peaks(self, entries: list[_Entry]) -> None:
+        for entry in entries:
+            if entry.row.timed:
+                self.at_work(entry.contender.name, entry.row.mode)
+                try:
+                    entry.row.allocator = cuda.peak_memory(entry.call)
+                except Exception as error:
+                    entry.row.memory_note = harness.describe(error)
 
     def _group(
         self, dtype: str, mode: str, inputs: Inputs, eager_guess: float, stick: gate.Yardstick | str
@@ -137,6 +198,7 @@ class Bench:
             self.options.rounds,
             between=self.probe.sample,
             expected={name: e.guess for name, e in waiting.items() if e.guess > 0},
+            clock=self._clock,
         )
         for name, timing in timings.items():
             row = waiting[name].row
@@ -162,23 +224,22 @@ class Bench:
         row = Row(self.case.name, dtype, mode, contender.name, label, contender.ours)
         row.instances = self.shape.instances
         entry = _Entry(row, contender)
+        self.at_work(contender.name, mode)
         try:
-            compute, its_inputs = contender.prepare(self.case, inputs, True)
-            entry.guess = eager_guess  # torch.compile's too: a prefix would have to be compiled for itself
-            if contender.ours or contender.peer:
-                entry.guess = gate.guess_seconds(contender, self.case, inputs, mode)
-            self._check(entry, compute, inputs, mode, stick)
+            with contender.within(), cuda.sound() if self.on_gpu else contextlib.nullcontext():
+                compute, its_inputs = contender.prepare(self.case, inputs, True)
+                entry.guess = eager_guess  # torch.compile's too: a prefix would have to be compiled for itself
+                if contender.ours or contender.peer:
+                    entry.guess = self._guess(contender, inputs, mode)
+                self._check(entry, compute, inputs, mode, stick)
         except Unavailable as why:
             row.status, row.reason = UNAVAILABLE, str(why)
         except Exception as error:  # any reason: it is a row, not the end
             row.status, row.reason = ERROR, harness.describe(error)
         if row.status == OK:
             row.once = self.options.rounds is None and entry.guess > self.group_budget
-            entry.call = self._caller(compute, its_inputs, mode)
+            entry.call = _Run(contender, compute, its_inputs, mode, self.case.primary)
         return entry
-
-    def _caller(self, compute: Compute, inputs: Inputs, mode: str) -> Callable[[], object]:
-        return lambda: evaluate(compute, inputs, mode, self.case.primary)
 
     def _check(self, entry: _Entry, compute: Compute, inputs: Inputs, mode: str, stick: gate.Yardstick | str) -> None:
         row, contender = entry.row, entry.contender
@@ -227,7 +288,8 @@ class Bench:
             row.timing = harness.Timing(warm=False)
             try:
                 compute, its_inputs = contenders.warmed_up(entry.contender, self.case, inputs, row.mode, whole=False)
-                row.timing.seconds.append(harness.timed(self._caller(compute, its_inputs, row.mode)))
+                run = _Run(entry.contender, compute, its_inputs, row.mode, self.case.primary)
+                row.timing.seconds.append(harness.timed(run))
             except Exception as error:  # as above
                 row.status, row.reason = ERROR, harness.describe(error)
 

@@ -1,7 +1,9 @@
 """What is measured, in a form that another process can be told."""
 
+import contextlib
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +30,8 @@ class Workload:
     padded: bool = False
     dropout: float = 0.0
     seed: int = 0
+    device: str = "cpu"
+    precision: str = "highest"  # of float32 products, by PyTorch's own switch
 
     @property
     def case(self) -> OpCase:
@@ -35,6 +39,16 @@ class Workload:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
+
+    @contextlib.contextmanager
+    def products(self) -> Iterator[None]:
+        """Within the block float32 products have the precision of this workload."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.precision)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     @classmethod
     def from_json(cls, text: str) -> "Workload":
@@ -48,11 +62,13 @@ class Workload:
 
     def inputs(self, dtype: torch.dtype) -> Inputs:
         """The same tensors in every process: seeded, or read from the file."""
-        features = self.features if self.features in FEATURES else load_features(self.features)[0]
+        named = self.features in FEATURES
+        features = self.features if named else load_features(self.features)[0].to(self.device)
         options = {self.case.dropout: self.dropout} if self.case.dropout else {}
+        options["device"] = self.device
         if not self.padded:
             return self.case.inputs(self.shape, dtype, features, self.seed, **options)
-        mask = prefix_mask(self.shape)
+        mask = prefix_mask(self.shape).to(self.device)
         if isinstance(features, Tensor):
             rows = features.new_zeros(len(mask), features.shape[1])
             rows[mask] = features

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -84,16 +84,17 @@ class OpCase:
         *,
         parameter_dtype: torch.dtype | None = None,
         mask: Tensor | None = None,
+        device: torch.device | str = "cpu",
         **options: Any,
     ) -> Inputs:
         """Seeded inputs; ``features`` names a distribution or is the rows, scores are normal.
 
-        One bag has no offsets.
+        One bag has no offsets.  ``mask`` and given rows lie on ``device``, whose own numbers the others are.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(seed)
 
         def randn(*size: int) -> Tensor:
-            return torch.randn(size, generator=generator)
+            return torch.randn(size, generator=generator, device=device)
 
         options = {**self.options, **options}
         instances = self.leading == "x"
@@ -102,14 +103,14 @@ class OpCase:
         if self.winners:
             plant = _plant_largest_logits if self.winners == "weight" else _plant_largest_entries
             target = {"x": x, **parameters, **fixed}[self.winners]
-            plant(x, target, _real_rows(shape, mask), options.get("k", 1))
+            plant(x, target, _real_rows(shape, mask, x.device), options.get("k", 1))
         per_instance = self.primary in _PER_INSTANCE
         size = (shape.instances, shape.heads) if per_instance else (shape.bags, *self.primary_row(shape, options))
         inputs = Inputs(
             x=x.to(dtype),
             parameters={name: t.to(parameter_dtype or dtype) for name, t in parameters.items()},
             fixed={name: t.to(dtype) for name, t in fixed.items()},
-            offsets=torch.tensor([0, *itertools.accumulate(shape.lengths)]) if shape.bags > 1 else None,
+            offsets=_offsets(shape.lengths, x.device) if shape.bags > 1 else None,
             mask=mask,
             options=options,
             lengths=shape.lengths,
@@ -135,7 +136,7 @@ class OpCase:
             parameters=cut(inputs.parameters),
             fixed=cut(inputs.fixed),
             keep={name: t[:rows] for name, t in inputs.keep.items()},
-            offsets=None if inputs.offsets is None else torch.tensor([0, *itertools.accumulate(lengths)]),
+            offsets=None if inputs.offsets is None else _offsets(lengths, inputs.x.device),
             mask=None if inputs.mask is None else inputs.mask[:rows],
             lengths=lengths,
             cotangent=inputs.cotangent[: rows if self.primary in _PER_INSTANCE else len(lengths)],
@@ -193,6 +194,10 @@ class OpCase:
         return x * (sum(self.reads) + int(mode == "step")) + column * sum(self.columns)
 
 
+def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], device=device)
+
+
 def bag_logsumexp(scores: Tensor, inputs: Inputs) -> Tensor:
     """Of the scores ``[N, K]`` in each bag: ``[B, K]``."""
     return torch.stack([torch.logsumexp(scores[s:e], dim=0) for s, e in inputs.bounds()])
@@ -218,32 +223,33 @@ def _chosen(rows: Tensor, indices: Tensor) -> Tensor:
 # Every bag and column gets clear winners, so that rounding cannot change what an op chooses.
 
 
-def _real_rows(shape: Shape, mask: Tensor | None) -> list[Tensor]:
+def _real_rows(shape: Shape, mask: Tensor | None, device: torch.device) -> list[Tensor]:
     """The rows of each bag that are not masked."""
-    real = torch.ones(shape.instances, dtype=torch.bool) if mask is None else mask.bool()
+    real = torch.ones(shape.instances, dtype=torch.bool, device=device) if mask is None else mask.bool()
     bounds = itertools.pairwise(itertools.accumulate(shape.lengths, initial=0))
     return [start + real[start:end].nonzero()[:, 0] for start, end in bounds]
 
 
-def _winning_rows(rows: int, columns: int, count: int) -> Tensor:
+def _winning_rows(rows: int, columns: int, count: int, device: torch.device) -> Tensor:
     """``[columns, count]`` of so many rows, different ones for each column."""
-    first = 7 * torch.arange(columns).unsqueeze(1) + rows // 2
-    return (first + torch.arange(min(count, rows))) % rows
+    first = 7 * torch.arange(columns, device=device).unsqueeze(1) + rows // 2
+    return (first + torch.arange(min(count, rows), device=device)) % rows
 
 
 def _plant_largest_logits(x: Tensor, weight: Tensor, bags: list[Tensor], count: int) -> None:
-    classes = torch.arange(len(weight))
+    classes = torch.arange(len(weight), device=x.device)
     towards = torch.linalg.pinv(weight).T  # row c moves the logit of class c alone, by the least change of x
     for real in filter(len, bags):
         logits = x[real] @ weight.T
-        for rows in _winning_rows(len(real), len(weight), count).T:
+        for rows in _winning_rows(len(real), len(weight), count, x.device).T:
             missing = logits.amax(dim=0) + 1 - logits[rows, classes]
             x.index_add_(0, real[rows], missing.unsqueeze(1) * towards)
 
 
 def _plant_largest_entries(x: Tensor, target: Tensor, bags: list[Tensor], count: int) -> None:
-    columns = torch.arange(target.shape[1]).unsqueeze(1)
+    columns = torch.arange(target.shape[1], device=target.device).unsqueeze(1)
     for real in filter(len, bags):
-        rows = real[_winning_rows(len(real), target.shape[1], count)]
+        rows = real[_winning_rows(len(real), target.shape[1], count, target.device)]
         # Steps that half types still resolve.
-        target[rows, columns] = target[real].amax(dim=0).unsqueeze(1) + 1 + torch.arange(rows.shape[1]) / 4
+        steps = torch.arange(rows.shape[1], device=target.device) / 4
+        target[rows, columns] = target[real].amax(dim=0).unsqueeze(1) + 1 + steps

@@ -120,7 +120,8 @@ class Inputs:
             if p == 0.0 or self.keep:
                 continue
             units = self.parameters["v_weight"].shape[option == "v_dropout_p"]  # V's input, or its output
-            keep |= {name: dropout_keep(self.options["seed"], len(self.x), units, b, p) for name, b in masks}
+            drawn = {name: dropout_keep(self.options["seed"], len(self.x), units, b, p) for name, b in masks}
+            keep |= {name: mask.to(self.x.device) for name, mask in drawn.items()}
         return replace(self, keep=keep)
 
     def bounds(self) -> list[tuple[int, int]]:

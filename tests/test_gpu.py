@@ -1,0 +1,509 @@
+"""The kernels on a CUDA device: their numbers against the oracle, which stays on the CPU, and what only a device shows.
+
+The most basic tests come first, so that ``-x`` stops early.  Without a device all skip but the last, which runs the
+code of the others by Triton's interpreter.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import op_cases
+import pytest
+import torch
+from op_cases import CASES, PLAIN, close, offsets_of, same_bits, step
+
+import milkernels
+from milkernels import backends, testing, triton
+
+# Empty bags, one instance, whole segments and bags that cross them.  No number of rows is a multiple of 16, which would
+# have kernels compiled once more; so would other sizes.
+RAGGED = (0, 1, 64, 0, 0, 63, 65, 5, 130, 0)
+LONG = (0, 256, 2000, 1, 510, 0)  # segments of 256 rows
+SHORT = (64, 0, 5, 130)
+SIZES = {"L": 37, "D": 41, "K": 2, "C": 2, "Q2": 9, "V": 33}
+EVEN = {"L": 64, "D": 32, "K": 1, "C": 2, "Q2": 16, "V": 64}  # what tensor descriptors can read
+SINGLE, HALF = torch.float32, torch.bfloat16
+_MOST_COMPILERS, _WORTH_IT, _COMPILING = 14, 24, 110  # processes; jobs; seconds
+_SANITIZING = 45  # seconds
+_FREE_BYTES = 40 << 30  # for the test beyond 2^31 elements
+
+
+def _of_quick_runs(name, *values, quick=True, label=""):
+    """A parameter set under the case's name; quick runs (-m "not slow") take one case of each op."""
+    marks = () if quick and name in PLAIN else pytest.mark.slow
+    return pytest.param(CASES[name], *values, id=name + label, marks=marks)
+
+
+every_case = pytest.mark.parametrize("case", [_of_quick_runs(name) for name in CASES])
+one_of_each = pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
+PROMISED = [_of_quick_runs(name, HALF, None, label="-bfloat16") for name in CASES]
+PROMISED += [_of_quick_runs(name, SINGLE, None, label="-float32") for name in PLAIN]
+for types in ((torch.float16, None), (HALF, SINGLE)):
+    label = "-float16" if types[1] is None else "-bfloat16-float32"
+    PROMISED += [_of_quick_runs(name, *types, quick=False, label=label) for name in PLAIN]
+
+
+def some_cases(*names):
+    return pytest.mark.parametrize("case", [CASES[name] for name in names], ids=names)
+
+
+# The device, and calls on it
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if triton.interpreted() or triton.load_error() is not None:
+        pytest.skip(f"no compiled Triton kernels: {triton.load_error() or 'TRITON_INTERPRET=1'}")
+    _compile_in_parallel(request.session.items)
+    return "cuda"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    """A fatal CUDA error fails every test after it, and says nothing there."""
+    yield
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"the device is out of order after this test: {error}", returncode=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnDevice(op_cases.Case):
+    """The case with tensors on the CPU and our side of it on the device, so that all checks of ``op_cases`` serve."""
+
+    device: str = "cuda"
+
+    def ours(self, backend):
+        compute = super().ours(backend)
+
+        def there(tensors, offsets, mask):
+            offsets, mask = (None if t is None else t.to(self.device) for t in (offsets, mask))
+            outputs = compute({name: t.to(self.device) for name, t in tensors.items()}, offsets, mask)
+            return tuple(o.cpu() for o in outputs)
+
+        return there
+
+
+def on(device, case) -> OnDevice:
+    return OnDevice(*(getattr(case, field.name) for field in dataclasses.fields(case)), device)
+
+
+def run(device, case, tensors, offsets=None, mask=None):
+    return step(on(device, case).ours("triton"), tensors, offsets, mask)
+
+
+def some_mask(n):
+    """Holes everywhere, and a segment with no real row at all."""
+    mask = torch.rand(n, generator=torch.Generator().manual_seed(5)) > 0.3
+    mask[64:128] = False
+    return mask
+
+
+class Call:
+    """A call on tensors that stay on the device, forward and backward, without a word to the host."""
+
+    def __init__(self, case, device, lengths=RAGGED, dtype=SINGLE, seed=0, **sizes):
+        made = case.make(lengths, dtype, seed, relu=True, **(SIZES | sizes))
+        self.compute = case.ours("triton")
+        self.tensors = {n: t.detach().to(device).requires_grad_(t.requires_grad) for n, t in made.items()}
+        self.offsets, self.mask = offsets_of(lengths).to(device), some_mask(sum(lengths)).to(device)
+        self.leaves = {n: t for n, t in self.tensors.items() if t.requires_grad}
+        self.sent = [c.to(device) for c in op_cases.cotangents([o.cpu() for o in self._differentiable()])]
+
+    def _differentiable(self):
+        outputs = self.compute(self.tensors, self.offsets, self.mask)
+        return [o for o in outputs if o.requires_grad]
+
+    def __call__(self):
+        outputs = self.compute(self.tensors, self.offsets, self.mask)
+        found = torch.autograd.grad(
+            [o for o in outputs if o.requires_grad], list(self.leaves.values()), self.sent, materialize_grads=True
+        )
+        results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+        return results | {f"gradient of {n}": g for n, g in zip(self.leaves, found, strict=True)}
+
+
+def copied(results):
+    return {name: t.clone() for name, t in results.items()}
+
+
+# Compiling is most of the time of these tests, and each kernel keeps one core busy.
+
+
+def _jobs(items):
+    """(op, case, type, type of parameters, lengths, masked) of the tests that were chosen; a kernel in few hands."""
+    jobs = set()
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        name = next((n for n, c in CASES.items() if c is params.get("case")), None)
+        types, lengths, masked = ("float32", None), RAGGED, True  # of most tests
+        if item.function in (test_oracle, test_many_rows):
+            types = ("float64", None)
+        elif item.function is test_error_promise:
+            types = (params["dtype"], params["parameter_dtype"])
+            types, masked = tuple(None if t is None else str(t).removeprefix("torch.") for t in types), False
+        elif item.function in (test_one_bag, test_hardly_anything):
+            types, masked = ("float64", None), False
+            lengths = params.get("lengths", (200,))
+        if name is not None and lengths:
+            jobs.add((CASES[name].kernel, name, *types, lengths, masked))
+    return sorted(jobs, key=str)
+
+
+def _compile_in_parallel(items):
+    """Fills Triton's cache on disk; what fails there fails again in its test, and is told there."""
+    jobs, count = _jobs(items), min(_MOST_COMPILERS, (os.cpu_count() or 1) - 1)
+    if len(jobs) < _WORTH_IT or count < 2:
+        return
+    environment = os.environ | {"PYTHONPATH": _python_path(), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "import test_gpu; test_gpu.compile_jobs()"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "text": True, "env": environment}
+    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, **quiet) for _ in range(count)]
+    for i, process in enumerate(processes):
+        process.stdin.write(json.dumps(jobs[i * len(jobs) // count : (i + 1) * len(jobs) // count]))
+        process.stdin.close()
+    end = time.monotonic() + _COMPILING
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, end - time.monotonic()))
+        process.kill()
+        process.wait()
+
+
+def _python_path():
+    here = Path(__file__).parent
+    return os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def compile_jobs(device="cuda"):
+    for _, *job in json.load(sys.stdin):
+        with contextlib.suppress(Exception):
+            compile_job(device, *job)
+
+
+def compile_job(device, name, dtype, parameter_dtype, lengths, masked):
+    types = (None if t is None else getattr(torch, t) for t in (dtype, parameter_dtype))
+    case, lengths = CASES[name], tuple(lengths)
+    offsets = None if lengths == (200,) else offsets_of(lengths)
+    dtype, parameter_dtype = types
+    tensors = case.make(lengths, dtype, 0, parameter_dtype, relu=not masked, **SIZES)
+    run(device, case, tensors, offsets, some_mask(sum(lengths)) if masked else None)
+
+
+# Numbers
+
+
+def test_auto_takes_the_kernels(device):
+    x = torch.ones(5, 3, device=device)
+    for op in triton.OPS:
+        assert backends.choose(op, x) == "triton"
+    bag = milkernels.softmax_pool(x, torch.zeros(5, 1, device=device)).bag
+    assert bag.device == x.device and torch.equal(bag, torch.ones_like(bag))
+
+
+@every_case
+def test_oracle(case, device):
+    offsets, mask, tensors = offsets_of(RAGGED), some_mask(sum(RAGGED)), case.make(RAGGED, **SIZES)
+    close(run(device, case, tensors, offsets, mask), step(case.truth, tensors, offsets, mask))
+
+
+@pytest.mark.parametrize("case, dtype, parameter_dtype", PROMISED)
+def test_error_promise(case, dtype, parameter_dtype, device):
+    """In bfloat16 of every case, in the other types of one of each op."""
+    kept = op_cases.promise(on(device, case), "triton", dtype, parameter_dtype, lengths=SHORT, seeds=2, **SIZES)
+    assert kept.ok, kept.broken()
+
+
+@one_of_each
+def test_many_rows(case, device):
+    """Segments of 256 rows; masked ones, and bags that cross them."""
+    mask = some_mask(sum(LONG))
+    mask[256:512] = mask[2256] = False
+    tensors, offsets = case.make(LONG, **SIZES), offsets_of(LONG)
+    close(run(device, case, tensors, offsets, mask), step(case.truth, tensors, offsets, mask))
+
+
+@pytest.mark.slow
+@one_of_each
+def test_one_bag(case, device):
+    tensors = case.make((200,), **SIZES)
+    close(run(device, case, tensors), step(case.truth, tensors, None, None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", [(), (0, 0), (1,), None], ids=str)
+@one_of_each
+def test_hardly_anything(case, lengths, device):
+    offsets = None if lengths is None else offsets_of(lengths)
+    tensors = case.make((0,) if lengths is None else lengths, relu=True, **SIZES)
+    close(run(device, case, tensors, offsets), step(case.ours("reference"), tensors, offsets, None))
+
+
+@one_of_each
+def test_masked_rows_do_not_leak(case, device):
+    offsets, mask = offsets_of(RAGGED), some_mask(sum(RAGGED))
+    poison = torch.tensor([float("nan"), float("inf"), -float("inf")]).repeat(len(mask))[: (~mask).sum(), None]
+    case = on(device, case)
+    op_cases.check_masked_rows_do_not_leak(case, "triton", RAGGED, offsets, mask, poison, SINGLE, **SIZES)
+
+
+@one_of_each
+def test_nan_stays_in_its_bag(case, device):
+    op_cases.check_nan_stays_in_its_bag(on(device, case), "triton", RAGGED, 6, 130, **SIZES)
+
+
+def test_dropout_mask_is_the_cpus(device):
+    """Where every unit has weight 1 and value 1, a score counts the kept units, so one flipped bit would show."""
+    rows, units, seed, p = 300, 72, 2**63 - 5, 0.25
+    x, v, v_bias, w = (
+        t.to(device) for t in (torch.zeros(rows, 4), torch.zeros(units, 4), torch.ones(units), torch.eye(units))
+    )
+    options = {"activation": "identity", "dropout_p": p, "seed": seed, "backend": "triton"}
+    keep = testing.dropout_keep(seed, rows, units, 0, p)
+    assert torch.equal(milkernels.attention_scores(x, v, v_bias, w, None, **options).cpu() != 0, keep)
+    gated = milkernels.gated_attention_scores(x, v, v_bias, v, v_bias, w, None, **options).cpu()
+    assert torch.equal(gated != 0, keep & testing.dropout_keep(seed, rows, units, 1, p))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+@pytest.mark.parametrize("chosen", [{"scores": "fused"}, {"products": "split"}], ids=["fused", "split"])
+@some_cases("gated_attention_pool", "attention_pool-relu", "gated_attention_scores")
+def test_other_kernels(case, chosen, dtype, device):
+    """Those that a plan may choose, where they serve the call at all."""
+    from milkernels.bench.contenders import launched
+    from milkernels.triton import tuning
+
+    kept, case = [], on(device, case)
+
+    def check():
+        kept.append(op_cases.promise(case, "triton", dtype, lengths=RAGGED, seeds=2, **EVEN))
+
+    usual = launched(check)
+    with tuning.use(**chosen):
+        forced = launched(check)
+    if forced == usual:
+        pytest.skip("the kernels are the usual ones")
+    assert kept[1].ok, kept[1].broken()
+
+
+# What only a device shows
+
+
+@one_of_each
+def test_nothing_waits_for_the_device(case, device):
+    call = Call(case, device)
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@one_of_each
+def test_cuda_graph(case, device):
+    """Captured forward and backward, replayed on other numbers and other bags."""
+    call, other = Call(case, device), Call(case, device, lengths=RAGGED[::-1], seed=1)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    with torch.no_grad():
+        for name, t in call.tensors.items():
+            t.copy_(other.tensors[name])
+        call.offsets.copy_(other.offsets)
+        call.mask.copy_(other.mask)
+        for sent, others in zip(call.sent, other.sent, strict=True):
+            sent.copy_(others)
+    graph.replay()
+    same_bits(copied(results), other())
+
+
+@one_of_each
+def test_same_bits_again(case, device):
+    call = Call(case, device, LONG)
+    first = copied(call())
+    for _ in range(4):
+        same_bits(call(), first)
+
+
+@pytest.mark.slow
+@one_of_each
+def test_two_streams(case, device):
+    calls = [Call(case, device, LONG, seed=seed) for seed in range(2)]
+    alone = [copied(call()) for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    results = [[], []]
+    for _ in range(4):
+        for i, (call, stream) in enumerate(zip(calls, streams, strict=True)):
+            with torch.cuda.stream(stream):
+                results[i].append(copied(call()))
+    torch.cuda.synchronize()
+    for expected, found in zip(alone, results, strict=True):
+        for each in found:
+            same_bits(each, expected)
+
+
+@one_of_each
+def test_wrong_offsets_do_no_harm(case, device):
+    """They give wrong numbers; a compute sanitizer, or the next call, would tell of an access outside."""
+    n = 328
+    call = Call(case, device, lengths=(n, 0, 0))
+    before, right = copied(call()), call.offsets.clone()
+    for wrong in ((5, 400, 2, 71), (-7, 30, 2**31 - 1, -3), (380, 390, 400, 410), (0, -(2**40), 2**40, n)):
+        call.offsets.copy_(torch.tensor(wrong))
+        call()
+        torch.cuda.synchronize()
+    call.offsets.copy_(right)
+    same_bits(call(), before)
+
+
+def test_memory_does_not_grow_with_the_hidden_units(device):
+    from milkernels.bench.cuda import peak_memory
+
+    rows, width, hidden = 300_000, 256, 256
+    x = torch.randn(rows, width, device=device, dtype=HALF, requires_grad=True)
+    v, u = (torch.randn(hidden, width, device=device, dtype=HALF, requires_grad=True) for _ in range(2))
+    w = torch.randn(1, hidden, device=device, dtype=HALF, requires_grad=True)
+
+    def train():
+        bag = milkernels.gated_attention_pool(x, v, None, u, None, w, None).bag
+        torch.autograd.grad(bag, (x, v, u, w), torch.ones_like(bag))
+
+    train()
+    beyond = peak_memory(train) - x.numel() * x.element_size()
+    assert beyond <= 96e6 + 16 * rows < rows * hidden * 2  # fewer than one hidden tensor of a half type
+
+
+_LARGE = ("softmax_pool", "gated_attention_pool", "query_pool", "loss_attention_pool", "dsmil", "max_pool", "mean_pool")
+
+
+@pytest.mark.parametrize("name", _LARGE)
+def test_more_than_two_billion_elements(name, device):
+    """A bag at the end of 2^31 numbers is pooled as it is alone."""
+    if torch.cuda.mem_get_info()[0] < _FREE_BYTES:
+        pytest.skip(f"less than {_FREE_BYTES >> 30} GB of memory are free")
+    large_bag_at_the_end(name, device, (2**31 >> 11) + 5000, 2048)
+    torch.cuda.empty_cache()
+
+
+def large_bag_at_the_end(name, device, before, width, few=777):
+    case = testing.CASES[name]
+    alone = case.inputs(testing.Shape((few,), width, 64, case.default_heads), HALF, device=device)
+    count = before + few
+
+    def behind_others(t):
+        made = t.new_zeros(count, *t.shape[1:])
+        made[before:] = t
+        return made
+
+    rows = {n: behind_others(t) for n, t in alone.parameters.items() if t.shape[:1] == (few,)}
+    both = dataclasses.replace(
+        alone,
+        x=behind_others(alone.x),
+        parameters=alone.parameters | rows,
+        offsets=torch.tensor([0, before, count], device=device),
+        lengths=(before, few),
+        cotangent=alone.cotangent.expand(2, *alone.cotangent.shape[1:]).contiguous(),
+    )
+    mode = "step" if "step" in case.modes() else "fwd"
+    expected = testing.evaluate(lambda i: case.call(i, "triton"), alone, mode, case.primary)
+    got = testing.evaluate(lambda i: case.call(i, "triton"), both, mode, case.primary)
+    for key in (*case.outputs, "grad_x"):
+        if key in ("indices", "critical"):
+            assert torch.equal(got[key][1:] - before, expected[key]), key
+        elif key in got:
+            last = got[key][before:] if got[key].shape[0] == count else got[key][1:]
+            difference, size = ((t.double()).norm() for t in (last - expected[key], expected[key]))
+            assert difference <= 0.01 * size, (key, float(difference), float(size))  # rounding, in other segments
+
+
+@pytest.mark.slow
+@some_cases("gated_attention_pool-dropout", "dsmil")
+def test_compiled_graph(case, device):
+    call = Call(case, device)
+    expected = copied(call())
+    torch.compiler.reset()
+    call.compute = torch.compile(call.compute, fullgraph=True)
+    same_bits(call(), expected)
+
+
+_SANITIZED = """
+import torch
+import op_cases
+from test_gpu import Call
+for name in ("gated_attention_pool-dropout", "softmax_pool", "dsmil", "max_pool", "topk_instances"):
+    Call(op_cases.CASES[name], "cuda", (3, 0, 70, 5))()
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.slow
+def test_compute_sanitizer(device):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("no compute-sanitizer")
+    # Each allocation by itself, or an access behind one would lie in another.
+    environment = os.environ | {"PYTHONPATH": _python_path(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    said, end = {}, time.monotonic() + _SANITIZING
+    with contextlib.ExitStack() as stack:
+        for tool in ("memcheck", "racecheck"):
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", _SANITIZED]
+            log = stack.enter_context(tempfile.TemporaryFile("w+"))
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            said[tool] = process, log
+        for tool, (process, log) in said.items():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
+            log.seek(0)
+            assert process.returncode != 9, f"{tool}: {log.read()[-3000:]}"
+        codes = {tool: process.returncode for tool, (process, _) in said.items()}
+    if set(codes.values()) != {0}:
+        pytest.skip(f"exit statuses after {_SANITIZING} s: {codes}")
+
+
+# These tests themselves
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what is selected away
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not triton.interpreted() or triton.load_error() is not None,
+    reason="for machines without a GPU",
+)
+def test_the_code_of_these_tests(monkeypatch):
+    """By the interpreter, for a few cases, so that it has run before there is a device."""
+    monkeypatch.setitem(globals(), "RAGGED", (0, 9, 64, 1, 0))
+    monkeypatch.setitem(globals(), "LONG", (70, 0, 5))
+    case, other = CASES["gated_attention_pool"], CASES["softmax_pool"]
+    test_oracle(case, "cpu")
+    test_error_promise(other, SINGLE, None, "cpu")
+    test_hardly_anything(other, (0, 0), "cpu")
+    test_dropout_mask_is_the_cpus("cpu")
+    test_same_bits_again(other, "cpu")
+    compile_job("cpu", "softmax_pool", "bfloat16", "float32", SHORT, False)
+    with contextlib.suppress(pytest.skip.Exception):
+        test_other_kernels(case, {"scores": "fused"}, SINGLE, "cpu")
+    for name in ("softmax_pool", "dsmil", "max_pool"):
+        large_bag_at_the_end(name, "cpu", 70, 16, few=30)

@@ -1,0 +1,580 @@
+"""``make gpu`` without a GPU: what it measures and in which order, its deadline, what a crash costs, going on later."""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+pytest.importorskip("psutil")
+
+import milkernels
+from milkernels.bench import calls, contenders, cuda, evidence, grid, readme, targets, worker
+from milkernels.bench.run import Bench, Options
+from milkernels.bench.workload import Workload
+from milkernels.testing import CASES, MODES, Shape
+
+ROOT = Path(milkernels.__file__).parent.parent
+SCRIPT = ROOT / "benchmarks" / "gpu.py"
+pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="needs the source tree")
+MACHINE = {"torch": "2", "gpu": {"name": "Some GPU", "cuda": "13", "triton": "3"}}
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    spec = importlib.util.spec_from_file_location("benchmarks_gpu", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def unit(name="a", modes=("fwd", "step"), who=("eager", "triton"), op="gated_attention_pool", **more):
+    workload = Workload(op, Shape((30, 4), 12, 8), device=more.pop("device", "cpu"))
+    return grid.Unit(name, workload, "float32", tuple(modes), tuple(who), **more)
+
+
+def store(path, *units, machine=MACHINE, **head):
+    made = evidence.Evidence(path / "some-gpu.json", list(units), machine, "make gpu")
+    made.head |= {"commit": "c", "sources": "s"} | head
+    return made
+
+
+def row(mode, contender, median=1.0, **more):
+    return {"mode": mode, "contender": contender, "status": "ok", "median": median, "dtype": "float32"} | more
+
+
+def rows_of(part):
+    """What a worker sends for a unit, one event for each mode."""
+    for mode in part.modes:
+        yield {"rows": [row(mode, contender, ours=contender != "eager") for contender in part.contenders]}
+
+
+def on_disk(made):
+    content = json.loads(made.path.read_text())
+    return {(u["name"], r["mode"], r["contender"]): r["status"] for u in content["units"] for r in u["rows"]}, content
+
+
+# What is measured
+
+
+def test_the_grid():
+    units = grid.grid()
+    assert len({u.name for u in units}) == len(units)
+    first = [u.headline for u in units]
+    assert first[0] and units[0].kind == "limits" and not first[-1] and units[-1].kind == "largest"
+    assert first.index(False) == sum(first), "headlines come first"
+    for u in units:
+        assert grid.Unit.from_json(u.to_json()) == u
+        if u.kind == "bench":
+            assert set(u.contenders) <= set(contenders.REGISTRY) and set(u.modes) <= set(u.workload.case.modes())
+            assert contenders.REGISTRY[u.contenders[-1]].ours
+    seen = {
+        (u.workload.op, u.workload.shape.dim, u.workload.shape.hidden, u.workload.shape.heads, u.dtype) for u in units
+    }
+    for op in ("gated_attention_pool", "attention_pool"):
+        for dim in (512, 1024, 1536):
+            for hidden in (128, 256, 384):
+                for heads in (1, 4):
+                    assert {(op, dim, hidden, heads, dtype) for dtype in ("bfloat16", "float32")} <= seen
+    assert sum("compile" in u.contenders for u in units) and any(set(u.modes) == set(MODES) for u in units)
+    large = [u for u in units if u.workload.shape.instances * u.workload.shape.dim * 2 == grid.GIGABYTE]
+    assert {u.workload.op for u in large} >= {"softmax_pool", "loss_attention_pool", "dsmil", "query_pool"}
+    assert len(grid.SLIDES) == 64 and min(grid.SLIDES) >= 1000 and max(grid.SLIDES) <= 20_000
+    assert len(grid.SMALL_BAGS) == 256 and min(grid.SMALL_BAGS) >= 100 and max(grid.SMALL_BAGS) <= 2000
+
+
+def test_what_is_left_of_a_unit():
+    whole = unit(modes=("fwd", "step", "frozen"))
+    assert grid.without(whole, set()) == whole
+    assert grid.without(whole, {("fwd", "eager"), ("fwd", "triton")}).modes == ("step", "frozen")
+    part = grid.without(whole, {("fwd", "eager")})
+    assert (part.modes, part.contenders) == (("fwd",), ("triton",))
+    assert grid.without(whole, set(whole.pairs())) is None
+
+
+# The run
+
+
+def test_rows_are_on_disk_as_they_are_measured_and_in_order(gpu, tmp_path, capsys):
+    made, order = store(tmp_path, unit("a"), unit("b")), []
+
+    def measure(part, emit, deadline):
+        for event in rows_of(part):
+            emit(event)
+            order.append((part.name, event["rows"][0]["mode"]))
+            assert len(on_disk(made)[0]) == 2 * len(order)
+
+    gpu.measure_units(made, measure, time.monotonic() + 60)
+    assert order == [("a", "fwd"), ("a", "step"), ("b", "fwd"), ("b", "step")]
+    assert not made.not_measured() and not made.failures()
+    assert "a, fwd: eager 1000 ms; triton 1000 ms" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_does_not_fit_is_listed(gpu, tmp_path, capsys):
+    made, now = store(tmp_path, unit("a"), unit("b"), unit("c")), [0.0]
+
+    def measure(part, emit, deadline):
+        assert deadline <= 100
+        for i, event in enumerate(rows_of(part)):
+            if part.name == "b" and i == 1:
+                now[0] = 100.0
+                raise worker.OutOfTime("triton step")
+            emit(event)
+            now[0] += 10
+
+    gpu.measure_units(made, measure, 100.0, clock=lambda: now[0])
+    assert made.not_measured() == {"b": ["step"], "c": ["fwd", "step"]} and not made.failures()
+    made.save()
+    assert on_disk(made)[1]["not_measured"] == made.not_measured()
+    gpu.conclude(made)
+    assert "Not measured for want of time (3 modes" in capsys.readouterr().out
+
+
+def test_a_crash_costs_one_row(gpu, tmp_path):
+    made, goes = store(tmp_path, unit("a", ("fwd", "step"), ("eager", "triton", "fused")), unit("b")), []
+
+    def measure(part, emit, deadline):
+        goes.append((part.name, part.modes, part.contenders))
+        for event in rows_of(part):
+            if event["rows"][0]["mode"] == "step" and "fused" in part.contenders:
+                raise worker.Died("illegal memory access", contender="fused", mode="step")
+            emit(event)
+
+    gpu.measure_units(made, measure, time.monotonic() + 60)
+    assert goes[1] == ("a", ("step",), ("eager", "triton")) and goes[2][0] == "b"
+    status, content = on_disk(made)
+    assert [key for key, value in status.items() if value == "error"] == [("a", "step", "fused")]
+    assert len(status) == 6 + 4 and made.failures() == ["a, step, fused: error: illegal memory access"]
+
+
+@pytest.mark.parametrize("error", [worker.Died("signal SIGSEGV"), worker.OutOfTime("eager fwd")], ids=["died", "hung"])
+def test_a_unit_that_only_fails_ends(gpu, tmp_path, error):
+    made, goes = store(tmp_path, unit("a", seconds=1e-3), unit("b")), []
+
+    def measure(part, emit, deadline):
+        goes.append(part.name)
+        if part.name == "a":
+            raise error
+        for event in rows_of(part):
+            emit(event)
+
+    gpu.measure_units(made, measure, time.monotonic() + 60)
+    assert goes == ["a", "b"] and not made.not_measured()
+    assert len(made.failures()) == 2  # eager's rows are not ours to mend
+
+
+def test_a_later_run_goes_on(gpu, tmp_path):
+    first = store(tmp_path, unit("a"), unit("b"), unit("c"))
+    for name in ("a", "b"):
+        for event in rows_of(unit(name)):
+            first.add(unit(name), event["rows"])
+    first.add(unit("a"), [row("step", "triton") | {"status": "error", "ours": True}])
+    first.stages = {"build": {"status": "exit status 1"}, "tests": {"status": "ok"}}
+    first.save()
+
+    again, order = store(tmp_path, unit("a"), unit("b"), unit("c")), []
+    assert again.resume([tmp_path / "absent.json", first.path]) == 6
+    assert again.stages == {"tests": {"status": "ok"}}
+
+    def measure(part, emit, deadline):
+        order.append((part.name, part.modes, part.contenders))
+        for event in rows_of(part):
+            emit(event)
+
+    gpu.measure_units(again, measure, time.monotonic() + 60)
+    both = ("eager", "triton")  # they are compared within one run
+    assert order == [("c", ("fwd", "step"), both), ("a", ("step",), both)]
+    assert not again.failures() and not again.not_measured()
+
+
+@pytest.mark.parametrize(
+    "change", [{"commit": "d"}, {"sources": "t"}, {"machine": MACHINE | {"gpu": {"name": "Other"}}}], ids=str
+)
+def test_other_code_or_another_device_starts_anew(tmp_path, change):
+    first = store(tmp_path, unit("a"))
+    first.add(unit("a"), [row("fwd", "eager")])
+    other = store(tmp_path, unit("a"), **change)
+    assert other.resume([first.path]) == 0 and not other.measured(unit("a"))
+    first.path.write_text("{ cut short")
+    assert store(tmp_path, unit("a")).resume([first.path]) == 0
+
+
+@pytest.fixture
+def machine(gpu, monkeypatch):
+    """A machine whose GPU answers whatever it is asked."""
+
+    class Fake:
+        def run(self, part, emit, deadline):
+            for event in rows_of(part):
+                emit(event)
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(gpu.cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(gpu.cuda, "about", lambda: MACHINE["gpu"])
+    monkeypatch.setattr(gpu.grid, "grid", lambda: [unit("a")])
+    monkeypatch.setattr(gpu.worker, "Worker", Fake)
+    monkeypatch.setattr(gpu.worker, "Compilers", lambda units, count: types.SimpleNamespace(finish=lambda s: 0))
+    return gpu
+
+
+def test_stages_survive_each_other(machine, tmp_path, monkeypatch):
+    def broken(seconds, quick):
+        raise OSError("no pytest here")
+
+    monkeypatch.setattr(machine, "build", lambda seconds: {"status": "exit status 1", "said": "no compiler"})
+    monkeypatch.setattr(machine, "run_tests", broken)
+    assert machine.main(["--out", str(tmp_path), "--fresh", "--commit", "abc"]) == 1
+    content = json.loads((tmp_path / "some-gpu.json").read_text())
+    assert content["stages"]["build"]["said"] == "no compiler" and "no pytest" in content["stages"]["tests"]["status"]
+    assert content["commit"] == "abc" and len(content["units"][0]["rows"]) == 4
+
+    asked = []
+    monkeypatch.setattr(machine, "build", lambda seconds: {"status": "ok"})
+    monkeypatch.setattr(
+        machine, "run_tests", lambda s, quick: asked.append((s, quick)) or {"status": "ok", "quick": quick}
+    )
+    for arguments in (["--quick"], ["--quick"], [], []):
+        assert machine.main(["--out", str(tmp_path), "--commit", "abc", *arguments]) == 0
+    assert asked == [
+        (machine.QUICK.tests, True),
+        (machine.FULL.tests, False),
+    ]  # a full run after a quick one tests again
+
+
+def test_a_stage_is_ended_at_its_deadline(gpu, capsys):
+    status, _ = gpu.run_stage([sys.executable, "-c", "import time; print('so far', flush=True); time.sleep(60)"], 1.5)
+    assert status.startswith("not finished") and "so far" in capsys.readouterr().out
+    assert gpu.run_stage([sys.executable, "-c", "print(1); print(2)"], 60) == ("ok", "2")
+    assert gpu.run_stage([sys.executable, "-c", "raise SystemExit(3)"], 60)[0] == "exit status 3"
+
+
+def test_outcome_of_the_tests(gpu, tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 1 == 2\ndef test_none(): pytest.skip('no GPU')\n"
+    )
+    xml = tmp_path / "it.xml"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        str(tmp_path / "test_it.py"),
+        f"--junitxml={xml}",
+        "-c",
+        os.devnull,
+    ]
+    subprocess.run(command, capture_output=True, cwd=tmp_path)
+    outcome = gpu._outcome(xml)
+    assert (
+        outcome["passed"] == 1
+        and list(outcome["failed"]) == ["test_bad"]
+        and outcome["skipped"] == {"test_none": "no GPU"}
+    )
+
+
+def test_it_refuses_without_a_gpu(tmp_path):
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    out = tmp_path / "out"
+    for command in (
+        ["make", "-C", str(ROOT), "gpu", f"PYTHON={sys.executable}", f"OUT={out}"],
+        [sys.executable, str(SCRIPT)],
+    ):
+        if command[0] == "make" and not (ROOT / "Makefile").exists():
+            continue
+        start = time.monotonic()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode != 0 and "needs a GPU" in done.stderr and "Nothing was measured" in done.stderr
+        assert not out.exists() and time.monotonic() - start < 60
+
+
+# The process that measures
+
+_PROCESS = """
+import json, os, signal, sys, time
+for line in sys.stdin:
+    name = json.loads(line)["name"]
+    print(json.dumps({"doing": {"contender": "triton", "mode": "step"}}), flush=True)
+    if name == "segfault": os.kill(os.getpid(), signal.SIGSEGV)
+    if name == "hang": time.sleep(60)
+    if name == "exit": sys.exit("what it said last")
+    if name == "poisoned": print(json.dumps({"poisoned": "illegal memory access"}), flush=True); time.sleep(60)
+    print(json.dumps({"rows": [os.getpid()]}), flush=True)
+    print(json.dumps({"done": name}), flush=True)
+"""
+
+
+def test_the_process_is_replaced_when_it_dies():
+    process, pids = worker.Worker((sys.executable, "-c", _PROCESS)), []
+    soon = time.monotonic() + 60
+    try:
+        for _ in range(2):
+            process.run(unit("fine"), lambda event: pids.append(*event["rows"]), soon)
+        assert pids[0] == pids[1]
+        for name, reason in (("segfault", "SIGSEGV"), ("exit", "what it said last"), ("poisoned", "illegal memory")):
+            with pytest.raises(worker.Died, match=reason) as death:
+                process.run(unit(name), pids.append, soon)
+            assert (death.value.contender, death.value.mode) == ("triton", "step")
+        with pytest.raises(worker.OutOfTime, match="triton step"):
+            process.run(unit("hang"), pids.append, time.monotonic() + 1)
+        process.run(unit("fine"), lambda event: pids.append(*event["rows"]), soon)
+        assert len(set(pids)) == 2
+    finally:
+        process.stop()
+
+
+def test_compilers_are_gone_before_anything_is_timed():
+    units = [unit(name) for name in "abc"]
+    busy = worker.Compilers(units, 2)
+    assert len(busy.processes) == 2
+    busy.processes.append(
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    )
+    processes = list(busy.processes)
+    start = time.monotonic()
+    assert busy.finish(0.5) >= 1 and time.monotonic() - start < 30
+    assert all(process.poll() is not None for process in processes)
+
+
+def test_compiling_runs_our_contenders_only(monkeypatch):
+    ran = []
+    registry = contenders.REGISTRY | {"triton": contenders.REGISTRY["reference"]}
+    monkeypatch.setattr(contenders, "REGISTRY", registry)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: ran.append(1))
+    worker.compile_unit(unit(who=("eager", "triton", "reference")))
+    assert len(ran) == 2  # modes
+    worker.compile_unit(unit(kind="calls"))
+    assert len(ran) == 2
+
+
+@pytest.mark.slow
+def test_the_process_measures(tmp_path):
+    process, events = worker.Worker(), []
+    small = unit("it", who=("eager", "padded", "reference", "native"), device="cpu")
+    process.run(small, events.append, time.monotonic() + 120)
+    process.stop()
+    made = store(tmp_path, small)
+    for event in events:
+        made.add(small, event["rows"])
+    assert not made.not_measured()
+    rows = on_disk(made)[1]["units"][0]["rows"]
+    assert {r["status"] for r in rows if r["contender"] != "native"} == {"ok"}
+    ours = next(r for r in rows if r["contender"] == "reference")
+    assert ours["limits"]["matrix_rate"] > 0 and ours["ratios"]["eager"] > 0 and len(ours["errors"]) == 1
+
+
+class _Event:
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """torch.cuda as far as measuring needs it; tensors lie on "cpu:0", which is no GPU but not called "cpu"."""
+    held = iter(range(0, 10**9, 1000))
+    for name, stand_in in {
+        "Event": _Event,
+        "synchronize": lambda: None,
+        "memory_allocated": lambda: next(held),
+        "max_memory_allocated": lambda: next(held),
+        "reset_peak_memory_stats": lambda: None,
+        "empty_cache": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(cuda, "_ARRAY_BYTES", 1 << 20)
+    monkeypatch.setattr(cuda, "_HUGE", 32)
+    monkeypatch.setattr(cuda, "_LARGE", 32)
+    for name in ("read_bandwidth", "copy_bandwidth", "MatrixProbe"):
+        monkeypatch.setattr(cuda, name, functools.partial(getattr(cuda, name), device="cpu:0"))
+
+
+@pytest.mark.parametrize("op", ["gated_attention_pool", "dsmil", "max_pool", "topk_instances"])
+def test_measuring_as_on_a_gpu(op, pretended):
+    workload = Workload(op, Shape((30, 12), 12, 8, 2), device="cpu:0", precision="high", seed=3)
+    finished, at_work = [], []
+    modes = workload.case.modes()
+    bench = Bench(
+        workload,
+        Options(["float32"], modes, ["eager", "padded", "reference"], 0.01),
+        finished=finished.append,
+        at_work=lambda *pair: at_work.append(pair),
+    )
+    before = torch.get_float32_matmul_precision()
+    result = bench.run()
+    assert [rows[0].mode for rows in finished] == list(modes) and torch.get_float32_matmul_precision() == before
+    for r in result.rows:
+        assert r.status in ("ok", "unavailable"), (r.contender, r.reason)
+        assert r.status != "ok" or (r.allocator == 1000 and r.resident is None and not r.once and r.floor_seconds > 0)
+    assert {("eager", mode) for mode in modes} <= set(at_work)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_the_other_kinds_of_units(pretended, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(grid, "INSTANCES", 64)
+    monkeypatch.setattr(cuda, "available_memory", lambda: 2000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: types.SimpleNamespace(total_memory=4000))
+    fractions, events = [], []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    monkeypatch.setattr(calls, "largest", lambda fits: 64 if fits(64) else 0)
+    there = {"device": "cpu:0"}
+    worker.measure(unit("limits", ("limits",), ("device",), kind="limits", **there), events.append)
+    worker.measure(unit("calls", ("softmax_pool 2 step",), ("eager", "native"), kind="calls", **there), events.append)
+    one = Workload("gated_attention_pool", Shape((2,), 12, 8), **there)
+    for contender, memory in (("eager", 1000), ("reference", 3000)):
+        largest = unit("largest", ("step",), (contender,), kind="largest", memory=memory)
+        worker.measure(replace(largest, workload=one), events.append)
+    rows = {(r["mode"], r["contender"]): r for event in events for r in event.get("rows", ())}
+    limits = rows["limits", "device"]
+    assert limits["read_bandwidth"] > 0 and limits["copy_bandwidth"] > 0 and len(limits["product_rates"]) == 3
+    assert set(limits["matrix_rates"]) == {"bfloat16", "float16", "float32", "float64", "tf32"}
+    called = rows["softmax_pool 2 step", "eager"]
+    assert 0 < called["host"] <= called["median"] and called["triton_kernels"] == {} and called["launches"] is None
+    assert rows["softmax_pool 2 step", "native"]["status"] in ("ok", "unavailable")
+    assert rows["step", "eager"]["instances"] == 64 and fractions == [0.25, 1.0]
+    assert rows["step", "reference"]["status"] == "unavailable"
+    assert events[0]["rows"] and {"doing": {"contender": "eager", "mode": "step"}} in events
+
+
+def test_compiling_is_not_taken_for_the_time_of_a_run(pretended, monkeypatch):
+    ran = []
+
+    def prepare(case, inputs, static):
+        def compute(i):
+            ran.append(1)
+            time.sleep(0.5 if len(ran) == 1 else 0.001)
+            return case.eager(i)
+
+        return compute, inputs
+
+    monkeypatch.setitem(contenders.REGISTRY, "slow-first", contenders.Contender("slow-first", prepare))
+    workload = Workload("mean_pool", Shape((30,), 12), device="cpu:0")
+    rows = Bench(workload, Options(["float32"], ["fwd"], ["slow-first"], 0.3)).run().rows
+    assert len(rows[0].timing.seconds) >= 10
+
+
+def test_an_error_that_poisons_is_told_from_one_that_does_not(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with pytest.raises(ValueError), cuda.sound():
+        raise ValueError("only this call")
+
+    def dead():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", dead)
+    with pytest.raises(cuda.Poisoned, match="illegal memory access"), cuda.sound():
+        pass
+    assert not issubclass(cuda.Poisoned, Exception)
+
+
+def test_the_largest_that_fits():
+    asked = []
+    for limit in (70_000, 100_000, 1_000_000, 123_456_789):
+        found = calls.largest(lambda n, limit=limit: asked.append(n) or n <= limit)
+        assert 0.95 * limit <= found * (1 + calls._CLOSE) and found <= limit
+    assert calls.largest(lambda n: False) == 0 and len(asked) < 100
+    assert calls.largest(lambda n: True, most=1 << 20) == 1 << 20
+
+
+def test_contenders_with_other_kernels(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    from milkernels.triton import call, tuning
+
+    before = call.WORKSPACE
+    with contenders.REGISTRY["workspace-8"].within():
+        assert call.WORKSPACE == 8 << 20
+    assert before == call.WORKSPACE
+    with contenders.REGISTRY["fused"].within():
+        assert tuning.plan(torch.device("cpu"), torch.float32, 64, 32).scores == "fused"
+    case = CASES["softmax_pool"]  # which has no such kernels
+    fused = contenders.REGISTRY["fused"]
+    if triton_runs():
+        with pytest.raises(contenders.Unavailable, match="the kernels are those of triton"), fused.within():
+            fused.prepare(case, case.inputs(Shape((5,), 8)), True)
+
+
+def triton_runs() -> bool:
+    """Whether Triton was imported as an interpreter: later is too late."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from milkernels.triton import pool
+
+    return any(isinstance(value, InterpretedFunction) for value in vars(pool).values())
+
+
+# What is made of the rows
+
+
+def judged(u, rows):
+    return {
+        t["what"]: (t["value"], t["goal"], t["met"])
+        for t in targets.of(u, {(r["mode"], r["contender"]): r for r in rows})
+    }
+
+
+def test_targets():
+    one = next(u for u in grid.grid() if u.kind == "bench")
+    limits = {"limits": {"matrix_rate": 1e15, "read_bandwidth": 4e12}}
+    eager = row("step", "eager", 3.0, allocator=400_000_000)
+    ours = row("step", "triton", 2.0, allocator=100_000 * 1024 * 2 + 90_000_000, flops=1, bytes=1, **limits)
+    got = judged(one, [eager, ours, row("step", "compile", 1.9)])
+    assert got["x eager"] == (1.5, 1.4, True) and got["x torch.compile"] == (0.95, 1.0, False)
+    assert got["bytes beyond the gradient of x"] == (90_000_000, 97_600_000, True)
+    fast = row("fwd", "fused", 1.0, flops=6e14, bytes=1, **limits)
+    assert judged(one, [fast])["share of the matrix rate"] == (0.6, 0.55, True)
+    ragged = next(u for u in grid.grid() if u.workload.shape.bags > 1)
+    slow = [row("step", "eager", 4.0), row("step", "padded", 5.0), row("step", "triton", **limits)]
+    assert {k: v[2] for k, v in judged(ragged, slow).items()} == {
+        "x the loop over bags": False,
+        "x the padded batch": True,
+    }
+    memory = next(u for u in grid.grid() if u.workload.op == "softmax_pool")
+    read = row("fwd", "triton", 1.0, flops=1, bytes=3.6e12, **limits)
+    assert judged(memory, [read]) == {"share of the read bandwidth": (0.9, 0.85, True)}
+    many = next(u for u in grid.grid() if u.workload.shape.instances == 1_000_000)
+    rows = [row("frozen", "eager", allocator=10**9), row("frozen", "triton", allocator=2 * 10**8, **limits)]
+    assert judged(many, rows)["share of eager's bytes beyond it"] == (0.2, 0.1, False)
+    assert judged(one, [row("step", "triton", **limits) | {"status": "FAIL"}]) == {}
+
+
+def test_few_digits_and_only_telling_errors(tmp_path):
+    errors = [
+        {"name": n, "ours": o, "bound": 1.0, "ok": o <= 1} for n, o in (("bag", 0.5), ("lse", 0.123456789), ("x", 2.0))
+    ]
+    made = store(tmp_path, unit("a"))
+    made.add(unit("a"), [row("fwd", "triton", 0.123456789, errors=errors, share=float("nan"))])
+    found = json.loads(made.path.read_text())["units"][0]["rows"][0]
+    assert found["median"] == 0.12346 and found["share"] is None and [e["name"] for e in found["errors"]] == ["x"]
+
+
+def test_figures_of_a_gpu(tmp_path):
+    results = tmp_path / "benchmarks" / "results"
+    head = replace(unit("a"), headline=True)
+    made = store(results, head, unit("b"), replace(unit("c", ("limits",), ("device",)), kind="limits", headline=True))
+    for u in made.units[:2]:
+        both = [row("fwd", "eager", 0.2, allocator=3e6, label="eager", ours=False)]
+        both += [row("fwd", "triton", 0.1, allocator=1e6, label="triton", ours=True, share_of_floor=0.5)]
+        made.add(u, both)
+    made.add(head, [row("step", "triton", 0.1, label="triton", ours=True) | {"status": "error"}])
+    text = readme.figures(tmp_path)
+    assert text.startswith("`gated_attention_pool` on Some GPU, CUDA 13, PyTorch 2:")
+    assert text.count("| eager | 200 | 100 | 2.00 | 3.0 / 1.0 | 50% |") == 1 and text.count("    make gpu\n") == 1
+    assert text.endswith("CPUs with AVX-512 or AMX: not measured.\n") and "GPUs, and" not in text
