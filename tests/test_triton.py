@@ -115,6 +115,47 @@ def test_error_promise(case, dtype, parameter_dtype):
     assert kept.ok, kept.broken()
 
 
+@pytest.mark.parametrize("lengths", [(70, 5), (133,)], ids=str)
+@served("gated_attention_pool", "attention_pool-gelu-dropout")
+def test_float32_products_in_three_parts(case, lengths):
+    """No larger an error than float32 products have, and not the very same bits."""
+    errors = {}
+    for products in ("library", "split"):
+        runs = []
+        for seed in range(3):
+            tensors, offsets = case.make(lengths, torch.float32, seed, relu=True, **ODD), offsets_of(lengths)
+            with triton_tuning().use(products=products):
+                got = run(case, tensors, offsets)
+            runs.append((got, step(case.truth, tensors, offsets, None), op_cases.exactly(case, tensors, offsets)))
+        ours, eager, exact = (op_cases.together(results) for results in zip(*runs, strict=True))
+        kept = testing.error_promise(ours, eager, exact, torch.float32)
+        assert kept.ok, kept.broken()
+        errors[products] = {name: (ours[name].double() - exact[name]).norm() for name in ours}
+    assert errors["library"] != errors["split"]
+    with triton_tuning().use(products="split"):
+        torch.set_float32_matmul_precision("high")  # they obey PyTorch's own switch
+        try:
+            rounded = run(case, tensors, offsets)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    with triton_tuning().use(products="library"):
+        same_bits(rounded, run(case, tensors, offsets))
+
+
+def test_three_parts_of_numbers_that_are_no_numbers():
+    from milkernels.triton import split
+
+    x = torch.tensor([[1.0, INF, -INF, NAN, 1e-30, 3e38, -0.0, 1 + 2**-23]])
+    parts = split.split(x).float().view(3, 8)
+    torch.testing.assert_close(parts.sum(0), x[0], rtol=0, atol=0, equal_nan=True)
+
+
+def triton_tuning():
+    from milkernels.triton import tuning
+
+    return tuning
+
+
 @served("gated_attention_pool", "dsmil_pool-mlp-q-relu-v")
 def test_float16_gradients_do_not_underflow(case):
     """Of a loss that is small the gradients are as exact as of one that is not; parameters are float32 here, so that

@@ -105,8 +105,8 @@ def device_slug(name: str | None = None) -> str:
 
 
 def source_digest(root: Path = ROOT, *, gpu: bool = False) -> str | None:
-    """SHA-256 over names and contents of what decides the speed: ``csrc``, the contracts and the reference; on a GPU the
-    Triton kernels too."""
+    """SHA-256 over names and contents of what decides the speed: ``csrc``, the contracts and the reference; on a GPU
+    the Triton kernels too."""
     if not (root / "csrc").is_dir():
         return None  # installed without sources
     package = root / "milkernels"

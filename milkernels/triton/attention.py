@@ -6,16 +6,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from milkernels.triton import fused, pool, rows, tuning
-from milkernels.triton.call import Call, ceil_div, launch, power_of_two, product, product_dtype
-from milkernels.triton.common import activate, activation_gradient, dropout_factors, sigmoid
+from milkernels.triton import fused, pool, rows, split, tuning
+from milkernels.triton.call import Call, Products, ceil_div, launch, power_of_two, product_dtype
+from milkernels.triton.common import activate, activation_gradient, dropout_factors, kernel, sigmoid
 from milkernels.triton.gradients import PoolGradients, in_their_types, largest, power_of_two_scale
 
 
-@triton.jit
+@kernel
 def gate_scores(
     Z, BIAS, W, W_BIAS, MASK, SEED, OUT, first, last, D, threshold,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Scores of rows [first, last) from Z = x [V; U]^T, which begins at row `first`; BIAS is that of V, then of U."""
     A: tl.constexpr = OUT.dtype.element_ty
@@ -58,7 +59,7 @@ def _units(Z_ROWS, BIAS, d, inside, D, A: tl.constexpr):
     return z
 
 
-@triton.jit
+@kernel
 def gate_backward(
     Z, BIAS, W, DS, MASK, SEED, SCALE, SUMS, first, last, D, threshold,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
@@ -72,7 +73,7 @@ def gate_backward(
     d = unit + tl.arange(0, BD)
     begin = tl.cast(first, tl.int64) + tl.program_id(0) * ROWS
     dw = ()
-    for j in tl.static_range(K):
+    for _j in tl.static_range(K):
         dw = dw + (tl.zeros([BD], A),)
     dv_bias = tl.zeros([BD], A)
     du_bias = tl.zeros([BD], A)
@@ -150,6 +151,8 @@ class _Attention(Call):
         self.fused = plan.scores == "fused" and fused.serves(self)
         if self.fused:
             self.weight = fused.prepared(self.weight)
+        by_parts = plan.products == "split" and split.serves(self.type) and not self.fused
+        self.products = split.SplitProducts(self.weight) if by_parts else Products(self.weight)
 
     @property
     def units(self) -> int:
@@ -180,8 +183,8 @@ def _scores(call: _Attention) -> Tensor:
     units = min(max(power_of_two(call.hidden), 16), 64)
     size = torch.finfo(call.type).bits // 8
     converted = call.width * size if call.type != call.x.dtype else 0
-    for block in call.blocks(call.units * size + converted):
-        z = product(call.rows_of(block, False), call.weight.t())
+    for block in call.blocks(call.units * size + converted + call.products.bytes_per_row):
+        z = call.products.forward(call.rows_of(block, False))
         launch(
             gate_scores, (ceil_div(block.stop - block.start, 32),),
             z, call.bias, call.w, call.w_bias, call.mask, seed, out, block.start, block.stop, call.hidden,
@@ -219,7 +222,7 @@ def attention_bwd(
     if call.type == torch.float16:
         scale = power_of_two_scale(largest(ds) * call.w.abs().nan_to_num(0, 0, 0).sum(0).amax())
     size = torch.finfo(call.type).bits // 8
-    per_row = call.units * size + (call.width * call.acc.itemsize if needs[0] else 0)
+    per_row = call.units * size + (call.width * call.acc.itemsize if needs[0] else 0) + call.products.bytes_per_row
     copied = call.mask is not None or call.type != call.x.dtype
     for block in call.blocks(per_row + (call.width * size if copied else 0)) if any(needs) else ():
         x_rows = call.rows_of(block, call.mask is not None)
@@ -227,11 +230,11 @@ def attention_bwd(
         z, part = gradients_of_products(call, x_rows, block, ds, scale)
         sums += part.sum(0)
         if need_weight:
-            grad_weight += product(z.t(), x_rows, call.acc)
+            grad_weight += call.products.of_weight(z, x_rows)
         if needs[0]:
             rows.expand(
                 call, grad_x, gradients.weights, gradients.bag_of(gradients.weights),
-                product=product(z, call.weight, call.acc), scale=None if scale is None else 1 / scale, rows=block,
+                product=call.products.of_rows(z), scale=None if scale is None else 1 / scale, rows=block,
             )  # fmt: skip
     if need_weight and scale is not None:
         grad_weight /= scale
@@ -253,7 +256,7 @@ _SUMMED_ROWS = 256  # by one program of gate_backward
 def _gradients_of_products(call: _Attention, x: Tensor, block: slice, ds: Tensor, scale: Tensor | None):
     """``(z, sums)`` of a block, whose rows x holds: the gradient of ``x [V; U]^T`` [rows, units], times the scale, and
     what programs add to the gradients of w and of the biases [programs, K + 2, D]."""
-    z = product(x, call.weight.t())
+    z = call.products.forward(x)
     D, K = call.hidden, call.heads
     units = min(max(power_of_two(D), 16), 64)
     programs = ceil_div(block.stop - block.start, _SUMMED_ROWS)

@@ -107,3 +107,25 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     # Only an interpreter comes here; products of half types on a CPU may read into the next row, NaN or not.
     acc = accumulation_dtype(a)
     return (a.to(acc) @ b.to(acc)).to(dtype)
+
+
+class Products:
+    """Of rows x [n, L] with a weight W [M, L], and of the gradient z [n, M] of these, by the library."""
+
+    bytes_per_row = 0  # of workspace
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+        self.acc = accumulation_dtype(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x W^T``, in their type."""
+        return product(x, self.weight.t())
+
+    def of_rows(self, z: Tensor) -> Tensor:
+        """``z W`` in the accumulation type."""
+        return product(z, self.weight, self.acc)
+
+    def of_weight(self, z: Tensor, x: Tensor) -> Tensor:
+        """``z^T x``, likewise."""
+        return product(z.t(), x, self.acc)

@@ -392,14 +392,14 @@ def _options(call, x: Tensor | None, *, forward: bool) -> dict:
 
 def _large_tile(call, forward: bool) -> dict[str, int]:
     dropped = call.dropout[0] is not None
+    blackwell = tuning.target(call.x.device)[1] >= 100  # its accumulators come into the registers all at once
     tile = {"BN": 128, "BD": 128, "BL": 128 // call.type.itemsize, "num_warps": 8, "num_stages": 4}
     if forward:
-        tile["BD"] = (256 >> call.gated) >> dropped
+        tile["BD"] = (256 >> call.gated) >> (dropped or blackwell)
     else:
-        # Blackwell's accumulators come into the registers all at once.
-        heads = (call.heads > 1) + (call.heads > 4)
-        crowded = call.gated + dropped + heads + (tuning.target(call.x.device)[1] >= 100)
+        crowded = call.gated + 2 * dropped + (call.heads > 1) + (call.heads > 4) + blackwell
         tile |= {"BN": 64, "PARTS": 1} if crowded > 1 else {"PARTS": 1 + call.gated}
+        tile["BD"] = 64 if crowded > 4 else 128
     return tile | {"BD": min(max(power_of_two(call.hidden), 64), tile["BD"])}
 
 

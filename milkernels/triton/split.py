@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from milkernels.triton.call import ceil_div, launch, power_of_two, product
+from milkernels.triton.call import Products, ceil_div, launch, power_of_two, product
 from milkernels.triton.common import kernel
 
 
@@ -28,9 +28,33 @@ def split_rows(X, OUT, rows, x_stride, L, BN: tl.constexpr, BL: tl.constexpr):
         rest = tl.where(tl.abs(taken) < float("inf"), rest - taken, 0.0)
 
 
-def serves(type: torch.dtype) -> bool:
+def serves(dtype: torch.dtype) -> bool:
     """Whether products of this type are float32 ones that PyTorch has been told not to round."""
-    return type == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+
+
+class SplitProducts(Products):
+    """The three products of `Products`, for float32."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight)
+        self.bytes_per_row = 6 * (weight.shape[0] + weight.shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _by_weight(split(x), _stacked(self.weight.t()))
+
+    def of_rows(self, z: Tensor) -> Tensor:
+        return _by_weight(split(z), _stacked(self.weight))
+
+    def of_weight(self, z: Tensor, x: Tensor) -> Tensor:
+        a, b = split(z), split(x)
+        M, L = z.shape[1], x.shape[1]
+        first, second, third = (a[:, i * M : (i + 1) * M].t() for i in range(3))
+        lowest = product(third, b[:, :L], torch.float32)
+        low = product(second, b[:, : 2 * L], torch.float32)
+        high = product(first, b, torch.float32)
+        out = lowest.add_(high[:, 2 * L :]).add_(low[:, L:])
+        return out.add_(low[:, :L]).add_(high[:, L : 2 * L]).add_(high[:, :L])
 
 
 def split(x: Tensor) -> Tensor:
@@ -44,8 +68,8 @@ def split(x: Tensor) -> Tensor:
     return out
 
 
-def by_weight(a: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """``a @ b`` in float32, for the parts [N, 3 L] of a and what `stacked` makes of b."""
+def _by_weight(a: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """``a @ b`` in float32, for the parts [N, 3 L] of a and what `_stacked` makes of b."""
     L = a.shape[1] // 3
     lowest, low, high = weight
     out = product(a[:, :L], lowest, torch.float32)
@@ -53,18 +77,7 @@ def by_weight(a: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return out.add_(product(a, high, torch.float32))
 
 
-def stacked(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _stacked(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For ``[a1 a2 a3]``, from b [L, M] = b1 + b2 + b3: the third part, twice the second, three times the first."""
     high, low, lowest = split(b.t().contiguous()).chunk(3, dim=1)
     return lowest.t(), torch.cat([low, low], 1).t(), torch.cat([high, high, high], 1).t()
-
-
-def transposed(a: Tensor, b: Tensor) -> Tensor:
-    """``a^T @ b`` in float32, a sum over rows, for the parts [N, 3 M] and [N, 3 L]."""
-    M, L = a.shape[1] // 3, b.shape[1] // 3
-    first, second, third = (a[:, i * M : (i + 1) * M].t() for i in range(3))
-    lowest = product(third, b[:, :L], torch.float32)
-    low = product(second, b[:, : 2 * L], torch.float32)
-    high = product(first, b, torch.float32)
-    out = lowest.add_(high[:, 2 * L :]).add_(low[:, L:])
-    return out.add_(low[:, :L]).add_(high[:, L : 2 * L]).add_(high[:, :L])

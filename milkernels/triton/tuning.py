@@ -18,8 +18,8 @@ PRODUCTS = ("library", "split")
 
 @dataclass(frozen=True)
 class Plan:
-    """``scores``: of attention, on chunks or by the persistent kernel of ``fused``.  ``products`` of float32 at precision
-    "highest": the library's, or of three bfloat16 parts each (``split``)."""
+    """``scores``: of attention, on chunks or by the persistent kernel of ``fused``.  ``products``: of float32 at
+    precision "highest", by the library or of three bfloat16 parts each (``split``)."""
 
     scores: str = "chunked"
     products: str = "library"
