@@ -16,13 +16,14 @@ _NONE = tl.constexpr(1 << 62)  # later than any row
 
 
 @triton.jit
-def _first(values, index, eligible):
-    """``(value, index)`` of the first largest, down the columns; NaN is the largest; _NONE where none is eligible."""
-    nan = tl.min(tl.where(eligible & (values != values), index, _NONE), axis=0)
+def _first(values, index, eligible, none):
+    """``(value, index)`` of the first largest, down the columns; NaN is the largest; ``none``, beyond any index, where
+    nothing is eligible."""
+    nan = tl.min(tl.where(eligible & (values != values), index, none), axis=0)
     top = tl.max(tl.where(eligible & (values == values), values, float("-inf")), axis=0)
-    at = tl.min(tl.where(eligible & (values == top[None, :]), index, _NONE), axis=0)
-    found = tl.where(nan < _NONE, nan, at)
-    return tl.where(nan < _NONE, float("nan"), top), found
+    at = tl.min(tl.where(eligible & (values == top[None, :]), index, none), axis=0)
+    found = tl.where(nan < none, nan, at)
+    return tl.where(nan < none, float("nan"), top), found
 
 
 @triton.jit
@@ -51,8 +52,8 @@ def max_partial(
             x = tl.load(X + r[:, None] * x_stride + c[None, :], mask=used, other=float("-inf")).to(A)
             if DEAD:
                 used = used & (x != float("-inf"))
-            value, at = _first(x, r[:, None], used)
-            best, best_at = _better(value, at, best, best_at)
+            value, at = _first(x, tl.arange(0, BN)[:, None], used, BN)
+            best, best_at = _better(value, tl.where(at < BN, tl.cast(row, tl.int64) + at, _NONE), best, best_at)
         tl.store(VALUES + tl.cast(slot, tl.int64) * L + c, best, mask=c < L)
         tl.store(ROWS + tl.cast(slot, tl.int64) * L + c, best_at, mask=c < L)
 
@@ -74,7 +75,7 @@ def max_combine(
         used = (s < end)[:, None] & (c < L)[None, :]
         value = tl.load(VALUES + s[:, None] * L + c[None, :], mask=used, other=float("-inf"))
         at = tl.load(ROWS + s[:, None] * L + c[None, :], mask=used, other=_NONE)
-        value, at = _first(value, at, used & (at < _NONE))
+        value, at = _first(value, at, used & (at < _NONE), _NONE)
         best, best_at = _better(value, at, best, best_at)
     none = best_at == _NONE
     out = tl.cast(bag, tl.int64) * L + c

@@ -197,7 +197,8 @@ def row_tile(width: int, itemsize: int, most: int = 2048) -> dict[str, int]:
     columns = max(min(power_of_two(width), most), 16)
     lane = 16 // itemsize
     warps = min(max(columns // (32 * lane), 1), 8)
-    rows = max(4, min(16, 64 * 32 * warps // columns))
+    numbers = 16 if itemsize == 8 else 64  # of a thread, in registers of 4 bytes
+    rows = max(4, min(16, numbers * 32 * warps // columns))
     return {"BL": columns, "BN": rows, "num_warps": warps}
 
 

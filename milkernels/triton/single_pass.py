@@ -157,8 +157,9 @@ def score_and_pool_backward(
             biases = next_biases
             if GRAD_X is not None:
                 out = tl.where(alive[:, None], out, 0.0).to(GRAD_X.dtype.element_ty)
-                at = GRAD_X + r[:, None] * grad_stride + c[None, :]
-                tl.store(at, out, mask=(r < end)[:, None] & (c < L)[None, :])
+                tl.store(
+                    GRAD_X + r[:, None] * grad_stride + c[None, :], out, mask=(r < end)[:, None] & (c < L)[None, :]
+                )
         for j in tl.static_range(J):
             at = tl.cast(slot, tl.int64) * J + j
             tl.store(SUM + at * L + c, sums[j], mask=c < L)
@@ -169,23 +170,23 @@ def score_and_pool_backward(
 # Launches
 
 
-def tile(call: Call, vectors: int, kept: int) -> dict[str, int] | None:
-    """A tile of whole rows for so many vectors, of which ``kept`` numbers each stay in registers for a column; None
-    where they do not fit."""
+def tile(call: Call, vectors: int, kept: int, tiles: int) -> dict[str, int] | None:
+    """A tile of whole rows, of which ``tiles`` are alive at once, beside vectors of which ``kept`` numbers each stay in
+    registers for a column; None where they do not fit."""
     columns = max(power_of_two(call.width), 16)
     lane = 16 // call.x.element_size()
     warps = min(max(columns // (32 * lane), 1), 8)
     each = max(columns // (32 * warps), 1) * (call.acc.itemsize // 4)  # registers of one row or vector
     if each > 16 or vectors * kept * each > 96:
         return None
-    rows = max(2, min(16, power_of_two((176 - vectors * kept * each) // (2 * each) + 1) // 2))
-    return {"BL": columns, "BN": rows, "num_warps": warps}
+    rows = (220 - vectors * kept * each) // (tiles * each)  # of 255 registers
+    return {"BL": columns, "BN": max(2, min(16, power_of_two(rows + 1) // 2)), "num_warps": warps}
 
 
 def score_pool(call: Call, vectors: Tensor, shift: Tensor | None, classes: bool):
     """``(bag, scores, lse, products)``: vectors [B, J, L], or [J, L] for all bags; shift [B, J]. None: too large."""
     J = vectors.shape[-2]
-    shape = tile(call, J, 2)
+    shape = tile(call, J, kept=2, tiles=2)
     if shape is None:
         return None
     partials = pool.Partials(call, 1 if classes else J, call.width)
@@ -215,7 +216,7 @@ def score_pool_backward(
     For queries the sums are of rows less the centre, which `near_centre` adds again.
     """
     J, classes = vectors.shape[-2], logits is not None
-    shape = tile(call, J, 3)
+    shape = tile(call, J, kept=3, tiles=3)
     if shape is None or gradients.bag is None:
         return None
     partials = pool.Partials(call, J, call.width, "sum")

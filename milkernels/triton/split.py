@@ -63,7 +63,7 @@ def split(x: Tensor) -> Tensor:
     out = x.new_empty((rows, 3 * L), dtype=torch.bfloat16)
     block = min(max(power_of_two(L), 16), 256)
     launch(
-        split_rows, (ceil_div(rows, 16), ceil_div(L, block)), x, out, rows, x.stride(0), L, BN=16, BL=block, num_warps=4
+        split_rows, (ceil_div(rows, 8), ceil_div(L, block)), x, out, rows, x.stride(0), L, BN=8, BL=block, num_warps=4
     )
     return out
 

@@ -1,0 +1,379 @@
+"""A device that is not there: the host code of the Triton ops runs, its kernels are compiled or only counted.
+
+Tensors are PyTorch's fake ones, so any size costs nothing, and host code that reads from the device raises an error.
+"""
+
+import contextlib
+import importlib
+import io
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses import fake_tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from milkernels import ops
+from milkernels import triton as adapter
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+_GRID = (2**31 - 1, 65535, 65535)  # CUDA's limits
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How an op is called. ``extras`` name what is given besides (see `_GIVEN_WITH`) and options."""
+
+    op: str
+    dtype: str = "bf16"  # of the rows; "bf16/fp32": of the rows and of the parameters
+    L: int = 1024
+    D: int = 256
+    K: int = 1  # heads, or classes
+    extras: tuple[str, ...] = ()
+    N: int = 40_000
+    B: int = 32  # where there are offsets
+
+    @classmethod
+    def parse(cls, line: str) -> "Usage":
+        op, dtype, L, D, K, *extras = line.split()
+        # Not a multiple of 16 where there are bags: what is a multiple is compiled apart.
+        return cls(op, dtype, int(L), int(D), int(K), tuple(extras), N=39_999 if "bags" in extras else 40_000)
+
+    def __str__(self) -> str:
+        return " ".join((f"{self.op} {self.dtype} L{self.L} D{self.D} K{self.K}", *self.extras))
+
+    def __contains__(self, extra: str) -> bool:
+        return extra in self.extras
+
+
+@dataclass
+class Launch:
+    """One launch of a kernel, and what became of it."""
+
+    kernel: object  # triton.JITFunction
+    grid: tuple[int, ...]
+    args: tuple
+    options: dict
+    compiled: object = None  # triton's CompiledKernel
+    log: str = ""  # the assembler's
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+@dataclass
+class Record:
+    """What a block of host code launched: kernels in order, and the library's operations by name."""
+
+    kernels: list[Launch] = field(default_factory=list)
+    library: Counter = field(default_factory=Counter)
+
+    def __sub__(self, earlier: "Record") -> "Record":
+        return Record(self.kernels[len(earlier.kernels) :], self.library - earlier.library)
+
+    def copy(self) -> "Record":
+        return Record(list(self.kernels), Counter(self.library))
+
+    @property
+    def total(self) -> int:
+        return len(self.kernels) + self.library.total()
+
+
+@contextlib.contextmanager
+def standin(target=None) -> Iterator[Record]:
+    """Within the block kernels are compiled for a ``triton.backends.compiler.GPUTarget``, or only counted without one.
+
+    A kernel that does not compile leaves its error in the record, and the host code goes on.
+    """
+    from milkernels.triton import call
+
+    record = Record()
+
+    def run(kernel, grid, args, options):
+        launch = Launch(kernel, grid, args, options)
+        record.kernels.append(launch)
+        if not all(0 < size <= limit for size, limit in zip(grid, _GRID, strict=False)):
+            launch.error = f"grid {grid}"
+        elif target is not None:
+            _compile(launch)
+
+    with contextlib.ExitStack() as stack:
+        for patch in (
+            mock.patch.object(call, "_run", run),
+            # As of CUDA's allocator, which aligns to more than any kernel asks for.
+            mock.patch.object(
+                fake_tensor.FakeTensor, "data_ptr", lambda t: t.storage_offset() * t.itemsize, create=True
+            ),
+            contextlib.nullcontext() if target is None else _active(target),
+            fake_tensor.FakeTensorMode(),
+            mock.patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
+            _Counting(record.library),
+            _Fake(),
+        ):
+            stack.enter_context(patch)
+        yield record
+
+
+# Compilation
+
+
+class _Driver:
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> str:
+        return f"{self.target.backend}:{self.target.arch}"  # the key of what a kernel has compiled
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def _active(target) -> Iterator[None]:
+    from triton.runtime import driver
+
+    previous = driver._active
+    driver.set_active(_Driver(target))
+    capability = (target.arch // 10, target.arch % 10) if target.backend == "cuda" else (9, 4)
+    properties = SimpleNamespace(multi_processor_count=132, major=capability[0], minor=capability[1])
+    try:
+        with (
+            mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: capability),
+            mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
+        ):
+            yield
+    finally:
+        driver.set_active(previous)
+
+
+def _compile(launch: Launch) -> None:
+    try:
+        launch.compiled, printed = _compiled(launch)
+        launch.log = _kept_log(launch.compiled, printed)
+        if not launch.log and launch.compiled.metadata.target.backend == "cuda":
+            # Somebody else's entry in Triton's cache: without a log.
+            from triton import knobs
+
+            launch.kernel.device_caches.clear()
+            with knobs.compilation.scope():
+                knobs.compilation.always_compile = True
+                launch.compiled, printed = _compiled(launch)
+            launch.log = _kept_log(launch.compiled, printed)
+    except Exception as error:  # of many types: of the frontend, of passes, of the assembler
+        launch.error = f"{type(error).__name__}: {_last_line(error)}"
+
+
+def _compiled(launch: Launch):
+    from triton import knobs
+
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as printed:
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+    return compiled, printed.getvalue()
+
+
+def _kept_log(compiled, printed: str) -> str:
+    """The assembler's log, kept beside the kernel in Triton's cache, for it is not printed when it comes from there."""
+    from triton.runtime.cache import get_cache_manager
+
+    entry = get_cache_manager(compiled.hash)
+    if printed:
+        entry.put(printed, "ptxas.log", binary=False)
+        return printed
+    path = entry.get_file("ptxas.log")
+    if path is None:
+        return ""
+    with open(path) as file:
+        return file.read()
+
+
+def _last_line(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line for line in reversed(str(error).splitlines()) if line.strip(" ^")), "")
+
+
+# What host code must not do, and what else it launches
+
+
+class _Fake(TorchFunctionMode):
+    """Fake CUDA tensors where PyTorch has no CUDA: a few methods look for the device, what they stand for does not."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        stand_in = _WITHOUT_DEVICE.get(getattr(func, "__name__", ""), func)
+        return stand_in(*args, **(kwargs or {}))
+
+
+def _indexed(t: Tensor, index) -> Tensor:
+    dim, indices = 0, index if isinstance(index, tuple) else (index,)
+    for place, i in enumerate(indices):
+        if i is None:
+            t, dim = t.unsqueeze(dim), dim + 1
+        elif i is Ellipsis:
+            dim = t.dim() - sum(later is not None for later in indices[place + 1 :])
+        elif isinstance(i, slice):
+            t, dim = torch.ops.aten.slice.Tensor(t, dim, i.start, i.stop, i.step or 1), dim + 1
+        elif isinstance(i, Tensor):
+            if i.dtype in (torch.bool, torch.uint8):
+                return _waits()
+            t, dim = torch.ops.aten.index.Tensor(t, [None] * dim + [i]), dim + 1
+        else:
+            t = t.select(dim, i)
+    return t
+
+
+def _waits(*args):
+    raise RuntimeError("a shape that depends on numbers: the host waits for the device")
+
+
+def _write(t: Tensor, index, value) -> Tensor:
+    view = _indexed(t, index)
+    return view.copy_(value) if isinstance(value, Tensor) else view.fill_(value)
+
+
+_WITHOUT_DEVICE = {
+    "__getitem__": _indexed,
+    "__setitem__": _write,
+    "__invert__": torch.bitwise_not,
+    "nonzero": _waits,
+    "contiguous": lambda t: t if t.is_contiguous() else t.clone(memory_format=torch.contiguous_format),
+}
+
+
+class _Counting(TorchDispatchMode):
+    """Operations of the library that run on the device: all but views and allocations."""
+
+    FREE = frozenset({"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view"})
+
+    def __init__(self, counts: Counter):
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        if func.namespace == "aten" and not func.is_view and name not in self.FREE:
+            self.counts[name] += 1
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.device.type != "cuda" or "pin_memory" in name:
+                raise RuntimeError(f"{name} moves data between host and device")
+        return out
+
+
+# Calls of ops, from what `ops` declares
+
+_SHAPES = {
+    **{"x": "NL", "given": "NK", "scores": "NK", "weights": "NK", "instance_logits": "NK", "lse": "BK"},
+    **{"query": "KL", "weight": "KL", "bias": "K", "offsets": "O", "mask": "N", "seed": "1"},
+    **{"v_weight": "DL", "v_bias": "D", "u_weight": "DL", "u_bias": "D", "w_weight": "KD", "w_bias": "K"},
+    **{"q_weight": "DL", "q_bias": "D", "q2_weight": "DD", "q2_bias": "D"},
+}
+_GIVEN_WITH = {
+    **{"u_weight": "gated", "u_bias": "gated", "q2_weight": "mlp", "q2_bias": "mlp"},
+    **{"offsets": "bags", "mask": "mask", "seed": "drop"},
+}
+_TYPES = {"offsets": torch.int64, "seed": torch.int64, "mask": torch.bool}
+_ROWWISE = ("x", "given", "scores", "weights", "instance_logits")
+_ACTIVATIONS = ("tanh", "relu", "gelu", "identity")
+
+
+def _inputs(use: Usage, op: ops.Forward) -> dict:
+    """The inputs of a forward by name."""
+    # A value layer of DSMIL keeps the width.
+    shapes = _SHAPES | ({"v_weight": "LL", "v_bias": "L"} if op.name.startswith("dsmil") else {})
+    given_with = _GIVEN_WITH | ({"v_weight": "value", "v_bias": "value"} if op.name.startswith("dsmil") else {})
+    if "bags" in use and "shared" not in use:
+        shapes["query"] = "BKL"
+    bags = use.B if "bags" in use else 1
+    sizes = {"N": use.N, "L": use.L, "D": use.D, "K": use.K, "B": bags, "O": bags + 1, "1": 1}
+    dtype, _, of_parameters = use.dtype.partition("/")
+    parameter_type = DTYPES[of_parameters or dtype]
+    types = (
+        _TYPES | dict.fromkeys(_ROWWISE, DTYPES[dtype]) | {"lse": torch.float64 if dtype == "fp64" else torch.float32}
+    )
+    activation = next((name for name in _ACTIVATIONS if name in use), None)
+    options = {
+        **{"activation": activation or "tanh", "v_activation": activation, "k": 8, "largest": True},
+        **{"dropout_p": 0.25 * ("drop" in use), "v_dropout_p": 0.25 * ("drop" in use)},
+        **{"scale": None if op.name.startswith("dsmil") else 0.05},
+        **{"compute_dtype": torch.bfloat16 if "autocast" in use else None},
+    }
+
+    def absent(name: str) -> bool:
+        return given_with.get(name, "") not in ("", *use.extras) or (name.endswith("bias") and "nobias" in use)
+
+    def value(declaration: str):
+        name = declaration.split()[-1]
+        if not declaration.startswith("Tensor"):
+            return options[name]
+        if declaration.startswith("Tensor?") and absent(name):
+            return None
+        return torch.empty([sizes[s] for s in shapes[name]], dtype=types.get(name, parameter_type), device="cuda")
+
+    return {declaration.split()[-1]: value(declaration) for declaration in op.inputs.split(", ")}
+
+
+def _backward(use: Usage, op: ops.Forward, inputs: dict, outputs: dict) -> None:
+    known, backward = inputs | outputs, op.backward
+    graded = backward.outputs.split()
+    # As in training, unless all are asked for: from the first output alone.
+    wanted = graded if "grads" in use else graded[:1]
+    grads = [torch.empty_like(outputs[n]) if n in wanted and n in outputs else None for n in graded]
+    if grads[0] is None:
+        grads = [torch.empty_like(outputs[n]) if n in outputs else None for n in graded]
+    options = [known[option.split()[-1]] for option in backward.options]
+    needs = [isinstance(known[name], Tensor) for name in backward.inputs.split()]
+    needs[0] = "frozen" not in use
+    saved = [known.get(name) for name in backward.saved()]
+    adapter.kernel(f"{backward.name}_bwd")(*saved, *options, *grads, needs)
+
+
+def call_op(use: Usage, record: Record) -> tuple[Record, Record]:
+    """Calls the op and its backward within a `standin`; what each launched."""
+    from milkernels.triton import tuning
+
+    op = next(op for op in ops.FORWARDS if op.name == use.op)
+    forced = {"scores": "fused"} if "fused" in use else {}
+    forced |= {"products": "split"} if "split" in use else {}
+    with tuning.use(**forced), _precision("high" if "tf32" in use else "highest"):
+        inputs, start = _inputs(use, op), record.copy()
+        out = adapter.kernel(f"{op.name}_fwd")(*inputs.values())
+        middle = record.copy()
+        outputs = dict(zip(op.outputs.split(), out if isinstance(out, tuple) else (out,), strict=True))
+        _backward(use, op, inputs, outputs)
+    return middle - start, record - middle
+
+
+@contextlib.contextmanager
+def _precision(wanted: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(wanted)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def launches(op: str, extras: str = "", **sizes) -> tuple[Record, Record]:
+    """What one call of an op and its backward launch, of kernels and of the library: nothing is compiled, no GPU is
+    needed. ``launches("attention_pool", "gated mask", N=100_000)[0].total``; for sizes see `Usage`."""
+    with standin() as record:
+        return call_op(Usage(op, extras=tuple(extras.split()), **sizes), record)
+
+
+def modules() -> list:
+    """All modules of `milkernels.triton`."""
+    import pkgutil
+
+    return [importlib.import_module(f"{adapter.__name__}.{m.name}") for m in pkgutil.iter_modules(adapter.__path__)]
