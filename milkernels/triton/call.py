@@ -19,7 +19,8 @@ _MOST_CHUNKS = 1024  # partial results of one bag are merged one after the other
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """Every kernel is launched here, so that a stand-in can take the place of the device."""
-    _run(kernel, grid, args, options)
+    # Products and sums may be fused, as they are by nvcc; Triton's own default is changing.
+    _run(kernel, grid, args, {"enable_fp_fusion": True, **options})
 
 
 def _run(kernel, grid: tuple[int, ...], args: tuple, options: dict) -> None:

@@ -170,7 +170,7 @@ def first_max(call: Call, values: Tensor, *, dead: bool, empty: float) -> tuple[
         )  # fmt: skip
     launch(
         max_combine, (call.bags, ceil_div(L, 32)), call.offsets, best, at, out, indices, call.rows, L,
-        EMPTY=empty, R=call.chunk, BS=min(pool.slots_at_once(call), 32), BL=32, num_warps=4,
+        EMPTY=empty, R=call.chunk, BS=min(pool.slots_at_once(call), 32), BL=32, num_warps=2,
     )  # fmt: skip
     return out, indices
 

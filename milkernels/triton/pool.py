@@ -245,7 +245,7 @@ class Partials:
         launch(
             pool_combine, (call.bags * self.heads, ceil_div(self.width, 32)),
             call.offsets, self.top, self.total, self.sum, bag, lse, call.rows, self.width, self.heads,
-            HOW=self.how, R=call.chunk, BS=slots_at_once(call), BL=32, num_warps=4,
+            HOW=self.how, R=call.chunk, BS=slots_at_once(call), BL=32, num_warps=8,
         )  # fmt: skip
         return bag, lse
 
