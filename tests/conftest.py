@@ -11,7 +11,8 @@ if not torch.cuda.is_available():
 
 def _mend_interpreter() -> None:
     """The interpreter keeps bfloat16 as bits: it cuts off what a GPU rounds, and multiplies the bits in a dot product
-    (triton-lang/triton#11584)."""
+    (triton-lang/triton#11584).  And it patches the whole language again for each call of a device function, which is a
+    third of its time."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -35,7 +36,16 @@ def _mend_interpreter() -> None:
 
         return create_dot(builder, widened(a), widened(b), *rest)
 
+    patch = interpreter._patch_lang
+
+    def patch_once(fn):
+        used = [module for module in (tl, tl.core) if any(value is module for value in fn.__globals__.values())]
+        unpatched = any(tl.core.is_builtin(module.load) for module in used)
+        return patch(fn) if unpatched else interpreter._LangPatchScope()
+
     interpreter._convert_float, interpreter.InterpreterBuilder.create_dot = convert_float, dot
+    if hasattr(interpreter, "_LangPatchScope"):
+        interpreter._patch_lang = patch_once
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
