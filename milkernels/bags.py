@@ -62,6 +62,8 @@ def check_offsets(offsets: Tensor, num_rows: int, device: torch.device) -> None:
         raise ValueError(f"offsets must be on the device of the instances, {device}; got {offsets.device}")
     if offsets.device.type == "cpu" and _has_values(offsets):
         _check_values(offsets, num_rows)
+    elif offsets.shape[0] == 1 and isinstance(num_rows, int) and num_rows > 0:
+        raise ValueError(f"offsets of no bags, [0], need no instances; got {num_rows}")
 
 
 def _check_values(offsets: Tensor, num_rows: int) -> None:

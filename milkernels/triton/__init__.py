@@ -26,6 +26,9 @@ _SHARED = {  # the backward of several ops
     "attention": ("attention_pool", "attention_scores"),
     "query": ("query_pool", "query_scores"),
 }
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCPU
+)
 _LIBRARY = torch.library.Library("milkernels", "IMPL")
 
 
@@ -76,10 +79,11 @@ def kernel(name: str):
     def call(first: Tensor, *args):
         nonlocal found
         found = found or getattr(importlib.import_module(f"milkernels.triton.{family}"), name)
-        if not first.is_cuda:
-            return found(first, *args)
-        with torch.cuda.device(first.device):
-            return found(first, *args)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):  # PyTorch's own small products keep the types they are given
+            if not first.is_cuda:
+                return found(first, *args)
+            with torch.cuda.device(first.device):
+                return found(first, *args)
 
     return call
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from milkernels.triton import fused, pool, rows, split, tuning
 from milkernels.triton.call import Call, Products, ceil_div, launch, power_of_two, product_dtype
-from milkernels.triton.common import activate, activation_gradient, dropout_factors, kernel, sigmoid
+from milkernels.triton.common import activate, activation_gradient, dropout_factors, kept, kernel, sigmoid
 from milkernels.triton.gradients import PoolGradients, in_their_types, largest, power_of_two_scale
 
 
@@ -30,7 +30,7 @@ def gate_scores(
         inside = (r < last)[:, None] & (d < D)[None, :]
         gate = activate(_units(z_rows, BIAS, d, inside, D, A), ACTIVATION)
         if SEED is not None:
-            gate = gate * dropout_factors(SEED, r, unit, threshold, 0, BD, A)
+            gate = kept(gate, dropout_factors(SEED, r, unit, threshold, 0, BD, A))
         if GATED:
             u = sigmoid(_units(z_rows + D, None if BIAS is None else BIAS + D, d, inside, D, A))
             if SEED is not None:
@@ -89,8 +89,8 @@ def gate_backward(
         dt = activation_gradient(v, t, ACTIVATION)
         if SEED is not None:
             factor = dropout_factors(SEED, r, unit, threshold, 0, BD, A)
-            t = t * factor
-            dt = dt * factor
+            t = kept(t, factor)
+            dt = kept(dt, factor)
         gate = t
         if GATED:
             u = sigmoid(_units(z_rows + D, None if BIAS is None else BIAS + D, d, inside, D, A))
@@ -164,6 +164,12 @@ class _Attention(Call):
             return rows.staged(self, self.x[block], block, self.type)
         return self.x[block]
 
+    def headroom(self) -> int:
+        """Bits by which a unit's gradient may exceed that of its score: factors of dropout, and what a gate multiplies."""
+        share = max((1 << 16) - self.dropout[1], 1)  # that is kept
+        factor = 17 - share.bit_length()
+        return factor * (2 if self.gated else 1) + (6 if self.gated and self.activation != "tanh" else 0)
+
     def options(self) -> dict:
         return {"GATED": self.gated, "ACTIVATION": self.activation}
 
@@ -217,12 +223,17 @@ def attention_bwd(
     grad_x = call.x.new_empty(call.x.shape) if needs[0] else None
     need_weight = needs[1] or needs[3]
     grad_weight = call.zeros(call.units, call.width) if need_weight else None
+    pooled = gradients.weights, gradients.bag_of(gradients.weights)
     sums = call.zeros(K + 2, D)
     scale = None
     if call.type == torch.float16:
-        scale = power_of_two_scale(largest(ds) * call.w.abs().nan_to_num(0, 0, 0).sum(0).amax())
+        bound = largest(ds) * call.w.abs().nan_to_num(0, 0, 0).sum(0).amax()
+        scale = power_of_two_scale(bound, call.headroom())
     size = torch.finfo(call.type).bits // 8
-    per_row = call.units * size + (call.width * call.acc.itemsize if needs[0] else 0) + call.products.bytes_per_row
+    # Products that need neither another type nor a scale are written where the gradient of x will be.
+    direct = needs[0] and call.type == call.x.dtype and scale is None
+    aside = call.width * call.acc.itemsize if needs[0] and not direct else 0
+    per_row = call.units * size + aside + call.products.bytes_per_row
     copied = call.mask is not None or call.type != call.x.dtype
     for block in call.blocks(per_row + (call.width * size if copied else 0)) if any(needs) else ():
         x_rows = call.rows_of(block, call.mask is not None)
@@ -231,11 +242,14 @@ def attention_bwd(
         sums += part.sum(0)
         if need_weight:
             grad_weight += call.products.of_weight(z, x_rows)
-        if needs[0]:
-            rows.expand(
-                call, grad_x, gradients.weights, gradients.bag_of(gradients.weights),
-                product=call.products.of_rows(z), scale=None if scale is None else 1 / scale, rows=block,
-            )  # fmt: skip
+        if direct:
+            call.products.of_rows(z, grad_x[block])
+        elif needs[0]:
+            inverse = None if scale is None else 1 / scale
+            rows.expand(call, grad_x, *pooled, product=call.products.of_rows(z), scale=inverse, rows=block)
+        x_rows = z = None  # before those of the next block
+    if direct and gradients.weights is not None:
+        rows.expand(call, grad_x, *pooled, product=grad_x)
     if need_weight and scale is not None:
         grad_weight /= scale
     found = (
@@ -250,7 +264,7 @@ def attention_bwd(
     return in_their_types(call, (x, *parameters), found, needs)
 
 
-_SUMMED_ROWS = 256  # by one program of gate_backward
+_SUMMED_ROWS = 64  # by one program of gate_backward
 
 
 def _gradients_of_products(call: _Attention, x: Tensor, block: slice, ds: Tensor, scale: Tensor | None):

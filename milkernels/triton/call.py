@@ -14,7 +14,7 @@ from milkernels import bags
 # Of row chunks between two kernels, in bytes: large enough that launches hide, small enough to stay in the L2 of a
 # data-centre GPU, and under the 64 MB that DESIGN allows.
 WORKSPACE = 32 << 20
-_MOST_CHUNKS = 1024  # partial results of one bag are merged one after the other
+_MOST_CHUNKS = 1 << 14  # partial results of one bag are merged a hundred at a time
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
@@ -82,6 +82,11 @@ class Call:
         return ceil_div(rows.stop - rows.start, self.chunk) + self.bags - 1
 
     @property
+    def parts(self) -> int:
+        """Programs that share a segment, where rows need no sums."""
+        return ceil_div(self.chunk, 64)
+
+    @property
     def whole(self) -> slice:
         return slice(0, self.rows)
 
@@ -123,9 +128,11 @@ class Products:
         """``x W^T``, in their type."""
         return product(x, self.weight.t())
 
-    def of_rows(self, z: Tensor) -> Tensor:
-        """``z W`` in the accumulation type."""
-        return product(z, self.weight, self.acc)
+    def of_rows(self, z: Tensor, out: Tensor | None = None) -> Tensor:
+        """``z W`` in the accumulation type, or in ``out``, which has the type of z."""
+        if out is None:
+            return product(z, self.weight, self.acc)
+        return torch.mm(z, self.weight, out=out) if z.is_cuda else out.copy_(product(z, self.weight))
 
     def of_weight(self, z: Tensor, x: Tensor) -> Tensor:
         """``z^T x``, likewise."""

@@ -126,3 +126,9 @@ def dropout_factors(SEED, rows, unit, threshold, BRANCH: tl.constexpr, UNITS: tl
     # Nothing is kept where the threshold is 65536.
     scale = tl.cast(65536, A) / tl.cast(tl.maximum(65536 - threshold, 1), A)
     return tl.where(lanes.to(tl.int32) >= threshold, scale, 0.0)
+
+
+@triton.jit
+def kept(x, factor):
+    """Dropped units are selected away: an activation may be infinite."""
+    return tl.where(factor == 0, 0.0, x * factor)

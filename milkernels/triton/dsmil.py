@@ -38,38 +38,38 @@ class _DSMIL(Call):
 
     def row_blocks(self, *, of_query: bool, of_value: bool, gradient: bool):
         """Slices of rows whose workspace is bounded: activations of the query and the value, and their gradients."""
-        size = self.type.itemsize
-        widths = self.width  # a converted or dropped-out copy
-        if of_query:
-            widths += self.q.shape[0] + self.q2.shape[0]
-        if of_value:
-            widths += self.pooled_width
-        per_row = widths * size * (2 if gradient else 1) + (self.width * self.acc.itemsize if gradient else 0)
-        return self.blocks(per_row)
+        size, acc = self.type.itemsize, self.acc.itemsize
+        copied = self.type != self.x.dtype or (gradient and self.mask is not None)
+        per_row = self.width * size * (copied + (self.dropout[0] is not None))
+        units = (self.q.shape[0] + self.q2.shape[0] if of_query else 0) + (self.pooled_width if of_value else 0)
+        per_row += units * (2 * (size + acc) if gradient else size + acc)
+        per_row += self.width * acc * (of_query + of_value) if gradient else 0
+        return self.blocks(max(per_row, 1))
 
-    def rows_of(self, block: slice, *, clean: bool, dropped: bool = False) -> Tensor:
-        """The slice of x for products; a copy where the type is another, units are dropped, or masked rows are in the
-        way of sums over rows."""
+    def rows_of(self, block: slice, *, clean: bool) -> Tensor:
+        """The slice of x for products; a copy where the type is another, or masked rows are in the way of sums."""
         x = self.x[block]
-        if dropped and self.dropout[0] is not None:
-            return rows.staged(self, x, block, self.type, dropout=self.dropout)
         if self.type != x.dtype or (clean and self.mask is not None):
             return rows.staged(self, x, block, self.type)
         return x
 
     def layer(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``W x + b`` in the type of products, which ``x`` has."""
-        z = product(x, weight.to(self.type).t())
-        return z if bias is None else z.add_(bias.to(self.acc))
+        """``W x + b`` in the accumulation type; ``x`` has that of products."""
+        z = product(x, weight.to(self.type).t(), self.acc)
+        return z if bias is None else z.add_(bias)
 
     def query_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(relu(W1 x + b1), tanh(W2 . + b2))`` of the MLP query."""
-        hidden = self.layer(x, self.q, self.q_bias).relu_()
+        """``(relu(W1 x + b1), tanh(W2 . + b2))`` of the MLP query, the first in the type of products."""
+        hidden = self.layer(x, self.q, self.q_bias).relu_().to(self.type)
         return hidden, self.layer(hidden, self.q2, self.q2_bias).tanh_()
 
     def value_rows(self, block: slice, *, clean: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """``(input, what is pooled, its argument or value)`` of a staged value; the last one is for its derivative."""
-        x = self.rows_of(block, clean=clean, dropped=True)
+        if self.dropout[0] is not None:
+            dtype = self.type if self.layered else self.x.dtype
+            x = rows.staged(self, self.x[block], block, dtype, dropout=self.dropout)
+        else:
+            x = self.rows_of(block, clean=clean)
         if not self.layered:
             return x, x, None
         z = self.layer(x, self.v, self.v_bias)
@@ -151,7 +151,7 @@ def _second_stream(call: _DSMIL, critical: Tensor):
                 _, query = call.query_rows(call.rows_of(block, clean=False))
                 rows.products(call, query, queries.vectors, shift=queries.shift, fill=_DEAD, rows=block, out=scores)
             pooled = call.value_rows(block, clean=False)[1] if call.staged else call.x[block]
-            partials.add(pooled, scores, block)
+            partials.add(pooled, scores, block, call.mask)
         bag, lse = partials.result()
     pooled = call.empty(0)
     if call.folded:

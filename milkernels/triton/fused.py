@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from milkernels.triton import tuning
 from milkernels.triton.call import ceil_div, launch, power_of_two
-from milkernels.triton.common import activate, activation_gradient, dropout_factors, kernel
+from milkernels.triton.common import activate, activation_gradient, dropout_factors, kept, kernel
 
 _MOST_HEADS = 8  # the sums over hidden units are unrolled over the heads
 
@@ -149,7 +149,7 @@ def score_tiles(
                 u += tl.load(BIAS + D + d, mask=d < D, other=0.0)[None, :]
         gate = _gate(v, u, GATED, ACTIVATION, FAST)
         if SEED is not None:
-            gate = gate * _factors(SEED, instance, unit, threshold, GATED, BD)
+            gate = kept(gate, _factors(SEED, instance, unit, threshold, GATED, BD))
         # Past the last unit stand those of U or nothing: not for sure finite, so they are selected away.
         gate = tl.where((d < D)[None, :], gate, 0.0)
         score = tl.zeros([BN, BK], tl.float32)
@@ -250,7 +250,7 @@ def _part_gradients(
     gate = tl.where(alive[None, :], gate, 0.0)
     if SEED is not None:
         factors = _factors(SEED, instance, unit, threshold, GATED, BD).T
-        gate = gate * factors
+        gate = kept(gate, factors)
     scale = tl.cast(1.0, tl.float32)  # a power of two, so it rounds nothing
     if SCALE is not None:
         scale = tl.load(SCALE)
@@ -261,7 +261,7 @@ def _part_gradients(
         dgate += tl.load(W + j * D + d, mask=d < D, other=0.0)[:, None] * (ds * scale)[None, :]
         tl.store(sums + j * D, tl.sum(gate * ds[None, :], axis=1), mask=d < D)
     if SEED is not None:
-        dgate = dgate * factors
+        dgate = kept(dgate, factors)
     dv = tl.where(alive[None, :], dgate * dv, 0.0)
     tl.store(sums + K * D, tl.sum(dv, axis=1) / scale, mask=d < D)
     _store_units(OUT, dv, 0, unit, row, D, out_stride, TMA, BN, BD)

@@ -84,11 +84,11 @@ def alive(gradient: Tensor, values: Tensor) -> Tensor:
     return gradient.masked_fill(values == float("-inf"), 0)
 
 
-def power_of_two_scale(bound: Tensor) -> Tensor:
-    """What gradients of at most ``bound`` are multiplied by so that the largest come to about 2^12 in float16: at
-    N = 100k most of them would be 0 there otherwise. A power of two, which costs no digit; on the device, so that
-    nothing waits."""
-    exponent = (12 - bound.log2().ceil()).clamp(-24, 100)
+def power_of_two_scale(bound: Tensor, headroom: int = 0) -> Tensor:
+    """What gradients of at most ``bound`` are multiplied by so that the largest come to about 2^12 in float16, or to
+    ``headroom`` bits less: at N = 100k most of them would be 0 there otherwise. A power of two, which costs no digit;
+    on the device, so that nothing waits."""
+    exponent = (12 - headroom - bound.log2().ceil()).clamp(-40, 100)
     return torch.where(bound > 0, exponent.exp2(), 1.0)
 
 

@@ -210,7 +210,9 @@ def head_groups(heads: int) -> tuple[int, int]:
 
 def slots_at_once(call: Call) -> int:
     """Of partial results that a program reads together."""
-    return min(max(power_of_two(ceil_div(call.slots, max(call.bags, 1))), 4), 128)
+    mean, longest = ceil_div(call.slots, max(call.bags, 1)), ceil_div(call.rows, call.chunk) + 1
+    # Of many small bags and a large one, that one would wait for itself.
+    return min(max(power_of_two(mean), min(power_of_two(longest), 32), 4), 128)
 
 
 class Partials:
@@ -253,7 +255,7 @@ class Partials:
 def softmax_pool(call: Call, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     """``(bag, lse)`` of rows ``x`` by scores that have -inf where a row is dead."""
     partials = Partials(call, scores.shape[1], x.shape[1])
-    partials.add(x, scores)
+    partials.add(x, scores, mask=call.mask)
     return partials.result()
 
 

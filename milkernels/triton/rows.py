@@ -24,7 +24,7 @@ def row_products(
     if (start < end) & (start >= first) & (start < last):
         k = tl.program_id(1) * BK + tl.arange(0, BK)
         vectors = VECTORS + tl.cast(bag, tl.int64) * vector_stride
-        for row in tl.range(start, end, BN):
+        for row in tl.range(start + tl.program_id(2) * BN, end, BN * tl.num_programs(2)):
             r = row + tl.arange(0, BN)
             alive = real_rows(MASK, r, end)
             out = tl.zeros([BN, BK], A)
@@ -70,7 +70,7 @@ def score_gradients(
             same -= tl.load(SHIFT + of_bag, mask=k < K, other=0.0)
         if DLSE is not None:
             same += tl.load(DLSE + of_bag, mask=k < K, other=0.0)
-        for row in tl.range(start, end, BN):
+        for row in tl.range(start + tl.program_id(2) * BN, end, BN * tl.num_programs(2)):
             r = row + tl.arange(0, BN)
             used = (r < end)[:, None] & (k < K)[None, :]
             at = r[:, None] * K + k[None, :]
@@ -99,7 +99,7 @@ def bag_weights(
     if start < end:
         k = tl.program_id(1) * BK + tl.arange(0, BK)
         of_bag = tl.cast(bag, tl.int64) * K + k
-        for row in tl.range(start, end, BN):
+        for row in tl.range(start + tl.program_id(2) * BN, end, BN * tl.num_programs(2)):
             r = row + tl.arange(0, BN)
             alive = real_rows(MASK, r, end)
             used = (r < end)[:, None] & (k < K)[None, :]
@@ -134,7 +134,7 @@ def expand_rows(
     bag, start, end = segment(OFFSETS, first // R + tl.program_id(0), bags, rows, R)
     if (start < end) & (start >= first) & (start < last):
         c = tl.program_id(1) * BL + tl.arange(0, BL)
-        for row in tl.range(start, end, BN):
+        for row in tl.range(start + tl.program_id(2) * BN, end, BN * tl.num_programs(2)):
             r = row + tl.arange(0, BN)
             alive = real_rows(MASK, r, end)
             used = (r < end)[:, None] & (c < L)[None, :]
@@ -197,7 +197,7 @@ def products(
     tile = row_tile(L, x.element_size())
     tile["BN"] = max(4, tile["BN"] // 2) if block == 8 else min(tile["BN"], 8)
     launch(
-        row_products, (call.slots_in(rows), ceil_div(K, block)),
+        row_products, (call.slots_in(rows), ceil_div(K, block), call.parts),
         x, vectors, centre, shift, call.mask, call.offsets, out,
         call.bags, call.rows, rows.start, rows.stop, x.stride(0), L, K, K * L if vectors.dim() == 3 else 0,
         R=call.chunk, BK=block, NS=2, FILL=fill, **tile,
@@ -217,7 +217,7 @@ def gradients_of_scores(call: Call, scores: Tensor, terms, da, shift, dlse, ds, 
     tile = _scalar_tile(K)
     if call.rows:
         launch(
-            score_gradients, (call.slots_in(rows), ceil_div(K, tile["BK"])),
+            score_gradients, (call.slots_in(rows), ceil_div(K, tile["BK"]), call.parts),
             da, scores, *terms, shift, dlse, ds, call.offsets, out, weights,
             call.bags, call.rows, rows.start, rows.stop, K, R=call.chunk, **tile,
         )  # fmt: skip
@@ -230,7 +230,7 @@ def weights_of(call: Call, values: Tensor, *, top=None, total=None, grad=None, s
     tile = _scalar_tile(K)
     if call.rows:
         launch(
-            bag_weights, (call.slots_in(call.whole), ceil_div(K, tile["BK"])),
+            bag_weights, (call.slots_in(call.whole), ceil_div(K, tile["BK"]), call.parts),
             values, top, total, shift, grad, call.mask, call.offsets, out, call.bags, call.rows, K,
             EXP=grad is None, R=call.chunk, **tile,
         )  # fmt: skip
@@ -252,7 +252,7 @@ def expand(
     K2 = 0 if weights2 is None else weights2.shape[1]
     tile = row_tile(L, out.element_size(), most=1024)
     launch(
-        expand_rows, (call.slots_in(rows), ceil_div(L, tile["BL"])),
+        expand_rows, (call.slots_in(rows), ceil_div(L, tile["BL"]), call.parts),
         product, scale, weights, vectors, weights2, vectors2, call.mask, call.offsets, out,
         call.bags, call.rows, rows.start, rows.stop, out.stride(0), L, K, K2,
         K2 * L if vectors2 is not None and vectors2.dim() == 3 else 0, R=call.chunk, **tile,

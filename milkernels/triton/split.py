@@ -43,8 +43,9 @@ class SplitProducts(Products):
     def forward(self, x: Tensor) -> Tensor:
         return _by_weight(split(x), _stacked(self.weight.t()))
 
-    def of_rows(self, z: Tensor) -> Tensor:
-        return _by_weight(split(z), _stacked(self.weight))
+    def of_rows(self, z: Tensor, out: Tensor | None = None) -> Tensor:
+        found = _by_weight(split(z), _stacked(self.weight))
+        return found if out is None else out.copy_(found)
 
     def of_weight(self, z: Tensor, x: Tensor) -> Tensor:
         a, b = split(z), split(x)
