@@ -44,8 +44,7 @@ class SplitProducts(Products):
         return _by_weight(split(x), _stacked(self.weight.t()))
 
     def of_rows(self, z: Tensor, out: Tensor | None = None) -> Tensor:
-        found = _by_weight(split(z), _stacked(self.weight))
-        return found if out is None else out.copy_(found)
+        return _by_weight(split(z), _stacked(self.weight), out)
 
     def of_weight(self, z: Tensor, x: Tensor) -> Tensor:
         a, b = split(z), split(x)
@@ -69,13 +68,13 @@ def split(x: Tensor) -> Tensor:
     return out
 
 
-def _by_weight(a: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def _by_weight(a: Tensor, weight: tuple[Tensor, Tensor, Tensor], out: Tensor | None = None) -> Tensor:
     """``a @ b`` in float32, for the parts [N, 3 L] of a and what `_stacked` makes of b."""
     L = a.shape[1] // 3
     lowest, low, high = weight
-    out = product(a[:, :L], lowest, torch.float32)
-    out += product(a[:, : 2 * L], low, torch.float32)
-    return out.add_(product(a, high, torch.float32))
+    small = product(a[:, :L], lowest, torch.float32)
+    small += product(a[:, : 2 * L], low, torch.float32)
+    return torch.add(small, product(a, high, torch.float32), out=out)
 
 
 def _stacked(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
