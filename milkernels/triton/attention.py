@@ -165,7 +165,7 @@ class _Attention(Call):
         return self.x[block]
 
     def headroom(self) -> int:
-        """Bits by which a unit's gradient may exceed that of its score: factors of dropout, and what a gate multiplies."""
+        """Bits by which a unit's gradient may exceed its score's: factors of dropout, and what a gate multiplies."""
         share = max((1 << 16) - self.dropout[1], 1)  # that is kept
         factor = 17 - share.bit_length()
         return factor * (2 if self.gated else 1) + (6 if self.gated and self.activation != "tanh" else 0)
