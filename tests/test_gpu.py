@@ -264,6 +264,21 @@ def test_nan_stays_in_its_bag(case, device):
     op_cases.check_nan_stays_in_its_bag(on(device, case), "triton", RAGGED, 6, 130, **SIZES)
 
 
+@one_of_each
+def test_autocast(case, device):
+    """Outputs and gradients have the types that the reference gives them, and are near its numbers."""
+    tensors = case.make(SHORT, SINGLE, relu=True, **SIZES)
+    with torch.autocast(device, HALF):
+        got = run(device, case, tensors, offsets_of(SHORT))
+    with torch.autocast("cpu", HALF):
+        expected = step(case.ours("reference"), tensors, offsets_of(SHORT), None)
+    for name, t in got.items():
+        assert t.dtype == expected[name].dtype, name
+        if t.is_floating_point():  # an empty bag has an lse of -inf
+            a, b = (value.masked_fill(value.isinf(), 0) for value in (t, expected[name]))
+            assert (a - b).norm() <= 0.05 * b.norm() + 1e-6, name
+
+
 def test_dropout_mask_is_the_cpus(device):
     """Where every unit has weight 1 and value 1, a score counts the kept units, so one flipped bit would show."""
     rows, units, seed, p = 300, 72, 2**63 - 5, 0.25
@@ -499,6 +514,7 @@ def test_the_code_of_these_tests(monkeypatch):
     case, other = CASES["gated_attention_pool"], CASES["softmax_pool"]
     test_oracle(case, "cpu")
     test_error_promise(other, SINGLE, None, "cpu")
+    test_autocast(CASES["dsmil"], "cpu")
     test_hardly_anything(other, (0, 0), "cpu")
     test_dropout_mask_is_the_cpus("cpu")
     test_same_bits_again(other, "cpu")
