@@ -285,7 +285,8 @@ def test_outcome_of_the_tests(gpu, tmp_path):
 
 
 def test_it_refuses_without_a_gpu(tmp_path):
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    # A make above this one, as in `make test ARGS=...`, would pass its arguments on.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")} | {"CUDA_VISIBLE_DEVICES": ""}
     out = tmp_path / "out"
     for command in (
         ["make", "-C", str(ROOT), "gpu", f"PYTHON={sys.executable}", f"OUT={out}"],
