@@ -289,7 +289,7 @@ def test_it_refuses_without_a_gpu(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")} | {"CUDA_VISIBLE_DEVICES": ""}
     out = tmp_path / "out"
     for command in (
-        ["make", "-C", str(ROOT), "gpu", f"PYTHON={sys.executable}", f"OUT={out}"],
+        ["make", "-C", str(ROOT), "gpu", f"PYTHON={sys.executable}", f"OUT={out}", "ARGS=", "QUICK="],
         [sys.executable, str(SCRIPT)],
     ):
         if command[0] == "make" and not (ROOT / "Makefile").exists():
