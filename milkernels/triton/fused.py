@@ -261,7 +261,7 @@ def _part_gradients(
         dgate += tl.load(W + j * D + d, mask=d < D, other=0.0)[:, None] * (ds * scale)[None, :]
         tl.store(sums + j * D, tl.sum(gate * ds[None, :], axis=1), mask=d < D)
     if SEED is not None:
-        dgate = kept(dgate, factors)
+        dgate = dgate * factors
     dv = tl.where(alive[None, :], dgate * dv, 0.0)
     tl.store(sums + K * D, tl.sum(dv, axis=1) / scale, mask=d < D)
     _store_units(OUT, dv, 0, unit, row, D, out_stride, TMA, BN, BD)
