@@ -100,11 +100,6 @@ class Call:
             yield slice(start, min(start + step, self.rows))
 
 
-def schedule(call: Call) -> tuple:
-    """What kernels need to find their segment: offsets, number of bags and of rows."""
-    return call.offsets, call.bags, call.rows
-
-
 def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``a @ b`` by the library, in ``dtype``: half types accumulate in float32 and need not be rounded."""
     dtype = dtype or a.dtype

@@ -21,7 +21,6 @@ _DEAD = float("-inf")
 class _DSMIL(Call):
     def __init__(self, x, parameters, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype):
         super().__init__(x, offsets, mask)
-        self.given = parameters
         self.q, self.q_bias, self.q2, self.q2_bias, self.v, self.v_bias = (self.take(p) for p in parameters)
         self.type = product_dtype(x, compute_dtype)
         self.activation = v_activation or "identity"
@@ -230,7 +229,7 @@ class _Backward:
         if not call.mlp and not call.staged:
             return pool_by_products_backward(call, self.pool, self.queries.vectors.contiguous(), self.grad_x)
         if call.mlp:
-            of_vectors = pool.Partials(call, self.pool.given.shape[1], call.q2.shape[0], "sum")
+            of_vectors = pool.Partials(call, self.pool.given.shape[1], call.q2.shape[0], softmax=False)
         for block in call.row_blocks(of_query=call.mlp, of_value=call.staged, gradient=True):
             part = self._value(block) if call.staged else None
             if call.mlp:

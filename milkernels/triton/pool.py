@@ -80,16 +80,16 @@ def pool_partial(
 @kernel
 def pool_combine(
     OFFSETS, TOP, TOTAL, SUM, OUT, LSE,
-    rows, L, K, HOW: tl.constexpr, R: tl.constexpr, BS: tl.constexpr, BL: tl.constexpr,
+    rows, L, K, SOFTMAX: tl.constexpr, R: tl.constexpr, BS: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """The partial sums of a bag and head, together. HOW: "softmax", "mean" (divided by TOTAL), "sum"."""
+    """The partial sums of a bag and head, together; in a softmax less their maxima, over the sum of weights."""
     A: tl.constexpr = OUT.dtype.element_ty
     bag = tl.program_id(0) // K
     k = tl.program_id(0) % K
     columns = tl.program_id(1) * BL + tl.arange(0, BL)
     first, end = slots_of(OFFSETS, bag, rows, R)
     top = tl.full([BS], float("-inf"), A)
-    if HOW == "softmax":
+    if SOFTMAX:
         for slot in tl.range(first, end, BS):
             s = slot + tl.arange(0, BS)
             top = tl.maximum(top, tl.load(TOP + s * K + k, mask=s < end, other=float("-inf")))
@@ -104,23 +104,20 @@ def pool_combine(
             mask=(s < end)[:, None] & (columns < L)[None, :],
             other=0.0,
         )
-        if HOW == "softmax":
+        if SOFTMAX:
             part_top = tl.load(TOP + s * K + k, mask=s < end, other=float("-inf"))
             factor = tl.exp(part_top - base)
             total += tl.load(TOTAL + s * K + k, mask=s < end, other=0.0) * factor
-            # A part in which nothing is alive holds 0, and a part far below the others may overflow no more.
             sums += part * factor[:, None]
         else:
             sums += part
-            if HOW == "mean":
-                total += tl.load(TOTAL + s * K + k, mask=s < end, other=0.0)
     bag_sum = tl.sum(sums, axis=0)
     all_of_them = tl.sum(total, axis=0)
     at = tl.cast(tl.program_id(0), tl.int64)
-    if HOW != "sum":
+    if SOFTMAX:
         bag_sum = bag_sum / tl.where(all_of_them == 0, 1.0, all_of_them)
     tl.store(OUT + at * L + columns, bag_sum, mask=columns < L)
-    if HOW == "softmax":
+    if SOFTMAX:
         lse = tl.where(all_of_them == 0, float("-inf"), base + tl.log(all_of_them))
         tl.store(LSE + at, lse, mask=tl.program_id(1) == 0)
 
@@ -218,10 +215,10 @@ def slots_at_once(call: Call) -> int:
 class Partials:
     """The partial sums of one pooling: of all rows together, or of one slice of rows after the other."""
 
-    def __init__(self, call: Call, heads: int, width: int, how: str = "softmax"):
-        self.call, self.heads, self.width, self.how = call, heads, width, how
+    def __init__(self, call: Call, heads: int, width: int, *, softmax: bool = True):
+        self.call, self.heads, self.width, self.softmax = call, heads, width, softmax
         self.sum = call.empty(call.slots, heads, width)
-        self.top = call.empty(call.slots, heads) if how == "softmax" else None
+        self.top = call.empty(call.slots, heads) if softmax else None
         self.total = self.top if self.top is None else call.empty(call.slots, heads)
 
     def add(self, x: Tensor, weights: Tensor, rows: slice | None = None, mask=None, centre=None) -> None:
@@ -236,18 +233,18 @@ class Partials:
         launch(
             pool_partial, grid, x, weights, centre, mask, call.offsets, self.top, self.total, self.sum,
             call.bags, call.rows, rows.start, rows.stop, x.stride(0), self.width, self.heads,
-            SOFTMAX=self.how == "softmax", R=call.chunk, J=J, NS=3, **tile,
+            SOFTMAX=self.softmax, R=call.chunk, J=J, NS=3, **tile,
         )  # fmt: skip
 
     def result(self) -> tuple[Tensor, Tensor | None]:
         """``(bag [B, heads, width], lse [B, heads])``."""
         call = self.call
         bag = call.empty(call.bags, self.heads, self.width)
-        lse = call.empty(call.bags, self.heads) if self.how == "softmax" else None
+        lse = call.empty(call.bags, self.heads) if self.softmax else None
         launch(
             pool_combine, (call.bags * self.heads, ceil_div(self.width, 32)),
             call.offsets, self.top, self.total, self.sum, bag, lse, call.rows, self.width, self.heads,
-            HOW=self.how, R=call.chunk, BS=slots_at_once(call), BL=32, num_warps=8,
+            SOFTMAX=self.softmax, R=call.chunk, BS=slots_at_once(call), BL=32, num_warps=8,
         )  # fmt: skip
         return bag, lse
 
@@ -261,7 +258,7 @@ def softmax_pool(call: Call, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]
 
 def weighted_sums(call: Call, x: Tensor, weights: Tensor, centre: Tensor | None = None) -> Tensor:
     """``sum_i weights[i, k] (x_i - centre[b])`` over each bag, without the masked rows: [B, K, L]."""
-    partials = Partials(call, weights.shape[1], x.shape[1], "sum")
+    partials = Partials(call, weights.shape[1], x.shape[1], softmax=False)
     partials.add(x, weights, mask=call.mask, centre=centre)
     return partials.result()[0]
 

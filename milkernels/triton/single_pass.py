@@ -213,13 +213,13 @@ def score_pool_backward(
 ):
     """``(sums [B, J, L], sums of coefficients [B, J] of classes)``; writes ``grad_x`` if given. None: too large.
 
-    For queries the sums are of rows less the centre, which `near_centre` adds again.
+    For queries the sums are of rows less the centre, which `PoolGradients.of_vectors` adds again.
     """
     J, classes = vectors.shape[-2], logits is not None
     shape = tile(call, J, kept=3, tiles=3)
     if shape is None or gradients.bag is None:
         return None
-    partials = pool.Partials(call, J, call.width, "sum")
+    partials = pool.Partials(call, J, call.width, softmax=False)
     biases = call.empty(call.slots, J) if classes else None
     if call.rows:
         launch(

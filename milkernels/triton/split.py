@@ -4,6 +4,8 @@ bfloat16 parts (8 + 8 + 8 bits), and of their nine products six count; they accu
 For users who leave ``torch.get_float32_matmul_precision()`` at "highest", where a GPU has no fast float32 products.
 """
 
+import functools
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -40,11 +42,19 @@ class SplitProducts(Products):
         super().__init__(weight)
         self.bytes_per_row = 6 * (weight.shape[0] + weight.shape[1])
 
+    @functools.cached_property  # for all slices of rows
+    def _across(self):
+        return _stacked(self.weight.t())
+
+    @functools.cached_property
+    def _along(self):
+        return _stacked(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        return _by_weight(split(x), _stacked(self.weight.t()))
+        return _by_weight(split(x), self._across)
 
     def of_rows(self, z: Tensor, out: Tensor | None = None) -> Tensor:
-        return _by_weight(split(z), _stacked(self.weight), out)
+        return _by_weight(split(z), self._along, out)
 
     def of_weight(self, z: Tensor, x: Tensor) -> Tensor:
         a, b = split(z), split(x)
