@@ -25,6 +25,7 @@ from milkernels.functional import (
     topk_instances,
     weighted_pool,
 )
+from milkernels.integrations import accelerate, restore
 from milkernels.results import (
     DSMIL,
     DSMILPooled,
@@ -49,6 +50,7 @@ __all__ = [
     "MaxPooled",
     "Pooled",
     "TopInstances",
+    "accelerate",
     "attention_pool",
     "attention_scores",
     "attention_weights",
@@ -68,6 +70,7 @@ __all__ = [
     "noisy_or_pool",
     "query_pool",
     "query_scores",
+    "restore",
     "segment_softmax",
     "softmax_pool",
     "topk_instances",

@@ -1,0 +1,89 @@
+"""``accelerate(model)`` has the models people already have use the fused ops; ``restore(model)`` undoes it."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import nn
+
+from milkernels.integrations import engine
+from milkernels.integrations.layers import original_class
+from milkernels.integrations.structures import STRUCTURES
+
+
+class Entry(NamedTuple):
+    """A module that was recognised: its name in the model ("" is the model itself), its class, the structure it was
+    taken for, and what there is to say: why it was left alone, or where it returns something else on purpose."""
+
+    name: str
+    kind: str
+    structure: str
+    remark: str
+
+    def __str__(self) -> str:
+        return f"{self.name or '(the model)'}: {self.kind} as {self.structure}" + (self.remark and f": {self.remark}")
+
+
+@dataclass
+class Report:
+    """What `accelerate` did."""
+
+    changed: list[Entry] = field(default_factory=list)
+    waiting: list[Entry] = field(default_factory=list)  # parameters not initialised: checked at their first call
+    left: list[Entry] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = []
+        for title, entries in (("changed", self.changed), ("waiting for a first call", self.waiting)):
+            lines += [f"{title}: {entry}" for entry in entries]
+        lines += [f"left alone: {entry}" for entry in self.left]
+        return "\n".join(lines or ["nothing was recognised"])
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Swaps the methods of modules that are recognised by structure, in place, for fused ones.
+
+    A module is swapped only if its own methods and the fused ones return the same, in type, shape, order and value, on
+    small random bags.  Parameters, keys of the state dict, attributes and ``isinstance`` stay; nothing outside of the
+    model is touched.  Whenever a layer that is passed over has hooks, a computed weight (pruning, weight_norm,
+    parametrizations), another type than was proven, or dropout that no op has, the module's own method runs.
+
+    Args:
+        model: any module; the recognised ones among it and its submodules are changed.
+
+    Returns:
+        `Report`: what was changed, what waits for lazily built parameters, what was left alone and why.  Scores that
+        are returned for padded rows are -inf, and weights 0.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    report = Report()
+    for name, module, candidates in engine.candidates_among(STRUCTURES, model):
+        kind, names = original_class(module).__name__, " or ".join(s.name for s in candidates)
+        if engine.structure_of(module) is None and engine.is_lazy(module):
+            engine.wait(module, candidates)
+            report.waiting.insert(0, Entry(name, kind, names, ""))
+        elif engine.structure_of(module) is None and (reason := engine.settle(module, candidates)):
+            report.left.insert(0, Entry(name, kind, names, reason))
+        else:
+            structure, reason = engine.structure_of(module), engine.training_reason(module)
+            in_training = reason and f"in training its own methods run: {reason}"
+            remark = "; ".join(filter(None, (structure.note, in_training)))
+            report.changed.insert(0, Entry(name, kind, structure.name, remark))
+    engine.rebind_captured(model)
+    return report
+
+
+def restore(model: nn.Module) -> list[str]:
+    """Undoes `accelerate`: every module has the methods of its class again.  Returns the names of those that changed.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    names = [name for name, module in model.named_modules() if engine.undo(module)]
+    engine.rebind_captured(model)
+    return names

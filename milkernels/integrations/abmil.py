@@ -1,0 +1,284 @@
+"""Attention MIL (Ilse et al. 2018) as models and pooling layers have it: plain, gated, padded, with many heads."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from milkernels import functional as F
+from milkernels.integrations.engine import Structure, has
+from milkernels.integrations.layers import (
+    Branch,
+    Gate,
+    activation,
+    branch,
+    check_plain,
+    exactly,
+    gate_of,
+    linear,
+    padded,
+    refuse,
+    scorer,
+    their_dtype,
+)
+from milkernels.integrations.proof import Example, Inputs
+from milkernels.integrations.scores import GATED, PLAIN, proven_gate
+
+
+def embedded_images(module: nn.Module, x: Tensor) -> Tensor:
+    """The instances of one bag ``[1, N, ...]``, by an extractor of convolutions, flattened, and a linear layer."""
+    h = module.feature_extractor_part1(x.squeeze(0))
+    return module.feature_extractor_part2(h.reshape(-1, flat_features(module)))
+
+
+def flat_features(module: nn.Module) -> int:
+    return module.feature_extractor_part2[0].in_features
+
+
+class AttentionDeepMIL(Structure):
+    """The models Attention and GatedAttention of the paper's code."""
+
+    name = "attention MIL (AttentionDeepMIL)"
+    methods = {"forward": ("x",)}
+    opaque = ("feature_extractor_part1",)
+
+    def looks_like(self, module: nn.Module) -> bool:
+        gated = has(module, "attention_V", "attention_U", "attention_w")
+        network = gated or isinstance(getattr(module, "attention", None), nn.Sequential)
+        return network and has(module, "feature_extractor_part1", "feature_extractor_part2", "classifier")
+
+    def parts(self, module: nn.Module) -> Gate:
+        if not isinstance(module.feature_extractor_part2[0], nn.Linear):
+            refuse("feature_extractor_part2 does not start with a Linear")
+        if not has(module, "attention_w"):
+            return scorer("attention", module.attention)
+        v, u = branch("attention_V", module.attention_V), branch("attention_U", module.attention_U)
+        return gate_of(v, u, linear("attention_w", module.attention_w))
+
+    def forward(self, module, gate, x):
+        h = embedded_images(module, x)
+        pooled, dtype = gate.pool(h), their_dtype(h, *gate[:6])
+        probability = module.classifier(pooled.bag[0].to(dtype))
+        weights = F.attention_weights(pooled).to(dtype).T
+        return probability, torch.ge(probability, 0.5).float(), weights
+
+    def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
+        yield Example("forward", (inputs.bag(flat_features(module), 1, 23),))
+
+
+class MILLabABMIL(Structure):
+    """ABMIL of MIL-Lab, over padded batches ``[B, M, D]``."""
+
+    name = "attention MIL (MIL-Lab)"
+    methods = {"forward_features": ("h", "attn_mask", "return_attention")}
+    opaque = ("patch_embed",)
+
+    def looks_like(self, module: nn.Module) -> bool:
+        return has(module, "patch_embed", "global_attn") and not has(module, "instance_classifiers")
+
+    def parts(self, module: nn.Module) -> Gate:
+        return proven_gate("global_attn", module.global_attn, PLAIN, GATED)
+
+    def forward_features(self, module, gate, h, attn_mask=None, return_attention=True):
+        if h.ndim != 3:
+            return NotImplemented
+        h = module.patch_embed(h)
+        pooled, dtype = gate.pool(*padded(h, attn_mask)), their_dtype(h, *gate[:6])
+        scores = pooled.scores.to(dtype).reshape(*h.shape[:2], gate.heads).transpose(1, 2)
+        return pooled.bag.to(dtype).squeeze(1), {"attention": scores if return_attention else None}
+
+    def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
+        x, mask = inputs.padded(gate.in_dim)
+        yield Example("forward_features", (x,))
+        yield Example("forward_features", (x,), {"attn_mask": mask.to(x.dtype), "return_attention": True}, mask)
+        yield Example("forward_features", (x,), {"return_attention": False})
+
+
+class MultiHeadABMIL(Structure):
+    """TRIDENT's: every head has a gate of its own and a score for each branch.  All heads are one call: their V and U
+    one after another, their w on the diagonal of one matrix."""
+
+    name = "multi-head attention MIL (TRIDENT)"
+    methods = {"forward": ("features", "attn_mask")}
+
+    def looks_like(self, module: nn.Module) -> bool:
+        return has(module, "attention_heads", "branching_layers")
+
+    def parts(self, module: nn.Module) -> Gate:
+        vs = [branch(f"attention_heads[{i}]", m) for i, m in enumerate(module.attention_heads)]
+        ws = [linear(f"branching_layers[{i}]", m) for i, m in enumerate(module.branching_layers)]
+        us = [branch(f"gating_layers[{i}]", m) for i, m in enumerate(module.gating_layers)] if module.gated else None
+        if len(vs) != len(ws) or (us and len(us) != len(vs)):
+            refuse("its heads have no gate or no scores of their own")
+        w_weight = torch.block_diag(*(weight for weight, _ in ws))
+        w_bias = _concatenated("branching_layers", [bias for _, bias in ws])
+        return gate_of(_one_branch("attention_heads", vs), us and _one_branch("gating_layers", us), (w_weight, w_bias))
+
+    def forward(self, module, gate, features, attn_mask=None):
+        if features.ndim != 3 or (attn_mask is not None and attn_mask.shape != features.shape[:2]):
+            return NotImplemented
+        pooled, dtype = gate.pool(*padded(features, attn_mask)), their_dtype(features, *gate[:6])
+        heads = len(module.attention_heads)
+        bag = pooled.bag.to(dtype).unflatten(1, (heads, -1)).transpose(1, 2).flatten(2)
+        if module.n_heads > 1:
+            bag = module.condensing_layer(bag)
+        scores = pooled.scores.to(dtype).reshape(*features.shape[:2], heads, -1)
+        return bag, scores.permute(0, 3, 2, 1)
+
+    def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
+        x, mask = inputs.padded(gate.in_dim)
+        yield Example("forward", (x,))
+        yield Example("forward", (x,), {"attn_mask": mask}, mask)
+
+
+def _one_branch(name: str, branches: list[Branch]) -> Branch:
+    if len({b[2:] for b in branches}) != 1:
+        refuse(f"{name} have different activations or dropout")
+    weights = torch.cat([b.weight for b in branches])
+    return Branch(weights, _concatenated(name, [b.bias for b in branches]), *branches[0][2:])
+
+
+def _concatenated(name: str, biases: list[Tensor | None]) -> Tensor | None:
+    given = [bias for bias in biases if bias is not None]
+    if given and len(given) < len(biases):
+        refuse(f"some of {name} have no bias")
+    return torch.cat(given) if given else None
+
+
+# torchmil
+
+
+def _read_fc(module: nn.Module, act: str) -> Gate:
+    """The gate of layers fc1, fc2 and, if gated, fc_gated."""
+    v, u = Branch(*_lazy_linear("fc1", module.fc1), act, 0.0), None
+    if module.gated:
+        exactly("act_gated", module.act_gated, nn.Sigmoid)
+        u = Branch(*_lazy_linear("fc_gated", module.fc_gated), "sigmoid", 0.0)
+    gate = gate_of(v, u, linear("fc2", module.fc2))
+    return gate if gate.heads == 1 else refuse(f"fc2 has {gate.heads} outputs, not 1")
+
+
+def _lazy_linear(name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """A Linear, or torchmil's LazyLinear, which is a module around one."""
+    if type(module).__name__ == "LazyLinear" and list(module._modules) == ["module"]:
+        check_plain(name, module)
+        module = module.module
+    return linear(name, module)
+
+
+class TorchmilPool(Structure):
+    """AttentionPool of torchmil, over padded batches ``[B, M, L]``."""
+
+    name = "attention pooling (torchmil)"
+    methods = {"forward": ("X", "mask", "return_att")}
+
+    def looks_like(self, module: nn.Module) -> bool:
+        return has(module, "fc1", "fc2", "act_layer") and hasattr(module, "gated")
+
+    def parts(self, module: nn.Module) -> Gate:
+        return _read_fc(module, activation("act_layer", module.act_layer))
+
+    def forward(self, module, gate, X, mask=None, return_att=False):
+        if X.ndim != 3:
+            return NotImplemented
+        pooled, dtype = gate.pool(*padded(X, mask)), their_dtype(X, *gate[:6])
+        bag = pooled.bag[:, 0].to(dtype)
+        return (bag, pooled.scores.to(dtype).reshape(X.shape[:2])) if return_att else bag
+
+    def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
+        x, mask = inputs.padded(gate.in_dim)
+        yield Example("forward", (x,))
+        yield Example("forward", (x,), {"mask": mask, "return_att": True}, mask)
+
+
+class CAMILPool(Structure):
+    """CAMILAttentionPool of torchmil: scores from one tensor, ``T``, values from another, ``M``."""
+
+    name = "attention pooling of two tensors (CAMIL)"
+    methods = {"forward": ("T", "M", "mask", "return_att")}
+
+    def looks_like(self, module: nn.Module) -> bool:
+        return has(module, "fc1", "fc2") and hasattr(module, "gated") and not has(module, "act_layer")
+
+    def parts(self, module: nn.Module) -> Gate:
+        return _read_fc(module, "tanh")
+
+    def forward(self, module, gate, T, M, mask=None, return_att=False):
+        if T.ndim != 3 or M.ndim != 3 or T.shape[:2] != M.shape[:2]:
+            return NotImplemented
+        (rows, offsets, mask), dtype = padded(T, mask), their_dtype(T, *gate[:6])
+        scores = gate.scores(rows, mask)
+        bag = F.softmax_pool(padded(M, None)[0], scores, offsets, mask=mask).bag[:, 0].to(dtype)
+        return (bag, scores.to(dtype).reshape(T.shape[:2])) if return_att else bag
+
+    def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
+        x, mask = inputs.padded(gate.in_dim)
+        values = inputs.padded(gate.in_dim)[0]
+        yield Example("forward", (x, values))
+        yield Example("forward", (x, values), {"mask": mask, "return_att": True}, mask)
+
+
+# Layers whose attributes say the same and whose results differ
+
+
+def _is_layer(module: nn.Module) -> bool:
+    gated = has(module, "attention_V", "attention_U", "attention_weights")
+    plain = isinstance(getattr(module, "attention", None), nn.Sequential)
+    return len(module._modules) == (3 if gated else 1) and (gated or plain)
+
+
+def _read_layer(module: nn.Module) -> Gate:
+    if not has(module, "attention_weights"):
+        return scorer("attention", module.attention)
+    v, u = branch("attention_V", module.attention_V), branch("attention_U", module.attention_U)
+    return gate_of(v, u, linear("attention_weights", module.attention_weights))
+
+
+class WeightsLayer(Structure):
+    """DTFD-MIL's: one bag to its weights, or scores, ``[K, N]``."""
+
+    name = "attention weights (DTFD-MIL)"
+    methods = {"forward": ("x", "isNorm")}
+
+    def looks_like(self, module: nn.Module) -> bool:
+        return _is_layer(module)
+
+    def parts(self, module: nn.Module) -> Gate:
+        return _read_layer(module)
+
+    def forward(self, module, gate, x, isNorm=True):
+        if x.ndim != 2:
+            return NotImplemented
+        scores = gate.scores(x)
+        return (F.segment_softmax(scores) if isNorm else scores).to(their_dtype(x, *gate[:6])).T
+
+    def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
+        yield Example("forward", (inputs.bag(gate.in_dim),))
+        yield Example("forward", (inputs.bag(gate.in_dim),), {"isNorm": False})
+
+
+class PoolingLayer(Structure):
+    """hi-ml's: one bag to ``(weights [K, N], pooled [K, L])``."""
+
+    name = "attention layer (hi-ml)"
+    methods = {"forward": ("features",)}
+
+    def looks_like(self, module: nn.Module) -> bool:
+        return _is_layer(module)
+
+    def parts(self, module: nn.Module) -> Gate:
+        return _read_layer(module)
+
+    def forward(self, module, gate, features):
+        x = features.reshape(-1, gate.in_dim)
+        pooled, dtype = gate.pool(x), their_dtype(x, *gate[:6])
+        return F.attention_weights(pooled).to(dtype).T, pooled.bag[0].to(dtype)
+
+    def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
+        yield Example("forward", (inputs.bag(gate.in_dim),))
+        yield Example("forward", (inputs.bag(gate.in_dim, 2, 5),))
+
+
+TORCHMIL_POOL = TorchmilPool()
+LAYERS = (WeightsLayer(), PoolingLayer())
+STRUCTURES = LAYERS + (AttentionDeepMIL(), MILLabABMIL(), MultiHeadABMIL(), TORCHMIL_POOL, CAMILPool())

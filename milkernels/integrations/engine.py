@@ -1,0 +1,212 @@
+"""How a module's methods are replaced by fused ones, proven before and undone after.
+
+The class of the one instance is replaced by a subclass with the fused methods: parameters, keys, hooks, attributes and
+``isinstance`` stay as they are, deepcopy and pickle work, and whatever calls the methods by way of the instance sees
+them.  Each fused method reads the layers anew on every call (see ``layers``) and leaves the call to the original method
+where they are no longer what was proven, or where it does not serve the arguments.
+"""
+
+import copyreg
+import functools
+import inspect
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from milkernels.integrations import proof
+from milkernels.integrations.layers import Unfusable, check_global_hooks, original_class, refuse
+
+
+class Structure:
+    """A kind of module that is recognised: how it looks, what it is made of, and its methods, fused.
+
+    A fused method is called as ``method(module, parts, *arguments)`` and returns ``NotImplemented``, before any work,
+    for arguments it does not serve.
+    """
+
+    name: ClassVar[str]
+    methods: ClassVar[dict[str, tuple[str, ...]]]  # each replaced method, and the arguments it must take
+    opaque: ClassVar[tuple[str, ...]] = ()  # submodules that are called as they are: nothing is asked of them
+    note: ClassVar[str] = ""  # where what is returned differs from the original on purpose
+
+    def looks_like(self, module: nn.Module) -> bool:
+        """Whether attributes and types suggest this structure; proven nothing yet."""
+        raise NotImplementedError
+
+    def parts(self, module: nn.Module) -> Any:
+        """The parameters and options of what is fused away.  Raises ``Unfusable`` where they cannot be had."""
+        raise NotImplementedError
+
+    def examples(self, module: nn.Module, parts: Any, inputs: proof.Inputs) -> Iterable[proof.Example]:
+        """Calls that, between them, use everything the fused methods do."""
+        raise NotImplementedError
+
+
+def has(module: nn.Module, *names: str) -> bool:
+    """Whether all of these are submodules."""
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+
+
+# Classes
+
+
+def structure_of(module: nn.Module) -> Structure | None:
+    """By which structure the module is fused; None where it is not, or not yet."""
+    return getattr(type(module), "_milkernels_structure", None)
+
+
+def is_waiting(module: nn.Module) -> bool:
+    """Whether it will be checked at the first call that initialises its parameters."""
+    return getattr(type(module), "_milkernels_waiting", False)
+
+
+def is_lazy(module: nn.Module) -> bool:
+    return any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters())
+
+
+def _fused_method(structure: Structure, name: str, original: Callable) -> Callable:
+    fused = getattr(structure, name)
+
+    @functools.wraps(original)
+    def method(self, *args, **kwargs):
+        try:
+            check_global_hooks()
+            parts = structure.parts(self)
+        except Unfusable:
+            return original(self, *args, **kwargs)
+        result = fused(self, parts, *args, **kwargs)
+        return original(self, *args, **kwargs) if result is NotImplemented else result
+
+    return method
+
+
+def _settling_method(candidates: tuple[Structure, ...], original: Callable) -> Callable:
+    @functools.wraps(original)
+    def method(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        if is_waiting(self) and not torch.compiler.is_compiling() and not is_lazy(self):
+            reason = settle(self, candidates)
+            if reason is not None:
+                warnings.warn(f"milkernels: {original_class(self).__name__} was left alone: {reason}", stacklevel=2)
+        return result
+
+    return method
+
+
+def _reduce_ex(self, protocol):
+    """Copied and pickled by its original class and the names of structures: the subclass can not be imported."""
+    rebuild, arguments, *rest = super(type(self), self).__reduce_ex__(max(protocol, 2))
+    if rebuild is not copyreg.__newobj__:
+        raise TypeError(f"{type(self).__name__} is pickled in its own way, which does not keep the fused methods")
+    names = tuple(s.name for s in type(self)._milkernels_candidates)
+    return (_rebuild, (original_class(self), names, is_waiting(self), *arguments[1:]), *rest)
+
+
+def _rebuild(original: type, names: tuple[str, ...], waiting: bool, *arguments) -> nn.Module:
+    from milkernels.integrations.structures import STRUCTURES
+
+    cls = _subclass(original, tuple(s for name in names for s in STRUCTURES if s.name == name), waiting)
+    return cls.__new__(cls, *arguments)
+
+
+@functools.cache  # one class for all instances, so that what torch.compile made serves them all
+def _subclass(original: type, candidates: tuple[Structure, ...], waiting: bool) -> type:
+    made = {"_milkernels_original": original, "_milkernels_candidates": candidates, "__reduce_ex__": _reduce_ex}
+    made |= {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    if waiting:
+        made["_milkernels_waiting"] = True
+        for name in dict.fromkeys(name for structure in candidates for name in structure.methods):
+            if hasattr(original, name):
+                made[name] = _settling_method(candidates, getattr(original, name))
+    else:
+        (structure,) = candidates
+        made["_milkernels_structure"] = structure
+        for name in structure.methods:
+            made[name] = _fused_method(structure, name, getattr(original, name))
+    return type(original)(original.__name__, (original,), made)
+
+
+# Swapping
+
+
+def settle(module: nn.Module, candidates: Iterable[Structure]) -> str | None:
+    """Fuses the module by the first of the structures that proves right; None, or why none did."""
+    original = original_class(module)
+    module.__class__ = original
+    reasons = []
+    for structure in candidates:
+        reason = _why_not(module, structure)
+        if reason is None:
+            module.__class__ = _subclass(original, (structure,), False)
+            return None
+        reasons.append(reason)
+    return "; or ".join(dict.fromkeys(reasons))
+
+
+def wait(module: nn.Module, candidates: Iterable[Structure]) -> None:
+    """Has the module settled after the first call that initialised its parameters."""
+    module.__class__ = _subclass(type(module), tuple(candidates), True)
+
+
+def undo(module: nn.Module) -> bool:
+    """Whether there was anything to undo."""
+    fused = type(module) is not original_class(module)
+    module.__class__ = original_class(module)
+    return fused
+
+
+def _why_not(module: nn.Module, structure: Structure) -> str | None:
+    try:
+        for name, arguments in structure.methods.items():
+            _check_method(module, name, arguments)
+        return proof.difference(module, structure)
+    except Unfusable as reason:
+        return str(reason)
+
+
+def _check_method(module: nn.Module, name: str, arguments: tuple[str, ...]) -> None:
+    if name in vars(module):
+        refuse(f"its {name} was replaced on the instance")
+    method = getattr(type(module), name, None)
+    if not inspect.isfunction(method):
+        refuse(f"it has no method {name}")
+    takes = tuple(inspect.signature(method).parameters)[1:]
+    if takes != arguments:
+        refuse(f"its {name} takes {', '.join(takes)}, not {', '.join(arguments)}")
+
+
+def training_reason(module: nn.Module) -> str | None:
+    """Why the module's own methods would run in training, if so (dropout that no op has)."""
+    structure, modes = structure_of(module), [(m, m.training) for m in module.modules()]
+    try:
+        module.train()
+        structure.parts(module)
+    except Unfusable as reason:
+        return str(reason)
+    finally:
+        for m, mode in modes:
+            m.training = mode
+    return None
+
+
+def rebind_captured(model: nn.Module) -> None:
+    """Points methods that were taken from a module (``self.forward = self.model.forward``) at what it has now."""
+    for holder in model.modules():
+        for key, value in list(vars(holder).items()):
+            if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+                now = getattr(type(value.__self__), value.__func__.__name__, None)
+                if now is not value.__func__ and inspect.unwrap(now) is inspect.unwrap(value.__func__):
+                    vars(holder)[key] = types.MethodType(now, value.__self__)
+
+
+def candidates_among(structures: Iterable[Structure], model: nn.Module) -> Iterator[tuple[str, nn.Module, list]]:
+    """Modules that look like a structure, inner ones first: outer ones build on what their parts turned out to be."""
+    for name, module in reversed(list(model.named_modules())):
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        if found := [s for s in structures if s.looks_like(module)]:
+            yield name, module, found

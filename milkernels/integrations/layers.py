@@ -1,0 +1,174 @@
+"""Reading the layers of a model that is not ours, for a fused call in their place.
+
+A layer may be passed over only while calling it would do what its parameters say and nothing else.  That can change
+after a model was accelerated (a hook for a heat map, pruning, an adapter), so it is looked at on every call:
+``Unfusable`` is raised with the reason, and the model's own forward runs.
+"""
+
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _globals
+
+from milkernels import functional as F
+from milkernels import reference
+from milkernels.bags import Bags
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ACTIVATIONS = {nn.Tanh: "tanh", nn.ReLU: "relu", nn.Identity: "identity"}
+
+
+def original_class(module: nn.Module) -> type:
+    """The module's class, or what it was before the module was fused."""
+    return getattr(type(module), "_milkernels_original", type(module))
+
+
+class Unfusable(Exception):
+    """Why a module cannot be passed over now."""
+
+
+def refuse(reason: str) -> NoReturn:
+    raise Unfusable(reason)
+
+
+def check_plain(name: str, module: nn.Module) -> None:
+    """Calling the module runs the forward of its class, with the parameters it registered, and no hook."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        refuse(f"{name} has hooks")
+    if "forward" in module.__dict__:
+        refuse(f"the forward of {name} was replaced")
+
+
+def check_global_hooks() -> None:
+    if any(getattr(_globals, f"_global{hooks}") for hooks in _HOOKS):
+        refuse("hooks for all modules are registered")
+
+
+def exactly(name: str, module: nn.Module, *types: type) -> None:
+    """Of one of these types, no subclass: parametrizations, quantized layers and adapters are subclasses or others."""
+    if original_class(module) not in types:
+        refuse(f"{name} is {type(module).__name__}, not {' or '.join(t.__name__ for t in types)}")
+    check_plain(name, module)
+
+
+def linear(name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias.  Those that weight_norm or pruning refreshes in a hook are no registered parameters."""
+    exactly(name, module, nn.Linear)
+    if "weight" not in module._parameters or "bias" not in module._parameters:
+        refuse(f"{name} has a weight that is computed")
+    return module.weight, module.bias
+
+
+def dropout(name: str, module: nn.Module) -> float:
+    exactly(name, module, nn.Dropout)
+    return module.p if module.training else 0.0
+
+
+def activation(name: str, module: nn.Module) -> str:
+    exactly(name, module, *_ACTIVATIONS, nn.GELU)
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else refuse(f"{name} is the approximate GELU")
+    return _ACTIVATIONS[type(module)]
+
+
+def children(name: str, module: nn.Module) -> list[nn.Module]:
+    exactly(name, module, nn.Sequential)
+    return list(module)
+
+
+class Branch(NamedTuple):
+    """``drop(act(W x + b))``."""
+
+    weight: Tensor
+    bias: Tensor | None
+    activation: str
+    dropout_p: float
+
+
+def branch(name: str, module: nn.Module) -> Branch:
+    """Of ``Sequential(Linear, activation[, Dropout])``; the activation of a gate's second branch is "sigmoid"."""
+    layers = children(name, module)
+    if not 2 <= len(layers) <= 3:
+        refuse(f"{name} has {len(layers)} layers, not Linear, activation and perhaps Dropout")
+    if type(layers[1]) is nn.Sigmoid:
+        check_plain(f"{name}[1]", layers[1])
+        act = "sigmoid"
+    else:
+        act = activation(f"{name}[1]", layers[1])
+    p = dropout(f"{name}[2]", layers[2]) if len(layers) == 3 else 0.0
+    return Branch(*linear(f"{name}[0]", layers[0]), act, p)
+
+
+class Gate(NamedTuple):
+    """A score network, plain or gated, as the arguments of the attention ops."""
+
+    v_weight: Tensor
+    v_bias: Tensor | None
+    u_weight: Tensor | None
+    u_bias: Tensor | None
+    w_weight: Tensor
+    w_bias: Tensor | None
+    activation: str
+    dropout_p: float
+
+    @property
+    def in_dim(self) -> int:
+        return self.v_weight.shape[1]
+
+    @property
+    def heads(self) -> int:
+        return self.w_weight.shape[0]
+
+    def _arguments(self) -> tuple[Any, Any, tuple, dict]:
+        options = {"activation": self.activation, "dropout_p": self.dropout_p}
+        if self.u_weight is None:
+            return F.attention_scores, F.attention_pool, self[:2] + self[4:6], options
+        return F.gated_attention_scores, F.gated_attention_pool, self[:6], options
+
+    def scores(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        op, _, parameters, options = self._arguments()
+        return op(x, *parameters, mask=mask, **options)
+
+    def pool(self, x: Tensor, offsets: Tensor | None = None, mask: Tensor | None = None) -> F.Pooled:
+        _, op, parameters, options = self._arguments()
+        return op(x, *parameters, offsets, mask=mask, **options)
+
+
+def gate_of(v: Branch, u: Branch | None, w: tuple[Tensor, Tensor | None]) -> Gate:
+    if v.activation == "sigmoid" or (u is not None and u.activation != "sigmoid"):
+        refuse("the gate is not an activation times a sigmoid")
+    if u is not None and u.dropout_p != v.dropout_p:
+        refuse(f"the branches of the gate drop different shares, {v.dropout_p} and {u.dropout_p}")
+    return Gate(v.weight, v.bias, *((None, None) if u is None else u[:2]), *w, v.activation, v.dropout_p)
+
+
+def scorer(name: str, module: nn.Module) -> Gate:
+    """Of ``Sequential(Linear, activation[, Dropout], Linear)``."""
+    layers = children(name, module)
+    if not 3 <= len(layers) <= 4:
+        refuse(f"{name} has {len(layers)} layers, not Linear, activation, perhaps Dropout, and Linear")
+    p = dropout(f"{name}[2]", layers[2]) if len(layers) == 4 else 0.0
+    v = Branch(*linear(f"{name}[0]", layers[0]), activation(f"{name}[1]", layers[1]), p)
+    return gate_of(v, None, linear(f"{name}[{len(layers) - 1}]", layers[-1]))
+
+
+def is_score_network(module: nn.Module) -> bool:
+    """``Sequential(Linear, Tanh[, Dropout], Linear)``, whatever else may be wrong with it."""
+    layers = list(module) if isinstance(module, nn.Sequential) else []
+    kinds = [nn.Linear, nn.Tanh, nn.Dropout, nn.Linear] if len(layers) == 4 else [nn.Linear, nn.Tanh, nn.Linear]
+    return len(layers) == len(kinds) and all(map(isinstance, layers, kinds))
+
+
+# Types and shapes as the model's own forward would return them
+
+
+def their_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
+    """The type in which eager layers with these parameters return: that of autocast, or the promoted one."""
+    return reference.autocast_dtype(x) or reference.result_dtype(x, *parameters)
+
+
+def padded(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A padded batch ``[B, M, L]`` and its mask ``[B, M]`` as ragged bags: rows, offsets, mask."""
+    bags = Bags.from_padded(x, mask)
+    return bags.values, bags.offsets, bags.mask
