@@ -35,7 +35,7 @@ bench: $(VENV)/.built
 	$(PY) -m milkernels bench $(ARGS)
 
 test: $(VENV)/.built
-	@$(PY) -c "import pytest, pytest_benchmark, numpy, rich, matplotlib, psutil, triton" 2>/dev/null || $(PIP) install "milkernels[test]"
+	@$(PY) -c "import pytest, pytest_benchmark, numpy, rich, matplotlib, psutil, triton, pytorch_lightning, torchmil" 2>/dev/null || $(PIP) install "milkernels[test]"
 	$(PY) -m pytest -ra --durations=15 $(ARGS)
 
 # Not in .venv, which may have to be filled from the network.

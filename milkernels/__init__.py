@@ -2,6 +2,7 @@
 
 from importlib import metadata
 
+from milkernels import nn
 from milkernels.backends import use_backend
 from milkernels.bags import Bags, collate_bags
 from milkernels.classical import generalized_mean_pool, isr_pool, log_sum_exp_pool, noisy_or_pool
@@ -35,6 +36,7 @@ from milkernels.results import (
     Pooled,
     TopInstances,
 )
+from milkernels.visualize import BagAttention, attention_arrays, heatmap
 
 try:
     __version__ = metadata.version("milkernels")
@@ -42,6 +44,7 @@ except metadata.PackageNotFoundError:  # run from a source tree that was not ins
     __version__ = "0+unknown"
 
 __all__ = [
+    "BagAttention",
     "Bags",
     "DSMIL",
     "DSMILPooled",
@@ -51,6 +54,7 @@ __all__ = [
     "Pooled",
     "TopInstances",
     "accelerate",
+    "attention_arrays",
     "attention_pool",
     "attention_scores",
     "attention_weights",
@@ -60,6 +64,7 @@ __all__ = [
     "gated_attention_pool",
     "gated_attention_scores",
     "generalized_mean_pool",
+    "heatmap",
     "instance_max",
     "isr_pool",
     "log_sum_exp_pool",
@@ -67,6 +72,7 @@ __all__ = [
     "max_pool",
     "mean_pool",
     "merge_pooled",
+    "nn",
     "noisy_or_pool",
     "query_pool",
     "query_scores",

@@ -25,6 +25,7 @@ LAYERS = {
     "functional": 4,
     "classical": 5,
     "nn": 5,
+    "visualize": 5,
     "integrations": 6,
     "": 7,  # milkernels/__init__.py
     "testing": 8,
@@ -118,6 +119,8 @@ def test_importing_needs_nothing_but_torch():
         sys.meta_path.insert(0, Refuse())
         import torch
         import milkernels
+        import milkernels.nn
+        import milkernels.visualize
 
         pooled = milkernels.softmax_pool(torch.ones(3, 2), torch.zeros(3, 1), backend="reference")
         assert torch.equal(pooled.bag, torch.ones(1, 1, 2)), pooled

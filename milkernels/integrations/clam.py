@@ -55,8 +55,6 @@ class CLAM(Structure):
 
     def _instance_results(self, module, pooled: F.Pooled, h: Tensor, label: Tensor, dtype: torch.dtype) -> dict:
         """The losses of each class's instance classifier, by the module's own methods."""
-        import numpy as np  # as CLAM itself does
-
         attention = F.attention_weights(pooled).to(dtype).T
         own_branch = attention.shape[0] > 1 or isinstance(module.classifiers, nn.ModuleList)
         in_class = nn.functional.one_hot(label, num_classes=module.n_classes).squeeze().tolist()
@@ -71,7 +69,8 @@ class CLAM(Structure):
             total = total + loss
         if module.subtyping:
             total = total / len(module.instance_classifiers)
-        return {"instance_loss": total, "inst_labels": np.array(targets), "inst_preds": np.array(predictions)}
+        arrays = {"inst_labels": torch.tensor(targets).numpy(), "inst_preds": torch.tensor(predictions).numpy()}
+        return {"instance_loss": total, **arrays}
 
     def examples(self, module: nn.Module, parts: _Parts, inputs: Inputs) -> Iterable[Example]:
         first = parts.embedding[0] if parts.embedding else None

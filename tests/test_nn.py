@@ -1,0 +1,595 @@
+"""The modules: their results are those of the ops for every form of bags, and they are good citizens of PyTorch."""
+
+import copy
+import doctest
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_cases import close, cotangents, same_bits
+
+import milkernels
+from milkernels import Bags, nn
+
+NAN = float("nan")
+LENGTHS = (4, 0, 1, 7)
+EMPTY = 1
+B, N, L, D, K, C, Q = len(LENGTHS), sum(LENGTHS), 6, 5, 2, 3, 4
+VALUE = {"value": "relu", "value_dim": 5}
+
+
+class Scored(torch.nn.Module):
+    """`SoftmaxPool` with scores made of the instances, so that it is called as the others are."""
+
+    def __init__(self, dtype=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, K * L, dtype=dtype).view(K, L))
+        self.pool = nn.SoftmaxPool()
+
+    def forward(self, x, offsets=None, mask=None):
+        rows = x.values if isinstance(x, Bags) else x.values() if x.is_nested else x
+        return self.pool(x, rows.nan_to_num() @ self.weight.T, offsets, mask)
+
+
+MAKERS = {
+    "attention": lambda **f: nn.AttentionPool(L, D, K, **f),
+    "attention-plain": lambda **f: nn.AttentionPool(L, D, gated=False, activation="relu", bias=False, **f),
+    "softmax": Scored,
+    "dsmil": lambda **f: nn.DSMIL(L, C, Q, **f),
+    "dsmil-linear": lambda **f: nn.DSMIL(L, C, Q, nonlinear_query=False, value="linear", scale=1.0, **f),
+    "dsmil-relu": lambda **f: nn.DSMIL(L, C, Q, **VALUE, **f),
+    "loss-attention": lambda **f: nn.LossAttention(L, C, **f),
+    "mean": lambda **f: nn.MeanPool(),
+    "max": lambda **f: nn.MaxPool(),
+    "abmil": lambda **f: nn.ABMIL(L, C, 8, D, K, **f),
+    "abmil-no-embedding": lambda **f: nn.ABMIL(L, C, None, D, gated=False, **f),
+    "dsmil-model": lambda **f: nn.DSMILModel(L, C, 8, Q, lambda_=0.25, **VALUE, **f),
+    "dsmil-model-no-embedding": lambda **f: nn.DSMILModel(L, C, **f),
+    "loss-attention-model": lambda **f: nn.LossAttentionModel(L, C, (8, 7), **f),
+}
+LAYERS = [name for name in MAKERS if "model" not in name and "abmil" not in name]
+MODELS = [name for name in MAKERS if name not in LAYERS]
+every_module = pytest.mark.parametrize("name", MAKERS)
+
+
+def make(name, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    return MAKERS[name](dtype=dtype) if name not in ("mean", "max") else MAKERS[name]()
+
+
+def make_bags(lengths=LENGTHS, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return Bags.from_list([1 + torch.randn(n, L, generator=generator, dtype=dtype) for n in lengths])
+
+
+def forms(bags):
+    """The same bags in every form: the arguments, and the row in them of each instance."""
+    x, offsets, rows = bags.values, bags.offsets, torch.arange(bags.num_instances)
+    padded, mask = bags.to_padded(NAN)
+    holes = torch.stack([x, torch.full_like(x, NAN)], 1).flatten(0, 1)  # a masked row after each instance
+    real = torch.tensor([1, 0]).repeat(len(x))
+    return {
+        "offsets": ((x, offsets), rows),
+        "int32": ((x, offsets.int()), rows),
+        "bags": ((bags,), rows),
+        "nested": ((bags.to_nested(),), rows),
+        "mask": ((holes, 2 * offsets, real), 2 * rows),
+        "masked-bags": ((Bags(holes, 2 * offsets, real),), 2 * rows),
+        "padded": ((padded, None, mask), mask.flatten().nonzero()[:, 0]),
+        "padded-ints": ((padded, None, mask.int()), mask.flatten().nonzero()[:, 0]),
+    }
+
+
+FORMS = list(forms(make_bags()))
+
+
+def fields(result, rows, prefix="") -> dict[str, torch.Tensor]:
+    """Everything in a result by name, as if the instances had come without masked rows."""
+    if isinstance(result, torch.Tensor):
+        return {"bag": result}
+    made = {}
+    for name, t in result._asdict().items():
+        if name == "pooled":
+            made |= fields(t, rows, "pooled.")
+        elif name == "scores" or name == "logits" and not isinstance(result, nn.Prediction | nn.DSMILPrediction):
+            made[prefix + name] = t[rows]
+        elif not t.is_floating_point():
+            place = torch.full((max(int(rows.max()), 0) + 2,), -1)
+            place[rows] = torch.arange(len(rows))  # place[-1] stays -1: none
+            made[prefix + name] = place[t]
+        else:
+            made[prefix + name] = t
+    return made
+
+
+def step(module, args, rows) -> dict[str, torch.Tensor]:
+    """Results and the gradients of all parameters."""
+    outputs = fields(module(*args), rows)
+    kept = {n: o.masked_fill(o.isinf(), 0) for n, o in outputs.items() if o.requires_grad}
+    parameters = dict(module.named_parameters())
+    if kept and parameters:
+        torch.autograd.backward(list(kept.values()), cotangents(kept.values()), inputs=list(parameters.values()))
+    made = {n: o.detach() for n, o in outputs.items()}
+    made |= {f"gradient of {n}": p.grad.clone() for n, p in parameters.items()}
+    module.zero_grad()
+    return made
+
+
+# Values
+
+
+def attention(m, x, offsets):
+    gate = (m.u_weight, m.u_bias) if m.gated else ()
+    op = milkernels.gated_attention_pool if m.gated else milkernels.attention_pool
+    activation = "tanh" if m.gated or m.activation == "tanh" else "relu"
+    return op(x, m.v_weight, m.v_bias, *gate, m.w_weight, m.w_bias, offsets, activation=activation, backend="reference")
+
+
+def dsmil(m, x, offsets):
+    options = {"scale": 1.0} if not m.nonlinear_query else {"q2_weight": m.q2_weight, "q2_bias": m.q2_bias}
+    options |= {"v_weight": m.v_weight, "v_bias": m.v_bias} if m.value else {}
+    options |= {"v_activation": "relu"} if m.value == "relu" else {}
+    parameters = (m.weight, m.bias, m.q_weight, m.q_bias)
+    return milkernels.dsmil(x, *parameters, offsets, **options, backend="reference")
+
+
+def loss_attention(m, x, offsets):
+    return milkernels.loss_attention_pool(x, m.weight, m.bias, offsets, backend="reference")
+
+
+def embedded(m, x):
+    for layer in m.embed:
+        x = F.relu(F.linear(x, layer.weight, layer.bias)) if isinstance(layer, torch.nn.Linear) else x
+    return x
+
+
+def abmil(m, x, offsets):
+    pooled = attention(m.attention, embedded(m, x), offsets)
+    bag = torch.cat([pooled.bag[:, k] for k in range(pooled.bag.shape[1])], 1)
+    return nn.Prediction(bag @ m.classifier.weight.T + m.classifier.bias, pooled)
+
+
+def dsmil_model(m, x, offsets):
+    pooled = dsmil(m.streams, embedded(m, x), offsets)
+    bag_logits = torch.einsum("bjl,cjl->bc", pooled.bag, m.classifier.weight) + m.classifier.bias
+    logits = [
+        bag_logits[b] if n == 0 else m.lambda_ * pooled.values[b] + (1 - m.lambda_) * bag_logits[b]
+        for b, n in enumerate(LENGTHS)
+    ]
+    return nn.DSMILPrediction(torch.stack(logits), bag_logits, pooled.values, pooled)
+
+
+def loss_attention_model(m, x, offsets):
+    pooled = loss_attention(m.attention, embedded(m, x), offsets)
+    return nn.Prediction(pooled.bag[:, 0] @ m.attention.weight.T + m.attention.bias, pooled)
+
+
+def softmax(m, x, offsets):
+    return milkernels.softmax_pool(x, x @ m.weight.T, offsets, backend="reference")
+
+
+EXPECTED = {
+    "attention": attention,
+    "softmax": softmax,
+    "dsmil": dsmil,
+    "loss-attention": loss_attention,
+    "mean": lambda m, x, offsets: milkernels.mean_pool(x, offsets, backend="reference"),
+    "max": lambda m, x, offsets: milkernels.max_pool(x, offsets, backend="reference"),
+    "abmil": abmil,
+    "dsmil-model": dsmil_model,
+    "loss-attention-model": loss_attention_model,
+}
+
+
+def expected_of(name):
+    return next(EXPECTED[key] for key in sorted(EXPECTED, key=len, reverse=True) if name.startswith(key))
+
+
+@every_module
+def test_results_are_those_of_the_ops_for_every_form(name):
+    module, bags = make(name), make_bags()
+    expected_module = copy.deepcopy(module)
+    expected_module.forward = lambda *args: expected_of(name)(expected_module, *args)
+    expected = step(expected_module, (bags.values, bags.offsets), torch.arange(N))
+    for form, (args, rows) in forms(bags).items():
+        assert step(module, args, rows).keys() == expected.keys(), form
+        close(step(module, args, rows), expected)
+    assert all(g.any() for n, g in expected.items() if n.startswith("gradient")), "a parameter without a gradient"
+
+
+@every_module
+def test_forms_without_padding_give_the_same_bits(name):
+    module, made = make(name, torch.float32), forms(make_bags(dtype=torch.float32))
+    expected = step(module, *made["offsets"])
+    for form in ("int32", "bags", "nested"):
+        same_bits(step(module, *made[form]), expected)
+
+
+@every_module
+def test_one_bag(name):
+    module, x = make(name), make_bags((N,)).values
+    rows = torch.arange(N)
+    expected = step(module, (x, torch.tensor([0, N])), rows)
+    for args in ((x,), (x[None],), (x[None], None, torch.ones(1, N)), (Bags(x),)):
+        same_bits(step(module, args, rows), expected)
+
+
+@every_module
+@pytest.mark.parametrize("form", ["mask", "padded"])
+def test_masked_rows_take_no_gradient(name, form):
+    module, ((x, *rest), rows) = make(name), forms(make_bags())[form]
+    x = x.clone().requires_grad_()
+    outputs = [o for o in fields(module(x, *rest), rows).values() if o.requires_grad]
+    gradient = torch.autograd.grad(sum(o[o.isfinite()].sum() for o in outputs), x)[0].view(-1, L)
+    assert gradient[rows].any() and gradient[rows].isfinite().all()
+    gradient[rows] = 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("form", ["padded", "nested", "bags", "offsets"])
+def test_softmax_pool_takes_scores_as_rows_or_in_the_form_of_x(form):
+    bags = make_bags()
+    (x, *rest), rows = forms(bags)[form]
+    scores = torch.randn(N, K, dtype=torch.float64)
+    expected = fields(milkernels.softmax_pool(bags.values, scores, bags.offsets), torch.arange(N))
+    given = [scores]
+    if form == "padded":
+        padded = torch.full((x.shape[0] * x.shape[1], K), NAN, dtype=torch.float64)
+        padded[rows] = scores
+        given = [padded, padded.view(*x.shape[:2], K)]
+    if form == "nested":
+        given.append(torch.nested.nested_tensor_from_jagged(scores, x.offsets()))
+    for scores in given:
+        close(fields(nn.SoftmaxPool()(x, scores, *rest), rows), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_empty_bag_has_finite_logits_and_gradients(name):
+    module = make(name)
+    for args, _ in forms(make_bags()).values():
+        module.zero_grad()
+        prediction = module(*args)
+        bias = module.classifier.bias if hasattr(module, "classifier") else module.attention.bias
+        assert torch.equal(prediction.logits[EMPTY], bias)
+        prediction.logits.sum().backward()
+        assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("lambda_", [0, 0.5, 1.0])
+def test_dsmil_weighs_its_streams(lambda_):
+    model = nn.DSMILModel(L, C, lambda_=lambda_)
+    logits, bag_logits, instance_logits, pooled = model(make_bags(dtype=torch.float32))
+    assert torch.equal(instance_logits, pooled.values) and instance_logits[EMPTY].isneginf().all()
+    full = [b for b in range(B) if b != EMPTY]
+    torch.testing.assert_close(logits[full], torch.lerp(bag_logits, instance_logits, lambda_)[full])
+    assert torch.equal(logits[EMPTY], bag_logits[EMPTY]) and torch.equal(logits[EMPTY], model.classifier.bias)
+
+
+def test_types_and_autocast():
+    bags = make_bags(dtype=torch.float32)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        pooled = nn.AttentionPool(L, D, dtype=torch.float32)(bags.to(dtype))
+        assert pooled.bag.dtype == torch.promote_types(dtype, torch.float32)
+    assert nn.AttentionPool(L, D, dtype=torch.bfloat16)(bags.to(torch.bfloat16)).bag.dtype == torch.bfloat16
+    for name in MODELS:
+        model = make(name, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(bags).logits
+        torch.testing.assert_close(logits.float(), model(bags).logits, rtol=0.1, atol=0.1)
+
+
+# Dropout
+
+
+def test_attention_dropout_is_that_of_the_op_and_in_training_only():
+    bags = make_bags()
+    for gated in (True, False):
+        module = nn.AttentionPool(L, D, K, gated=gated, dropout=0.4, dtype=torch.float64)
+        gate = (module.u_weight, module.u_bias) if gated else ()
+        parameters = (module.v_weight, module.v_bias, *gate, module.w_weight, module.w_bias, bags.offsets)
+        op = milkernels.gated_attention_pool if gated else milkernels.attention_pool
+        dropped, kept = (op(bags.values, *parameters, dropout_p=p, seed=7) for p in (0.4, 0.0))
+        assert not torch.equal(dropped.scores, kept.scores)
+        assert torch.equal(module(bags, seed=7).scores, dropped.scores)
+        assert torch.equal(module(bags, seed=torch.tensor([7])).scores, dropped.scores)
+        assert torch.equal(module.eval()(bags, seed=7).scores, kept.scores)
+
+
+def test_dsmil_dropout_is_that_of_the_op_and_in_training_only():
+    bags = make_bags()
+    module = nn.DSMIL(L, C, Q, nonlinear_query=False, value="relu", value_dropout=0.4, dtype=torch.float64)
+    parameters = (module.weight, module.bias, module.q_weight, module.q_bias, bags.offsets)
+    value = {"v_weight": module.v_weight, "v_bias": module.v_bias, "v_activation": "relu", "seed": 7}
+    dropped, kept = (milkernels.dsmil(bags.values, *parameters, **value, v_dropout_p=p) for p in (0.4, 0.0))
+    assert not torch.equal(dropped.bag, kept.bag)
+    assert torch.equal(module(bags, seed=7).bag, dropped.bag)
+    assert torch.equal(module.eval()(bags, seed=7).bag, kept.bag)
+
+
+@pytest.mark.parametrize(
+    "make_model",
+    [
+        lambda p: nn.ABMIL(L, C, 16, 16, dropout=p),
+        lambda p: nn.ABMIL(L, C, None, 16, dropout=p),
+        lambda p: nn.DSMILModel(L, C, 16, dropout=p),
+        lambda p: nn.DSMILModel(L, C, value="linear", value_dropout=p),
+        lambda p: nn.LossAttentionModel(L, C, (16,), dropout=p),
+    ],
+)
+def test_model_dropout(make_model):
+    model, bags = make_model(0.5), make_bags(dtype=torch.float32)
+    torch.manual_seed(1)
+    first, second = model(bags).logits, model(bags).logits
+    torch.manual_seed(1)
+    again = model(bags).logits
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    plain = make_model(0.0)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(bags).logits, plain(bags).logits)
+
+
+# Parameters
+
+
+def test_parameters_are_those_of_linear_layers():
+    layers = {"v_": (L, D), "u_": (L, D), "w_": (D, K)}
+    torch.manual_seed(3)
+    module = nn.AttentionPool(L, D, K)
+    torch.manual_seed(3)
+    for prefix, size in layers.items():
+        linear = torch.nn.Linear(*size)
+        assert torch.equal(getattr(module, f"{prefix}weight"), linear.weight)
+        assert torch.equal(getattr(module, f"{prefix}bias"), linear.bias)
+    before = copy.deepcopy(module.state_dict())
+    module.reset_parameters()
+    assert not any(torch.equal(before[name], p) for name, p in module.state_dict().items())
+    torch.manual_seed(3)
+    module.reset_parameters()
+    same_bits(module.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("module", "shapes"),
+    [
+        (
+            nn.AttentionPool(L, D, K),
+            {
+                "v_weight": (D, L),
+                "v_bias": (D,),
+                "u_weight": (D, L),
+                "u_bias": (D,),
+                "w_weight": (K, D),
+                "w_bias": (K,),
+            },
+        ),
+        (nn.AttentionPool(L, D, gated=False, bias=False), {"v_weight": (D, L), "w_weight": (1, D), "w_bias": (1,)}),
+        (
+            nn.AttentionPool(L, D, score_bias=False),
+            {"v_weight": (D, L), "v_bias": (D,), "u_weight": (D, L), "u_bias": (D,), "w_weight": (1, D)},
+        ),
+        (
+            nn.DSMIL(L, C, Q),
+            {
+                "weight": (C, L),
+                "bias": (C,),
+                "q_weight": (Q, L),
+                "q_bias": (Q,),
+                "q2_weight": (Q, Q),
+                "q2_bias": (Q,),
+            },
+        ),
+        (
+            nn.DSMIL(L, C, Q, nonlinear_query=False, value="linear", value_dim=7, bias=False),
+            {"weight": (C, L), "q_weight": (Q, L), "v_weight": (7, L)},
+        ),
+        (nn.LossAttention(L, C, bias=False), {"weight": (C, L)}),
+    ],
+)
+def test_names_and_shapes_of_parameters(module, shapes):
+    assert {name: tuple(p.shape) for name, p in module.named_parameters()} == shapes
+    assert module(make_bags(dtype=torch.float32)).bag.isfinite().all()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_state_dict_copy_and_pickle(name):
+    module, bags = make(name, torch.float32), make_bags(dtype=torch.float32)
+    expected = fields(module(bags), torch.arange(N))
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    loaded = make(name, torch.float32, seed=1)
+    if len(list(loaded.parameters())) and name != "softmax":
+        assert not torch.equal(
+            next(iter(fields(loaded(bags), torch.arange(N)).values())), next(iter(expected.values()))
+        )
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    for other in (loaded, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        same_bits(fields(other(bags), torch.arange(N)), expected)
+        assert repr(other) == repr(module)
+
+
+def test_device_and_dtype():
+    for name in LAYERS + MODELS:
+        if name in ("softmax", "mean", "max"):
+            continue
+        module = MAKERS[name](device="meta", dtype=torch.bfloat16)
+        assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (
+            nn.AttentionPool(512),
+            "AttentionPool(in_dim=512, hidden_dim=128, heads=1, gated=True, activation='tanh', dropout=0.0, "
+            "bias=True, score_bias=True)",
+        ),
+        (
+            nn.AttentionPool(6, 5, 2, gated=False, activation="gelu", dropout=0.1, bias=False, score_bias=False),
+            "AttentionPool(in_dim=6, hidden_dim=5, heads=2, gated=False, activation='gelu', dropout=0.1, "
+            "bias=False, score_bias=False)",
+        ),
+        (
+            nn.DSMIL(6),
+            "DSMIL(in_dim=6, num_classes=1, query_dim=128, nonlinear_query=True, value=None, scale=None, bias=True)",
+        ),
+        (
+            nn.DSMIL(6, 2, 4, nonlinear_query=False, value="relu", value_dropout=0.2, scale=1.0, bias=False),
+            "DSMIL(in_dim=6, num_classes=2, query_dim=4, nonlinear_query=False, value='relu', value_dim=6, "
+            "value_dropout=0.2, scale=1.0, bias=False)",
+        ),
+        (nn.LossAttention(6, 2, bias=False), "LossAttention(in_dim=6, num_classes=2, bias=False)"),
+        (nn.SoftmaxPool(), "SoftmaxPool()"),
+    ],
+)
+def test_repr_is_the_call_that_makes_the_module(module, text):
+    assert repr(module) == text
+    again = eval(text, {name: getattr(nn, name) for name in ("AttentionPool", "DSMIL", "LossAttention", "SoftmaxPool")})
+    assert repr(again) == text and again.state_dict().keys() == module.state_dict().keys()
+
+
+def test_repr_of_models():
+    text = repr(nn.DSMILModel(L, C, lambda_=0.25))
+    assert "lambda_=0.25" in text and "(streams): DSMIL(in_dim=6, num_classes=3" in text
+
+
+# Graphs
+
+
+@pytest.mark.parametrize("name", ["softmax", "dsmil-relu", "dsmil-model", "loss-attention-model"])
+@pytest.mark.parametrize("form", ["bags", "padded"])
+def test_compile(name, form):
+    torch._dynamo.reset()
+    module = make(name)
+    expected = step(module, *forms(make_bags())[form])
+    module.compile(fullgraph=True, backend="aot_eager")
+    close(step(module, *forms(make_bags())[form]), expected)
+
+
+@pytest.mark.parametrize("form", ["offsets", "bags", "padded"])
+def test_compile_once_for_any_size(form):
+    torch._dynamo.reset()
+    module = make("abmil")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in (LENGTHS, (3, 0, 9, 2, 5)):
+        args, rows = forms(make_bags(lengths))[form]
+        with torch.compiler.set_stance("default" if lengths is LENGTHS else "fail_on_recompile"):
+            got = compiled(*args)
+        close(fields(got, rows), fields(module(*args), rows))
+
+
+def test_compile_with_dropout():
+    torch._dynamo.reset()
+    model, bags = nn.ABMIL(L, C, 8, D, dropout=0.5), make_bags(dtype=torch.float32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert not torch.equal(compiled(bags).logits, compiled(bags).logits)
+    model.eval()
+    torch.testing.assert_close(compiled(bags).logits, model(bags).logits)
+
+
+@pytest.mark.parametrize("name", ["abmil", "dsmil-model"])
+@pytest.mark.parametrize("form", ["offsets", "bags"])
+def test_export_with_a_dynamic_number_of_instances(name, form):
+    module, size = make(name).eval(), torch.export.Dim("rows", min=2)
+    dynamic = ({0: size}, None) if form == "offsets" else ([{0: size}, None],)
+    program = torch.export.export(module, forms(make_bags())[form][0], dynamic_shapes=dynamic)
+    args, rows = forms(make_bags((9, 0, 30, 2), seed=1))[form]
+    close(fields(program.module()(*args), rows), fields(module(*args), rows))
+
+
+def test_export_of_a_padded_batch():
+    module, (args, rows) = make("abmil").eval(), forms(make_bags())["padded"]
+    program = torch.export.export(module, args)
+    close(fields(program.module()(*args), rows), fields(module(*args), rows))
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("make_module", "error", "match"),
+    [
+        (lambda: nn.AttentionPool(0), ValueError, "in_dim must be at least 1; got 0"),
+        (lambda: nn.AttentionPool(6.0), TypeError, "in_dim must be an int; got float"),
+        (lambda: nn.AttentionPool(6, 0), ValueError, "hidden_dim must be at least 1; got 0"),
+        (lambda: nn.AttentionPool(6, heads=-1), ValueError, "heads must be at least 1; got -1"),
+        (lambda: nn.AttentionPool(6, activation="selu"), ValueError, "activation must be one of tanh.*got 'selu'"),
+        (lambda: nn.AttentionPool(6, dropout=1.5), ValueError, "dropout must be between 0 and 1; got 1.5"),
+        (lambda: nn.AttentionPool(6, dropout=NAN), ValueError, "dropout must be between 0 and 1; got nan"),
+        (lambda: nn.AttentionPool(6, dropout="0.1"), TypeError, "dropout must be a number; got str"),
+        (lambda: nn.DSMIL(6, 0), ValueError, "num_classes must be at least 1; got 0"),
+        (lambda: nn.DSMIL(6, query_dim=0), ValueError, "query_dim must be at least 1; got 0"),
+        (lambda: nn.DSMIL(6, value="tanh"), ValueError, "value must be one of None, linear, relu; got 'tanh'"),
+        (lambda: nn.DSMIL(6, value="relu", value_dim=0), ValueError, "value_dim must be at least 1; got 0"),
+        (lambda: nn.DSMIL(6, value_dim=4), ValueError, "need a value; got 4"),
+        (lambda: nn.DSMIL(6, value_dropout=0.2), ValueError, "need a value; got None, 0.2"),
+        (lambda: nn.DSMIL(6, value="relu", value_dropout=-0.1), ValueError, "value_dropout must be.*got -0.1"),
+        (lambda: nn.DSMIL(6, scale="1"), TypeError, "scale must be a number; got str"),
+        (lambda: nn.LossAttention(6, 0), ValueError, "num_classes must be at least 1; got 0"),
+        (lambda: nn.ABMIL(6, 0), ValueError, "num_classes must be at least 1; got 0"),
+        (lambda: nn.ABMIL(6, 2, 0), ValueError, "embed_dim must be at least 1; got 0"),
+        (lambda: nn.ABMIL(0, 2), ValueError, "in_dim must be at least 1; got 0"),
+        (lambda: nn.ABMIL(6, 2, dropout=2), ValueError, "dropout must be between 0 and 1; got 2"),
+        (lambda: nn.DSMILModel(6, 2, lambda_=1.1), ValueError, "lambda_ must be between 0 and 1; got 1.1"),
+        (lambda: nn.DSMILModel(6, 2, dropout=0.1), ValueError, "needs embed_dim; got 0.1"),
+        (lambda: nn.DSMILModel(6, 2, values="relu"), TypeError, "values"),
+        (lambda: nn.LossAttentionModel(6, 2, (8, 0)), ValueError, "hidden_dims must be at least 1; got 0"),
+        (lambda: nn.LossAttentionModel(6, 2, (), dropout=0.1), ValueError, "needs hidden_dims; got 0.1"),
+    ],
+)
+def test_constructors_refuse(make_module, error, match):
+    with pytest.raises(error, match=match):
+        make_module()
+
+
+@every_module
+def test_forward_refuses_what_is_not_bags(name):
+    module, bags = make(name), make_bags()
+    if name == "softmax":
+        module = lambda x, *rest: nn.SoftmaxPool()(x, torch.zeros(N, K), *rest)  # noqa: E731
+    x, offsets = bags.values, bags.offsets
+    padded, mask = bags.to_padded()
+    for args, error, match in [
+        ((list(bags),), TypeError, "x must be a tensor or Bags; got list; .*Bags.from_list"),
+        ((x.numpy(),), TypeError, "x must be a tensor or Bags; got ndarray"),
+        ((bags, offsets), ValueError, r"offsets and mask must be None beside Bags.*got \['Tensor', None\]"),
+        ((bags, None, mask.flatten()), ValueError, r"offsets and mask must be None.*got \[None, 'Tensor'\]"),
+        ((bags.to_nested(), offsets), ValueError, "offsets and mask must be None beside Bags or a nested"),
+        ((padded, offsets, mask), ValueError, "offsets must be None beside a padded batch; got Tensor"),
+        ((padded, None, mask[:, 1:]), ValueError, "mask must begin with dimensions"),
+        ((x, offsets, mask), ValueError, "mask"),
+        ((x[0],), ValueError, r"x must have 2 dimensions; got shape \(6,\)"),
+        ((x.long(), offsets), TypeError, "x must be float16.*got torch.int64"),
+        ((x, offsets + 1), ValueError, "offsets must start at 0; got 1"),
+    ]:
+        with pytest.raises(error, match=match):
+            module(*args)
+
+
+@pytest.mark.parametrize("name", [n for n in MAKERS if n not in ("softmax", "mean", "max")])
+def test_forward_refuses_another_width(name):
+    with pytest.raises(ValueError, match=r"x must have in_dim=6 features; got shape \(12, 5\)"):
+        make(name)(make_bags().values[:, 1:])
+
+
+def test_softmax_pool_refuses_scores_that_do_not_fit():
+    pool, bags = nn.SoftmaxPool(), make_bags()
+    padded, mask = bags.to_padded()
+    scores = torch.zeros(N, K)
+    for args, error, match in [
+        ((bags, scores[1:]), ValueError, r"scores must be \[12, any\]; got shape \(11, 2\)"),
+        ((bags, [1.0]), TypeError, "scores must be a tensor; got list"),
+        ((bags, scores[None]), ValueError, r"scores must be \[N, K\], or begin with.*got shape \(1, 12, 2\)"),
+        ((bags.values, scores[None]), ValueError, r"scores must be \[N, K\], or begin with"),
+        ((padded, torch.zeros(B, 6, K), None, mask), ValueError, r"scores must be \[N, K\].*got shape \(4, 6, 2\)"),
+        ((bags, bags.to_nested()), ValueError, "got a nested tensor"),
+    ]:
+        with pytest.raises(error, match=match):
+            pool(*args)
+
+
+def test_the_examples_run():
+    results = doctest.testmod(nn)
+    assert results.attempted > 5 and results.failed == 0
