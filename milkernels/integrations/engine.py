@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from milkernels.integrations import proof
-from milkernels.integrations.layers import Unfusable, check_global_hooks, original_class, refuse
+from milkernels.integrations.layers import Unfusable, check_global_hooks, check_tensors, original_class, refuse
 
 
 class Structure:
@@ -75,6 +75,7 @@ def _fused_method(structure: Structure, name: str, original: Callable) -> Callab
     def method(self, *args, **kwargs):
         try:
             check_global_hooks()
+            check_tensors(*args, *kwargs.values())
             parts = structure.parts(self)
         except Unfusable:
             return original(self, *args, **kwargs)
@@ -99,7 +100,7 @@ def _settling_method(candidates: tuple[Structure, ...], original: Callable) -> C
 
 def _reduce_ex(self, protocol):
     """Copied and pickled by its original class and the names of structures: the subclass can not be imported."""
-    rebuild, arguments, *rest = super(type(self), self).__reduce_ex__(max(protocol, 2))
+    rebuild, arguments, *rest = original_class(self).__reduce_ex__(self, max(protocol, 2))
     if rebuild is not copyreg.__newobj__:
         raise TypeError(f"{type(self).__name__} is pickled in its own way, which does not keep the fused methods")
     names = tuple(s.name for s in type(self)._milkernels_candidates)
@@ -149,7 +150,7 @@ def settle(module: nn.Module, candidates: Iterable[Structure]) -> str | None:
 
 def wait(module: nn.Module, candidates: Iterable[Structure]) -> None:
     """Has the module settled after the first call that initialised its parameters."""
-    module.__class__ = _subclass(type(module), tuple(candidates), True)
+    module.__class__ = _subclass(original_class(module), tuple(candidates), True)
 
 
 def undo(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _globals
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from milkernels import functional as F
 from milkernels import reference
@@ -45,6 +46,13 @@ def check_global_hooks() -> None:
         refuse("hooks for all modules are registered")
 
 
+def check_tensors(*values: Any) -> None:
+    """None of them is a tensor around others: sharded, quantized, nested."""
+    for value in values:
+        if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
+            refuse(f"there is a tensor of type {type(value).__name__}")
+
+
 def exactly(name: str, module: nn.Module, *types: type) -> None:
     """Of one of these types, no subclass: parametrizations, quantized layers and adapters are subclasses or others."""
     if original_class(module) not in types:
@@ -57,6 +65,7 @@ def linear(name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
     exactly(name, module, nn.Linear)
     if "weight" not in module._parameters or "bias" not in module._parameters:
         refuse(f"{name} has a weight that is computed")
+    check_tensors(module.weight)
     return module.weight, module.bias
 
 

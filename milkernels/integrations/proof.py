@@ -51,13 +51,15 @@ def difference(module: nn.Module, structure: Any) -> str | None:
     if parameter is None or parameter.is_meta:
         refuse("it has no floating parameters with values")
     devices = [parameter.device] if parameter.is_cuda else []
+    has_float64 = parameter.device.type in ("cpu", "cuda")
     with torch.random.fork_rng(devices), torch.no_grad(), _eval(module), _without(module, structure.opaque):
         try:
-            wide = copy.deepcopy(module).double()
+            wide = copy.deepcopy(module).to(parameter.device if has_float64 else "cpu", torch.float64)
         except Exception as error:
             refuse(f"it cannot be copied: {_line(error)}")
         for subject, values in ((module, False), (wide, True)):
-            inputs = Inputs(torch.float64 if values else parameter.dtype, parameter.device)
+            first = next(p for p in subject.parameters() if p.is_floating_point())
+            inputs = Inputs(first.dtype, first.device)
             for example in structure.examples(subject, structure.parts(subject), inputs):
                 if found := _compare(subject, structure, example, values):
                     return found
