@@ -24,7 +24,7 @@ _EXAMPLES = """examples:
 """
 
 
-def _names(known: Sequence[str]):
+def names_among(known: Sequence[str]):
     def parse(text: str) -> list[str]:
         names = list(dict.fromkeys(filter(None, text.split(","))))
         unknown = [name for name in names if name not in known]
@@ -35,7 +35,7 @@ def _names(known: Sequence[str]):
     return parse
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1; got {value}")
@@ -43,7 +43,7 @@ def _positive(text: str) -> int:
 
 
 def _lengths(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
+    return tuple(positive(part) for part in text.split(","))
 
 
 def _default_dtypes() -> list[str]:
@@ -63,10 +63,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--op", choices=CASES, default="gated_attention_pool", metavar="OP", help=", ".join(CASES))
     shape = p.add_argument_group("shape")
-    shape.add_argument("--instances", type=_positive, default=100_000)
-    shape.add_argument("--dim", type=_positive, default=512)
-    shape.add_argument("--hidden", type=_positive, help="default: 128 for DSMIL, else 256")
-    shape.add_argument("--heads", type=_positive, help="or classes; default: 2 or 4 where the op has classes, else 1")
+    shape.add_argument("--instances", type=positive, default=100_000)
+    shape.add_argument("--dim", type=positive, default=512)
+    shape.add_argument("--hidden", type=positive, help="default: 128 for DSMIL, else 256")
+    shape.add_argument("--heads", type=positive, help="or classes; default: 2 or 4 where the op has classes, else 1")
     bags = shape.add_mutually_exclusive_group()
     bags.add_argument("--lengths", type=_lengths, help="of the bags: 100,200,...")
     bags.add_argument(
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("one", "even", "skewed", "small"),
         help="of the bags' lengths; small: 5 to 50 whatever --instances says",
     )
-    shape.add_argument("--bags", type=_positive, help="how many (even 32, skewed 32, small 512)")
+    shape.add_argument("--bags", type=positive, help="how many (even 32, skewed 32, small 512)")
     shape.add_argument("--padded", action="store_true", help="hand over a padded batch and its mask")
     shape.add_argument(
         "--features", default="relu", help=f"{' or '.join(FEATURES)}, or FILE.npz with features and offsets"
@@ -82,18 +82,18 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what is measured")
     what.add_argument(
         "--dtype",
-        type=_names(list(DTYPES)),
+        type=names_among(list(DTYPES)),
         default=_default_dtypes(),
         help="default: float32, and bfloat16 where PyTorch has fast products for it",
     )
-    what.add_argument("--mode", type=_names(MODES), default=["fwd", "step"], help=", ".join(MODES))
+    what.add_argument("--mode", type=names_among(MODES), default=["fwd", "step"], help=", ".join(MODES))
     what.add_argument("--backends", help="native, triton, reference; default: the one that serves the op")
     what.add_argument("--contenders", help=f"{', '.join(contenders.REGISTRY)}; default: eager, compile and peers")
     what.add_argument("--dropout", type=float, default=0.0)
     what.add_argument("--seed", type=int, default=0)
-    what.add_argument("--threads", type=_positive)
+    what.add_argument("--threads", type=positive)
     what.add_argument("--budget", type=float, default=40.0, help="seconds of timing in all (default 40)")
-    what.add_argument("--rounds", type=_positive, help="exactly so many, whatever they take")
+    what.add_argument("--rounds", type=positive, help="exactly so many, whatever they take")
     what.add_argument("--no-memory", action="store_true", help="do not measure memory")
     output = p.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="FILE")
@@ -134,12 +134,12 @@ def _contenders(arguments: argparse.Namespace, workload: Workload) -> list[str]:
     tiny = replace(workload, shape=replace(workload.shape, lengths=(2,) * bags), features=FEATURES[0])
     inputs = tiny.inputs(DTYPES[arguments.dtype[0]])
     if arguments.contenders:
-        names = known if arguments.contenders == "all" else _names(known)(arguments.contenders)
+        names = known if arguments.contenders == "all" else names_among(known)(arguments.contenders)
     else:
         names = contenders.default_contenders(case, inputs)
     if arguments.backends:
         ours = [name for name in known if contenders.REGISTRY[name].ours]
-        return list(dict.fromkeys([*names, *_names(ours)(arguments.backends)]))
+        return list(dict.fromkeys([*names, *names_among(ours)(arguments.backends)]))
     if any(contenders.REGISTRY[name].ours for name in names):
         return names
     return [*names, *contenders.default_backends(case, inputs)]

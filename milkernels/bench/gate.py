@@ -21,7 +21,7 @@ from milkernels.testing import (
 SLOW = 5.0  # seconds that one run for the gate may take
 # Of two equally good results of n numbers one has, once in a hundred draws, more than 2 * (1 + 8 / n) times the error
 # of the other (for n from 2 on): the luck of a few numbers, such as the gradient of a bias of two classes.
-_LUCK = 8
+LUCK = 8
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def judge(case: OpCase, stick: Yardstick, compute: Compute, inputs: Inputs, mode
     """
     reference = _for_mode(stick.reference, mode)
     promise = promise_from_errors(
-        _results(case, compute, stick.judged, mode), stick.eager_errors, reference, stick.dtype, _LUCK
+        _results(case, compute, stick.judged, mode), stick.eager_errors, reference, stick.dtype, LUCK
     )
     if stick.whole is None or not promise.ok or seconds > SLOW:
         return promise
@@ -122,7 +122,7 @@ def judge(case: OpCase, stick: Yardstick, compute: Compute, inputs: Inputs, mode
         name: stick.eager_errors[name] / max(sizes[name], math.ulp(0.0)) * float(_finite_norm(t))
         for name, t in whole.results.items()
     }
-    everywhere = promise_from_errors(_results(case, compute, inputs, mode), allowed, whole, stick.dtype, _LUCK)
+    everywhere = promise_from_errors(_results(case, compute, inputs, mode), allowed, whole, stick.dtype, LUCK)
     return promise if everywhere.ok else everywhere
 
 

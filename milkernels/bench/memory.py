@@ -98,7 +98,7 @@ def allocator_peak(call: Callable[[], object]) -> int | None:
     return highest if events else None
 
 
-def _release() -> None:
+def release() -> None:
     """Gives what the warm-up freed back to the system, or reusing it would not show."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # other C libraries have no malloc_trim
@@ -123,7 +123,7 @@ def _measure(spec: dict) -> dict[str, dict]:
         def call(compute=compute, its_inputs=its_inputs, mode=mode):
             return evaluate(compute, its_inputs, mode, case.primary)
 
-        _release()
+        release()
         with resident_peak() as peak:
             start = time.perf_counter()
             result = call()

@@ -115,14 +115,15 @@ class AttentionalAggregation(Structure):
 
     def parts(self, module: nn.Module) -> _Aggregation:
         network = module.gate_nn if module.gate_mlp is None else module.gate_mlp
-        layers = [m for m in network.modules() if hasattr(m, "weight") and m.weight is not None and m.weight.ndim == 2]
-        if not layers or layers[-1].weight.shape[0] != 1:
+        given = [m._parameters.get("weight") for m in network.modules()]  # nothing is computed, as parametrizations do
+        weights = [weight for weight in given if weight is not None and weight.ndim == 2]
+        if not weights or weights[-1].shape[0] != 1:
             refuse("its gate has not one score per instance")
         gate = None
         if module.gate_mlp is None:
             with contextlib.suppress(Unfusable):  # then it is called as it is
                 gate = scorer("gate_nn", network)
-        return _Aggregation(gate, layers[0].weight.shape[1])
+        return _Aggregation(gate, weights[0].shape[1])
 
     def forward(self, module, parts, x, index=None, ptr=None, dim_size=None, dim=-2):
         if x.ndim != 2 or dim not in (-2, 0) or (ptr is None and index is not None and not _is_sorted(index)):

@@ -53,6 +53,7 @@ def difference(module: nn.Module, structure: Any) -> str | None:
     devices = [parameter.device] if parameter.is_cuda else []
     has_float64 = parameter.device.type in ("cpu", "cuda")
     with torch.random.fork_rng(devices), torch.no_grad(), _eval(module), _without(module, structure.opaque):
+        structure.parts(module)  # why it cannot be fused says more than why it cannot be copied
         try:
             wide = copy.deepcopy(module).to(parameter.device if has_float64 else "cpu", torch.float64)
         except Exception as error:
