@@ -37,7 +37,7 @@ def accelerated(cls: type) -> Callable[..., None]:
         finally:
             _depth -= 1
         if _depth == 0:
-            done = milkernels.accelerate(self)
+            done = milkernels.accelerate(self, min_instances=0)
             constructed[cls.__name__] += 1
             changed[cls.__name__] += bool(done.changed or done.waiting)
 

@@ -291,8 +291,8 @@ def test_methods_that_a_wrapper_captured(inner, how, monkeypatch):
     case, ops = CASES["millab-wrapper"], counted(monkeypatch)
     wrapper, inputs = case.model(), case.draw(0)
     if inner:
-        milkernels.accelerate(wrapper.model)
-    report = milkernels.accelerate(wrapper)
+        milkernels.accelerate(wrapper.model, min_instances=0)
+    report = milkernels.accelerate(wrapper, min_instances=0)
     assert {entry.name for entry in report.changed} == {"model", "model.global_attn"}
     ours = wrapper if how is None else COPIES[how](wrapper)
     for name in ("plain", "features", "slide", "holes"):
@@ -315,7 +315,7 @@ def test_the_model_inside_a_wrapper_alone(monkeypatch):
     """The wrapper's forward is the model's, which finds the fused method of its instance."""
     case, ops = CASES["millab-wrapper"], counted(monkeypatch)
     wrapper = case.model()
-    milkernels.accelerate(wrapper.model)
+    milkernels.accelerate(wrapper.model, min_instances=0)
     ops.clear()
     wrapper(case.draw(0)["x"])
     assert ops == ["gated_attention_pool"]
@@ -334,16 +334,16 @@ LAZY = {
 def test_waiting_for_the_first_call(name, how, monkeypatch):
     make, expected = LAZY[name]
     model, ops, x = make(), counted(monkeypatch), torch.randn(3, 12, L)
-    report = milkernels.accelerate(model)
+    report = milkernels.accelerate(model, min_instances=0)
     assert {entry.name: entry.structure for entry in report.waiting} == expected
     assert not report.changed and not report.left and "waiting for a first call: " in str(report)
-    assert milkernels.accelerate(model) == report
+    assert milkernels.accelerate(model, min_instances=0) == report
     if how is not None:
         model = COPIES[how](model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         whole = model(x)
-    again = milkernels.accelerate(model)
+    again = milkernels.accelerate(model, min_instances=0)
     assert {entry.name: entry.structure for entry in again.changed} == expected and not again.waiting
     ops.clear()
     torch.testing.assert_close(model(x), whole)
@@ -355,13 +355,13 @@ def test_lazy_clam():
     """Its pooling is settled by any call, its loss by the first loss."""
     torch.manual_seed(0)
     model, x, labels = pad.ClamTorchmil(None, D, k_sample=3), torch.randn(3, 12, L), torch.tensor([0, 1, 1])
-    assert len(milkernels.accelerate(model).waiting) == 2
+    assert len(milkernels.accelerate(model, min_instances=0).waiting) == 2
     model(x)
-    copied = milkernels.accelerate(copy.deepcopy(model))
+    copied = milkernels.accelerate(copy.deepcopy(model), min_instances=0)
     assert len(copied.changed) == len(copied.waiting) == 1
     first = model.compute_loss(labels, x)[1]["InstLoss"]
     torch.testing.assert_close(model.compute_loss(labels, x)[1]["InstLoss"], first)
-    report = milkernels.accelerate(model)
+    report = milkernels.accelerate(model, min_instances=0)
     assert {entry.name for entry in report.changed} == {"", "pool"} and not report.waiting
 
 
@@ -373,7 +373,7 @@ class OtherLazyPool(pad.AttentionPool):
 
 def test_a_lazy_look_alike_is_left_alone():
     model, x = OtherLazyPool(None, D), torch.randn(3, 12, L)
-    assert milkernels.accelerate(model).waiting
+    assert milkernels.accelerate(model, min_instances=0).waiting
     with pytest.warns(UserWarning, match="OtherLazyPool was left alone: its forward returns other values"):
         first = model(x)
     assert type(model) is OtherLazyPool
@@ -384,7 +384,7 @@ def test_a_lazy_look_alike_is_left_alone():
 
 def test_restored_while_waiting():
     model = pad.AttentionPool(None, D)
-    milkernels.accelerate(model)
+    milkernels.accelerate(model, min_instances=0)
     assert milkernels.restore(model) == [""]
     assert type(model) is pad.AttentionPool
     model(torch.randn(1, 2, L))
@@ -431,7 +431,7 @@ def test_compiled_before_and_after(monkeypatch):
     model, x = case.model(), case.draw(0)["x"]
     compiled, graphs = torch.compile(model, backend=lambda graph, _: graphs.append(str(graph.code)) or graph), []
     expected = compiled(x)
-    milkernels.accelerate(model)
+    milkernels.accelerate(model, min_instances=0)
     torch.testing.assert_close(compiled(x), expected)
     milkernels.restore(model)
     torch.testing.assert_close(compiled(x), expected)

@@ -51,7 +51,7 @@ def state(model):
 @every_case
 def test_what_is_recognised(case, monkeypatch):
     model = case.model()
-    report = milkernels.accelerate(model)
+    report = milkernels.accelerate(model, min_instances=0)
     assert {entry.name: entry.structure for entry in report.changed} == case.changed
     assert not report.waiting
     for name in case.changed:
@@ -70,7 +70,7 @@ def test_nothing_else_changes(case, dtype):
         m.training = i % 3 == 0
     before, values = state(model), {name: t.clone() for name, t in model.state_dict().items()}
     classes, random = [type(m) for m in modules], torch.get_rng_state()
-    milkernels.accelerate(model)
+    milkernels.accelerate(model, min_instances=0)
     assert state(model) == before
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(t, values[name]) for name, t in model.state_dict().items())
@@ -92,7 +92,7 @@ def test_look_alikes_are_left_alone(name):
     torch.manual_seed(0)
     model = make().eval()
     before, cls, random = state(model), type(model), torch.get_rng_state()
-    report = milkernels.accelerate(model)
+    report = milkernels.accelerate(model, min_instances=0)
     assert type(model) is cls and state(model) == before and torch.equal(torch.get_rng_state(), random)
     (entry,) = (entry for entry in report.left if entry.name == "")
     assert re.search(reason, entry.remark), entry.remark
@@ -111,9 +111,9 @@ def test_look_alikes_are_left_alone(name):
 @every_case
 def test_twice_is_once(case):
     model = case.model()
-    first = milkernels.accelerate(model)
+    first = milkernels.accelerate(model, min_instances=0)
     classes = [type(m) for m in model.modules()]
-    second = milkernels.accelerate(model)
+    second = milkernels.accelerate(model, min_instances=0)
     assert second == first
     assert [type(m) for m in model.modules()] == classes
     assert sorted(milkernels.restore(model)) == sorted(case.changed)
@@ -125,7 +125,7 @@ def test_restored_is_as_it_was(case, monkeypatch):
     model, inputs, calls = case.model(), case.draw(0), counted(monkeypatch)
     classes = [type(m) for m in model.modules()]
     before = [results(*step(model, call, inputs)) for call in case.calls.values()]
-    milkernels.accelerate(model)
+    milkernels.accelerate(model, min_instances=0)
     calls.clear()
     milkernels.restore(model)
     after = [results(*step(model, call, inputs)) for call in case.calls.values()]
@@ -137,9 +137,9 @@ def test_restored_is_as_it_was(case, monkeypatch):
 def test_restored_may_be_accelerated_again(monkeypatch):
     case, calls = CASES["clam-sb"], counted(monkeypatch)
     model = case.model()
-    milkernels.accelerate(model)
+    milkernels.accelerate(model, min_instances=0)
     milkernels.restore(model)
-    assert len(milkernels.accelerate(model).changed) == 2
+    assert len(milkernels.accelerate(model, min_instances=0).changed) == 2
     calls.clear()
     same(model, case.model(), case.draw(0), case.calls["plain"])
     assert calls == ["gated_attention_pool"]
@@ -172,7 +172,7 @@ def test_a_whole_model(monkeypatch):
     torch.manual_seed(0)
     model, x = Ensemble().double().eval(), torch.randn(30, L, dtype=torch.float64).requires_grad_()
     original, calls = copy.deepcopy(model), counted(monkeypatch)
-    report = milkernels.accelerate(model)
+    report = milkernels.accelerate(model, min_instances=0)
     assert {entry.name for entry in report.changed} == {"first", "first.attention_net.3", "second"}
     assert [entry.name for entry in report.left] == ["other"]
     assert model.members["net"] is model.first.attention_net[-1]
@@ -194,7 +194,7 @@ def test_what_is_no_module():
 
 def test_nothing_to_recognise():
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
-    report = milkernels.accelerate(model)
+    report = milkernels.accelerate(model, min_instances=0)
     assert not (report.changed or report.left or report.waiting) and str(report) == "nothing was recognised"
     assert milkernels.restore(model) == [] and type(model) is nn.Sequential
 
@@ -204,9 +204,9 @@ def test_what_can_not_be_looked_into():
     case = CASES["hi-ml"]
     scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)))
     model = nn.ModuleDict({"scripted": scripted, "other": case.model()})
-    report = milkernels.accelerate(model)
+    report = milkernels.accelerate(model, min_instances=0)
     assert {entry.name for entry in report.changed} == {"other", "other.attention"} and not report.left
-    (entry,) = milkernels.accelerate(up.GatedPooling(L, D).to("meta")).left
+    (entry,) = milkernels.accelerate(up.GatedPooling(L, D).to("meta"), min_instances=0).left
     assert "no floating parameters with values" in entry.remark
 
 

@@ -39,7 +39,7 @@ class Report:
         return "\n".join(lines or ["nothing was recognised"])
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, *, min_instances: int | None = None) -> Report:
     """Swaps the methods of modules that are recognised by structure, in place, for fused ones.
 
     A module is swapped only if its own methods and the fused ones return the same, in type, shape, order and value, on
@@ -49,23 +49,31 @@ def accelerate(model: nn.Module) -> Report:
 
     Args:
         model: any module; the recognised ones among it and its submodules are changed.
+        min_instances: calls with fewer, and no mask, take the module's own methods, which are faster for a few
+            instances on a CPU.  None: 1000, and 8000 where gradients are recorded (DSMIL and Loss-Attention: 200 and
+            1000); 0 always takes the fused ones, as other devices and masked batches do.
 
     Returns:
         `Report`: what was changed, what waits for lazily built parameters, what was left alone and why.  Scores that
         are returned for padded rows are -inf, and weights 0.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or ``min_instances`` no int.
+        ValueError: ``min_instances`` is negative.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if min_instances is not None and not isinstance(min_instances, int):
+        raise TypeError(f"min_instances must be an int or None; got {type(min_instances).__name__}")
+    if min_instances is not None and min_instances < 0:
+        raise ValueError(f"min_instances must be at least 0; got {min_instances}")
     report = Report()
     for name, module, candidates in engine.candidates_among(STRUCTURES, model):
         kind, names = original_class(module).__name__, " or ".join(s.name for s in candidates)
         if engine.structure_of(module) is None and engine.is_lazy(module):
-            engine.wait(module, candidates)
+            engine.wait(module, candidates, min_instances)
             report.waiting.insert(0, Entry(name, kind, names, ""))
-        elif engine.structure_of(module) is None and (reason := engine.settle(module, candidates)):
+        elif reason := engine.settle(module, candidates, min_instances):
             report.left.insert(0, Entry(name, kind, names, reason))
         else:
             structure, reason = engine.structure_of(module), engine.training_reason(module)

@@ -42,6 +42,9 @@ class AttentionDeepMIL(Structure):
     methods = {"forward": ("x",)}
     opaque = ("feature_extractor_part1",)
 
+    def instances(self, x: Tensor) -> int:
+        return x.shape[1]
+
     def looks_like(self, module: nn.Module) -> bool:
         gated = has(module, "attention_V", "attention_U", "attention_w")
         network = gated or isinstance(getattr(module, "attention", None), nn.Sequential)

@@ -126,6 +126,7 @@ class TorchmilCLAM(Structure):
     name = "CLAM (torchmil)"
     methods = {"compute_loss": ("Y", "X", "mask")}
     opaque = ("feat_ext",)
+    few = (0, 0)
     note = "compute_loss keeps padding out of the instance losses, which the original lets in"
 
     def looks_like(self, module: nn.Module) -> bool:

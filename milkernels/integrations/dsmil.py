@@ -21,6 +21,7 @@ from milkernels.integrations.layers import (
 from milkernels.integrations.layers import original_class as class_of
 from milkernels.integrations.proof import Example, Inputs
 
+FEW = (200, 1000)  # linear queries gain from a few hundred on, MLP queries with gradients from some thousands
 PADDING = "padding can no longer be the critical instance, as it can in the original"
 
 
@@ -77,6 +78,7 @@ class BClassifier(Structure):
 
     name = "DSMIL, second stream"
     methods = {"forward": ("feats", "c")}
+    few = FEW
 
     def looks_like(self, module: nn.Module) -> bool:
         return has(module, "q", "v", "fcc") and not has(module, "norm")
@@ -103,7 +105,11 @@ class MILNet(Structure):
 
     name = "DSMIL, both streams"
     methods = {"forward": ("x",)}
+    few = FEW
     opaque = ("i_classifier.feature_extractor",)
+
+    def instances(self, x: Tensor) -> int:
+        return x.shape[0]
 
     def looks_like(self, module: nn.Module) -> bool:
         return list(module._modules) == ["i_classifier", "b_classifier"]
@@ -145,6 +151,7 @@ class TorchmilDSMIL(Structure):
 
     name = "DSMIL (torchmil)"
     methods = {"forward": ("X", "mask", "return_att", "return_inst_pred")}
+    few = FEW
     opaque = ("feat_ext",)
     note = PADDING
 
@@ -181,6 +188,7 @@ class MILLabBClassifier(Structure):
 
     name = "DSMIL, second stream (MIL-Lab)"
     methods = {"forward": ("h", "c", "attn_mask")}
+    few = FEW
     note = PADDING
 
     def looks_like(self, module: nn.Module) -> bool:
@@ -208,6 +216,7 @@ class MILLabDSMIL(Structure):
 
     name = "DSMIL, both streams (MIL-Lab)"
     methods = {"forward_features": ("h", "attn_mask", "return_attention")}
+    few = FEW
     opaque = ("patch_embed",)
     note = PADDING
 

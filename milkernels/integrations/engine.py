@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from milkernels.integrations import proof
 from milkernels.integrations.layers import Unfusable, check_global_hooks, check_tensors, original_class, refuse
+from milkernels.reference import autocast_dtype
+
+_MASKS = ("mask", "attn_mask", "lens")  # arguments that say what is padding
 
 
 class Structure:
@@ -32,6 +35,7 @@ class Structure:
     methods: ClassVar[dict[str, tuple[str, ...]]]  # each replaced method, and the arguments it must take
     opaque: ClassVar[tuple[str, ...]] = ()  # submodules that are called as they are: nothing is asked of them
     note: ClassVar[str] = ""  # where what is returned differs from the original on purpose
+    few: ClassVar[tuple[int, int]] = (1000, 8000)  # instances below which eager is faster: in a forward, with gradients
 
     def looks_like(self, module: nn.Module) -> bool:
         """Whether attributes and types suggest this structure; proven nothing yet."""
@@ -40,6 +44,10 @@ class Structure:
     def parts(self, module: nn.Module) -> Any:
         """The parameters and options of what is fused away.  Raises ``Unfusable`` where they cannot be had."""
         raise NotImplementedError
+
+    def instances(self, x: Tensor) -> int:
+        """How many there are in the first argument of a fused method."""
+        return x.shape[:-1].numel()
 
     def examples(self, module: nn.Module, parts: Any, inputs: proof.Inputs) -> Iterable[proof.Example]:
         """Calls that, between them, use everything the fused methods do."""
@@ -59,6 +67,11 @@ def structure_of(module: nn.Module) -> Structure | None:
     return getattr(type(module), "_milkernels_structure", None)
 
 
+def _is_ours(module: nn.Module) -> bool:
+    """Whether its class is one that was made here, and not one made of such a class."""
+    return "_milkernels_original" in vars(type(module))
+
+
 def is_waiting(module: nn.Module) -> bool:
     """Whether it will be checked at the first call that initialises its parameters."""
     return getattr(type(module), "_milkernels_waiting", False)
@@ -68,11 +81,27 @@ def is_lazy(module: nn.Module) -> bool:
     return any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters())
 
 
+def _are_few(structure: Structure, name: str, module: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether the original is faster and does the same: few instances, all real, on a CPU, in a type that it takes."""
+    minimum, takes = type(module)._milkernels_minimum, structure.methods[name]
+    given = dict(zip(takes, args, strict=False)) | kwargs
+    x = given.get(takes[0])
+    if minimum == 0 or torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.device.type != "cpu":
+        return False
+    if any(given.get(mask) is not None for mask in _MASKS):
+        return False
+    if autocast_dtype(x) is None and x.dtype != next(module.parameters()).dtype:
+        return False
+    return structure.instances(x) < (structure.few[torch.is_grad_enabled()] if minimum is None else minimum)
+
+
 def _fused_method(structure: Structure, name: str, original: Callable) -> Callable:
     fused = getattr(structure, name)
 
     @functools.wraps(original)
     def method(self, *args, **kwargs):
+        if _are_few(structure, name, self, args, kwargs):
+            return original(self, *args, **kwargs)
         try:
             check_global_hooks()
             check_tensors(*args, *kwargs.values())
@@ -90,7 +119,7 @@ def _settling_method(candidates: tuple[Structure, ...], original: Callable) -> C
     def method(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
         if is_waiting(self) and not torch.compiler.is_compiling() and not is_lazy(self):
-            reason = settle(self, candidates)
+            reason = settle(self, candidates, type(self)._milkernels_minimum)
             if reason is not None:
                 warnings.warn(f"milkernels: {original_class(self).__name__} was left alone: {reason}", stacklevel=2)
         return result
@@ -104,19 +133,22 @@ def _reduce_ex(self, protocol):
     if rebuild is not copyreg.__newobj__:
         raise TypeError(f"{type(self).__name__} is pickled in its own way, which does not keep the fused methods")
     names = tuple(s.name for s in type(self)._milkernels_candidates)
-    return (_rebuild, (original_class(self), names, is_waiting(self), *arguments[1:]), *rest)
+    how = (names, type(self)._milkernels_minimum, is_waiting(self))
+    return (_rebuild, (original_class(self), *how, *arguments[1:]), *rest)
 
 
-def _rebuild(original: type, names: tuple[str, ...], waiting: bool, *arguments) -> nn.Module:
+def _rebuild(original: type, names: tuple[str, ...], minimum: int | None, waiting: bool, *arguments) -> nn.Module:
     from milkernels.integrations.structures import STRUCTURES
 
-    cls = _subclass(original, tuple(s for name in names for s in STRUCTURES if s.name == name), waiting)
+    candidates = tuple(s for name in names for s in STRUCTURES if s.name == name)
+    cls = _subclass(original, candidates, minimum, waiting)
     return cls.__new__(cls, *arguments)
 
 
 @functools.cache  # one class for all instances, so that what torch.compile made serves them all
-def _subclass(original: type, candidates: tuple[Structure, ...], waiting: bool) -> type:
+def _subclass(original: type, candidates: tuple[Structure, ...], minimum: int | None, waiting: bool) -> type:
     made = {"_milkernels_original": original, "_milkernels_candidates": candidates, "__reduce_ex__": _reduce_ex}
+    made["_milkernels_minimum"] = minimum  # instances; None: the structure's own
     made |= {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     if waiting:
         made["_milkernels_waiting"] = True
@@ -134,30 +166,36 @@ def _subclass(original: type, candidates: tuple[Structure, ...], waiting: bool) 
 # Swapping
 
 
-def settle(module: nn.Module, candidates: Iterable[Structure]) -> str | None:
+def settle(module: nn.Module, candidates: Iterable[Structure], minimum: int | None) -> str | None:
     """Fuses the module by the first of the structures that proves right; None, or why none did."""
-    original = original_class(module)
+    original, fused = original_class(module), structure_of(module)
+    if fused is not None and not _is_ours(module):  # made of ours, by a parametrization say
+        return None
+    if fused is not None:
+        module.__class__ = _subclass(original, (fused,), minimum, False)
+        return None
     module.__class__ = original
     reasons = []
     for structure in candidates:
         reason = _why_not(module, structure)
         if reason is None:
-            module.__class__ = _subclass(original, (structure,), False)
+            module.__class__ = _subclass(original, (structure,), minimum, False)
             return None
         reasons.append(reason)
     return "; or ".join(dict.fromkeys(reasons))
 
 
-def wait(module: nn.Module, candidates: Iterable[Structure]) -> None:
+def wait(module: nn.Module, candidates: Iterable[Structure], minimum: int | None) -> None:
     """Has the module settled after the first call that initialised its parameters."""
-    module.__class__ = _subclass(original_class(module), tuple(candidates), True)
+    module.__class__ = _subclass(original_class(module), tuple(candidates), minimum, True)
 
 
 def undo(module: nn.Module) -> bool:
     """Whether there was anything to undo."""
-    fused = type(module) is not original_class(module)
+    if not _is_ours(module):
+        return False
     module.__class__ = original_class(module)
-    return fused
+    return True
 
 
 def _why_not(module: nn.Module, structure: Structure) -> str | None:

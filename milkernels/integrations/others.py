@@ -19,7 +19,11 @@ class LossAttention(Structure):
 
     name = "Loss-Attention"
     methods = {"forward": ("x", "flag")}
+    few = (200, 1000)
     opaque = ("feature_extractor_part1",)
+
+    def instances(self, x: Tensor) -> int:
+        return x.shape[1]
 
     def looks_like(self, module: nn.Module) -> bool:
         return has(module, "feature_extractor_part1", "feature_extractor_part2", "att_layer", "linear")
