@@ -2,6 +2,7 @@
 written.  The checkouts here are made by the tests; nothing of any project is in them."""
 
 import contextlib
+import importlib.util
 import json
 import sys
 import textwrap
@@ -121,7 +122,7 @@ def rows_of(result, **wanted):
     return [row for row in result["rows"] if all(row[key] == value for key, value in wanted.items())]
 
 
-# --- the command ----------------------------------------------------------------------------------------------------
+# The command
 
 
 def test_measures_and_reports(tmp_path, clam, accelerate, capsys):
@@ -209,7 +210,7 @@ def test_the_registry():
     assert {name for model in MODELS for name in model.workloads} == set(WORKLOADS)
 
 
-# --- checkouts ------------------------------------------------------------------------------------------------------
+# Checkouts
 
 
 def test_a_file_is_loaded_without_a_trace(tmp_path):
@@ -247,7 +248,7 @@ def test_a_package_that_is_not_there(tmp_path):
         Source(PROJECTS["torchmil"], str(tmp_path)).module("torchmil.models")
 
 
-# --- bags -----------------------------------------------------------------------------------------------------------
+# Bags
 
 
 def test_bags_of_every_workload():
@@ -288,7 +289,7 @@ def test_what_is_picked_stands_out():
             assert (picked == picked[0]).all() and values[2] - values[3] > 0.02 * scores.std()
 
 
-# --- comparing ------------------------------------------------------------------------------------------------------
+# Comparing
 
 
 def test_differences():
@@ -360,7 +361,7 @@ def test_results_of_one_side_only():
     assert not entry["ok"] and entry["reason"] == "only before"
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------
+# Memory
 
 
 def test_peaks_of_a_child_process(tmp_path, clam, accelerate, monkeypatch):
@@ -377,7 +378,7 @@ def test_peaks_of_a_child_process(tmp_path, clam, accelerate, monkeypatch):
     assert row["status"] == "ok" and row["after"]["memory_note"] == "exit status 1" and row["after"]["resident"] is None
 
 
-# --- the README -----------------------------------------------------------------------------------------------------
+# The README
 
 
 def test_figures_in_the_readme(tmp_path, clam, accelerate):
@@ -422,7 +423,7 @@ def test_the_digest_follows_the_integrations(tmp_path):
     assert readme.integrations_digest(tmp_path) != first is not None
 
 
-# --- torchmil's tests -----------------------------------------------------------------------------------------------
+# Torchmil's tests
 
 
 def test_the_outermost_constructor_accelerates(monkeypatch):
@@ -483,3 +484,13 @@ def test_torchmils_tests_run_in_a_process_of_their_own(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "3 of its tests passed, 1 failed, 0 skipped; models changed: ABMIL 0 of 1" in said and "test_it" in said
     assert "torchmil" not in sys.modules
+
+
+@pytest.mark.slow
+def test_torchmils_own_tests_pass_with_every_model_accelerated():
+    if importlib.util.find_spec("torchmil") is None:
+        pytest.skip("torchmil is not installed")
+    done = upstream.run_torchmil_tests(Source(PROJECTS["torchmil"], ""))
+    assert not done["failed"] and done["passed"] > 20
+    assert set(done["constructed"]) == {"ABMIL", "DSMIL", "CLAM_SB", "AttentionPool"}
+    assert done["changed"] == done["constructed"]

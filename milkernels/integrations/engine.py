@@ -220,15 +220,11 @@ def _check_method(module: nn.Module, name: str, arguments: tuple[str, ...]) -> N
 
 def training_reason(module: nn.Module) -> str | None:
     """Why the module's own methods would run in training, if so (dropout that no op has)."""
-    structure, modes = structure_of(module), [(m, m.training) for m in module.modules()]
     try:
-        module.train()
-        structure.parts(module)
+        with proof.mode(module, True):
+            structure_of(module).parts(module)
     except Unfusable as reason:
         return str(reason)
-    finally:
-        for m, mode in modes:
-            m.training = mode
     return None
 
 

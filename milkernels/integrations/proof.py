@@ -52,7 +52,7 @@ def difference(module: nn.Module, structure: Any) -> str | None:
         refuse("it has no floating parameters with values")
     devices = [parameter.device] if parameter.is_cuda else []
     has_float64 = parameter.device.type in ("cpu", "cuda")
-    with torch.random.fork_rng(devices), torch.no_grad(), _eval(module), _without(module, structure.opaque):
+    with torch.random.fork_rng(devices), torch.no_grad(), mode(module, False), _without(module, structure.opaque):
         structure.parts(module)  # why it cannot be fused says more than why it cannot be copied
         try:
             wide = copy.deepcopy(module).to(parameter.device if has_float64 else "cpu", torch.float64)
@@ -70,12 +70,12 @@ def difference(module: nn.Module, structure: Any) -> str | None:
 def _compare(module: nn.Module, structure: Any, example: Example, values: bool) -> str | None:
     name, args, kwargs, mask = example
     call = f"{name}({', '.join(kwargs)})" if kwargs else name
-    torch.manual_seed(0)
+    _seed(module)
     try:
         theirs = getattr(module, name)(*args, **kwargs)
     except Exception as error:
         return f"its {call} raised {_line(error)}"
-    torch.manual_seed(0)
+    _seed(module)
     try:
         ours = getattr(structure, name)(module, structure.parts(module), *args, **kwargs)
     except Unfusable:
@@ -86,6 +86,15 @@ def _compare(module: nn.Module, structure: Any, example: Example, values: bool) 
         return f"{call} is not fused"
     found = _differ(ours, theirs, mask, values)
     return found and f"its {call} returns {found}"
+
+
+def _seed(module: nn.Module) -> None:
+    """Of the generators that were put aside: ``torch.manual_seed`` would seed those of all devices."""
+    torch.default_generator.manual_seed(0)
+    parameter = next(module.parameters())
+    if parameter.is_cuda:
+        with torch.cuda.device(parameter.device):
+            torch.cuda.manual_seed(0)
 
 
 def _differ(ours: Any, theirs: Any, mask: Tensor | None, values: bool) -> str | None:
@@ -147,15 +156,16 @@ def _line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _eval(module: nn.Module) -> Iterator[None]:
+def mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """All of it in training or not; no method of its own that says so is called."""
     modes = [(m, m.training) for m in module.modules()]
     for m, _ in modes:
-        m.training = False
+        m.training = training
     try:
         yield
     finally:
-        for m, mode in modes:
-            m.training = mode
+        for m, was in modes:
+            m.training = was
 
 
 @contextlib.contextmanager
