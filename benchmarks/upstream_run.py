@@ -251,7 +251,7 @@ def _norm(t: Tensor) -> float:
 
 @contextlib.contextmanager
 def _summands(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """By the name of the gradient of each linear layer's bias: the absolute sum of its terms in a backward inside."""
+    """By the name of the gradient of each bias added to rows: the absolute sum of its terms in a backward inside."""
     sums: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -264,7 +264,8 @@ def _summands(module: nn.Module) -> Iterator[dict[str, Tensor]]:
 
         return forward
 
-    linear = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+    adding = (nn.Linear, nn.BatchNorm1d)
+    linear = {name: layer for name, layer in module.named_modules() if isinstance(layer, adding)}
     hooks = [layer.register_forward_hook(watch(f"gradient of {name}.bias")) for name, layer in linear.items()]
     try:
         yield sums

@@ -5,6 +5,7 @@ code of the others by Triton's interpreter.
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -18,6 +19,8 @@ from pathlib import Path
 import op_cases
 import pytest
 import torch
+import upstream_models as up
+import upstream_padded as pad
 from op_cases import CASES, PLAIN, close, offsets_of, same_bits, step
 
 import milkernels
@@ -279,6 +282,33 @@ def test_autocast(case, device):
             assert (a - b).norm() <= 0.05 * b.norm() + 1e-6, name
 
 
+THEIRS = {
+    "CLAM": (lambda: up.ClamSB(sizes=(37, 20, 12)), (70, 37), lambda out: out[0]),
+    "DSMIL": (lambda: up.MILNet(up.FCLayer(37, 2), up.BClassifier(37, 2, units=12)), (70, 37), lambda out: out[1]),
+    "torchmil": (lambda: pad.AttentionPool(37, 12, gated=True), (3, 21, 37), lambda out: out),
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_models_of_others(name, device):
+    """Proven on the device and run there: the numbers of the original in float64."""
+    build, size, primary = THEIRS[name]
+    torch.manual_seed(0)
+    model, x = build().eval(), torch.randn(size)
+    ours = copy.deepcopy(model).to(device)
+    with milkernels.use_backend("triton"):
+        assert milkernels.accelerate(ours, min_instances=0).changed
+        primary(ours(x.to(device))).sum().backward()
+        got = primary(ours(x.to(device)))
+    exact = model.double()
+    expected = primary(exact(x.double()))
+    expected.sum().backward()
+    assert (got.cpu() - expected).norm() <= 1e-4 * expected.norm()
+    for (key, p), q in zip(ours.named_parameters(), exact.parameters(), strict=True):
+        if q.grad is not None and q.grad.norm() > 1e-9:  # those of score biases are 0
+            assert (p.grad.cpu() - q.grad).norm() <= 1e-4 * q.grad.norm(), key
+
+
 def test_dropout_mask_is_the_cpus(device):
     """Where every unit has weight 1 and value 1, a score counts the kept units, so one flipped bit would show."""
     rows, units, seed, p = 300, 72, 2**63 - 5, 0.25
@@ -516,6 +546,8 @@ def test_the_code_of_these_tests(monkeypatch):
     test_error_promise(other, SINGLE, None, "cpu")
     test_autocast(CASES["dsmil"], "cpu")
     test_hardly_anything(other, (0, 0), "cpu")
+    for name in THEIRS:
+        test_models_of_others(name, "cpu")
     test_dropout_mask_is_the_cpus("cpu")
     test_same_bits_again(other, "cpu")
     compile_job("cpu", "softmax_pool", "bfloat16", "float32", SHORT, False)

@@ -95,7 +95,7 @@ def accelerate(monkeypatch):
     """Has `accelerate` do something to a model, and report ``changed``."""
 
     def have(does=lambda model: None, changed=("the whole of it",)):
-        def stand_in(model):
+        def stand_in(model, min_instances):
             does(model)
             return SimpleNamespace(changed=list(changed), left=["attention: a hook"])
 
@@ -399,6 +399,10 @@ def test_figures_in_the_readme(tmp_path, clam, accelerate):
     report.write(result | {"sources": None, "integrations": None}, path)  # of the folder, which has none
     assert "stale" not in readme.upstream_figures(tmp_path)
     assert "CLAM" not in readme.figures(tmp_path)
+    later = {"rows": [row | {"ratio": 9.0}], "date": "9999", "sources": None, "integrations": None}
+    report.write(result | later, path.with_name("upstream-again.json"))
+    text = readme.upstream_figures(tmp_path)
+    assert "| 9.00 |" in text and "| 4.00 |" not in text and "| step | FAIL |" in text  # the newest of each row
 
 
 def test_the_readme_takes_the_figures_where_it_has_a_place_for_them(tmp_path, monkeypatch):
@@ -429,7 +433,7 @@ def test_the_digest_follows_the_integrations(tmp_path):
 def test_the_outermost_constructor_accelerates(monkeypatch):
     seen = []
 
-    def stand_in(model):
+    def stand_in(model, min_instances):
         seen.append((type(model).__name__, hasattr(model, "ready")))
         return SimpleNamespace(changed=["it"], waiting=[], left=[])
 

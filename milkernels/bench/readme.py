@@ -162,6 +162,15 @@ def _upstream_cells(row: dict, stale: str) -> list[str]:
     ]
 
 
+def _keep_newest(results: list[dict]) -> None:
+    """Drops rows that a later run measured again."""
+    seen = set()
+    for result in sorted(results, key=lambda result: result["date"], reverse=True):
+        keys = [(r["project"], r["model"], json.dumps(r["workload"]), r["dtype"], r["mode"]) for r in result["rows"]]
+        result["rows"] = [row for key, row in zip(keys, result["rows"], strict=True) if key not in seen]
+        seen.update(keys)
+
+
 def upstream_figures(root: Path = report.ROOT) -> str:
     """The Markdown of other projects' models before and after `accelerate`: one table for each kind of machine."""
     now = (report.source_digest(root), integrations_digest(root))
@@ -171,6 +180,7 @@ def upstream_figures(root: Path = report.ROOT) -> str:
         machines.setdefault(_machine(result["machine"]), []).append(result)
     parts = []
     for name, results in machines.items():
+        _keep_newest(results)
         lines = [list(_UPSTREAM_HEADER), ["---"] * len(_UPSTREAM_HEADER)]
         for result in results:
             stale = "" if (result["sources"], result["integrations"]) == now else " (stale)"
