@@ -95,7 +95,7 @@ def accelerate(monkeypatch):
     """Has `accelerate` do something to a model, and report ``changed``."""
 
     def have(does=lambda model: None, changed=("the whole of it",)):
-        def stand_in(model, min_instances):
+        def stand_in(model, min_instances=None):
             does(model)
             return SimpleNamespace(changed=list(changed), left=["attention: a hook"])
 
@@ -433,7 +433,7 @@ def test_the_digest_follows_the_integrations(tmp_path):
 def test_the_outermost_constructor_accelerates(monkeypatch):
     seen = []
 
-    def stand_in(model, min_instances):
+    def stand_in(model, min_instances=None):
         seen.append((type(model).__name__, hasattr(model, "ready")))
         return SimpleNamespace(changed=["it"], waiting=[], left=[])
 
