@@ -2,7 +2,7 @@
 
 from importlib import metadata
 
-from milkernels import nn
+from milkernels import nn as nn  # not in __all__: a star would put it over torch's
 from milkernels.backends import use_backend
 from milkernels.bags import Bags, collate_bags
 from milkernels.classical import generalized_mean_pool, isr_pool, log_sum_exp_pool, noisy_or_pool
@@ -72,7 +72,6 @@ __all__ = [
     "max_pool",
     "mean_pool",
     "merge_pooled",
-    "nn",
     "noisy_or_pool",
     "query_pool",
     "query_scores",
