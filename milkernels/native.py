@@ -6,6 +6,7 @@ judgement, so ``ATEN_CPU_CAPABILITY=default|avx2|avx512`` chooses here as it doe
 """
 
 import importlib
+import os
 from types import ModuleType
 
 import torch
@@ -23,18 +24,33 @@ OPS = frozenset(
 )
 
 
+def emulated() -> bool:
+    """Whether calls on CPU tensors run the CUDA kernels, on the host and slowly: so their numbers can be tested where
+    there is no GPU. Set ``MILKERNELS_EMULATE_CUDA=1`` before this package is imported."""
+    return os.environ.get("MILKERNELS_EMULATE_CUDA") == "1"
+
+
 def _load() -> tuple[ModuleType | None, str | None]:
     """The best extension module that was built and that this machine runs, or None and why not."""
+    if emulated():
+        return _imported("_C_emulated")
     order = list(_MODULES)
     capability = torch.backends.cpu.get_cpu_capability()
     candidates = order[order.index(capability) if capability in order else -1 :]
     error = None
     for name in candidates:
-        try:
-            return importlib.import_module(f"milkernels.{_MODULES[name]}"), None
-        except ImportError as failure:
-            error = error or str(failure)
-    return None, f"the compiled extension could not be imported ({error}); build it with `pip install .`"
+        module, failure = _imported(_MODULES[name])
+        if module is not None:
+            return module, None
+        error = error or failure
+    return None, error
+
+
+def _imported(name: str) -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module(f"milkernels.{name}"), None
+    except ImportError as failure:
+        return None, f"the compiled extension could not be imported ({failure}); build it with `pip install .`"
 
 
 _extension, _load_error = _load()

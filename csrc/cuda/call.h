@@ -1,0 +1,168 @@
+// The tensors of a call as kernels take them, checked; on the device of x, whose stream and memory are used. Nothing
+// here waits for the device or reads from it.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#ifndef MILKERNELS_EMULATED
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+#include <optional>
+
+#include "pool.h"
+
+// The dispatch key of the ops: kernels that are emulated run on tensors of the CPU.
+#ifdef MILKERNELS_EMULATED
+#define MILKERNELS_DEVICE_KEY CPU
+#else
+#define MILKERNELS_DEVICE_KEY CUDA
+#endif
+
+namespace milkernels {
+
+using at::ScalarType;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// f<T>() for the type of the rows, as kernels know it.
+template <typename F>
+decltype(auto) dispatch(ScalarType type, const F& f) {
+  switch (type) {
+    case at::kFloat: return f.template operator()<float>();
+    case at::kDouble: return f.template operator()<double>();
+    case at::kBFloat16: return f.template operator()<bfloat16>();
+    case at::kHalf: return f.template operator()<float16>();
+    default: TORCH_CHECK_TYPE(false, "x must be float16, bfloat16, float32 or float64; got ", type);
+  }
+}
+
+template <typename T>
+T* data(const Tensor& t) {
+  return t.defined() ? static_cast<T*>(t.data_ptr()) : nullptr;
+}
+// The same where it may be null: nobody needs it.
+template <typename T>
+T* data_if(bool need, const Tensor& t) {
+  return need ? data<T>(t) : nullptr;
+}
+
+constexpr int kMostChunks = 1 << 14;   // partial results of one bag are put together by one block
+constexpr int64_t kWholeRows = 16384;  // up to so many rows in all, and kWholeBag in a bag on average, a bag is one
+constexpr int64_t kWholeBag = 1024;    // block's: one launch for all of them
+
+inline int64_t chunk_rows(int64_t rows) { return rows <= 2048 ? 64 : 256; }
+
+class Call {
+ public:
+  Call(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask)
+      : x(rows_of(x)), acc(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat), rows(x.size(0)),
+        width(x.size(1)), guard_(x) {
+    TORCH_CHECK_VALUE(width > 0 && width <= (1 << 30), "x must have 1 to 2^30 columns; got ", x.sizes());
+    if (offsets) {
+      TORCH_CHECK_TYPE(offsets->scalar_type() == at::kInt || offsets->scalar_type() == at::kLong,
+                       "offsets must be int32 or int64; got ", offsets->scalar_type());
+      TORCH_CHECK_VALUE(here(*offsets) && offsets->dim() == 1 && offsets->size(0) >= 1,
+                        "offsets must be [bags + 1] on ", x.device(), "; got ", offsets->sizes(), " on ",
+                        offsets->device());
+      this->offsets = offsets->contiguous();
+      bags = offsets->size(0) - 1;
+    }
+    if (mask) {
+      TORCH_CHECK_VALUE(mask->scalar_type() == at::kBool && mask->dim() == 1 && mask->size(0) == rows && here(*mask),
+                        "mask must be bool [", rows, "]; got ", mask->scalar_type(), " ", mask->sizes());
+      this->mask = mask->contiguous();
+    }
+    TORCH_CHECK_VALUE(rows < (int64_t{1} << 40) && bags < (1 << 30), "too many rows or bags: ", rows, ", ", bags);
+    int64_t chunk = chunk_rows(rows);
+    while (rows > chunk * kMostChunks) chunk *= 2;
+    if (rows <= kWholeRows && rows <= kWholeBag * bags && bags > 1) {
+      while (chunk < rows) chunk *= 2;
+    }
+    for (shift = 0; (int64_t{1} << shift) < chunk;) ++shift;
+  }
+
+  Bags ragged() const {
+    return {data<void>(offsets), offsets.defined() && offsets.scalar_type() == at::kLong, static_cast<int>(bags), shift,
+            rows, data<bool>(mask)};
+  }
+  template <typename T>
+  Rows<T> typed() const {
+    return rows_at<T>(x);
+  }
+  // Rows of a tensor [., any] like x: a copy of part of it, or of another type.
+  template <typename T>
+  static Rows<T> rows_at(const Tensor& t) {
+    const int64_t stride = t.size(0) > 1 ? t.stride(0) : t.size(1), bytes = sizeof(T);
+    uint64_t all = reinterpret_cast<uint64_t>(t.data_ptr()) | static_cast<uint64_t>(stride * bytes) |
+                   static_cast<uint64_t>(t.size(1) * bytes) | 16;
+    int copy = 1;
+    while ((all & 1) == 0) all >>= 1, copy *= 2;
+    return {data<T>(t), stride, static_cast<int>(t.size(1)), copy};
+  }
+
+  bool here(const Tensor& t) const { return t.device() == x.device(); }
+  Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, x.options().dtype(acc)); }
+  // A gradient to fill, in the type of x or of accumulation; an empty tensor where nobody needs it.
+  Tensor grad_x(bool need) const { return need ? at::empty({rows, width}, x.options()) : at::empty({0}, x.options()); }
+  Tensor gradient(bool need, at::IntArrayRef sizes) const { return need ? empty(sizes) : empty({0}); }
+
+  // A tensor of these sizes, contiguous and in the accumulation type; undefined where it is absent.
+  Tensor take(const OptionalTensor& t, const char* name, at::IntArrayRef sizes) const {
+    if (!t) return {};
+    TORCH_CHECK_VALUE(here(*t) && t->sizes() == sizes, name, " must be ", sizes, " on ", x.device(), "; got ",
+                      t->sizes(), " on ", t->device());
+    return t->to(acc).contiguous();
+  }
+  // The same for indices of rows: int64; kernels pass over those that are none.
+  Tensor take_indices(const Tensor& t, const char* name, at::IntArrayRef sizes) const {
+    TORCH_CHECK_VALUE(here(t) && t.scalar_type() == at::kLong && t.sizes() == sizes, name, " must be int64 ", sizes,
+                      " on ", x.device(), "; got ", t.scalar_type(), " ", t.sizes(), " on ", t.device());
+    return t.contiguous();
+  }
+
+  // Workspace for partial results. Nothing, where each bag lies in one chunk.
+  template <typename A>
+  Partials<A> partials(int64_t heads, int64_t columns) {
+    const int64_t slots = ragged().whole() ? 0 : ragged().slots();
+    workspace_.push_back(empty({slots, heads, columns + 2}));
+    A* const at = data<A>(workspace_.back());
+    return {at, at + slots * heads, at + 2 * slots * heads};
+  }
+
+#ifdef MILKERNELS_EMULATED
+  static cudaStream_t stream() { return nullptr; }
+#else
+  static cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
+#endif
+
+  Tensor x;        // rows of consecutive numbers
+  ScalarType acc;  // of scores, sums and gradients
+  int64_t rows, width, bags = 1;
+  int shift = 0;
+  Tensor offsets, mask;
+
+ private:
+  static Tensor rows_of(const Tensor& x) {
+    TORCH_CHECK_VALUE(x.dim() == 2, "x must be [N, L]; got ", x.sizes());
+    const bool consecutive = x.size(1) == 1 || x.stride(1) == 1;
+    return consecutive && (x.size(0) <= 1 || x.stride(0) >= x.size(1)) ? x : x.contiguous();
+  }
+
+#ifdef MILKERNELS_EMULATED
+  struct Guard {
+    explicit Guard(const Tensor&) {}
+  } guard_;
+#else
+  struct Guard : c10::cuda::CUDAGuard {
+    explicit Guard(const Tensor& x) : CUDAGuard(x.device()) {}
+  } guard_;
+#endif
+  // PyTorch's own small products keep the types they are given while the call lasts.
+  c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
+  std::vector<Tensor> workspace_;
+};
+
+}  // namespace milkernels

@@ -1,0 +1,195 @@
+// A pipeline of tiles: rows of a segment on their way from memory to the multiprocessor, while earlier ones are used.
+#pragma once
+
+#include "ragged.h"
+
+namespace milkernels {
+
+constexpr int kStages = 3;     // of the pipeline: two tiles on their way while one is used
+constexpr int kTileRows = 32;  // at most: a lane for each
+constexpr int kThreads = 128;  // of a block
+constexpr int kTileBytes = 16 << 10;
+
+// Rows [row, row + count) in shared memory, `pitch` apart; masked rows, rows past the last and columns past the width
+// are 0.
+template <typename T>
+struct Tile {
+  const T* x;
+  int64_t row;
+  int count;
+  unsigned real;  // bit r: row r counts
+};
+
+// Numbers from one row to the next in shared memory: whole vectors.
+template <typename T>
+__host__ __device__ inline int tile_pitch(int width) {
+  return round_up(width, Vec<T>::kSize);
+}
+template <typename T>
+inline int tile_rows(int width) {
+  const int row = tile_pitch<T>(width) * static_cast<int>(sizeof(T));
+  return smaller(larger(kTileBytes / row / 4 * 4, 4), kTileRows);
+}
+template <typename T>
+inline int64_t pipeline_bytes(int width) {
+  return int64_t{kStages} * tile_rows<T>(width) * tile_pitch<T>(width) * static_cast<int64_t>(sizeof(T));
+}
+
+template <typename T>
+class Pipeline {
+ public:
+  // `stages` has pipeline_bytes; columns [0, width) of the rows of a segment, `tile` rows at a time.
+  __device__ Pipeline(T* stages, const Rows<T>& rows, const Bags& bags, Range range, int width, int tile)
+      : stages_(stages), rows_(rows), bags_(bags), range_(range), width_(width), tile_(tile),
+        pitch_(tile_pitch<T>(width)) {
+    // What no copy reaches.
+    const int rest = pitch_ - width_;
+    for (int i = static_cast<int>(threadIdx.x); i < kStages * tile_ * rest; i += static_cast<int>(blockDim.x)) {
+      stages_[i / rest * pitch_ + width_ + i % rest] = narrow<T>(0);
+    }
+    for (int t = 0; t < kStages - 1; ++t) load(t);
+  }
+
+  __device__ int count() const { return static_cast<int>(ceil_div(range_.size(), static_cast<int64_t>(tile_))); }
+
+  // The tile t, in order; all threads of the block ask for it, and are done with the one before.
+  __device__ Tile<T> next(int t) {
+    wait_for_copies<kStages - 2>();
+    __syncthreads();
+    load(t + kStages - 1);
+    const int64_t row = range_.begin + int64_t{t} * tile_;
+    const int count = static_cast<int>(smaller(static_cast<int64_t>(tile_), range_.end - row));
+    const int lane = lane_index();
+    const unsigned real = __ballot_sync(kAllLanes, lane < count && bags_.real(row + smaller(lane, count - 1)));
+    return {stages_ + t % kStages * tile_ * pitch_, row, count, real};
+  }
+
+ private:
+  template <int BYTES>
+  __device__ void copy(T* to, const T* from, bool used) const {
+    constexpr int kNumbers = BYTES / sizeof(T);
+    for (int c = lane_index() * kNumbers; c < width_; c += kWarp * kNumbers) copy_async<BYTES>(to + c, from + c, used);
+  }
+  // A row for each warp in turn. Every thread commits once, so that it knows what it waits for.
+  __device__ void load(int t) {
+    if (t < count()) {
+      T* const stage = stages_ + t % kStages * tile_ * pitch_;
+      for (int r = warp_index(); r < tile_; r += warp_count()) {
+        const int64_t row = range_.begin + int64_t{t} * tile_ + r;
+        const bool used = row < range_.end && bags_.real(row);
+        const T* const from = rows_.x + (used ? row : range_.begin) * rows_.stride;
+        T* const to = stage + r * pitch_;
+        if (rows_.copy == 16) copy<16>(to, from, used);
+        else if (rows_.copy == 8) copy<8>(to, from, used);
+        else if (sizeof(T) <= 4 && rows_.copy == 4) copy<4>(to, from, used);
+        else {
+          for (int c = lane_index(); c < width_; c += kWarp) to[c] = used ? from[c] : narrow<T>(0);
+        }
+      }
+    }
+    commit_copies();
+  }
+
+  T* const stages_;
+  const Rows<T> rows_;
+  const Bags& bags_;
+  const Range range_;
+  const int width_, tile_, pitch_;
+};
+
+// COUNT numbers from column c on, 0 past the width: of vectors in memory, which may lie anywhere.
+template <int COUNT, typename A>
+__device__ inline void load_columns(A (&to)[COUNT], const A* from, int c, int width) {
+  if (c + COUNT <= width && reinterpret_cast<uintptr_t>(from + c) % kVectorBytes == 0) {
+    constexpr int kStep = Vec<A>::kSize;
+    static_assert(COUNT % kStep == 0);
+#pragma unroll
+    for (int i = 0; i < COUNT; i += kStep) {
+      const Vec<A> v = *reinterpret_cast<const Vec<A>*>(from + c + i);
+#pragma unroll
+      for (int j = 0; j < kStep; ++j) to[i + j] = v.at[j];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) to[i] = c + i < width ? from[c + i] : A(0);
+  }
+}
+
+// The same to memory.
+template <int COUNT, typename T, typename A>
+__device__ inline void store_columns(T* to, const A (&from)[COUNT], int c, int width) {
+  constexpr int kStep = Vec<T>::kSize;
+  if (COUNT % kStep == 0 && c + COUNT <= width && reinterpret_cast<uintptr_t>(to + c) % kVectorBytes == 0) {
+#pragma unroll
+    for (int i = 0; i + kStep <= COUNT; i += kStep) {
+      Vec<T> v;
+#pragma unroll
+      for (int j = 0; j < kStep; ++j) v.at[j] = narrow<T>(from[i + j]);
+      *reinterpret_cast<Vec<T>*>(to + c + i) = v;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      if (c + i < width) to[c + i] = narrow<T>(from[i]);
+    }
+  }
+}
+
+// A vector of a tile, widened.
+template <typename T>
+__device__ inline void load_tile(acc_t<T> (&to)[Vec<T>::kSize], const T* from) {
+  const Vec<T> v = *reinterpret_cast<const Vec<T>*>(from);
+#pragma unroll
+  for (int i = 0; i < Vec<T>::kSize; ++i) to[i] = widen(v.at[i]);
+}
+
+constexpr int kRowsAtOnce = 4;  // of a warp's dot products
+
+// <row - centre, vector> of all rows of a tile (kTileRows or fewer, a multiple of 4) with `count` vectors [., width],
+// into out [rows, ld] in shared memory; centre (in shared memory) may be null. J vectors at a time.
+template <int J, typename T>
+__device__ inline void tile_products(const T* tile, int rows, int width, const acc_t<T>* vectors, int count,
+                                     const acc_t<T>* centre, acc_t<T>* out, int ld) {
+  using A = acc_t<T>;
+  constexpr int V = Vec<T>::kSize;
+  const int pitch = tile_pitch<T>(width), lane = lane_index();
+  for (int first = warp_index() * kRowsAtOnce; first < rows; first += warp_count() * kRowsAtOnce) {
+    for (int j0 = 0; j0 < count; j0 += J) {
+      A sum[kRowsAtOnce * J] = {};
+      for (int c = lane * V; c < pitch; c += kWarp * V) {
+        A x[kRowsAtOnce][V], base[V] = {};
+        if (centre != nullptr) load_columns(base, centre, c, pitch);
+#pragma unroll
+        for (int r = 0; r < kRowsAtOnce; ++r) {
+          load_tile<T>(x[r], tile + (first + r) * pitch + c);
+          if (centre != nullptr) {
+#pragma unroll
+            for (int i = 0; i < V; ++i) x[r][i] -= base[i];
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < J; ++j) {
+          A v[V];
+          load_columns(v, vectors + int64_t{smaller(j0 + j, count - 1)} * width, c, width);
+#pragma unroll
+          for (int r = 0; r < kRowsAtOnce; ++r) {
+#pragma unroll
+            for (int i = 0; i < V; ++i) sum[r * J + j] += x[r][i] * v[i];
+          }
+        }
+      }
+      const A total = warp_sums(sum);
+      const int r = lane / J, j = lane % J;
+      if (lane < kRowsAtOnce * J && j0 + j < count) out[(first + r) * ld + j0 + j] = total;
+    }
+  }
+}
+template <typename T>
+__device__ inline void tile_products(const T* tile, int rows, int width, const acc_t<T>* vectors, int count,
+                                     const acc_t<T>* centre, acc_t<T>* out, int ld) {
+  if (count == 1) tile_products<1>(tile, rows, width, vectors, count, centre, out, ld);
+  else if (count == 2) tile_products<2>(tile, rows, width, vectors, count, centre, out, ld);
+  else tile_products<4>(tile, rows, width, vectors, count, centre, out, ld);
+}
+
+}  // namespace milkernels
