@@ -39,6 +39,13 @@ decltype(auto) dispatch(ScalarType type, const F& f) {
   }
 }
 
+// f<A>() for the accumulation type.
+template <typename F>
+decltype(auto) dispatch_sums(ScalarType acc, const F& f) {
+  if (acc == at::kDouble) return f.template operator()<double>();
+  return f.template operator()<float>();
+}
+
 template <typename T>
 T* data(const Tensor& t) {
   return t.defined() ? static_cast<T*>(t.data_ptr()) : nullptr;
@@ -52,8 +59,6 @@ T* data_if(bool need, const Tensor& t) {
 constexpr int kMostChunks = 1 << 14;   // partial results of one bag are put together by one block
 constexpr int64_t kWholeRows = 16384;  // up to so many rows in all, and kWholeBag in a bag on average, a bag is one
 constexpr int64_t kWholeBag = 1024;    // block's: one launch for all of them
-
-inline int64_t chunk_rows(int64_t rows) { return rows <= 2048 ? 64 : 256; }
 
 class Call {
  public:
@@ -76,18 +81,21 @@ class Call {
       this->mask = mask->contiguous();
     }
     TORCH_CHECK_VALUE(rows < (int64_t{1} << 40) && bags < (1 << 30), "too many rows or bags: ", rows, ", ", bags);
-    int64_t chunk = chunk_rows(rows);
-    while (rows > chunk * kMostChunks) chunk *= 2;
+    chunk_shift_ = rows <= 2048 ? 6 : 8;
+    while (rows > int64_t{kMostChunks} << chunk_shift_) ++chunk_shift_;
+    shift = chunk_shift_;
     if (rows <= kWholeRows && rows <= kWholeBag * bags && bags > 1) {
-      while (chunk < rows) chunk *= 2;
+      while (int64_t{1} << shift < rows) ++shift;
     }
-    for (shift = 0; (int64_t{1} << shift) < chunk;) ++shift;
   }
 
   Bags ragged() const {
     return {data<void>(offsets), offsets.defined() && offsets.scalar_type() == at::kLong, static_cast<int>(bags), shift,
             rows, data<bool>(mask)};
   }
+  // All rows in one bag: for what is summed over all of them.
+  Bags one_bag() const { return {nullptr, true, 1, chunk_shift_, rows, data<bool>(mask)}; }
+  int64_t slots() const { return ragged().slots(); }
   template <typename T>
   Rows<T> typed() const {
     return rows_at<T>(x);
@@ -125,8 +133,8 @@ class Call {
 
   // Workspace for partial results. Nothing, where each bag lies in one chunk.
   template <typename A>
-  Partials<A> partials(int64_t heads, int64_t columns) {
-    const int64_t slots = ragged().whole() ? 0 : ragged().slots();
+  Partials<A> partials(const Bags& bags, int64_t heads, int64_t columns) {
+    const int64_t slots = bags.whole() ? 0 : bags.slots();
     workspace_.push_back(empty({slots, heads, columns + 2}));
     A* const at = data<A>(workspace_.back());
     return {at, at + slots * heads, at + 2 * slots * heads};
@@ -163,6 +171,7 @@ class Call {
   // PyTorch's own small products keep the types they are given while the call lasts.
   c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
   std::vector<Tensor> workspace_;
+  int chunk_shift_ = 0;
 };
 
 }  // namespace milkernels

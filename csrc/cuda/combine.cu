@@ -8,7 +8,8 @@ constexpr int kColumns = 32, kLanes = 8;  // of a block: so many threads share a
 
 template <typename A>
 __global__ void __launch_bounds__(kColumns * kLanes)
-    combine_kernel(Bags bags, int heads, int width, Merge merge, Partials<A> partials, A* out, A* lse) {
+    combine_kernel(Bags bags, int heads, int width, Merge merge, Partials<A> partials, A* out,
+                   A* out_total) {
   MILKERNELS_SHARED(memory);
   A* const parts = reinterpret_cast<A*>(memory);  // [2, kLanes, kColumns]
   A* const totals = parts + kLanes * kColumns;
@@ -46,17 +47,20 @@ __global__ void __launch_bounds__(kColumns * kLanes)
     total += totals[i * kColumns + lane_index()];
   }
   if (c < width) out[of_bag * width + c] = merge == Merge::kSum || total == 0 ? sum : sum / total;
-  if (lse != nullptr && blockIdx.y == 0 && lane_index() == 0) lse[of_bag] = log_sum_exp(SoftmaxState<A>{top, total});
+  if (out_total != nullptr && blockIdx.y == 0 && lane_index() == 0) {
+    out_total[of_bag] = merge == Merge::kSoftmax ? log_sum_exp(SoftmaxState<A>{top, total}) : total;
+  }
 }
 
 }  // namespace
 
 template <typename A>
-void combine(const Bags& bags, int heads, int width, Merge merge, const Partials<A>& partials, A* out, A* lse,
+void combine(const Bags& bags, int heads, int width, Merge merge, const Partials<A>& partials, A* out, A* total,
              cudaStream_t stream) {
+  if (bags.count == 0 || heads == 0) return;
   const dim3 grid(static_cast<unsigned>(int64_t{bags.count} * heads), ceil_div(width, kColumns));
   launch<combine_kernel<A>>(grid, kColumns * kLanes, 2 * kColumns * kLanes * sizeof(A), stream, bags, heads, width,
-                            merge, partials, out, lse);
+                            merge, partials, out, total);
 }
 
 template void combine(const Bags&, int, int, Merge, const Partials<float>&, float*, float*, cudaStream_t);

@@ -50,9 +50,35 @@ bool pool_forward(const PoolForward<T>& p, cudaStream_t stream);
 
 enum class Merge { kSoftmax, kSum, kMean };
 
-// The partial results of each bag, in the order of their slots: out [bags, heads, width]; lse [bags, heads] or null.
+// The partial results of each bag, in the order of their slots: out [bags, heads, width], and total [bags, heads] or
+// null: the lse of a softmax, else the sum of the partial totals.
 template <typename A>
-void combine(const Bags& bags, int heads, int width, Merge merge, const Partials<A>& partials, A* out, A* lse,
+void combine(const Bags& bags, int heads, int width, Merge merge, const Partials<A>& partials, A* out, A* total,
              cudaStream_t stream);
+
+template <typename T>
+struct PoolBackward {
+  using A = acc_t<T>;
+  Rows<T> rows;
+  Bags bags;
+  Scoring scoring;  // but kWeights
+  int heads;
+  Vectors<A> vectors;  // of kQuery, kClasses
+  const A *bag, *scores, *lse, *logits;  // of the forward; logits of kClasses
+  const A* normal;  // [slots, heads]: what sums over a bag's slots to sum_i exp(score - lse); not read where bags are whole
+  const A *grad_bag, *grad_scores, *grad_lse, *grad_logits;  // all but the first may be null
+  T* grad_x;                           // [rows, width] or null
+  A* grad_given;                       // [rows, heads] of kGiven or null
+  Partials<A> partials;                // of `vectors` heads
+  A *grad_vectors, *grad_shift;        // [bags, vectors, width] or null; [bags, vectors] of kClasses
+};
+
+// Whether a block has the shared memory for it.
+template <typename T>
+bool fits(const PoolBackward<T>& p);
+
+// The gradients of a pooling and of its scores in one read of the rows, where it fits.
+template <typename T>
+void pool_backward(const PoolBackward<T>& p, cudaStream_t stream);
 
 }  // namespace milkernels

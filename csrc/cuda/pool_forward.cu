@@ -121,9 +121,9 @@ struct Block {
         A sum[K][V];
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-          if (k0 + k >= heads) continue;
-          load_columns(sum[k], s.sum + (k0 + k) * pitch, c, pitch);
-          const A scale = s.scale[k0 + k];
+          // Past the last head that one is summed again, and not stored.
+          load_columns(sum[k], s.sum + smaller(k0 + k, heads - 1) * pitch, c, pitch);
+          const A scale = s.scale[smaller(k0 + k, heads - 1)];
 #pragma unroll
           for (int i = 0; i < V; ++i) sum[k][i] *= scale;
         }
@@ -133,11 +133,11 @@ struct Block {
           load_tile<T>(x, tile.x + r * pitch + c);
 #pragma unroll
           for (int k = 0; k < K; ++k) {
-            if (k0 + k >= heads) continue;
-            const A weight = s.weights[r * heads + k0 + k];
-            if (SCORING != Scoring::kWeights && weight < 0) continue;  // the same in all threads
+            const A weight = s.weights[r * heads + smaller(k0 + k, heads - 1)];
+            if (SCORING == Scoring::kWeights || !(weight < 0)) {  // the same in all threads
 #pragma unroll
-            for (int i = 0; i < V; ++i) sum[k][i] += weight * x[i];
+              for (int i = 0; i < V; ++i) sum[k][i] += weight * x[i];
+            }
           }
         }
 #pragma unroll
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kThreads) pool_kernel(PoolForward<T> p, Cut cu
     const Tile<T> tile = pipeline.next(t);
     if constexpr (scored(SCORING)) {
       if (tile.real != 0) {
-        tile_products(tile.x, cut.tile, columns, of_bag, vectors, static_cast<const A*>(nullptr), s.products, vectors);
+        tile_products(tile.x, cut.tile, columns, of_bag, vectors, static_cast<const A*>(nullptr), s.products);
         __syncthreads();
         if (p.vectors.shift != nullptr) {
           const A* const shift = p.vectors.shift + segment.bag * p.vectors.shift_of_bag + head;
@@ -239,6 +239,7 @@ bool make_cut(const PoolForward<T>& p, Cut& cut) {
 template <typename T>
 bool pool_forward(const PoolForward<T>& p, cudaStream_t stream) {
   Cut cut;
+  if (p.bags.count == 0) return true;
   if (!make_cut(p, cut)) return false;
   const dim3 grid(static_cast<unsigned>(p.bags.slots()), ceil_div(p.heads, cut.heads), ceil_div(p.rows.width, cut.columns));
   switch (p.scoring) {

@@ -1,52 +1,201 @@
-// Pooling whose cost is reading x, on a GPU: softmax_pool, query_pool, loss_attention_pool, weighted_pool, mean_pool.
+// Pooling whose cost is reading x, on a GPU: softmax_pool, query_pool and query_scores, loss_attention_pool,
+// weighted_pool, mean_pool.
 #include <torch/library.h>
 
 #include <tuple>
 
-#include "call.h"
+#include "pooling.h"
 
 namespace milkernels {
 namespace {
 
-struct Forward {
-  Tensor bag, scores, lse;
-  Forward(const Call& call, int64_t heads)
-      : bag(call.empty({call.bags, heads, call.width})), scores(call.empty({call.rows, heads})),
-        lse(call.empty({call.bags, heads})) {}
-
-  template <typename T>
-  PoolForward<T> arguments(Call& call, Scoring scoring) const {
-    using A = acc_t<T>;
-    PoolForward<T> p{};
-    p.rows = call.typed<T>();
-    p.bags = call.ragged();
-    p.scoring = scoring;
-    p.heads = static_cast<int>(scores.size(1));
-    p.scores = data<A>(scores);
-    p.partials = call.partials<A>(p.heads, call.width);
-    p.bag = data<A>(bag);
-    p.lse = data<A>(lse);
-    return p;
-  }
-};
+// --- softmax_pool
 
 std::tuple<Tensor, Tensor, Tensor> softmax_pool_fwd(const Tensor& x, const Tensor& given, const OptionalTensor& offsets,
                                                     const OptionalTensor& mask) {
   Call call(x, offsets, mask);
   TORCH_CHECK_VALUE(given.dim() == 2 && given.size(1) > 0, "scores must be [", call.rows, ", any]; got ",
                     given.sizes());
-  const Tensor scores = call.take(given, "scores", {call.rows, given.size(1)});
-  const Forward out(call, scores.size(1));
+  const Forward out(call, given.size(1));
+  out.pool_given(call, call.take(given, "scores", {call.rows, given.size(1)}));
+  return {out.bag, out.scores, out.lse};
+}
+
+std::tuple<Tensor, Tensor> softmax_pool_bwd(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask,
+                                            const Tensor& bag, const Tensor& scores, const Tensor& lse,
+                                            const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
+                                            const OptionalTensor& grad_lse, std::array<bool, 2> needs) {
+  Call call(x, offsets, mask);
+  const PooledTensors of(call, scores.size(1), call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
+  Tensor grad_x = call.grad_x(needs[0]), grad_given = call.gradient(needs[1], scores.sizes());
+  if (Backward{of, Scoring::kGiven, {}, {}, {}, grad_x, grad_given}.run(call)) return {grad_x, grad_given};
+  PoolGradients gradients(call, of, needs[0]);
+  gradients.add({call.x, 0, call.rows});
+  if (needs[0]) expand(call, grad_x, 0, gradients.term(), {});
+  return {grad_x, needs[1] ? gradients.scores : grad_given};
+}
+
+// --- query_pool, query_scores
+
+class QueryCall : public Call {
+ public:
+  QueryCall(const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
+            double scale)
+      : Call(x, offsets, mask) {
+    const bool per_bag = query.dim() == 3;
+    TORCH_CHECK_VALUE(per_bag || query.dim() == 2, "query must be 2-D or 3-D; got ", query.sizes());
+    heads = query.size(-2);
+    TORCH_CHECK_VALUE(heads > 0, "query must have at least one head; got ", query.sizes());
+    if (per_bag) scaled = take(query, "query", {bags, heads, width});
+    else scaled = take(query, "query", {heads, width});
+    if (scale != 1.) scaled = scaled * scale;
+  }
+  int64_t heads;
+  Tensor scaled;  // the query times the scale
+};
+
+std::tuple<Tensor, Tensor, Tensor> query_pool_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets,
+                                                  const OptionalTensor& mask, double scale) {
+  QueryCall call(x, query, offsets, mask, scale);
+  return pool_by_products(call, call.scaled, {});
+}
+
+Tensor query_scores_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
+                        double scale) {
+  const QueryCall call(x, query, offsets, mask, scale);
+  Tensor scores = call.empty({call.rows, call.heads});
+  products(call, {call.x, 0, call.rows}, call.scaled, {}, kDead, scores);
+  return scores;
+}
+
+std::tuple<Tensor, Tensor> query_bwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets,
+                                     const OptionalTensor& mask, const OptionalTensor& bag, const Tensor& scores,
+                                     const OptionalTensor& lse, double scale, const OptionalTensor& grad_bag,
+                                     const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
+                                     std::array<bool, 2> needs) {
+  QueryCall call(x, query, offsets, mask, scale);
+  const PooledTensors of(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
+  const Tensor grad_x = call.grad_x(needs[0]);
+  Tensor grad_query = pool_by_products_backward(call, of, call.scaled, grad_x, needs[1]);
+  if (!needs[1]) return {grad_x, call.empty({0})};
+  if (query.dim() == 2) grad_query = grad_query.sum(0);
+  return {grad_x, grad_query.mul_(scale).to(query.scalar_type())};
+}
+
+// --- loss_attention_pool
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_attention_pool_fwd(const Tensor& x, const Tensor& weight,
+                                                                   const OptionalTensor& bias,
+                                                                   const OptionalTensor& offsets,
+                                                                   const OptionalTensor& mask) {
+  ClassCall call(x, weight, bias, offsets, mask);
+  const Forward out(call, 1);
+  const Tensor logits = call.empty({call.rows, call.classes});
+  const bool done = dispatch(x.scalar_type(), [&]<typename T>() {
+    using A = acc_t<T>;
+    auto p = out.arguments<T>(call, Scoring::kClasses);
+    p.vectors = {data<A>(call.weight), static_cast<int>(call.classes), 0, data<A>(call.bias), 0};
+    p.products = data<A>(logits);
+    return pool_forward(p, call.stream());
+  });
+  if (!done) {
+    products(call, {call.x, 0, call.rows}, call.weight, call.bias, kDead, logits);
+    out.pool_given(call, logits.logsumexp(1, true));
+  }
+  return {out.bag, out.scores, out.lse, logits};
+}
+
+std::tuple<Tensor, Tensor, Tensor> loss_attention_pool_bwd(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
+    const OptionalTensor& mask, const Tensor& bag, const Tensor& scores, const Tensor& lse, const Tensor& logits,
+    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
+    const OptionalTensor& grad_logits, std::array<bool, 3> needs) {
+  ClassCall call(x, weight, bias, offsets, mask);
+  const PooledTensors of(call, 1, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
+  const Tensor l = call.take(logits, "logits", {call.rows, call.classes}),
+               g = call.take(grad_logits, "grad_logits", {call.rows, call.classes});
+  const bool sums = needs[1] || needs[2];
+  Tensor grad_x = call.grad_x(needs[0]), grad_weight = call.gradient(sums, {call.bags, call.classes, call.width}),
+         grad_bias = call.gradient(sums, {call.bags, call.classes});
+  if (Backward{of, Scoring::kClasses, call.weight, l, g, grad_x, {}, grad_weight, grad_bias}.run(call)) {
+    grad_weight = grad_weight.sum(0), grad_bias = grad_bias.sum(0);
+  } else {
+    PoolGradients gradients(call, of, needs[0]);
+    gradients.add({call.x, 0, call.rows});
+    Tensor of_logits = alive(gradients.scores * (l - of.scores).exp(), l);
+    if (g.defined()) of_logits.add_(alive(g, l));
+    if (needs[0]) expand(call, grad_x, 0, gradients.term(), {of_logits, call.weight});
+    if (needs[1]) grad_weight = weighted_sums(call, call.x, of_logits, true).squeeze(0);
+    grad_bias = of_logits.sum(0);
+  }
+  const auto own = [&](bool need, const Tensor& t, const Tensor& like) {
+    return need ? t.to(like.scalar_type()) : call.empty({0});
+  };
+  return {grad_x, own(needs[1], grad_weight, weight), own(needs[2], grad_bias, bias ? *bias : weight)};
+}
+
+// --- weighted_pool, mean_pool
+
+Tensor weighted_pool_fwd(const Tensor& x, const Tensor& weights, const OptionalTensor& offsets,
+                         const OptionalTensor& mask) {
+  Call call(x, offsets, mask);
+  TORCH_CHECK_VALUE(weights.dim() == 2, "weights must be [", call.rows, ", any]; got ", weights.sizes());
+  return weighted_sums(call, call.x, call.take(weights, "weights", {call.rows, weights.size(1)}));
+}
+
+std::tuple<Tensor, Tensor> weighted_pool_bwd(const Tensor& x, const Tensor& weights, const OptionalTensor& offsets,
+                                             const OptionalTensor& mask, const Tensor& grad_bag,
+                                             std::array<bool, 2> needs) {
+  const Call call(x, offsets, mask);
+  const Tensor w = call.take(weights, "weights", {call.rows, weights.size(1)}),
+               g = call.take(grad_bag, "grad_bag", {call.bags, weights.size(1), call.width});
+  Tensor grad_x = call.grad_x(needs[0]), grad_weights = call.gradient(needs[1], w.sizes());
+  if (needs[0]) expand(call, grad_x, 0, {w, g}, {});
+  if (needs[1]) products(call, {call.x, 0, call.rows}, g, {}, 0, grad_weights);
+  return {grad_x, grad_weights.to(weights.scalar_type())};
+}
+
+Tensor mean_pool_fwd(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask) {
+  Call call(x, offsets, mask);
+  Tensor bag = call.empty({call.bags, call.width});
   dispatch(x.scalar_type(), [&]<typename T>() {
-    auto p = out.arguments<T>(call, Scoring::kGiven);
-    p.given = data<const acc_t<T>>(scores);
+    using A = acc_t<T>;
+    PoolForward<T> p{};
+    p.rows = call.typed<T>();
+    p.bags = call.ragged();
+    p.scoring = Scoring::kWeights;
+    p.heads = 1;
+    p.mean = true;
+    p.partials = call.partials<A>(p.bags, 1, call.width);
+    p.bag = data<A>(bag);
     pool_forward(p, call.stream());
   });
-  return {out.bag, out.scores, out.lse};
+  return bag;
+}
+
+Tensor mean_pool_bwd(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask, const Tensor& grad_bag,
+                     std::array<bool, 1> needs) {
+  const Call call(x, offsets, mask);
+  Tensor grad_x = call.grad_x(needs[0]);
+  if (!needs[0]) return grad_x;
+  const Tensor ones = call.empty({call.rows, 1}).fill_(1), counts = sums_of_columns(call, ones).clamp_min_(1);
+  const Tensor of_rows = call.take(grad_bag, "grad_bag", {call.bags, call.width}) / counts;
+  expand(call, grad_x, 0, {ones, of_rows.unsqueeze(1)}, {});
+  return grad_x;
 }
 
 TORCH_LIBRARY_IMPL(milkernels, MILKERNELS_DEVICE_KEY, m) {
   m.impl("softmax_pool_fwd.native", softmax_pool_fwd);
+  m.impl("softmax_pool_bwd.native", softmax_pool_bwd);
+  m.impl("query_pool_fwd.native", query_pool_fwd);
+  m.impl("query_scores_fwd.native", query_scores_fwd);
+  m.impl("query_bwd.native", query_bwd);
+  m.impl("loss_attention_pool_fwd.native", loss_attention_pool_fwd);
+  m.impl("loss_attention_pool_bwd.native", loss_attention_pool_bwd);
+  m.impl("weighted_pool_fwd.native", weighted_pool_fwd);
+  m.impl("weighted_pool_bwd.native", weighted_pool_bwd);
+  m.impl("mean_pool_fwd.native", mean_pool_fwd);
+  m.impl("mean_pool_bwd.native", mean_pool_bwd);
 }
 
 }  // namespace

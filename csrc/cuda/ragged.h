@@ -38,6 +38,12 @@ struct Bags {
   __host__ __device__ bool whole() const { return (int64_t{1} << shift) >= rows; }
   int64_t slots() const { return whole() ? count : ceil_div(rows, chunk()) + count; }
 
+  // The slots that rows [first, first + count) may have a part in.
+  int64_t first_slot(int64_t first) const { return whole() ? 0 : first >> shift; }
+  int64_t slots_in(int64_t first, int64_t rows_in) const {
+    return whole() ? count : ((first + rows_in - 1) >> shift) - (first >> shift) + count;
+  }
+
   // Whatever the offsets say, no row outside x is touched.
   __device__ int64_t offset(int bag) const {
     const int64_t at = wide ? static_cast<const int64_t*>(offsets)[bag] : static_cast<const int32_t*>(offsets)[bag];

@@ -58,7 +58,8 @@ struct ScoreGradients {
 template <typename A>
 void score_gradients(const ScoreGradients<A>& p, cudaStream_t stream);
 
-// sum_i exp(score - lse) over each bag, 1 but for the rounding of lse: [bags, heads].
+// sum_i exp(score - lse) over each bag, 1 but for the rounding of lse: out [bags, heads]; null: only its parts, which
+// partials [slots, heads] gets.
 template <typename A>
 void softmax_normal(const Bags& bags, int heads, const A* scores, const A* lse, A* partials, A* out, cudaStream_t stream);
 

@@ -97,21 +97,21 @@ class Pipeline {
   const int width_, tile_, pitch_;
 };
 
-// COUNT numbers from column c on, 0 past the width: of vectors in memory, which may lie anywhere.
-template <int COUNT, typename A>
-__device__ inline void load_columns(A (&to)[COUNT], const A* from, int c, int width) {
+// COUNT numbers from column c on, 0 past the width: of rows or vectors in memory, which may lie anywhere.
+template <int COUNT, typename A, typename T>
+__device__ inline void load_columns(A (&to)[COUNT], const T* from, int c, int width) {
+  constexpr int kStep = Vec<T>::kSize;
+  static_assert(COUNT % kStep == 0);
   if (c + COUNT <= width && reinterpret_cast<uintptr_t>(from + c) % kVectorBytes == 0) {
-    constexpr int kStep = Vec<A>::kSize;
-    static_assert(COUNT % kStep == 0);
 #pragma unroll
     for (int i = 0; i < COUNT; i += kStep) {
-      const Vec<A> v = *reinterpret_cast<const Vec<A>*>(from + c + i);
+      const Vec<T> v = *reinterpret_cast<const Vec<T>*>(from + c + i);
 #pragma unroll
-      for (int j = 0; j < kStep; ++j) to[i + j] = v.at[j];
+      for (int j = 0; j < kStep; ++j) to[i + j] = widen(v.at[j]);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) to[i] = c + i < width ? from[c + i] : A(0);
+    for (int i = 0; i < COUNT; ++i) to[i] = c + i < width ? widen(from[c + i]) : A(0);
   }
 }
 
@@ -145,51 +145,64 @@ __device__ inline void load_tile(acc_t<T> (&to)[Vec<T>::kSize], const T* from) {
 
 constexpr int kRowsAtOnce = 4;  // of a warp's dot products
 
-// <row - centre, vector> of all rows of a tile (kTileRows or fewer, a multiple of 4) with `count` vectors [., width],
-// into out [rows, ld] in shared memory; centre (in shared memory) may be null. J vectors at a time.
-template <int J, typename T>
-__device__ inline void tile_products(const T* tile, int rows, int width, const acc_t<T>* vectors, int count,
-                                     const acc_t<T>* centre, acc_t<T>* out, int ld) {
+// <row - centre, vector> of kRowsAtOnce rows with J vectors [count, width] from j0 on (past the last: that one again):
+// of row r and vector j in lane r J + j. `load(r, c, x)` gives a vector of a row's columns; `centre` may be null.
+template <int J, typename T, typename Load>
+__device__ inline acc_t<T> warp_products(const Load& load, int width, const acc_t<T>* vectors, int j0, int count,
+                                         const acc_t<T>* centre) {
   using A = acc_t<T>;
   constexpr int V = Vec<T>::kSize;
-  const int pitch = tile_pitch<T>(width), lane = lane_index();
-  for (int first = warp_index() * kRowsAtOnce; first < rows; first += warp_count() * kRowsAtOnce) {
-    for (int j0 = 0; j0 < count; j0 += J) {
-      A sum[kRowsAtOnce * J] = {};
-      for (int c = lane * V; c < pitch; c += kWarp * V) {
-        A x[kRowsAtOnce][V], base[V] = {};
-        if (centre != nullptr) load_columns(base, centre, c, pitch);
+  A sum[kRowsAtOnce * J] = {};
+  for (int c = lane_index() * V; c < width; c += kWarp * V) {
+    A x[kRowsAtOnce][V];
 #pragma unroll
-        for (int r = 0; r < kRowsAtOnce; ++r) {
-          load_tile<T>(x[r], tile + (first + r) * pitch + c);
-          if (centre != nullptr) {
+    for (int r = 0; r < kRowsAtOnce; ++r) load(r, c, x[r]);
+    if (centre != nullptr) {
+      A base[V];
+      load_columns(base, centre, c, width);
 #pragma unroll
-            for (int i = 0; i < V; ++i) x[r][i] -= base[i];
-          }
-        }
+      for (int r = 0; r < kRowsAtOnce; ++r) {
 #pragma unroll
-        for (int j = 0; j < J; ++j) {
-          A v[V];
-          load_columns(v, vectors + int64_t{smaller(j0 + j, count - 1)} * width, c, width);
-#pragma unroll
-          for (int r = 0; r < kRowsAtOnce; ++r) {
-#pragma unroll
-            for (int i = 0; i < V; ++i) sum[r * J + j] += x[r][i] * v[i];
-          }
-        }
+        for (int i = 0; i < V; ++i) x[r][i] -= base[i];
       }
-      const A total = warp_sums(sum);
-      const int r = lane / J, j = lane % J;
-      if (lane < kRowsAtOnce * J && j0 + j < count) out[(first + r) * ld + j0 + j] = total;
+    }
+#pragma unroll
+    for (int j = 0; j < J; ++j) {
+      A v[V];
+      load_columns(v, vectors + int64_t{smaller(j0 + j, count - 1)} * width, c, width);
+#pragma unroll
+      for (int r = 0; r < kRowsAtOnce; ++r) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) sum[r * J + j] += x[r][i] * v[i];
+      }
     }
   }
+  return warp_sums(sum);
 }
+
+// f<J>() for the number of vectors that are worth taking at once.
+template <typename F>
+__device__ inline void for_vectors(int count, const F& f) {
+  if (count == 1) f.template operator()<1>();
+  else if (count == 2) f.template operator()<2>();
+  else f.template operator()<4>();
+}
+
+// The same for all rows of a tile in shared memory (a multiple of kRowsAtOnce), into out [rows, count] there.
 template <typename T>
 __device__ inline void tile_products(const T* tile, int rows, int width, const acc_t<T>* vectors, int count,
-                                     const acc_t<T>* centre, acc_t<T>* out, int ld) {
-  if (count == 1) tile_products<1>(tile, rows, width, vectors, count, centre, out, ld);
-  else if (count == 2) tile_products<2>(tile, rows, width, vectors, count, centre, out, ld);
-  else tile_products<4>(tile, rows, width, vectors, count, centre, out, ld);
+                                     const acc_t<T>* centre, acc_t<T>* out) {
+  constexpr int V = Vec<T>::kSize;
+  const int pitch = tile_pitch<T>(width), lane = lane_index();
+  for_vectors(count, [&]<int J>() {
+    for (int first = warp_index() * kRowsAtOnce; first < rows; first += warp_count() * kRowsAtOnce) {
+      const auto load = [&](int r, int c, acc_t<T>(&x)[V]) { load_tile<T>(x, tile + (first + r) * pitch + c); };
+      for (int j0 = 0; j0 < count; j0 += J) {
+        const acc_t<T> product = warp_products<J, T>(load, width, vectors, j0, count, centre);
+        if (lane < kRowsAtOnce * J && j0 + lane % J < count) out[(first + lane / J) * count + j0 + lane % J] = product;
+      }
+    }
+  });
 }
 
 }  // namespace milkernels

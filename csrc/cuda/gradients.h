@@ -1,0 +1,168 @@
+// The backward of a softmax pooling, which every op that pools shares, from kernels that serve any width.
+#pragma once
+
+#include "call.h"
+#include "rows.h"
+
+namespace milkernels {
+
+// Rows of a call's x, or other rows in their place, as kernels take them.
+struct Slice {
+  const Tensor& x;       // [count, any], of row `first` on
+  int64_t first, count;
+};
+
+// 0 where a score or logit is -inf.
+inline Tensor alive(const Tensor& gradient, const Tensor& values) {
+  return gradient.masked_fill(values == -std::numeric_limits<double>::infinity(), 0);
+}
+
+// Products of a slice's rows with vectors [B, K, L] or [K, L], into out [N, K].
+inline void products(const Call& call, const Slice& slice, const Tensor& vectors, const Tensor& shift, double fill,
+                     const Tensor& out, const Tensor& centre = {}) {
+  dispatch(slice.x.scalar_type(), [&]<typename T>() {
+    using A = acc_t<T>;
+    const int64_t K = vectors.size(-2), L = vectors.size(-1);
+    const Vectors<A> v{data<A>(vectors), static_cast<int>(K), vectors.dim() == 3 ? K * L : 0, data<A>(shift),
+                       shift.defined() && shift.dim() == 2 ? K : 0};
+    row_products(RowProducts<T>{Call::rows_at<T>(slice.x), call.ragged(), slice.first, slice.count, v, data<A>(centre),
+                                static_cast<A>(fill), data<A>(out)},
+                 call.stream());
+  });
+}
+
+// Weights [N, K] and vectors [B, K, L] or [K, L] of a term of rows; undefined: none.
+struct TermTensors {
+  Tensor weights, vectors;
+  template <typename A>
+  Term<A> typed() const {
+    if (!weights.defined()) return {};
+    const int64_t K = vectors.size(-2);
+    return {data<A>(weights), data<A>(vectors), static_cast<int>(K), vectors.dim() == 3 ? K * vectors.size(-1) : 0};
+  }
+};
+
+// Writes product * scale + both terms into rows [first, first + out's) of x's, which out [., L] holds.
+inline void expand(const Call& call, const Tensor& out, int64_t first, const TermTensors& pooled,
+                   const TermTensors& scored, const Tensor& product = {}, const Tensor& scale = {}) {
+  dispatch(out.scalar_type(), [&]<typename T>() {
+    using A = acc_t<T>;
+    expand_rows(ExpandRows<T>{call.ragged(), first, out.size(0), static_cast<int>(out.size(1)), data<A>(product),
+                              data<A>(scale), pooled.typed<A>(), scored.typed<A>(), data<T>(out)},
+                call.stream());
+  });
+}
+
+// sum_i values[i, k] factors[i, k] over each bag, without masked rows: [B, K].
+inline Tensor sums_of_columns(const Call& call, const Tensor& values, const Tensor& factors = {}) {
+  const int64_t K = values.size(1);
+  const Tensor out = call.empty({call.bags, K}), partials = call.empty({call.slots(), K});
+  dispatch_sums(call.acc, [&]<typename A>() {
+    column_sums<A>(call.ragged(), static_cast<int>(K), data<A>(values), data<A>(factors), data<A>(partials),
+                   data<A>(out), call.stream());
+  });
+  return out;
+}
+
+// sum_i weights[i, k] x_i over each bag, or over all of them: [B, K, L].
+inline Tensor weighted_sums(Call& call, const Tensor& x, const Tensor& weights, bool all = false) {
+  const int64_t K = weights.size(1);
+  const Tensor out = call.empty({all ? 1 : call.bags, K, x.size(1)});
+  dispatch(x.scalar_type(), [&]<typename T>() {
+    using A = acc_t<T>;
+    PoolForward<T> p{};
+    p.rows = Call::rows_at<T>(x);
+    p.bags = all ? call.one_bag() : call.ragged();
+    p.scoring = Scoring::kWeights;
+    p.heads = static_cast<int>(K);
+    p.given = data<A>(weights);
+    p.partials = call.partials<A>(p.bags, K, x.size(1));
+    p.bag = data<A>(out);
+    pool_forward(p, call.stream());
+  });
+  return out;
+}
+
+// What a pooling's forward left and what came back for it, checked and in the accumulation type; `heads` and `width` of
+// what was pooled.
+struct PooledTensors {
+  PooledTensors(const Call& call, int64_t heads, int64_t width, const OptionalTensor& bag, const Tensor& scores,
+                const OptionalTensor& lse, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
+                const OptionalTensor& grad_lse)
+      : bag(call.take(bag, "bag", {call.bags, heads, width})), scores(call.take(scores, "scores", {call.rows, heads})),
+        lse(call.take(lse, "lse", {call.bags, heads})),
+        grad_bag(call.take(grad_bag, "grad_bag", {call.bags, heads, width})),
+        grad_scores(call.take(grad_scores, "grad_scores", {call.rows, heads})),
+        grad_lse(call.take(grad_lse, "grad_lse", {call.bags, heads})) {}
+  bool any() const { return grad_bag.defined() || grad_scores.defined() || grad_lse.defined(); }
+  Tensor bag, scores, lse, grad_bag, grad_scores, grad_lse;
+};
+
+// The gradient of the scores [N, K], and the weights [N, K] by which rows get that of their bag; undefined where they
+// are not wanted or the bag vectors [B, K, L] have no gradient.
+class PoolGradients {
+ public:
+  PoolGradients(Call& call, const PooledTensors& of, bool weights) : call_(call), of_(of) {
+    const int64_t K = of.scores.size(1);
+    pooled_ = of.grad_bag.defined() || of.grad_lse.defined();
+    if (weights && of.grad_bag.defined()) this->weights = call.empty({call.rows, K});
+    if (!pooled_) {
+      if (of.grad_scores.defined()) scores = alive(of.grad_scores, of.scores);
+      else scores = call.empty({call.rows, K}).zero_();
+      return;
+    }
+    scores = call.empty({call.rows, K});
+    normal_ = call.empty({call.bags, K});
+    const Tensor partials = call.empty({call.slots(), K});
+    dispatch_sums(call.acc, [&]<typename A>() {
+      softmax_normal<A>(call.ragged(), static_cast<int>(K), data<A>(of.scores), data<A>(of.lse), data<A>(partials),
+                        data<A>(normal_), call.stream());
+    });
+    if (!of.grad_bag.defined()) return;
+    // A gradient is  weight (<x - c, grad> - <bag - c, grad>)  for any c: near the bag vectors it keeps the digits of
+    // features with a mean.
+    centre_ = of.bag.mean(1).nan_to_num(0, 0, 0);
+    shift_ = ((of.bag - centre_.unsqueeze(1)) * of.grad_bag).sum(-1);
+  }
+
+  // The slice's rows, which were pooled.
+  void add(const Slice& slice) {
+    if (!pooled_) return;
+    // The products are overwritten where they stand.
+    if (of_.grad_bag.defined()) products(call_, slice, of_.grad_bag, {}, 0, scores, centre_);
+    dispatch_sums(call_.acc, [&]<typename A>() {
+      score_gradients(ScoreGradients<A>{call_.ragged(), slice.first, slice.count, static_cast<int>(scores.size(1)),
+                                        data<A>(of_.scores), data<A>(of_.lse), data<A>(normal_),
+                                        of_.grad_bag.defined() ? data<A>(scores) : nullptr, data<A>(shift_),
+                                        data<A>(of_.grad_lse), data<A>(of_.grad_scores), data<A>(scores),
+                                        data<A>(weights)},
+                      call_.stream());
+    });
+  }
+
+  // The gradient of vectors that scores are products with, sum_i gradient[i, k] x_i: [B, K, L].
+  //
+  // The gradients of a bag's scores sum to that of its lse and those of the scores themselves: what rounding makes of
+  // them beyond that is an error that all rows share, and is large where features have a mean.
+  Tensor of_vectors(const Tensor& x) {
+    const Tensor sums = weighted_sums(call_, x, scores);
+    if (!centre_.defined()) return sums;
+    Tensor excess = -sums_of_columns(call_, scores);
+    if (of_.grad_lse.defined()) excess.add_(of_.grad_lse.masked_fill(normal_ == 0, 0));  // no living row, no lse
+    if (of_.grad_scores.defined()) excess.add_(sums_of_columns(call_, alive(of_.grad_scores, of_.scores)));
+    return sums.add_(excess.unsqueeze(-1) * centre_.unsqueeze(1));
+  }
+
+  // Weight times the gradient of the bag, in the gradient of rows.
+  TermTensors term() const { return weights.defined() ? TermTensors{weights, of_.grad_bag} : TermTensors{}; }
+
+  Tensor scores, weights;
+
+ private:
+  Call& call_;
+  PooledTensors of_;
+  Tensor normal_, centre_, shift_;
+  bool pooled_;
+};
+
+}  // namespace milkernels
