@@ -60,6 +60,10 @@ constexpr int kMostChunks = 1 << 14;   // partial results of one bag are put tog
 constexpr int64_t kWholeRows = 16384;  // up to so many rows in all, and kWholeBag in a bag on average, a bag is one
 constexpr int64_t kWholeBag = 1024;    // block's: one launch for all of them
 
+// Of slices of rows between two kernels, in bytes: large enough that launches hide, small enough to stay in the L2 of a
+// data-centre GPU.
+constexpr int64_t kWorkspace = 32 << 20;
+
 class Call {
  public:
   Call(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask)
@@ -95,6 +99,20 @@ class Call {
   }
   // All rows in one bag: for what is summed over all of them.
   Bags one_bag() const { return {nullptr, true, 1, chunk_shift_, rows, data<bool>(mask)}; }
+  // The bags, in chunks whatever their number: for rows that go through slice by slice, f(first row, rows) in order,
+  // with a workspace of so many bytes for each row.
+  Bags chunked() const {
+    Bags b = ragged();
+    b.shift = chunk_shift_;
+    return b;
+  }
+  template <typename F>
+  void in_slices(int64_t bytes_per_row, const F& f) const {
+    const int64_t chunk = int64_t{1} << chunk_shift_, chunks = ceil_div(rows, chunk);
+    const int64_t most = std::max(kWorkspace / std::max(bytes_per_row * chunk, int64_t{1}), int64_t{1});
+    const int64_t step = chunks == 0 ? 1 : ceil_div(chunks, ceil_div(chunks, most)) * chunk;
+    for (int64_t first = 0; first < rows; first += step) f(first, std::min(step, rows - first));
+  }
   int64_t slots() const { return ragged().slots(); }
   template <typename T>
   Rows<T> typed() const {

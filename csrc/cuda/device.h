@@ -100,21 +100,28 @@ __device__ inline A warp_max(A value) {
   return value;
 }
 
-// Sums of COUNT numbers (a power of two, at most 32) over the warp at once: that of value[i] ends in lane i, and in
-// lanes i + COUNT and so on. COUNT - 1 + log2(32 / COUNT) shuffles instead of 5 COUNT.
+// Sums of COUNT numbers (a power of two, 2 to 32) over groups of COUNT lanes: that of value[i] ends in lane i of each.
 template <int COUNT, typename A>
-__device__ inline A warp_sums(A (&value)[COUNT]) {
-  const int lane = lane_index();
+__device__ inline A group_sums(const A (&value)[COUNT]) {
+  constexpr int kHalf = COUNT / 2;
+  const bool upper = (lane_index() & kHalf) != 0;
+  A sum[kHalf];
 #pragma unroll
-  for (int half = COUNT / 2; half > 0; half /= 2) {
-    const bool upper = (lane & half) != 0;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const A kept = upper ? value[i + half] : value[i], sent = upper ? value[i] : value[i + half];
-      value[i] = kept + __shfl_xor_sync(kAllLanes, sent, half);
-    }
+  for (int i = 0; i < kHalf; ++i) {
+    sum[i] = (upper ? value[i + kHalf] : value[i]) +
+             __shfl_xor_sync(kAllLanes, upper ? value[i] : value[i + kHalf], kHalf);
   }
-  A sum = value[0];
+  if constexpr (kHalf > 1) {
+    return group_sums(sum);
+  } else {
+    return sum[0];
+  }
+}
+
+// The same over the warp: COUNT - 1 + log2(32 / COUNT) shuffles instead of 5 COUNT.
+template <int COUNT, typename A>
+__device__ inline A warp_sums(const A (&value)[COUNT]) {
+  A sum = group_sums(value);
 #pragma unroll
   for (int step = COUNT; step < kWarp; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
   return sum;

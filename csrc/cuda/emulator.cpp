@@ -9,6 +9,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define MILKERNELS_ASAN 1
 #endif
@@ -136,6 +137,10 @@ void fiber_main() {
 }
 
 void prepare(Fiber& fiber) {
+#ifdef MILKERNELS_ASAN
+  // The fiber before this one left it for good, with its last frames still marked.
+  ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), kStack);
+#endif
 #ifdef MILKERNELS_UCONTEXT
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();

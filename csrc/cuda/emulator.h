@@ -73,6 +73,7 @@ inline void __syncthreads() { milkernels::emulator::block_barrier(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { milkernels::emulator::warp_barrier(mask); }
 inline unsigned __ballot_sync(unsigned mask, bool value) { return milkernels::emulator::ballot(mask, value); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 template <typename V>
 V __shfl_sync(unsigned mask, V value, int from) {
   return milkernels::emulator::shuffle(mask, value, from & 31);
@@ -89,6 +90,11 @@ inline float __uint_as_float(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
+}
+inline int __float_as_int(float value) {
+  int bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
 }
 
 namespace milkernels {

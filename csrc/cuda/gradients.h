@@ -64,23 +64,50 @@ inline Tensor sums_of_columns(const Call& call, const Tensor& values, const Tens
   return out;
 }
 
+// Sums of rows by weights, or by the softmax of scores: of all rows together, or of one slice of whole chunks after the
+// other.
+class Sums {
+ public:
+  Sums(Call& call, const Bags& bags, int64_t heads, int64_t width, Scoring scoring)
+      : bag(call.empty({bags.count, heads, width})), call_(call), bags_(bags), scoring_(scoring) {
+    const bool softmax = scoring == Scoring::kGiven;
+    if (softmax) lse = call.empty({bags.count, heads});
+    dispatch_sums(call.acc, [&]<typename A>() {
+      const Partials<A> p = call.partials<A>(bags, heads, width);
+      partials_ = {p.top, p.total, p.sum};
+    });
+  }
+  // Rows [first, first + x's) that x holds, by weights or scores [N, heads], of all rows; null: each counts once.
+  void add(const Tensor& x, int64_t first, const Tensor& weights) {
+    dispatch(x.scalar_type(), [&]<typename T>() {
+      using A = acc_t<T>;
+      PoolForward<T> p{};
+      p.rows = Call::rows_at<T>(x);
+      p.bags = bags_;
+      p.scoring = scoring_;
+      p.heads = static_cast<int>(bag.size(1));
+      p.given = data<A>(weights);
+      p.partials = {static_cast<A*>(partials_[0]), static_cast<A*>(partials_[1]), static_cast<A*>(partials_[2])};
+      p.bag = data<A>(bag), p.lse = data<A>(lse);
+      p.mean = !weights.defined();
+      p.first = first, p.count = x.size(0), p.last = first + x.size(0) == call_.rows;
+      pool_forward(p, call_.stream());
+    });
+  }
+  Tensor bag, lse;  // [bags, heads, width], [bags, heads], after the last rows
+
+ private:
+  Call& call_;
+  Bags bags_;
+  Scoring scoring_;
+  std::array<void*, 3> partials_{};
+};
+
 // sum_i weights[i, k] x_i over each bag, or over all of them: [B, K, L].
 inline Tensor weighted_sums(Call& call, const Tensor& x, const Tensor& weights, bool all = false) {
-  const int64_t K = weights.size(1);
-  const Tensor out = call.empty({all ? 1 : call.bags, K, x.size(1)});
-  dispatch(x.scalar_type(), [&]<typename T>() {
-    using A = acc_t<T>;
-    PoolForward<T> p{};
-    p.rows = Call::rows_at<T>(x);
-    p.bags = all ? call.one_bag() : call.ragged();
-    p.scoring = Scoring::kWeights;
-    p.heads = static_cast<int>(K);
-    p.given = data<A>(weights);
-    p.partials = call.partials<A>(p.bags, K, x.size(1));
-    p.bag = data<A>(out);
-    pool_forward(p, call.stream());
-  });
-  return out;
+  Sums sums(call, all ? call.one_bag() : call.ragged(), weights.size(1), x.size(1), Scoring::kWeights);
+  sums.add(x, 0, weights);
+  return sums.bag;
 }
 
 // What a pooling's forward left and what came back for it, checked and in the accumulation type; `heads` and `width` of

@@ -224,7 +224,7 @@ struct Block {
 };
 
 template <typename T, Scoring SCORING>
-__global__ void __launch_bounds__(kThreads) pool_backward_kernel(PoolBackward<T> p, int tile_size) {
+__global__ void __launch_bounds__(kThreads, kBlocks) pool_backward_kernel(PoolBackward<T> p, int tile_size) {
   MILKERNELS_SHARED(memory);
   const int64_t slot = blockIdx.x;
   const Segment segment = p.bags.segment(slot);

@@ -157,20 +157,9 @@ std::tuple<Tensor, Tensor> weighted_pool_bwd(const Tensor& x, const Tensor& weig
 
 Tensor mean_pool_fwd(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask) {
   Call call(x, offsets, mask);
-  Tensor bag = call.empty({call.bags, call.width});
-  dispatch(x.scalar_type(), [&]<typename T>() {
-    using A = acc_t<T>;
-    PoolForward<T> p{};
-    p.rows = call.typed<T>();
-    p.bags = call.ragged();
-    p.scoring = Scoring::kWeights;
-    p.heads = 1;
-    p.mean = true;
-    p.partials = call.partials<A>(p.bags, 1, call.width);
-    p.bag = data<A>(bag);
-    pool_forward(p, call.stream());
-  });
-  return bag;
+  Sums sums(call, call.ragged(), 1, call.width, Scoring::kWeights);
+  sums.add(call.x, 0, {});
+  return sums.bag.squeeze(1);
 }
 
 Tensor mean_pool_bwd(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask, const Tensor& grad_bag,

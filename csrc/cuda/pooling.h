@@ -37,6 +37,7 @@ struct Forward {
     p.partials = call.partials<A>(p.bags, p.heads, call.width);
     p.bag = data<A>(bag);
     p.lse = data<A>(lse);
+    p.count = call.rows;
     return p;
   }
 };

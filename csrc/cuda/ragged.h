@@ -39,7 +39,7 @@ struct Bags {
   int64_t slots() const { return whole() ? count : ceil_div(rows, chunk()) + count; }
 
   // The slots that rows [first, first + count) may have a part in.
-  int64_t first_slot(int64_t first) const { return whole() ? 0 : first >> shift; }
+  __host__ __device__ int64_t first_slot(int64_t first) const { return whole() ? 0 : first >> shift; }
   int64_t slots_in(int64_t first, int64_t rows_in) const {
     return whole() ? count : ((first + rows_in - 1) >> shift) - (first >> shift) + count;
   }

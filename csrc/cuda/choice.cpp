@@ -1,0 +1,221 @@
+// Ops that choose, on a GPU: instance_max, max_pool, topk_instances.
+#include "choice.h"
+
+#include <torch/library.h>
+
+#include "choice_kernels.h"
+#include "pooling.h"
+
+namespace milkernels {
+namespace {
+
+Tensor empty_indices(const Call& call, at::IntArrayRef sizes) {
+  return at::empty(sizes, call.x.options().dtype(at::kLong));
+}
+
+// Workspace for what segments chose. Nothing, where each bag lies in one chunk.
+struct ChosenTensors {
+  ChosenTensors(const Call& call, int64_t columns)
+      : values(call.empty({call.ragged().whole() ? 0 : call.slots(), columns})),
+        rows(empty_indices(call, values.sizes())) {}
+  template <typename A>
+  Chosen<A> typed() const {
+    return {data<A>(values), data<int64_t>(rows)};
+  }
+  Tensor values, rows;
+};
+
+Places places_of(const Tensor& indices, int64_t rows) { return {data<int64_t>(indices), indices.numel(), rows}; }
+
+// out[indices[j, c, i], c] = or += values[j, c, i], of indices [., columns, any] and values like out.
+void put_at(const Call& call, const Tensor& indices, const Tensor& values, bool add, const Tensor& out) {
+  const int64_t columns = out.size(1), k = indices.dim() == 3 ? indices.size(2) : 1;
+  dispatch(out.scalar_type(), [&]<typename T>() {
+    put(places_of(indices, out.size(0)), columns, k, data<const T>(values), add, data<T>(out), call.stream());
+  });
+}
+
+// The gradient of rows some of which were chosen: zeros, and those of the values at their indices [bags, columns, ...].
+Tensor of_chosen(const Tensor& x, const Tensor& indices, const Tensor& grad_values, bool need) {
+  const Call call(x, std::nullopt, std::nullopt);
+  TORCH_CHECK_VALUE(indices.dim() >= 2 && indices.size(1) == call.width, "indices must be [bags, ", call.width,
+                    ", ...]; got ", indices.sizes());
+  TORCH_CHECK_VALUE(call.here(grad_values) && grad_values.sizes() == indices.sizes(), "grad_values must be ",
+                    indices.sizes(), " on ", x.device(), "; got ", grad_values.sizes());
+  const Tensor rows = call.take_indices(indices, "indices", indices.sizes()), grad = call.grad_x(need);
+  if (need) put_at(call, rows, grad_values.to(x.scalar_type()).contiguous(), false, grad.zero_());
+  return grad;
+}
+
+}  // namespace
+
+// --- What other ops need
+
+std::pair<Tensor, Tensor> first_max(const Call& call, const Tensor& values, bool dead, double empty) {
+  const int64_t C = values.size(1);
+  const Tensor out = at::empty({call.bags, C}, values.options()), indices = empty_indices(call, out.sizes());
+  const ChosenTensors partials(call, C);
+  dispatch(values.scalar_type(), [&]<typename T>() {
+    using A = acc_t<T>;
+    first_max(FirstMax<T>{Call::rows_at<T>(values), call.ragged(), dead, static_cast<A>(empty), partials.typed<A>(),
+                          data<T>(out), data<int64_t>(indices)},
+              call.stream());
+  });
+  return {out, indices};
+}
+
+Tensor gather_rows(const Call& call, const Tensor& indices) {
+  const Tensor out = at::empty({indices.size(0), indices.size(1), call.width}, call.x.options());
+  dispatch(call.x.scalar_type(), [&]<typename T>() {
+    gather_rows(places_of(indices, call.rows), call.typed<T>(), data<T>(out), call.stream());
+  });
+  return out;
+}
+
+void add_to_rows(const Call& call, const Tensor& indices, const Tensor& vectors, const Tensor& out) {
+  dispatch(out.scalar_type(), [&]<typename T>() {
+    add_rows(places_of(indices, out.size(0)), static_cast<int>(indices.size(1)), static_cast<int>(out.size(1)),
+             data<const acc_t<T>>(vectors), data<T>(out), call.stream());
+  });
+}
+
+// --- instance_max
+
+std::tuple<Tensor, Tensor, Tensor> instance_max(const Call& call, const Tensor& weight, const Tensor& bias) {
+  const int64_t C = weight.size(0);
+  const Tensor values = call.empty({call.bags, C}), indices = empty_indices(call, values.sizes());
+  const Tensor logits = call.empty({call.rows, C});
+  const ChosenTensors partials(call, C);
+  const bool done = dispatch(call.x.scalar_type(), [&]<typename T>() {
+    using A = acc_t<T>;
+    return class_max(ClassMax<T>{call.typed<T>(), call.ragged(), data<A>(weight), data<A>(bias), static_cast<int>(C),
+                                 data<A>(logits), partials.typed<A>(), data<A>(values), data<int64_t>(indices)},
+                     call.stream());
+  });
+  if (done) return {values, indices, logits};
+  products(call, {call.x, 0, call.rows}, weight, bias, kDead, logits);
+  const auto [largest, rows] = first_max(call, logits, true, kDead);
+  return {largest, rows, logits};
+}
+
+namespace {
+
+constexpr int64_t kWorkspace = 32 << 20;  // bytes of rows that are widened at once
+
+// Writes of_logits W into the rows of grad_x, or adds it.
+void expand_logits(const Call& call, const Tensor& of_logits, const Tensor& weight, const Tensor& grad_x, bool add) {
+  if (!add) return expand(call, grad_x, 0, {}, {of_logits, weight});
+  const int64_t row_bytes = call.width * static_cast<int64_t>(of_logits.element_size());
+  // What has the type of sums already is read where it stands.
+  const int64_t step = grad_x.scalar_type() == call.acc ? call.rows : larger(kWorkspace / row_bytes, int64_t{1});
+  for (int64_t first = 0; first < call.rows; first += step) {
+    const Tensor rows = grad_x.narrow(0, first, smaller(step, call.rows - first));
+    expand(call, rows, first, {}, {of_logits, weight}, rows.to(call.acc));
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> instance_max_gradients(Call& call, const Tensor& weight, const Tensor& indices,
+                                                          const Tensor& logits, const OptionalTensor& grad_values,
+                                                          const OptionalTensor& grad_logits, std::array<bool, 3> needs,
+                                                          const Tensor& onto) {
+  const int64_t C = weight.size(0);
+  const Tensor rows = call.take_indices(indices, "indices", {call.bags, C}),
+               of_values = call.take(grad_values, "grad_values", {call.bags, C});
+  Tensor grad_x = needs[0] && onto.defined() ? onto : call.grad_x(needs[0]);
+  Tensor grad_weight = call.gradient(needs[1], {C, call.width}), grad_bias = call.gradient(needs[2], {C});
+  if (grad_logits) {
+    const Tensor of_logits = alive(call.take(grad_logits, "grad_logits", {call.rows, C}),
+                                   call.take(logits, "logits", {call.rows, C}));
+    if (of_values.defined()) put_at(call, rows, of_values, true, of_logits);
+    if (needs[0]) expand_logits(call, of_logits, weight, grad_x, onto.defined());
+    if (needs[1]) grad_weight = weighted_sums(call, call.x, of_logits, true).squeeze(0);
+    if (needs[2]) grad_bias = of_logits.sum(0);
+    return {grad_x, grad_weight, grad_bias};
+  }
+  // Few rows have a gradient, and nothing else is read.
+  TORCH_CHECK_VALUE(of_values.defined(), "neither values nor logits have a gradient");
+  const Tensor g = of_values.masked_fill(rows < 0, 0).unsqueeze(-1);
+  if (needs[0] && !onto.defined()) grad_x.zero_();
+  if (needs[0]) add_to_rows(call, rows, g * weight, grad_x);
+  if (needs[1]) grad_weight = (g * gather_rows(call, rows)).sum(0);
+  if (needs[2]) grad_bias = g.sum({0, 2});
+  return {grad_x, grad_weight, grad_bias};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                    const OptionalTensor& offsets, const OptionalTensor& mask) {
+  const ClassCall call(x, weight, bias, offsets, mask);
+  return instance_max(call, call.weight, call.bias);
+}
+
+std::tuple<Tensor, Tensor, Tensor> instance_max_bwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                    const OptionalTensor& offsets, const OptionalTensor& mask,
+                                                    const Tensor& indices, const Tensor& logits,
+                                                    const OptionalTensor& grad_values,
+                                                    const OptionalTensor& grad_logits, std::array<bool, 3> needs) {
+  ClassCall call(x, weight, bias, offsets, mask);
+  const auto [grad_x, grad_weight, grad_bias] =
+      instance_max_gradients(call, call.weight, indices, logits, grad_values, grad_logits, needs);
+  return {grad_x, grad_weight.to(weight.scalar_type()), bias ? grad_bias.to(bias->scalar_type()) : grad_bias};
+}
+
+// --- max_pool
+
+std::tuple<Tensor, Tensor> max_pool_fwd(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask) {
+  const Call call(x, offsets, mask);
+  return first_max(call, call.x, false, 0);
+}
+
+Tensor max_pool_bwd(const Tensor& x, const Tensor& indices, const Tensor& grad_values, std::array<bool, 1> needs) {
+  return of_chosen(x, indices, grad_values, needs[0]);
+}
+
+// --- topk_instances
+
+// Rows [columns, rows], bag after bag, in each of them the best first and the dead last: one sort by the library.
+template <typename T>
+Tensor order_of(const Call& call, TopK<T> p) {
+  const Tensor keys = empty_indices(call, {call.width, call.rows});
+  p.keys = data<int64_t>(keys);
+  sort_keys(p, call.stream());
+  if (sizeof(T) < sizeof(double)) return std::get<1>(at::sort(keys, /*stable=*/true, 1, /*descending=*/false));
+  // Numbers fill 64 bits and are sorted first.
+  const Tensor order = std::get<1>(at::sort(call.x.t().contiguous(), /*stable=*/true, 1, p.largest));
+  return order.gather(1, std::get<1>(at::sort(keys.gather(1, order), /*stable=*/true, 1, /*descending=*/false)));
+}
+
+std::tuple<Tensor, Tensor> topk_instances_fwd(const Tensor& scores, int64_t k, const OptionalTensor& offsets,
+                                              bool largest, const OptionalTensor& mask) {
+  TORCH_CHECK_VALUE(k >= 1, "k must be at least 1; got ", k);
+  const Call call(scores, offsets, mask);
+  const Tensor values = at::empty({call.bags, call.width, k}, call.x.options()),
+               indices = empty_indices(call, values.sizes());
+  dispatch(call.x.scalar_type(), [&]<typename T>() {
+    TopK<T> p{call.typed<T>(), call.ragged(), largest, nullptr, nullptr, k, data<T>(values), data<int64_t>(indices)};
+    const Tensor order = order_of(call, p);
+    p.order = data<const int64_t>(order);
+    pick(p, call.stream());
+  });
+  return {values, indices};
+}
+
+Tensor topk_instances_bwd(const Tensor& scores, const Tensor& indices, const Tensor& grad_values,
+                          std::array<bool, 1> needs) {
+  return of_chosen(scores, indices, grad_values, needs[0]);
+}
+
+TORCH_LIBRARY_IMPL(milkernels, MILKERNELS_DEVICE_KEY, m) {
+  m.impl("instance_max_fwd.native", instance_max_fwd);
+  m.impl("instance_max_bwd.native", instance_max_bwd);
+  m.impl("max_pool_fwd.native", max_pool_fwd);
+  m.impl("max_pool_bwd.native", max_pool_bwd);
+  m.impl("topk_instances_fwd.native", topk_instances_fwd);
+  m.impl("topk_instances_bwd.native", topk_instances_bwd);
+}
+
+}  // namespace
+}  // namespace milkernels
