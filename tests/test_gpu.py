@@ -24,7 +24,7 @@ import upstream_padded as pad
 from op_cases import CASES, PLAIN, close, offsets_of, same_bits, step
 
 import milkernels
-from milkernels import backends, testing, triton
+from milkernels import backends, native, testing, triton
 
 # Empty bags, one instance, whole segments and bags that cross them.  No number of rows is a multiple of 16, which would
 # have kernels compiled once more; so would other sizes.
@@ -61,14 +61,33 @@ def some_cases(*names):
 # The device, and calls on it
 
 
-@pytest.fixture(scope="session")
+class Device(str):
+    """A device, and the backend that is tested there."""
+
+    backend: str
+
+    def __new__(cls, name, backend):
+        made = super().__new__(cls, name)
+        made.backend = backend
+        return made
+
+
+_COMPILED_FOR = Device("cuda", "triton")
+
+
+@pytest.fixture(scope="session", params=["triton", "native"])
 def device(request):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    if triton.interpreted() or triton.load_error() is not None:
+    if request.param == "native":
+        reason = native.unsupported("softmax_pool", torch.empty(0, 1, device="cuda"))
+        if reason is not None:
+            pytest.skip(f"no CUDA C++ kernels: {reason}")
+    elif triton.interpreted() or triton.load_error() is not None:
         pytest.skip(f"no compiled Triton kernels: {triton.load_error() or 'TRITON_INTERPRET=1'}")
-    _compile_in_parallel(request.session.items)
-    return "cuda"
+    else:
+        _compile_in_parallel(request.session.items)
+    return Device("cuda", request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +123,7 @@ def on(device, case) -> OnDevice:
 
 
 def run(device, case, tensors, offsets=None, mask=None):
-    return step(on(device, case).ours("triton"), tensors, offsets, mask)
+    return step(on(device, case).ours(device.backend), tensors, offsets, mask)
 
 
 def some_mask(n):
@@ -119,7 +138,7 @@ class Call:
 
     def __init__(self, case, device, lengths=RAGGED, dtype=SINGLE, seed=0, **sizes):
         made = case.make(lengths, dtype, seed, relu=True, **(SIZES | sizes))
-        self.compute = case.ours("triton")
+        self.compute = case.ours(device.backend)
         self.tensors = {n: t.detach().to(device).requires_grad_(t.requires_grad) for n, t in made.items()}
         self.offsets, self.mask = offsets_of(lengths).to(device), some_mask(sum(lengths)).to(device)
         self.leaves = {n: t for n, t in self.tensors.items() if t.requires_grad}
@@ -190,13 +209,13 @@ def _python_path():
     return os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def compile_jobs(device="cuda"):
+def compile_jobs():
     for _, *job in json.load(sys.stdin):
         with contextlib.suppress(Exception):
-            compile_job(device, *job)
+            compile_job(*job)
 
 
-def compile_job(device, name, dtype, parameter_dtype, lengths, masked):
+def compile_job(name, dtype, parameter_dtype, lengths, masked, device=_COMPILED_FOR):
     types = (None if t is None else getattr(torch, t) for t in (dtype, parameter_dtype))
     case, lengths = CASES[name], tuple(lengths)
     offsets = None if lengths == (200,) else offsets_of(lengths)
@@ -212,7 +231,8 @@ def test_auto_takes_the_kernels(device):
     x = torch.ones(5, 3, device=device)
     for op in triton.OPS:
         assert backends.choose(op, x) == "triton"
-    bag = milkernels.softmax_pool(x, torch.zeros(5, 1, device=device)).bag
+        assert backends.choose(op, x, requested=device.backend) == device.backend
+    bag = milkernels.softmax_pool(x, torch.zeros(5, 1, device=device), backend=device.backend).bag
     assert bag.device == x.device and torch.equal(bag, torch.ones_like(bag))
 
 
@@ -225,7 +245,7 @@ def test_oracle(case, device):
 @pytest.mark.parametrize("case, dtype, parameter_dtype", PROMISED)
 def test_error_promise(case, dtype, parameter_dtype, device):
     """In bfloat16 of every case, in the other types of one of each op."""
-    kept = op_cases.promise(on(device, case), "triton", dtype, parameter_dtype, lengths=SHORT, seeds=2, **SIZES)
+    kept = op_cases.promise(on(device, case), device.backend, dtype, parameter_dtype, lengths=SHORT, seeds=2, **SIZES)
     assert kept.ok, kept.broken()
 
 
@@ -259,12 +279,12 @@ def test_masked_rows_do_not_leak(case, device):
     offsets, mask = offsets_of(RAGGED), some_mask(sum(RAGGED))
     poison = torch.tensor([float("nan"), float("inf"), -float("inf")]).repeat(len(mask))[: (~mask).sum(), None]
     case = on(device, case)
-    op_cases.check_masked_rows_do_not_leak(case, "triton", RAGGED, offsets, mask, poison, SINGLE, **SIZES)
+    op_cases.check_masked_rows_do_not_leak(case, device.backend, RAGGED, offsets, mask, poison, SINGLE, **SIZES)
 
 
 @one_of_each
 def test_nan_stays_in_its_bag(case, device):
-    op_cases.check_nan_stays_in_its_bag(on(device, case), "triton", RAGGED, 6, 130, **SIZES)
+    op_cases.check_nan_stays_in_its_bag(on(device, case), device.backend, RAGGED, 6, 130, **SIZES)
 
 
 @one_of_each
@@ -296,7 +316,7 @@ def test_models_of_others(name, device):
     torch.manual_seed(0)
     model, x = build().eval(), torch.randn(size)
     ours = copy.deepcopy(model).to(device)
-    with milkernels.use_backend("triton"):
+    with milkernels.use_backend(device.backend):
         assert milkernels.accelerate(ours, min_instances=0).changed
         primary(ours(x.to(device))).sum().backward()
         got = primary(ours(x.to(device)))
@@ -315,7 +335,7 @@ def test_dropout_mask_is_the_cpus(device):
     x, v, v_bias, w = (
         t.to(device) for t in (torch.zeros(rows, 4), torch.zeros(units, 4), torch.ones(units), torch.eye(units))
     )
-    options = {"activation": "identity", "dropout_p": p, "seed": seed, "backend": "triton"}
+    options = {"activation": "identity", "dropout_p": p, "seed": seed, "backend": device.backend}
     keep = testing.dropout_keep(seed, rows, units, 0, p)
     assert torch.equal(milkernels.attention_scores(x, v, v_bias, w, None, **options).cpu() != 0, keep)
     gated = milkernels.gated_attention_scores(x, v, v_bias, v, v_bias, w, None, **options).cpu()
@@ -331,10 +351,12 @@ def test_other_kernels(case, chosen, dtype, device):
     from milkernels.bench.contenders import launched
     from milkernels.triton import tuning
 
+    if device.backend != "triton":
+        pytest.skip("a plan chooses between Triton's kernels")
     kept, case = [], on(device, case)
 
     def check():
-        kept.append(op_cases.promise(case, "triton", dtype, lengths=RAGGED, seeds=2, **EVEN))
+        kept.append(op_cases.promise(case, device.backend, dtype, lengths=RAGGED, seeds=2, **EVEN))
 
     usual = launched(check)
     with tuning.use(**chosen):
@@ -432,7 +454,7 @@ def test_memory_does_not_grow_with_the_hidden_units(device):
     w = torch.randn(1, hidden, device=device, dtype=HALF, requires_grad=True)
 
     def train():
-        bag = milkernels.gated_attention_pool(x, v, None, u, None, w, None).bag
+        bag = milkernels.gated_attention_pool(x, v, None, u, None, w, None, backend=device.backend).bag
         torch.autograd.grad(bag, (x, v, u, w), torch.ones_like(bag))
 
     train()
@@ -472,8 +494,8 @@ def large_bag_at_the_end(name, device, before, width, few=777):
         cotangent=alone.cotangent.expand(2, *alone.cotangent.shape[1:]).contiguous(),
     )
     mode = "step" if "step" in case.modes() else "fwd"
-    expected = testing.evaluate(lambda i: case.call(i, "triton"), alone, mode, case.primary)
-    got = testing.evaluate(lambda i: case.call(i, "triton"), both, mode, case.primary)
+    expected = testing.evaluate(lambda i: case.call(i, device.backend), alone, mode, case.primary)
+    got = testing.evaluate(lambda i: case.call(i, device.backend), both, mode, case.primary)
     for key in (*case.outputs, "grad_x"):
         if key in ("indices", "critical"):
             assert torch.equal(got[key][1:] - before, expected[key]), key
@@ -494,11 +516,12 @@ def test_compiled_graph(case, device):
 
 
 _SANITIZED = """
+import sys
 import torch
 import op_cases
-from test_gpu import Call
-for name in ("gated_attention_pool-dropout", "softmax_pool", "dsmil", "max_pool", "topk_instances"):
-    Call(op_cases.CASES[name], "cuda", (3, 0, 70, 5))()
+from test_gpu import Call, Device
+for name in ("gated_attention_pool-dropout", "softmax_pool", "query_pool", "dsmil", "max_pool", "topk_instances"):
+    Call(op_cases.CASES[name], Device("cuda", sys.argv[1]), (3, 0, 70, 5))()
 torch.cuda.synchronize()
 """
 
@@ -514,6 +537,7 @@ def test_compute_sanitizer(device):
     with contextlib.ExitStack() as stack:
         for tool in ("memcheck", "racecheck"):
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", _SANITIZED]
+            command.append(device.backend)
             log = stack.enter_context(tempfile.TemporaryFile("w+"))
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
             stack.callback(process.wait)
@@ -542,16 +566,17 @@ def test_the_code_of_these_tests(monkeypatch):
     monkeypatch.setitem(globals(), "RAGGED", (0, 9, 64, 1, 0))
     monkeypatch.setitem(globals(), "LONG", (70, 0, 5))
     case, other = CASES["gated_attention_pool"], CASES["softmax_pool"]
-    test_oracle(case, "cpu")
-    test_error_promise(other, SINGLE, None, "cpu")
-    test_autocast(CASES["dsmil"], "cpu")
-    test_hardly_anything(other, (0, 0), "cpu")
+    cpu = Device("cpu", "triton")
+    test_oracle(case, cpu)
+    test_error_promise(other, SINGLE, None, cpu)
+    test_autocast(CASES["dsmil"], cpu)
+    test_hardly_anything(other, (0, 0), cpu)
     for name in THEIRS:
-        test_models_of_others(name, "cpu")
-    test_dropout_mask_is_the_cpus("cpu")
-    test_same_bits_again(other, "cpu")
-    compile_job("cpu", "softmax_pool", "bfloat16", "float32", SHORT, False)
+        test_models_of_others(name, cpu)
+    test_dropout_mask_is_the_cpus(cpu)
+    test_same_bits_again(other, cpu)
+    compile_job("softmax_pool", "bfloat16", "float32", SHORT, False, device=cpu)
     with contextlib.suppress(pytest.skip.Exception):
-        test_other_kernels(case, {"scores": "fused"}, SINGLE, "cpu")
+        test_other_kernels(case, {"scores": "fused"}, SINGLE, cpu)
     for name in ("softmax_pool", "dsmil", "max_pool"):
-        large_bag_at_the_end(name, "cpu", 70, 16, few=30)
+        large_bag_at_the_end(name, cpu, 70, 16, few=30)

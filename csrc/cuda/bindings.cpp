@@ -30,6 +30,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "What this build is, as a dict of strings.");
 #ifdef MILKERNELS_EMULATED
   m.def("launch_count", &milkernels::emulator::launch_count, "Kernels launched so far.");
+  m.def("set_dry", &milkernels::emulator::set_dry, "Whether kernels are only counted.");
   m.def("set_order", [](const std::string& name) {
     using milkernels::emulator::Order;
     milkernels::emulator::set_order(name == "reverse" ? Order::kReverse : name == "shuffled" ? Order::kShuffled

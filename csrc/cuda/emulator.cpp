@@ -94,6 +94,7 @@ const std::function<void()>* body = nullptr;
 Fiber* running = nullptr;
 Context scheduler;
 Order order = Order::kForward;
+bool dry = false;
 int64_t launches = 0;
 std::string failure;
 
@@ -223,6 +224,7 @@ void wait(State state, unsigned mask) {
 }  // namespace
 
 void set_order(Order wanted) { order = wanted; }
+void set_dry(bool on) { dry = on; }
 int64_t launch_count() { return launches; }
 const Thread& self() { return running->place; }
 unsigned char* shared_memory() { return shared.get(); }
@@ -234,6 +236,7 @@ void run(dim3 grid, dim3 block, int64_t shared_bytes, const std::function<void()
     throw std::runtime_error("milkernels: emulated kernel: invalid configuration");
   }
   ++launches;
+  if (dry) return;
   grid_size = grid;
   block_size = block;
   body = &kernel;

@@ -175,9 +175,7 @@ struct Block {
       A base[V] = {};
       if (SCORING == Scoring::kQuery) load_columns(base, s.centre, c, pitch);
       for (int j0 = 0; j0 < vectors; j0 += J) {
-        A sum[J][V];
-#pragma unroll
-        for (int j = 0; j < J; ++j) load_columns(sum[j], s.sum + smaller(j0 + j, vectors - 1) * pitch, c, pitch);
+        A sum[J][V] = {};
 #pragma unroll 4
         for (int r = 0; r < tile.count; ++r) {
           A x[V];
@@ -193,7 +191,13 @@ struct Block {
         }
 #pragma unroll
         for (int j = 0; j < J; ++j) {
-          if (j0 + j < vectors) store_columns(s.sum + (j0 + j) * pitch, sum[j], c, pitch);
+          if (j0 + j < vectors) {
+            A all[V];
+            load_columns(all, s.sum + (j0 + j) * pitch, c, pitch);
+#pragma unroll
+            for (int i = 0; i < V; ++i) all[i] += sum[j][i];
+            store_columns(s.sum + (j0 + j) * pitch, all, c, pitch);
+          }
         }
       }
     }

@@ -113,26 +113,20 @@ struct Block {
     }
   }
 
-  // sum[k] = sum[k] scale[k] + weights x, K heads at a time; a vector of columns for each thread in turn.
+  // sum[k] = sum[k] scale[k] + weights x, K heads at a time; a vector of columns for each thread in turn. A tile is summed
+  // by itself: beside a row of weight 1 many small ones would be rounded away one by one.
   template <int K>
   __device__ void add(const Tile<T>& tile) const {
     for (int c = static_cast<int>(threadIdx.x) * V; c < pitch; c += static_cast<int>(blockDim.x) * V) {
       for (int k0 = 0; k0 < heads; k0 += K) {
-        A sum[K][V];
-#pragma unroll
-        for (int k = 0; k < K; ++k) {
-          // Past the last head that one is summed again, and not stored.
-          load_columns(sum[k], s.sum + smaller(k0 + k, heads - 1) * pitch, c, pitch);
-          const A scale = s.scale[smaller(k0 + k, heads - 1)];
-#pragma unroll
-          for (int i = 0; i < V; ++i) sum[k][i] *= scale;
-        }
+        A sum[K][V] = {};
 #pragma unroll 4
         for (int r = 0; r < tile.count; ++r) {
           A x[V];
           load_tile<T>(x, tile.x + r * pitch + c);
 #pragma unroll
           for (int k = 0; k < K; ++k) {
+            // Past the last head that one is summed again, and not stored.
             const A weight = s.weights[r * heads + smaller(k0 + k, heads - 1)];
             if (SCORING == Scoring::kWeights || !(weight < 0)) {  // the same in all threads
 #pragma unroll
@@ -142,7 +136,14 @@ struct Block {
         }
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-          if (k0 + k < heads) store_columns(s.sum + (k0 + k) * pitch, sum[k], c, pitch);
+          if (k0 + k < heads) {
+            A all[V];
+            load_columns(all, s.sum + (k0 + k) * pitch, c, pitch);
+            const A scale = s.scale[k0 + k];
+#pragma unroll
+            for (int i = 0; i < V; ++i) all[i] = all[i] * scale + sum[k][i];
+            store_columns(s.sum + (k0 + k) * pitch, all, c, pitch);
+          }
         }
       }
     }

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) expand_rows_kernel(ExpandRows<T> p, 
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kThreads) score_gradients_kernel(ScoreGradients<A> p, int64_t first_slot) {
+__global__ void __launch_bounds__(kThreads, kBlocks) score_gradients_kernel(ScoreGradients<A> p, int64_t first_slot) {
   const Share share = share_of(p.bags, p.first, p.count, first_slot, kThreads);
   for (int64_t row = share.begin + threadIdx.x; row < share.end; row += share.step) {
     for (int k = 0; k < p.heads; ++k) {

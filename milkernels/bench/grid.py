@@ -57,6 +57,7 @@ def log_uniform_lengths(bags: int, shortest: int, longest: int, seed: int = 0) -
 
 SLIDES = log_uniform_lengths(64, 1_000, 20_000)
 SMALL_BAGS = log_uniform_lengths(256, 100, 2_000)
+TINY_BAGS = log_uniform_lengths(100, 10, 100)  # as bags of digits are
 
 
 def describe(workload: Workload, dtype: str) -> str:
@@ -94,10 +95,10 @@ def _headlines() -> Iterator[Unit]:
     for op in ("softmax_pool", "loss_attention_pool", "dsmil", "query_pool"):
         eager = " ".join(("eager", *(f"eager-{formula}" for formula in CASES[op].alternatives)))
         rows = GIGABYTE // (2 * 1024)
-        yield _unit(op, (rows,), 1024, f"{eager} triton", modes=("fwd", "step"), headline=True)
+        yield _unit(op, (rows,), 1024, f"{eager} triton native", modes=("fwd", "step"), headline=True)
     for size in HEADLINE_SIZES:
         yield _attention("gated_attention_scores", size, 1, _BFLOAT16, modes=("fwd",), headline=True)
-    yield _unit(gated, SMALL_BAGS, 1024, ragged, modes=("step", "fwd"), headline=True)
+    yield _unit(gated, SMALL_BAGS, 1024, f"{ragged} native", modes=("step", "fwd"), headline=True)
     yield _attention(gated, HEADLINE_SIZES[0], 1, _FLOAT32, headline=True)
     yield _unit(gated, (1_000_000,), 512, "eager triton", modes=("step", "frozen", "fwd"), headline=True)
 
@@ -105,7 +106,7 @@ def _headlines() -> Iterator[Unit]:
 def _tuning() -> Iterator[Unit]:
     gated, size = "gated_attention_pool", HEADLINE_SIZES[0]
     called = tuple(f"{op} {rows} {mode}" for op in _CALLED for rows in CALL_ROWS for mode in ("fwd", "step"))
-    yield _unit(gated, (2,), 512, "eager triton fused", kind="calls", modes=called, suffix=": calls")
+    yield _unit(gated, (2,), 512, "eager triton fused native", kind="calls", modes=called, suffix=": calls")
     sizes = "workspace-8 workspace-16 workspace-32 workspace-64"
     yield _attention(gated, size, 1, _BFLOAT16, contenders=sizes, modes=("fwd", "step"), suffix=": workspace")
     for dim, hidden in HEADLINE_SIZES[1:]:
@@ -128,11 +129,12 @@ def _compiled() -> Iterator[Unit]:
 def _rest() -> Iterator[Unit]:
     gated, plain = "gated_attention_pool", "attention_pool"
     for op in ("dsmil_mlp", "dsmil", "loss_attention_pool", "softmax_pool", "query_pool"):
-        yield _unit(op, (INSTANCES,), 1024, "eager triton")
+        yield _unit(op, (INSTANCES,), 1024, "eager triton native")
+    yield _unit(gated, TINY_BAGS, 512, "eager triton native", hidden=128, modes=("step", "fwd"))
     yield _attention(gated, HEADLINE_SIZES[0], 1, _FLOAT32, precision="high", contenders="eager triton fused")
     yield _attention(gated, HEADLINE_SIZES[0], 1, _FLOAT16)
     for op in ("dsmil", "loss_attention_pool", "softmax_pool"):
-        yield _unit(op, SLIDES, 1024, "eager triton reference", modes=("step", "fwd"))
+        yield _unit(op, SLIDES, 1024, "eager triton native reference", modes=("step", "fwd"))
     attention = [
         (op, size, heads, dtype)
         for op, heads, dtype in (
@@ -145,8 +147,8 @@ def _rest() -> Iterator[Unit]:
         yield _attention(op, size, heads, dtype)
     for op in ("dsmil", "dsmil_mlp", "loss_attention_pool", "softmax_pool", "query_pool"):
         for dim in (512, 1536):
-            yield _unit(op, (INSTANCES,), dim, "eager triton")
-        yield _unit(op, (INSTANCES,), 1024, "eager triton", dtype=_FLOAT32)
+            yield _unit(op, (INSTANCES,), dim, "eager triton native")
+        yield _unit(op, (INSTANCES,), 1024, "eager triton native", dtype=_FLOAT32)
     yield _unit(gated, SLIDES, 1024, "eager padded triton reference", dtype=_FLOAT32, modes=("step", "fwd"))
     yield _unit(
         *(gated, (2,), 1024, "eager triton"),

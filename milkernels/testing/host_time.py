@@ -1,0 +1,144 @@
+"""``python -m milkernels.testing.host_time``: what a call costs the host, with no GPU: CUDA C++ beside Triton.
+
+Kernels are not run. Those of Triton go through its own launch path down to a launcher that does nothing, those of C++
+through the emulated module, which counts them; so what neither has is the driver, some microseconds for each launch.
+The tensors lie on the CPU and are small, for what PyTorch computes runs for real.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from types import SimpleNamespace
+
+import torch
+
+import milkernels
+from milkernels import native, triton
+
+OPS = ("softmax_pool", "query_pool", "loss_attention_pool", "instance_max", "gated_attention_pool")
+MODES = ("forward", "forward and backward")
+_BAGS, _ROWS, _WIDTH = 100, 8, 16
+_CALLS, _ROUNDS = 20, 31
+
+
+class _Driver:
+    """Compiles for a GPU that is not there and launches nothing."""
+
+    def __init__(self):
+        from triton.backends.compiler import GPUTarget
+
+        self.target, self.launches = GPUTarget("cuda", 90, 32), 0
+        self.utils = SimpleNamespace(
+            load_binary=lambda *args: (None, None, 32, 0, 1024),
+            get_device_properties=lambda device: {"max_shared_mem": 227 << 10, "multiprocessor_count": 132},
+        )
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+    def launcher_cls(self, source, metadata):
+        def launch(*args):
+            self.launches += 1
+
+        return launch
+
+
+def triton_without_device() -> _Driver:
+    """From now on Triton's kernels serve CPU tensors, as far as the host can tell."""
+    from triton.runtime import driver
+
+    found = _Driver()
+    driver.set_active(found)
+    for name in triton.kernels():
+        triton._LIBRARY.impl(f"{name}.triton", triton.kernel(name), "CPU")
+    triton.device_types = lambda: ("cuda", "cpu")
+    return found
+
+
+def calls(op: str, backend: str) -> dict[str, object]:
+    """The call of an op on a batch of small bags, by mode."""
+    torch.manual_seed(0)
+    x = torch.randn(_BAGS * _ROWS, _WIDTH, requires_grad=True)
+    offsets = torch.arange(_BAGS + 1) * _ROWS
+    w, one = (torch.randn(n, _WIDTH, requires_grad=True) for n in (_WIDTH, 1))
+    inputs = {
+        "softmax_pool": (torch.randn(len(x), 1, requires_grad=True),),
+        "query_pool": (one,),
+        "loss_attention_pool": (w[:2].detach().requires_grad_(), None),
+        "instance_max": (w[:2].detach().requires_grad_(), None),
+        "gated_attention_pool": (w, None, w.detach().clone().requires_grad_(), None, one, None),
+    }[op]
+    compute = getattr(milkernels, op)
+    leaves = [x, *(t for t in inputs if t is not None)]
+
+    def forward():
+        with torch.no_grad():
+            compute(x, *inputs, offsets, backend=backend)
+
+    def step():
+        out = compute(x, *inputs, offsets, backend=backend)[0]
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    return dict(zip(MODES, (forward, step), strict=True))
+
+
+def measure(ops, launches: dict[str, object]) -> list[tuple[str, str, dict[str, tuple[float, int]]]]:
+    """Rows ``(op, mode, {backend: (seconds per call, launches)})``; the backends take turns."""
+    rows = []
+    for op in ops:
+        both = {backend: calls(op, backend) for backend in launches}
+        for mode in MODES:
+            seconds, counts = {b: [] for b in both}, {}
+            for backend, of in both.items():
+                of[mode]()
+                before = launches[backend]()
+                of[mode]()
+                counts[backend] = launches[backend]() - before
+            for _ in range(_ROUNDS):
+                for backend, of in both.items():
+                    start = time.perf_counter()
+                    for _ in range(_CALLS):
+                        of[mode]()
+                    seconds[backend].append((time.perf_counter() - start) / _CALLS)
+            rows.append((op, mode, {b: (statistics.median(s), counts[b]) for b, s in seconds.items()}))
+    return rows
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m milkernels.testing.host_time", description=__doc__.split("\n")[0])
+    parser.add_argument("--op", action="append", choices=OPS)
+    ops = parser.parse_args(argv).op or OPS
+    if not native.emulated() or native.load_error() is not None or triton.load_error() is not None:
+        reason = native.load_error() or triton.load_error() or "set MILKERNELS_EMULATE_CUDA=1"
+        print(f"needs Triton and the emulated module: {reason}", file=sys.stderr)
+        return 2
+    if triton.interpreted():
+        print("TRITON_INTERPRET=1 is no launch path; unset it", file=sys.stderr)
+        return 2
+    from rich.console import Console
+    from rich.table import Table
+
+    from milkernels import _C_emulated
+
+    driver = triton_without_device()
+    _C_emulated.set_dry(True)
+    table = Table(title=f"host time of a call, {_BAGS} bags of {_ROWS} x {_WIDTH}, no driver")
+    for column in ("op", "mode", "C++ us", "launches", "Triton us", "launches", "Triton / C++"):
+        table.add_column(column, justify="left" if column in ("op", "mode") else "right")
+    for op, mode, found in measure(ops, {"native": _C_emulated.launch_count, "triton": lambda: driver.launches}):
+        (ours, count), (theirs, their_count) = found["native"], found["triton"]
+        times = f"{1e6 * ours:.0f}", str(count), f"{1e6 * theirs:.0f}", str(their_count)
+        table.add_row(op, mode, *times, f"{theirs / ours:.1f}")
+    Console(width=100).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
