@@ -12,12 +12,12 @@ namespace milkernels {
 // there is nothing to choose, `empty` and -1. `dead`: -inf is never chosen.
 std::pair<Tensor, Tensor> first_max(const Call& call, const Tensor& values, bool dead, double empty);
 
-// values and rows [bags, classes] of the largest logits, and the logits  W x + b  [rows, classes]. Weight and bias are in
-// the accumulation type, bias may be undefined.
+// values and rows [bags, classes] of the largest logits, and the logits  W x + b  [rows, classes]. Weight and bias are
+// in the accumulation type, bias may be undefined.
 std::tuple<Tensor, Tensor, Tensor> instance_max(const Call& call, const Tensor& weight, const Tensor& bias);
 
-// The gradients of x, W and b, of W and b in the accumulation type; empty where nobody needs them. That of x is added to
-// `onto` [rows, width] where that is given: a few rows, unless the logits have a gradient.
+// The gradients of x, W and b, of W and b in the accumulation type; empty where nobody needs them. That of x is added
+// to `onto` [rows, width] where that is given: a few rows, unless the logits have a gradient.
 std::tuple<Tensor, Tensor, Tensor> instance_max_gradients(Call& call, const Tensor& weight, const Tensor& indices,
                                                           const Tensor& logits, const OptionalTensor& grad_values,
                                                           const OptionalTensor& grad_logits, std::array<bool, 3> needs,

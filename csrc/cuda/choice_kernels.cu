@@ -26,10 +26,10 @@ __device__ inline Best<A, V> no_best() {
   return none;
 }
 
-// Whether a value takes the place of the best, which comes before it.
+// Whether a value takes the place of the best, which comes before it. No branches: most lanes would differ.
 template <typename A>
 __device__ inline bool wins(A value, A best, int best_at) {
-  return best_at < 0 || (best == best && !(value <= best));
+  return (best_at < 0) | ((best == best) & !(value <= best));
 }
 
 template <typename A, int V>
@@ -46,13 +46,14 @@ __device__ inline void merge_best(Best<A, V>& best, const Best<A, V>& other) {
   }
 }
 
-// Of a bag that is one block's: nothing has to be put together.
+// What was chosen in a bag; `empty` where that is nothing.
 template <typename A, typename T>
 __device__ inline void store_choice(T* values, int64_t* indices, int64_t at, A value, int64_t row, A empty) {
   values[at] = narrow<T>(row < 0 ? empty : value);
   indices[at] = row;
 }
 
+// Five blocks, so that registers suffice for what is read ahead.
 template <typename T, int V>
 __global__ void __launch_bounds__(kReducers, 5) first_max_kernel(FirstMax<T> p, int at_once) {
   using A = acc_t<T>;
@@ -72,8 +73,8 @@ __global__ void __launch_bounds__(kReducers, 5) first_max_kernel(FirstMax<T> p, 
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           const A value = widen(x.at[i]);
-          const bool chosen = counts && !(p.dead && value == -std::numeric_limits<A>::infinity()) &&
-                              wins(value, best.value[i], best.at[i]);
+          const bool eligible = counts & !(p.dead & (value == -std::numeric_limits<A>::infinity()));
+          const bool chosen = eligible & wins(value, best.value[i], best.at[i]);
           best.value[i] = chosen ? value : best.value[i];
           best.at[i] = chosen ? at : best.at[i];
         }
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(kReducers)
         return row >= rows.begin && row < rows.end;
       },
       [](Best<A, 1>& best, A value, bool counts, int at) {
-        const bool chosen = counts && wins(value, best.value[0], best.at[0]);
+        const bool chosen = counts & wins(value, best.value[0], best.at[0]);
         best.value[0] = chosen ? value : best.value[0];
         best.at[0] = chosen ? at : best.at[0];
       },
@@ -156,13 +157,12 @@ constexpr int kProductBytes = 16 << 10;  // of a tile's products and what is bes
 
 // The first largest of each class in a tile, a warp for each class and a lane for each row.
 template <typename A>
-__device__ void choose(Best<A, 1>* best, int classes, int rows, unsigned real, const A* products,
-                       const A* bias, int at) {
+__device__ inline void choose(Best<A, 1>* best, int classes, unsigned real, const A* products, const A* bias, int at) {
   constexpr A kDead = -std::numeric_limits<A>::infinity();
   const int lane = lane_index();
   for (int c = warp_index(); c < classes; c += warp_count()) {
     A value = kDead;
-    if (lane < rows && (real >> lane & 1) != 0) value = products[lane * classes + c] + (bias == nullptr ? A(0) : bias[c]);
+    if ((real >> lane & 1) != 0) value = products[lane * classes + c] + (bias == nullptr ? A(0) : bias[c]);
     const unsigned nan = __ballot_sync(kAllLanes, value != value);
     const A top = warp_max(value);
     const unsigned largest = __ballot_sync(kAllLanes, value == top && value != kDead);
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kThreads) class_max_kernel(ClassMax<T> p, Clas
       tile_products(tile.x, cut.tile, width, p.weight + int64_t{first} * width, classes, static_cast<const A*>(nullptr),
                     products);
       __syncthreads();
-      choose(best, classes, tile.count, tile.real, products, bias, static_cast<int>(tile.row - segment.begin));
+      choose(best, classes, tile.real, products, bias, static_cast<int>(tile.row - segment.begin));
     }
     for (int i = static_cast<int>(threadIdx.x); i < tile.count * classes; i += kThreads) {
       const int r = i / classes, c = i % classes;
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kThreads) class_max_kernel(ClassMax<T> p, Clas
 
 constexpr int kElements = 256;  // threads of a block that go through numbers one by one
 
-// The number of this thread, and how many there are.
+// The number of this thread.
 __device__ inline int64_t element() { return static_cast<int64_t>(blockIdx.x) * kElements + threadIdx.x; }
 inline dim3 element_grid(int64_t count) { return dim3(static_cast<unsigned>(ceil_div(count, int64_t{kElements}))); }
 
@@ -267,6 +267,7 @@ __global__ void add_rows_kernel(Places places, int classes, int width, const acc
 
 // --- The k best
 
+// Twelve blocks: more would be bought with spilled registers.
 template <typename T>
 __global__ void __launch_bounds__(kReducers, 12) sort_keys_kernel(TopK<T> p) {
   const Segment segment = p.bags.segment(blockIdx.x);

@@ -1,5 +1,5 @@
-// Ops that choose: the first largest of a column, in a bag, and what is read from or goes to the rows chosen. The lowest
-// row wins a tie and NaN beats every number.
+// Ops that choose: the first largest of a column, in a bag, and what is read from or goes to the rows chosen. The
+// lowest row wins a tie and NaN beats every number.
 #pragma once
 
 #include "ragged.h"
@@ -60,7 +60,8 @@ void put(const Places& places, int64_t columns, int64_t k, const T* values, bool
 template <typename T>
 void gather_rows(const Places& places, const Rows<T>& from, T* out, cudaStream_t stream);
 
-// out[place] += vectors[i], of places [bags, classes] and out [rows, width]: the classes of a bag may have chosen one row, bags never do.
+// out[place] += vectors[i], of places [bags, classes] and out [rows, width]. The classes of a bag may have chosen one
+// row, bags never do.
 template <typename T>
 void add_rows(const Places& places, int classes, int width, const acc_t<T>* vectors, T* out,
               cudaStream_t stream);

@@ -16,6 +16,14 @@
 
 #include <stdexcept>
 #include <string>
+#ifndef __CUDACC__  // the compiler of host code sees what kernels call, and calls nothing of it
+#include <device_launch_parameters.h>
+unsigned __ballot_sync(unsigned mask, int value);
+int __popc(unsigned bits);
+size_t __cvta_generic_to_shared(const void* address);
+template <typename V>
+V __shfl_xor_sync(unsigned mask, V value, int with);
+#endif
 #endif
 
 namespace milkernels {
@@ -150,7 +158,8 @@ __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING) : "memory");
 }
 
-#define MILKERNELS_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+// Aligned as the matrix units want it.
+#define MILKERNELS_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
@@ -169,6 +178,7 @@ inline int64_t shared_limit() {
 // Shared memory of more than this is asked for by an attribute of the kernel.
 constexpr int kSharedWithoutAsking = 48 << 10;
 
+#ifdef __CUDACC__
 template <auto KERNEL, typename... Args>
 void launch(dim3 grid, int threads, int64_t shared, cudaStream_t stream, const Args&... args) {
   if (shared > kSharedWithoutAsking) {
@@ -179,6 +189,7 @@ void launch(dim3 grid, int threads, int64_t shared, cudaStream_t stream, const A
   KERNEL<<<grid, threads, shared, stream>>>(args...);
   check(cudaGetLastError(), "launch");
 }
+#endif
 
 #endif
 

@@ -10,7 +10,6 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
 #define MILKERNELS_ASAN 1
 #endif
 
@@ -73,7 +72,7 @@ enum class State { kReady, kAtBlock, kAtWarp, kDone };
 
 struct Fiber {
   Context context;
-  std::unique_ptr<unsigned char[]> stack{new unsigned char[kStack]};
+  unsigned char* stack = nullptr;
   Thread place;
   State state = State::kReady;
   unsigned mask = 0;                      // of the warp barrier it waits at
@@ -88,6 +87,7 @@ struct Warp {
 
 // The block that runs.
 std::vector<Fiber> fibers;
+std::vector<std::unique_ptr<unsigned char[]>> stacks;  // kept, as new ones cost more than many a kernel
 std::vector<Warp> warps;
 std::unique_ptr<unsigned char[]> shared;
 const std::function<void()>* body = nullptr;
@@ -140,17 +140,17 @@ void fiber_main() {
 void prepare(Fiber& fiber) {
 #ifdef MILKERNELS_ASAN
   // The fiber before this one left it for good, with its last frames still marked.
-  ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), kStack);
+  ASAN_UNPOISON_MEMORY_REGION(fiber.stack, kStack);
 #endif
 #ifdef MILKERNELS_UCONTEXT
   getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_sp = fiber.stack;
   fiber.context.uc_stack.ss_size = kStack;
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, fiber_main, 0);
 #else
   // As if fiber_main had been called: the stack pointer is 8 off a multiple of 16 once its address is popped.
-  const uintptr_t top = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStack) & ~uintptr_t{15};
+  const uintptr_t top = reinterpret_cast<uintptr_t>(fiber.stack + kStack) & ~uintptr_t{15};
   void** p = reinterpret_cast<void**>(top) - 2;
   *p = reinterpret_cast<void*>(&fiber_main);
   for (int i = 0; i < 6; ++i) *--p = nullptr;
@@ -162,7 +162,7 @@ void resume(Fiber& fiber) {
   running = &fiber;
 #ifdef MILKERNELS_ASAN
   void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, fiber.stack.get(), kStack);
+  __sanitizer_start_switch_fiber(&fake, fiber.stack, kStack);
 #endif
   switch_context(scheduler, fiber.context);
 #ifdef MILKERNELS_ASAN
@@ -241,7 +241,10 @@ void run(dim3 grid, dim3 block, int64_t shared_bytes, const std::function<void()
   block_size = block;
   body = &kernel;
   failure.clear();
-  if (static_cast<int>(fibers.size()) != threads) fibers = std::vector<Fiber>(threads);
+  // Those of a run that failed were left where they stood.
+  if (!std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == State::kDone; })) stacks.clear();
+  while (static_cast<int>(stacks.size()) < threads) stacks.emplace_back(new unsigned char[kStack]);
+  fibers.resize(threads);
   warps.assign(threads / kLanes, {});
   std::vector<int> turns(threads);
   std::iota(turns.begin(), turns.end(), 0);
@@ -256,6 +259,7 @@ void run(dim3 grid, dim3 block, int64_t shared_bytes, const std::function<void()
         std::memset(shared.get(), 0xff, shared_bytes);
         for (int t = 0; t < threads; ++t) {
           Fiber& fiber = fibers[t];
+          fiber.stack = stacks[t].get();
           fiber.place = {dim3(t, 0, 0), dim3(x, y, z)};
           fiber.state = State::kReady;
           fiber.turn = 0;

@@ -1,0 +1,309 @@
+// attention_pool, attention_scores and their backward on a GPU, in one of two ways. Rows go through in chunks: products
+// with V and U by the library into a workspace, kernels for gate and scores behind them, then the pooling. Or, where
+// there is little to do, one kernel does all of it.
+#include <torch/library.h>
+
+#include <string_view>
+#include <tuple>
+
+#include "layers.h"
+#include "pooling.h"
+#include "small_attention.h"
+
+namespace milkernels {
+namespace {
+
+// Of chunks of rows between two kernels: large enough that launches hide, small enough to stay in the L2 of a
+// data-centre GPU.
+constexpr int64_t kWorkspace = 32 << 20;
+constexpr int64_t kChunkMultiple = 256;
+
+struct Parameters {
+  const Tensor& v_weight;
+  const OptionalTensor &v_bias, &u_weight, &u_bias;
+  const Tensor& w_weight;
+  const OptionalTensor& w_bias;
+};
+
+class AttentionCall : public Call {
+ public:
+  AttentionCall(const Tensor& x, const Parameters& p, const OptionalTensor& offsets, const OptionalTensor& mask,
+                const OptionalTensor& seed, std::string_view activation, double dropout_p,
+                std::optional<ScalarType> compute_dtype)
+      : Call(x, offsets, mask), gated(p.u_weight.has_value()), type(product_type(*this, compute_dtype)),
+        activation_(activation_of(activation)), dropout_(*this, seed, dropout_p) {
+    TORCH_CHECK_VALUE(p.v_weight.dim() == 2 && p.w_weight.dim() == 2, "v_weight and w_weight must be 2-D; got ",
+                      p.v_weight.sizes(), " and ", p.w_weight.sizes());
+    hidden = p.v_weight.size(0), heads = p.w_weight.size(0);
+    TORCH_CHECK_VALUE(hidden > 0 && heads > 0, "v_weight and w_weight must not be empty");
+    TORCH_CHECK_VALUE(hidden <= (1 << 24) && heads <= (1 << 24), "too many hidden units or heads: ", hidden, ", ",
+                      heads);
+    for (const Tensor* const weight : {&p.v_weight, gated ? &*p.u_weight : nullptr}) {
+      if (weight == nullptr) continue;
+      TORCH_CHECK_VALUE(here(*weight) && weight->sizes() == at::IntArrayRef({hidden, width}),
+                        "v_weight and u_weight must be [", hidden, ", ", width, "] on ", x.device(), "; got ",
+                        weight->sizes(), " on ", weight->device());
+      weights_.push_back(weight->to(type).contiguous());
+    }
+    v_bias_ = take(p.v_bias, "v_bias", {hidden}), u_bias_ = take(p.u_bias, "u_bias", {hidden});
+    w = take(p.w_weight, "w_weight", {heads, hidden}), w_bias_ = take(p.w_bias, "w_bias", {heads});
+  }
+
+  int64_t units() const { return gated ? 2 * hidden : hidden; }
+  // V over U in the type of products.
+  Tensor projection() const { return gated ? at::cat(weights_) : weights_[0]; }
+
+  template <typename A>
+  Gate<A> gate() const {
+    return {gated, activation_, dropout_.typed(), static_cast<int>(hidden), static_cast<int>(heads),
+            data<A>(v_bias_), data<A>(u_bias_), data<A>(w), data<A>(w_bias_)};
+  }
+  template <typename E>
+  GateRows<E> gate_rows(const Tensor& z, int64_t first) const {
+    return {gate<acc_t<E>>(), data<E>(z), first, z.size(0), data<bool>(mask)};
+  }
+
+  template <typename T>
+  SmallAttention<T> small() const {
+    return {typed<T>(), ragged(), gate<acc_t<T>>(), data<T>(weights_[0]), data_if<T>(gated, weights_.back())};
+  }
+
+  // Bits by which a unit's gradient may exceed its score's: factors of dropout, and what a gate multiplies.
+  int headroom() const {
+    int bits = 0;  // of the part of 65536 that is kept
+    for (uint32_t kept = dropout_.threshold < 65536 ? 65536 - dropout_.threshold : 1; kept > 0; kept /= 2) ++bits;
+    return (17 - bits) * (gated ? 2 : 1) + (gated && activation_ != Activation::kTanh ? 6 : 0);
+  }
+
+  Tensor rows_in(int64_t first, int64_t count, bool clean) const {
+    return rows_for_products(*this, first, count, type, clean);
+  }
+
+  // f(first row, count) for even chunks of rows whose workspace stays within bounds.
+  template <typename F>
+  void in_chunks(int64_t bytes_per_row, const F& f) const {
+    if (rows == 0) return;
+    const int64_t most = std::max(kWorkspace / bytes_per_row / kChunkMultiple, int64_t{1}) * kChunkMultiple;
+    const int64_t step = round_up(ceil_div(rows, ceil_div(rows, most)), kChunkMultiple);
+    for (int64_t first = 0; first < rows; first += step) f(first, std::min(step, rows - first));
+  }
+
+  bool gated;
+  ScalarType type;  // of products
+  int64_t hidden, heads;
+  Tensor w;  // [heads, hidden]
+
+ private:
+  Activation activation_;
+  DropoutTensors dropout_;
+  std::vector<Tensor> weights_;  // V, and U
+  Tensor v_bias_, u_bias_, w_bias_;
+};
+
+// --- Which way
+
+std::string forced;
+
+// Of multiplications and additions in the products: up to so many are done sooner than several kernels are launched.
+// Not measured. Half types have the units that multiply matrices.
+constexpr int64_t kSmallWork = int64_t{1} << 30, kSmallHalfWork = int64_t{1} << 32;
+constexpr int64_t kSmallHeads = 16, kSmallWidth = 8192;
+
+// By shapes and types alone.
+bool is_small(const AttentionCall& call) {
+  if (call.type != call.x.scalar_type() || call.heads > kSmallHeads || call.width > kSmallWidth) return false;
+  // The backward's workspace: gradients of products, and a copy of x without masked rows.
+  if (call.rows > kWorkspace / (call.units() + call.width) / call.x.element_size()) return false;
+  if (!forced.empty()) return forced == "small";
+  const bool half = call.type == at::kHalf || call.type == at::kBFloat16;
+  return static_cast<double>(call.rows) * static_cast<double>(call.width * call.units()) <=
+         static_cast<double>(half ? kSmallHalfWork : kSmallWork);
+}
+
+// --- Forward
+
+Tensor scores_in_chunks(const AttentionCall& call) {
+  const Tensor scores = call.empty({call.rows, call.heads}), weight = call.projection();
+  const int64_t size = weight.element_size(), converted = call.type == call.x.scalar_type() ? 0 : call.width * size;
+  call.in_chunks(call.units() * size + converted, [&](int64_t first, int64_t count) {
+    const Tensor z = product(call.rows_in(first, count, false), weight.t(), call.type);
+    dispatch(call.type, [&]<typename E>() {
+      gate_scores(call.gate_rows<E>(z, first), data<acc_t<E>>(scores), call.stream());
+    });
+  });
+  return scores;
+}
+
+// All of it in one kernel, or false; bag and lse are undefined where scores are all that is wanted.
+bool forward_at_once(AttentionCall& call, const Tensor& scores, const Tensor& bag, const Tensor& lse) {
+  if (!is_small(call)) return false;
+  return dispatch(call.type, [&]<typename T>() {
+    using A = acc_t<T>;
+    SmallForward<T> p{call.small<T>(), data<A>(scores), {}, data<A>(bag), data<A>(lse)};
+    if (!bag.defined()) p.of.bags = call.one_bag();
+    if (!fits(p)) return false;
+    if (bag.defined()) p.partials = call.partials<A>(p.of.bags, call.heads, call.width);
+    small_forward(p, call.stream());
+    return true;
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_pool_fwd(
+    const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& u_weight,
+    const OptionalTensor& u_bias, const Tensor& w_weight, const OptionalTensor& w_bias, const OptionalTensor& offsets,
+    const OptionalTensor& mask, const OptionalTensor& seed, std::string_view activation, double dropout_p,
+    std::optional<ScalarType> compute_dtype) {
+  AttentionCall call(x, {v_weight, v_bias, u_weight, u_bias, w_weight, w_bias}, offsets, mask, seed, activation,
+                     dropout_p, compute_dtype);
+  Forward out(call, call.heads);
+  if (forward_at_once(call, out.scores, out.bag, out.lse)) return {out.bag, out.scores, out.lse};
+  const Tensor scores = scores_in_chunks(call);
+  out.pool_given(call, scores);
+  return {out.bag, out.scores, out.lse};
+}
+
+Tensor attention_scores_fwd(const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias,
+                            const OptionalTensor& u_weight, const OptionalTensor& u_bias, const Tensor& w_weight,
+                            const OptionalTensor& w_bias, const OptionalTensor& offsets, const OptionalTensor& mask,
+                            const OptionalTensor& seed, std::string_view activation, double dropout_p,
+                            std::optional<ScalarType> compute_dtype) {
+  AttentionCall call(x, {v_weight, v_bias, u_weight, u_bias, w_weight, w_bias}, offsets, mask, seed, activation,
+                     dropout_p, compute_dtype);
+  const Tensor scores = call.empty({call.rows, call.heads});
+  return forward_at_once(call, scores, {}, {}) ? scores : scores_in_chunks(call);
+}
+
+// --- Backward
+
+// The gradients of x (undefined where nobody needs it), of V over U (the same), and the sums [heads + 2, hidden] that
+// are those of w and of the biases of V and U.
+struct Found {
+  Tensor grad_x, weight, sums;
+};
+
+Found backward_in_chunks(const AttentionCall& call, const PoolGradients& gradients, bool need_x, bool need_weight) {
+  const int64_t D = call.hidden, K = call.heads;
+  const Tensor weight = call.projection();
+  const bool pooled = gradients.weights.defined(), same_type = call.type == call.x.scalar_type();
+  Found found;
+  if (need_x) found.grad_x = call.grad_x(true);
+  if (need_weight) found.weight = at::zeros({call.units(), call.width}, call.w.options());
+  found.sums = at::zeros({K + 2, D}, call.w.options());
+  Tensor scale, inverse;
+  if (call.type == at::kHalf) {
+    const Tensor bound = largest(gradients.scores) * call.w.abs().nan_to_num(0, 0, 0).sum(0).amax();
+    scale = power_of_two_scale(bound, call.headroom());
+    inverse = scale.reciprocal();
+  }
+  // Products that need neither another type nor a scale are written where the gradient of x will be.
+  const bool direct = same_type && !scale.defined() && (call.type == call.acc || !pooled);
+  const int64_t size = weight.element_size(), aside = need_x && !direct ? call.width * call.w.element_size() : 0;
+  const int64_t copied = call.mask.defined() || !same_type ? call.width * size : 0;
+  call.in_chunks(call.units() * size + aside + copied, [&](int64_t first, int64_t count) {
+    const Tensor x = call.rows_in(first, count, true), z = product(x, weight.t(), call.type);
+    const Tensor sums = call.empty({ceil_div(count, int64_t{kSummedRows}), K + 2, D});
+    dispatch(call.type, [&]<typename E>() {
+      using A = acc_t<E>;
+      gate_backward(call.gate_rows<E>(z, first), data<const A>(gradients.scores), data<const A>(scale), data<A>(sums),
+                    call.stream());
+    });
+    found.sums += sums.sum(0);
+    if (need_weight) found.weight += product(z.t(), x, call.acc);
+    if (!need_x) return;
+    const Tensor grad_x = found.grad_x.narrow(0, first, count);
+    if (direct) product_into(grad_x, z, weight);
+    else expand(call, grad_x, first, gradients.term(), {}, product(z, weight, call.acc), inverse);
+  });
+  if (need_x && direct && pooled) expand(call, found.grad_x, 0, gradients.term(), {}, found.grad_x);
+  if (need_weight && scale.defined()) found.weight *= inverse;
+  return found;
+}
+
+// The same in one kernel behind that of the pooling, and the library's product for V and U; false where it is not for
+// this call.
+bool backward_at_once(AttentionCall& call, const PooledTensors& of, bool need_x, bool need_weight, Found& found,
+                      Tensor& ds) {
+  if (!is_small(call) || call.type == at::kHalf) return false;  // float16 needs a scale
+  const int64_t D = call.hidden, K = call.heads;
+  const bool pooled = of.grad_bag.defined();
+  found.grad_x = need_x ? call.grad_x(true) : Tensor();
+  found.sums = call.empty({ceil_div(call.rows, int64_t{kSmallRows}), K + 2, D});
+  const Tensor dz = at::empty({call.rows, call.units()}, call.x.options());
+  ds = call.empty({call.rows, K});
+  const bool done = dispatch(call.type, [&]<typename T>() {
+    if constexpr (std::is_same_v<T, float16>) {
+      return false;
+    } else {
+      using A = acc_t<T>;
+      SmallBackward<T> p{call.small<T>(), data<A>(ds), data<T>(dz), data<A>(found.sums), data<T>(found.grad_x), pooled};
+      if (!fits(p)) return false;
+      if (!pooled) {
+        PoolGradients gradients(call, of, false);
+        gradients.add({call.x, 0, call.rows});
+        ds = gradients.scores.contiguous();
+        p.ds = data<A>(ds);
+      } else if (!Backward{of, Scoring::kGiven, {}, {}, {}, found.grad_x, ds}.run(call)) {
+        return false;
+      }
+      small_backward(p, call.stream());
+      return true;
+    }
+  });
+  if (!done) return false;
+  found.sums = found.sums.sum(0);
+  if (need_weight) found.weight = product(dz.t(), call.rows_in(0, call.rows, true), call.acc);
+  return true;
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients attention_bwd(
+    const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& u_weight,
+    const OptionalTensor& u_bias, const Tensor& w_weight, const OptionalTensor& w_bias, const OptionalTensor& offsets,
+    const OptionalTensor& mask, const OptionalTensor& seed, const OptionalTensor& bag, const Tensor& scores,
+    const OptionalTensor& lse, std::string_view activation, double dropout_p, std::optional<ScalarType> compute_dtype,
+    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
+    std::array<bool, 7> needs) {
+  AttentionCall call(x, {v_weight, v_bias, u_weight, u_bias, w_weight, w_bias}, offsets, mask, seed, activation,
+                     dropout_p, compute_dtype);
+  const int64_t K = call.heads, D = call.hidden;
+  const PooledTensors of(call, K, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
+  const bool need_weight = needs[1] || needs[3];
+  Found found;
+  Tensor ds;
+  if (!backward_at_once(call, of, needs[0], need_weight, found, ds)) {
+    PoolGradients gradients(call, of, needs[0]);
+    gradients.add({call.x, 0, call.rows});
+    found = backward_in_chunks(call, gradients, needs[0], need_weight);
+    ds = gradients.scores;
+  }
+  const auto part = [](const Tensor& t, int64_t first, int64_t count) {
+    return t.defined() ? t.narrow(0, first, count) : t;
+  };
+  const std::array<Tensor, 7> all{found.grad_x,
+                                  part(found.weight, 0, D),
+                                  found.sums[K],
+                                  call.gated ? part(found.weight, D, D) : Tensor(),
+                                  found.sums[K + 1],
+                                  part(found.sums, 0, K),
+                                  ds.sum(0)};
+  const std::array<OptionalTensor, 7> like{x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias};
+  std::array<Tensor, 7> own;
+  for (int i = 0; i < 7; ++i) {
+    // In memory of its own.
+    own[i] = !needs[i] ? call.grad_x(false) : all[i].to(like[i]->scalar_type(), false, /*copy=*/i > 0);
+  }
+  return std::tuple_cat(own);
+}
+
+TORCH_LIBRARY_IMPL(milkernels, MILKERNELS_DEVICE_KEY, m) {
+  m.impl("attention_pool_fwd.native", attention_pool_fwd);
+  m.impl("attention_scores_fwd.native", attention_scores_fwd);
+  m.impl("attention_bwd.native", attention_bwd);
+}
+
+}  // namespace
+
+void force_attention(const std::string& way) { forced = way; }
+
+}  // namespace milkernels
