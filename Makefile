@@ -5,15 +5,19 @@
 #   make test  ARGS="-k bags"       tests
 #   make gpu [QUICK=1] [OUT=dir]    tests and benchmarks on an NVIDIA GPU, with what $(PYTHON) has; needs no network
 #   make aot   ARGS="--op ..."      compiles every Triton kernel for NVIDIA's and AMD's GPUs and checks the code; needs none
+#   make cuda-test ARGS="-k bags"   tests of the CUDA C++ kernels, compiled for the host, under AddressSanitizer; needs GCC
+#   make cuda-check                 compiles them for NVIDIA's GPUs and checks the code; needs nvcc, and no GPU
 #   make lint | format | info | clean
 #
 # PYTHON        the interpreter; what it has already is used, PyTorch first of all, and not downloaded
 # TORCH         what to install otherwise
 # TORCH_INDEX   where from, if not from pip's default index
+# TORCH_CUDA    what cuda-check builds against, of the same major version of CUDA as nvcc
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+TORCH_CUDA ?= torch==2.14.1
 ARGS ?=
 QUICK ?=
 OUT ?=
@@ -24,9 +28,12 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 RUFF := $(shell sed -n 's/.*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
 SOURCES := setup.py $(shell find csrc -type f)
 PYTHON_FILES := setup.py $(wildcard milkernels tests benchmarks)
+CUDA_VENV := .venv-cuda
+# Without the thousands of calls by which numerical derivatives are taken: those in float64 hold the same gradients.
+CUDA_TESTS := tests/test_cuda.py tests/test_kernels.py tests/test_attention.py -k "not gradcheck"
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install bench test gpu aot lint format info clean
+.PHONY: install bench test gpu aot cuda-test cuda-check lint format info clean
 
 install: $(VENV)/.built
 
@@ -46,6 +53,26 @@ aot: $(VENV)/.installed
 	@$(PY) -c "import triton" 2>/dev/null || $(PIP) install "triton>=3.6"
 	env -u TRITON_INTERPRET $(PY) -m milkernels.testing.aot $(ARGS)
 
+# Both libraries come before Python, which is linked to neither: AddressSanitizer looks for the other's exceptions at once.
+cuda-test: $(VENV)/.installed
+	@$(PY) -c "import pytest, numpy" 2>/dev/null || $(PIP) install "milkernels[test]"
+	MILKERNELS_BUILD_EXT=0 MILKERNELS_BUILD_CUDA=0 MILKERNELS_BUILD_EMULATED=asan $(PY) setup.py --quiet build_ext --inplace
+	LD_PRELOAD="$(foreach name,libasan.so libstdc++.so.6,$$($(CXX) -print-file-name=$(name)))" ASAN_OPTIONS=detect_leaks=0 MILKERNELS_EMULATE_CUDA=1 \
+		$(PY) -m pytest -ra --durations=15 $(CUDA_TESTS) $(ARGS)
+
+# An environment of its own, as .venv may have a PyTorch without CUDA.
+cuda-check:
+	@command -v nvcc >/dev/null || [ -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] \
+		|| { echo "make cuda-check needs CUDA's compiler: there is no nvcc on the PATH, in CUDA_HOME or in /usr/local/cuda"; exit 1; }
+	@$(MAKE) --no-print-directory $(CUDA_VENV)/.created
+	$(CUDA_VENV)/bin/python -m milkernels.testing.cuda_check $(ARGS)
+
+$(CUDA_VENV)/.created:
+	@rm -rf $(CUDA_VENV)
+	@$(PYTHON) -m venv $(CUDA_VENV)
+	@$(CUDA_VENV)/bin/python -m pip --disable-pip-version-check --quiet install $(TORCH_CUDA) "setuptools>=77" ninja numpy
+	@touch $@
+
 lint: $(VENV)/.ruff
 	$(PY) -m ruff check $(PYTHON_FILES)
 	$(PY) -m ruff format --check $(PYTHON_FILES)
@@ -58,7 +85,7 @@ info: $(VENV)/.built
 	$(PY) -m milkernels info
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info milkernels/*.so .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info milkernels/*.so .pytest_cache .ruff_cache .benchmarks
 	find $(PYTHON_FILES) -name __pycache__ -prune -exec rm -rf {} +
 
 # Where $(PYTHON) has PyTorch the environment sees its packages.  --system-site-packages alone is not enough:

@@ -7,14 +7,18 @@ that was compiled for AVX-512 must never be linked into code that runs on a mach
 MILKERNELS_BUILD_EXT    1: build the CPU modules or fail; 0: do not; unset: build if there is a compiler, and
                         where that fails warn and go on, as every op has a reference in PyTorch.
 MILKERNELS_BUILD_CUDA   The same for the CUDA module: what counts is the toolkit, never a visible GPU.
+MILKERNELS_BUILD_EMULATED   1: the CUDA kernels compiled for the host too, for tests where there is no GPU, by
+                        csrc/cuda/emulator.h; asan: so that AddressSanitizer watches them; 0 or unset: not.
 """
 
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import traceback
 from glob import glob
+from pathlib import Path
 
 from setuptools import setup
 
@@ -27,7 +31,11 @@ except ImportError:
 NAMESPACE = "milkernels"
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 CPU_SOURCES = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
-CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp"))
+EMULATED_SOURCES = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp"))
+CUDA_SOURCES = [path for path in EMULATED_SOURCES if os.path.basename(path) != "emulator.cpp"]
+# What the module is compiled for where TORCH_CUDA_ARCH_LIST says nothing, as far as the compiler knows them: 9.0a is
+# Hopper with its matrix units, which PTX for later ones does without.
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 INSTRUCTION_SETS = {
     "default": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -36,6 +44,12 @@ INSTRUCTION_SETS = {
 }
 OPTIMISE = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]  # never -ffast-math
 QUIET = ["-Wno-unknown-pragmas", "-Wno-psabi"]  # PyTorch's headers have hundreds; GCC notes vectors passed by value
+CUDA_STANDARD = "-std=c++20"  # PyTorch's own was 17
+# PyTorch switches the conversions and the arithmetic of half types off; the kernels use the former.
+NVCC = ["-O3", "-lineinfo", "--expt-relaxed-constexpr", "-U__CUDA_NO_HALF_CONVERSIONS__"]
+NVCC += ["-U__CUDA_NO_BFLOAT16_CONVERSIONS__", "-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF2_OPERATORS__"]
+EMULATE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fvisibility=hidden", "-DMILKERNELS_EMULATED"]
+SANITIZE = ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment"]
 
 
 def setting(name):
@@ -104,13 +118,57 @@ def cuda_extensions():
             refuse_or_warn(required, "the CUDA module needs a PyTorch built for CUDA, and CUDA's compiler.")
         return []
     # Without a list PyTorch asks the visible GPU; the build must be the same on a machine that has none.
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;9.0+PTX")
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(cpp_extension.CUDA_HOME)
     return [
         cpp_extension.CUDAExtension(
             **common("_C_cuda", CUDA_SOURCES, required),
-            extra_compile_args={"cxx": OPTIMISE, "nvcc": ["-O3", "-lineinfo"]},
+            extra_compile_args={"cxx": [CUDA_STANDARD, *OPTIMISE, *QUIET], "nvcc": [CUDA_STANDARD, *NVCC]},
         )
     ]
+
+
+def architectures(toolkit):
+    """Those that this toolkit knows, and PTX for later ones."""
+    command = [os.path.join(toolkit, "bin", "nvcc"), "--list-gpu-code"]
+    try:
+        known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        known = []  # the build says why
+    chosen = [arch for arch in ARCHITECTURES if f"sm_{arch.rstrip('a').replace('.', '')}" in known] or ["8.0", "9.0a"]
+    last = next(i for i in reversed(range(len(chosen))) if not chosen[i].endswith("a"))  # PTX of 9.0a is for 9.0 only
+    chosen[last] += "+PTX"
+    return ";".join(chosen)
+
+
+def emulated_extensions():
+    name = "MILKERNELS_BUILD_EMULATED"
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1", "asan"):
+        raise SystemExit(f"{name} must be 0, 1, asan or unset; got {value!r}")
+    if value in ("", "0"):
+        return []
+    if torch is None:
+        raise SystemExit("milkernels: the emulated module needs PyTorch, and there is none.")
+    sanitize = SANITIZE if value == "asan" else []
+    extension = cpp_extension.CppExtension(
+        **common("_C_emulated", [host_source(path, value) for path in EMULATED_SOURCES], required=True),
+        extra_compile_args=[CUDA_STANDARD, *EMULATE, *QUIET, *sanitize],
+        extra_link_args=sanitize,
+    )
+    extension.depends += EMULATED_SOURCES
+    return [extension]
+
+
+def host_source(path, variant):
+    """A C++ file that includes this one: to the build a .cu is CUDA's whoever asks for it. It names the variant, so
+    that another one is compiled anew."""
+    source = Path("build", "emulated", Path(path).with_suffix(".cpp").name)
+    text = f'// {variant}\n#include "{os.path.abspath(path)}"\n'
+    if not source.exists() or source.read_text() != text:
+        source.parent.mkdir(parents=True, exist_ok=True)
+        source.write_text(text)
+    return str(source)
 
 
 def build_command():
@@ -140,5 +198,5 @@ def build_command():
     return Build
 
 
-extensions = cpu_extensions() + cuda_extensions()
+extensions = cpu_extensions() + cuda_extensions() + emulated_extensions()
 setup(ext_modules=extensions, cmdclass={"build_ext": build_command()} if extensions else {})

@@ -29,11 +29,12 @@ def info() -> None:
     print(f"CPU capability  {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     print(f"GPU             {gpu}")
 
-    print("\nCompiled extension")
-    for key, value in native.build_info().items():
-        print(f"  {key:18}{value}")
-    if native.load_error() is not None:
-        print(textwrap.fill(f"none: {native.load_error()}", 110, initial_indent="  ", subsequent_indent="  "))
+    for device, title in (("cpu", "Compiled extension"), ("cuda", "Compiled kernels for CUDA tensors")):
+        print(f"\n{title}")
+        for key, value in native.build_info(device).items():
+            print(f"  {key:18}{value}")
+        if (error := native.load_error(device)) is not None:
+            print(textwrap.fill(f"none: {error}", 110, initial_indent="  ", subsequent_indent="  "))
 
     groups: dict[tuple, list[str]] = {}  # ops that are served alike, for the same reasons
     for op, device, served_by, reasons in backends.report(_ops()):

@@ -1,11 +1,13 @@
-"""Adapter to the compiled extension.
+"""Adapter to the compiled extensions.
 
 The C++ kernels are compiled once per instruction set, each into a module of its own; importing one registers its
 kernels with PyTorch's dispatcher.  Exactly one is imported: the best that this machine runs, by PyTorch's own
-judgement, so ``ATEN_CPU_CAPABILITY=default|avx2|avx512`` chooses here as it does in PyTorch.
+judgement, so ``ATEN_CPU_CAPABILITY=default|avx2|avx512`` chooses here as it does in PyTorch.  The kernels for CUDA
+tensors are a module beside it.
 """
 
 import importlib
+import importlib.util
 import os
 from types import ModuleType
 
@@ -30,8 +32,16 @@ def emulated() -> bool:
     return os.environ.get("MILKERNELS_EMULATE_CUDA") == "1"
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
-    """The best extension module that was built and that this machine runs, or None and why not."""
+def _imported(name: str) -> tuple[ModuleType | None, str | None]:
+    """The module, or None and why not."""
+    try:
+        return importlib.import_module(f"milkernels.{name}"), None
+    except ImportError as failure:
+        return None, f"the compiled extension could not be imported ({failure}); build it with `pip install .`"
+
+
+def _load_cpu() -> tuple[ModuleType | None, str | None]:
+    """The best module that was built and that this machine runs."""
     if emulated():
         return _imported("_C_emulated")
     order = list(_MODULES)
@@ -46,24 +56,27 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return None, error
 
 
-def _imported(name: str) -> tuple[ModuleType | None, str | None]:
-    try:
-        return importlib.import_module(f"milkernels.{name}"), None
-    except ImportError as failure:
-        return None, f"the compiled extension could not be imported ({failure}); build it with `pip install .`"
+def _load_cuda() -> tuple[ModuleType | None, str | None]:
+    if torch.version.cuda is None:
+        return None, "this PyTorch is not built for CUDA"
+    if importlib.util.find_spec("milkernels._C_cuda") is None:
+        return None, "the CUDA module was not built; with CUDA's compiler `MILKERNELS_BUILD_CUDA=1 pip install .` does"
+    return _imported("_C_cuda")
 
 
-_extension, _load_error = _load()
+_loaded = {"cpu": _load_cpu(), "cuda": _load_cuda()}  # device type: the module or None, and why not
+_extension = _loaded["cpu"][0]
 
 
-def load_error() -> str | None:
-    """Why there is no compiled extension, or None."""
-    return _load_error
+def load_error(device: str = "cpu") -> str | None:
+    """Why there are no compiled kernels for tensors on this type of device, or None."""
+    return _loaded[device][1]
 
 
-def build_info() -> dict[str, str]:
-    """What the loaded extension says of itself; empty where there is none."""
-    return {} if _extension is None else {"module": _extension.__name__, **_extension.build_info()}
+def build_info(device: str = "cpu") -> dict[str, str]:
+    """What the loaded module for that device says of itself; empty where there is none."""
+    module = _loaded[device][0]
+    return {} if module is None else {"module": module.__name__, **module.build_info()}
 
 
 def product_rate() -> float | None:
@@ -75,10 +88,10 @@ def unsupported(op: str, x: Tensor, *parameters: Tensor | None) -> str | None:
     """Why this backend cannot serve ``op`` on these tensors, or None if it can."""
     if op not in OPS:
         return f"it has no kernel for {op}"
-    if _extension is None:
-        return _load_error
-    if x.device.type != "cpu":
+    if x.device.type not in _loaded:
         return f"it has no kernels for {x.device.type} tensors"
+    if (error := load_error(x.device.type)) is not None:
+        return error
     if x.dtype not in _DTYPES:
         return f"it has no kernels for {x.dtype}"
     if x.dtype != torch.float64 and any(p is not None and p.dtype == torch.float64 for p in parameters):

@@ -343,6 +343,8 @@ def threads(count: int):
 
 COMPILED = {name: case for name, case in CASES.items() if case.kernel in native.OPS}
 every_kernel = pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED)
+# What concerns the kernels of the CPU alone: how many threads, which units.
+of_the_cpu = pytest.mark.skipif(native.emulated(), reason="of the CPU's kernels, where CUDA's are emulated")
 needs_extension = pytest.mark.skipif(native.load_error() is not None, reason=f"no extension: {native.load_error()}")
 
 

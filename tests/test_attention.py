@@ -4,6 +4,7 @@ matrices.  What they share with every kernel is in test_kernels.py and test_cont
 
 import pytest
 import torch
+from op_cases import of_the_cpu
 from torch import Tensor
 
 import milkernels
@@ -19,10 +20,13 @@ RAGGED = (0, 1, 64, 0, 0, 63, 65, 5, 130, 0)
 LONG = (0, 256, 2000, 1, 511, 700, 0)
 
 
-@pytest.fixture(params=["as built", "matrix units"])
+@pytest.fixture(params=["as built", pytest.param("matrix units", marks=of_the_cpu)])
 def layout(request):
     """Half types as this machine runs them, and in the layouts of the matrix units."""
-    native._extension.emulate_matrix_units(request.param == "matrix units")
+    if request.param == "as built":
+        yield request.param
+        return
+    native._extension.emulate_matrix_units(True)
     yield request.param
     native._extension.emulate_matrix_units(False)
 
@@ -119,6 +123,7 @@ def test_large_scores_do_not_overflow():
     assert_promise(case, inputs, torch.float32)
 
 
+@of_the_cpu
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_float32_follows_the_precision_switch(precision):
     """At "high" and "medium" float32 may take the matrix units: an error between bfloat16's and float32's."""

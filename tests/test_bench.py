@@ -253,6 +253,10 @@ def test_source_digest_follows_contents(tmp_path):
     on_a_gpu = report.source_digest(tmp_path, gpu=True)
     (kernels / "pool.py").write_text("1")
     assert report.source_digest(tmp_path, gpu=True) != on_a_gpu
+    (tmp_path / "csrc" / "cuda").mkdir()
+    with_triton = report.source_digest(tmp_path, gpu=True)
+    (tmp_path / "csrc" / "cuda" / "pool.cu").write_text("1")
+    assert report.source_digest(tmp_path, gpu=True) != with_triton
     assert report.source_digest(tmp_path) == first  # which a CPU does not run
     source.write_text("2")
     assert report.source_digest(tmp_path) != first

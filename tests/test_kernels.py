@@ -22,6 +22,7 @@ from op_cases import (
     cotangents,
     every_kernel,
     needs_extension,
+    of_the_cpu,
     offsets_of,
     same_bits,
     step,
@@ -282,6 +283,7 @@ def test_layouts_of_the_gradients_that_come_back(case):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@of_the_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", [(3000,), RAGGED, (700, 0, 3, 5000)], ids=["one-bag", "ragged", "long"])
 @every_kernel
@@ -313,6 +315,7 @@ torch.save(out, sys.argv[1])
 """
 
 
+@of_the_cpu
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MALLOC_PERTURB_ is glibc's")
 def test_results_do_not_depend_on_what_memory_held(tmp_path):
     """Fresh memory is filled with 3.4e38 in one run and 0 or -1.7e38 in others."""

@@ -7,14 +7,17 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import setuptools
 import torch
+from torch.utils import cpp_extension
 
 import milkernels
-from milkernels import native
+from milkernels import backends, native
 
 ROOT = Path(milkernels.__file__).parent.parent
 PYPROJECT = ROOT / "pyproject.toml"
@@ -69,8 +72,10 @@ def extensions(monkeypatch, **settings):
     given = {}
     monkeypatch.setattr(setuptools, "setup", given.update)
     monkeypatch.chdir(ROOT)
-    for name in ("MILKERNELS_BUILD_EXT", "MILKERNELS_BUILD_CUDA"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("MILKERNELS_BUILD_EXT", "MILKERNELS_BUILD_CUDA", "MILKERNELS_BUILD_EMULATED", "TORCH_CUDA_ARCH_LIST"):
+        # Set first, so that what setup.py itself sets is undone.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     runpy.run_path("setup.py", run_name="__main__")
@@ -156,16 +161,120 @@ def test_a_failed_compile_fails_the_build_only_if_it_must_not(tree):
     assert build(tree, MILKERNELS_BUILD_EXT="1").returncode != 0
 
 
+# What nvcc --list-gpu-code says: of CUDA 12.6, of 13.0, of a later one that has dropped some.
+KNOWN = {
+    "80 86 89 90": "8.0;8.6;8.9+PTX;9.0a",
+    "75 80 86 87 89 90 100 103 110 120 121": "8.0;8.6;8.9;9.0a;10.0;12.0+PTX",
+    "90 100 110 120 130": "9.0a;10.0;12.0+PTX",
+}
+
+
+@needs_tree
+@pytest.mark.skipif(os.name != "posix", reason="stands in for nvcc with a script")
+@pytest.mark.parametrize("known", KNOWN)
+def test_the_cuda_module_is_for_what_the_compiler_knows(known, monkeypatch, tmp_path):
+    """Whichever GPU is here, or none."""
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\nprintf 'sm_%s\\n' " + known)
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    found = extensions(monkeypatch, MILKERNELS_BUILD_EXT="0", MILKERNELS_BUILD_CUDA="1")
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == KNOWN[known]
+    [(name, extension)] = found.items()
+    names = {Path(source).name for source in extension.sources}
+    assert name == "milkernels._C_cuda" and "pool_forward.cu" in names and "emulator.cpp" not in names
+    assert not extension.optional
+    for compiler in ("cxx", "nvcc"):
+        flags = extension.extra_compile_args[compiler]
+        assert "-std=c++20" in flags and "-O3" in flags and not {"-ffast-math", "--use_fast_math"} & set(flags)
+    extensions(monkeypatch, MILKERNELS_BUILD_EXT="0", MILKERNELS_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0"
+
+
+@needs_tree
+def test_the_cuda_module_needs_a_pytorch_for_cuda_and_its_compiler(monkeypatch, capsys):
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    for cuda in (None, "13.0"):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert extensions(monkeypatch, MILKERNELS_BUILD_EXT="0") == {}
+        assert ("CUDA's compiler" in capsys.readouterr().err) == (cuda is not None)
+        with pytest.raises(SystemExit, match="CUDA's compiler"):
+            extensions(monkeypatch, MILKERNELS_BUILD_EXT="0", MILKERNELS_BUILD_CUDA="1")
+
+
+@needs_tree
+def test_the_emulated_module_is_built_on_request(monkeypatch):
+    switches = {"MILKERNELS_BUILD_EXT": "0", "MILKERNELS_BUILD_CUDA": "0"}
+    assert extensions(monkeypatch, **switches) == {}
+    assert extensions(monkeypatch, **switches, MILKERNELS_BUILD_EMULATED="0") == {}
+    with pytest.raises(SystemExit, match="MILKERNELS_BUILD_EMULATED must be 0, 1, asan or unset; got 'yes'"):
+        extensions(monkeypatch, **switches, MILKERNELS_BUILD_EMULATED="yes")
+
+
+@needs_tree
+@needs_compiler
+@pytest.mark.slow
+def test_the_emulated_module_is_compiled_as_cpp_and_anew_for_another_variant(tree):
+    """Without CUDA: a .cu becomes C++."""
+    (tree / "csrc" / "cuda").mkdir()
+    (tree / "csrc" / "cuda" / "part.cu").write_text(SOURCE.replace("CPU_CAPABILITY", "MILKERNELS_EMULATED"))
+    switches = {"MILKERNELS_BUILD_EXT": "0", "MILKERNELS_BUILD_CUDA": "0"}
+    result = build(tree, **switches, MILKERNELS_BUILD_EMULATED="1")
+    assert result.returncode == 0, result.stderr
+    [(name, path)] = modules(tree).items()
+    assert name == "_C_emulated" and b"first built for 1\0" in path.read_bytes()
+    (tree / "csrc" / "part.h").write_text('#define PART "second"\n')
+    assert build(tree, **switches, MILKERNELS_BUILD_EMULATED="1").returncode == 0
+    assert b"second built for 1\0" in path.read_bytes() and b"__asan_init" not in path.read_bytes()
+    assert build(tree, **switches, MILKERNELS_BUILD_EMULATED="asan").returncode == 0
+    assert b"__asan_init" in path.read_bytes()
+
+
+@needs_tree
+@pytest.mark.slow
+def test_the_source_distribution_has_every_kernel(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "milkernels").mkdir()
+    (tmp_path / "milkernels" / "__init__.py").touch()
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--formats=tar"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    [archive] = (tmp_path / "dist").glob("*.tar")
+    with tarfile.open(archive) as opened:
+        packed = {name.partition("/")[2] for name in opened.getnames()}
+    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    assert {Path(source).suffix for source in sources} == {".cpp", ".cu", ".h"}
+    assert sources | {"tests/cuda/faults.cu"} <= packed
+
+
 def test_the_loaded_module_is_the_one_for_this_machine():
     if native.load_error() is not None:
         # Where the extension had to be built, skipping every kernel test must not pass for success.
         assert os.environ.get("MILKERNELS_BUILD_EXT") != "1", native.load_error()
         pytest.skip(native.load_error())
+    if native.emulated():
+        pytest.skip("the CUDA kernels are emulated")
     capability = torch.backends.cpu.get_cpu_capability()
     information = native.build_info()
     expected = capability if capability in ("AVX2", "AVX512") else "DEFAULT"
     assert information["instruction set"] == expected
     assert information["module"] == f"milkernels._C_{expected.lower()}"
+
+
+def test_kernels_for_cuda_tensors_say_why_they_are_not_there():
+    """And never keep the package from being imported."""
+    reason = native.load_error("cuda")
+    assert (reason is None) == bool(native.build_info("cuda"))
+    assert native.unsupported("max_pool", torch.empty(1, 1, device="meta")) == "it has no kernels for meta tensors"
+    x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    assert native.unsupported("max_pool", x) == reason
+    if torch.version.cuda is None:
+        assert "not built for CUDA" in reason
+    assert backends._AUTO["cuda"] == ("triton",)
 
 
 def command(*arguments):
@@ -183,6 +292,7 @@ def test_info():
     assert result.returncode == 0, result.stderr
     for expected in (milkernels.__version__, torch.__version__, "attention_pool", "served by reference"):
         assert expected in result.stdout
+    assert "Compiled kernels for CUDA tensors" in result.stdout
 
 
 @pytest.mark.parametrize(("arguments", "message"), [((), "command"), (("info", "x"), "got x"), (("no",), "no")])
