@@ -36,7 +36,7 @@ class AttentionCall : public Call {
                       p.v_weight.sizes(), " and ", p.w_weight.sizes());
     hidden = p.v_weight.size(0), heads = p.w_weight.size(0);
     TORCH_CHECK_VALUE(hidden > 0 && heads > 0, "v_weight and w_weight must not be empty");
-    TORCH_CHECK_VALUE(hidden <= (1 << 24) && heads <= (1 << 24), "too many hidden units or heads: ", hidden, ", ",
+    TORCH_CHECK_VALUE(hidden <= (1 << 22) && heads <= (1 << 22), "too many hidden units or heads: ", hidden, ", ",
                       heads);
     for (const Tensor* const weight : {&p.v_weight, gated ? &*p.u_weight : nullptr}) {
       if (weight == nullptr) continue;

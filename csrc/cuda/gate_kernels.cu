@@ -72,7 +72,7 @@ __device__ inline void sum_down(const Units<A>& value, A* shared, int across, in
 
 // Sums for w are made of K heads at a time; with the last of them the products become their gradients.
 template <typename E, bool GATED, int K>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, sizeof(E) == 8 ? 2 : kBlocks)
     gate_backward_kernel(GateRows<E> p, const acc_t<E>* all_ds, const acc_t<E>* scale, acc_t<E>* sums, int across) {
   using A = acc_t<E>;
   MILKERNELS_SHARED(memory);

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = {"sm_80": "8.0", "sm_90a": "9.0a", "sm_100": "10.0+PTX"}
 REGISTERS = 65536  # of a multiprocessor; a thread has 255
 MOST_THREADS = 1024
-MOST_SPILLED = 256  # bytes for each thread of a kernel in float64, which is there to be exact; in other types, none
+MOST_SPILLED = 64  # bytes for each thread of a kernel in float64, which is there to be exact; in other types, none
 
 # What machine code is looked through for. Names here, instructions there.
 INSTRUCTIONS = {
