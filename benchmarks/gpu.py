@@ -77,8 +77,9 @@ def run_stage(command: Sequence[str], seconds: float, **settings: str) -> tuple[
 
 
 def build(seconds: float) -> dict:
+    """The CPU modules, and the CUDA module for this device where its compiler is found."""
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    status, last = run_stage(command, seconds, MILKERNELS_BUILD_EXT="1")
+    status, last = run_stage(command, seconds, MILKERNELS_BUILD_EXT="1", TORCH_CUDA_ARCH_LIST=cuda.architecture())
     return {"status": status, "said": last if status != "ok" else ""}
 
 

@@ -30,6 +30,12 @@ def unavailable() -> str | None:
     return None
 
 
+def architecture() -> str:
+    """Of the device, as PyTorch's extensions are told it: with what only this one has, from Hopper on."""
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}{'a' if major >= 9 else ''}"
+
+
 @contextlib.contextmanager
 def sound() -> Iterator[None]:
     """An error inside the block, or one that it leaves behind on the device, is told apart: fatal or not."""
