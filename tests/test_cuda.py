@@ -206,6 +206,8 @@ def test_same_bits_whatever_memory_held(case, lengths):
 def test_wide_rows(case, L, dtype):
     if "L" not in {size for sizes in case.tensors.values() for size in sizes}:
         pytest.skip("has no rows of that kind")
+    if case.op == "max_pool" and (L, dtype) != (2557, torch.bfloat16):
+        pytest.skip("columns are apart, and its oracle takes half a minute")
     kept = op_cases.promise(case, "native", dtype, lengths=(3, 0, 33), seeds=1, **SIZES | {"L": L})
     assert kept.ok, kept.broken()
 
@@ -258,6 +260,10 @@ def launches(op, args) -> int:
 # At most so many of our own kernels, forward and backward; products and copies that PyTorch makes come on top.
 LAUNCHES = {
     "softmax_pool": (1, 1),
+    "attention_pool": (1, 2),
+    "gated_attention_pool": (1, 2),
+    "attention_scores": (1, 1),
+    "gated_attention_scores": (1, 1),
     "query_pool": (1, 1),
     "query_scores": (1, 2),
     "weighted_pool": (1, 2),

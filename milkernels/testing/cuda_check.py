@@ -44,6 +44,11 @@ WANTED = {
     "class_max_kernel": ("LDGSTS.128", "LDS.128"),
     "row_products_kernel": ("LDG.128",),
     "expand_rows_kernel": ("LDG.128", "STG.128"),
+    "stage_kernel": ("LDG.128", "STG.128"),
+    "gate_scores_kernel": ("LDG.128",),
+    "gate_backward_kernel": ("LDG.128", "STG.128"),
+    "small_forward_kernel": ("LDG.128", "LDS.128"),
+    "small_backward_kernel": ("LDG.128", "STG.128", "LDS.128"),
 }
 # Matrix products that PTX asks for, and what must have become of them.
 _PRODUCTS = (
