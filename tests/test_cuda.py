@@ -1,6 +1,6 @@
 """The CUDA C++ kernels, run on the host by csrc/cuda/emulator.h: what the tests of all compiled kernels leave out, as
-it concerns GPUs alone. `make cuda-test` runs this file, and test_kernels.py and test_attention.py on the same kernels,
-under AddressSanitizer: there an access outside a tensor or outside shared memory ends the process.
+it concerns GPUs alone. `make cuda-test` runs this file, and what test_kernels.py holds against the oracle, under
+AddressSanitizer: there an access outside a tensor or outside shared memory ends the process.
 """
 
 import contextlib

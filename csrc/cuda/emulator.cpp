@@ -25,6 +25,7 @@ dim3 grid_size, block_size;
 namespace {
 
 constexpr size_t kStack = 256 << 10;
+constexpr size_t kFirstFrames = 8 << 10;  // more than fiber_main and what it calls need of a stack
 constexpr int kLanes = 32;
 
 #ifdef MILKERNELS_UCONTEXT
@@ -139,8 +140,8 @@ void fiber_main() {
 
 void prepare(Fiber& fiber) {
 #ifdef MILKERNELS_ASAN
-  // The fiber before this one left it for good, with its last frames still marked.
-  ASAN_UNPOISON_MEMORY_REGION(fiber.stack, kStack);
+  // The fiber before this one left it for good, with the marks of its first frames; the others have returned.
+  ASAN_UNPOISON_MEMORY_REGION(fiber.stack + kStack - kFirstFrames, kFirstFrames);
 #endif
 #ifdef MILKERNELS_UCONTEXT
   getcontext(&fiber.context);
