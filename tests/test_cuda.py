@@ -112,8 +112,7 @@ def check_nonsense(case, lengths, index):
             assert [(o.shape, o.dtype) for o in got] == expected
 
 
-@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("lengths", [LENGTHS, LONE], ids=str)
+@pytest.mark.parametrize("lengths, index", [(LENGTHS, torch.int32), (LONE, torch.int64)], ids=["int32", "int64"])
 @every_case
 def test_offsets_that_are_none_reach_nothing_outside(case, lengths, index):
     check_nonsense(case, lengths, index)
@@ -206,9 +205,12 @@ def test_same_bits_whatever_memory_held(case, lengths):
 def test_wide_rows(case, L, dtype):
     if "L" not in {size for sizes in case.tensors.values() for size in sizes}:
         pytest.skip("has no rows of that kind")
-    if case.op == "max_pool" and (L, dtype) != (2557, torch.bfloat16):
-        pytest.skip("columns are apart, and its oracle takes half a minute")
-    kept = op_cases.promise(case, "native", dtype, lengths=(3, 0, 33), seeds=1, **SIZES | {"L": L})
+    lengths, sizes = (3, 0, 33), SIZES | {"L": L}
+    if case.op == "max_pool":  # of which the oracle takes one column at a time
+        tensors, offsets = case.make(lengths, dtype, **sizes), offsets_of(lengths)
+        close(run(case, tensors, offsets), step(case.ours("reference"), tensors, offsets, None), 0)
+        return
+    kept = op_cases.promise(case, "native", dtype, lengths=lengths, seeds=1, **sizes)
     assert kept.ok, kept.broken()
 
 
