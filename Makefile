@@ -7,6 +7,7 @@
 #   make aot   ARGS="--op ..."      compiles every Triton kernel for NVIDIA's and AMD's GPUs and checks the code; needs none
 #   make cuda-test ARGS="-k bags"   tests of the CUDA C++ kernels, compiled for the host, under AddressSanitizer; needs GCC
 #   make cuda-check                 compiles them for NVIDIA's GPUs and checks the code; needs nvcc, and no GPU
+#   make host-time                  what a call costs the host, CUDA C++ beside Triton; no kernel is run
 #   make lint | format | info | clean
 #
 # PYTHON        the interpreter; what it has already is used, PyTorch first of all, and not downloaded
@@ -33,7 +34,7 @@ CUDA_VENV := .venv-cuda
 CUDA_TESTS := tests/test_cuda.py tests/test_kernels.py tests/test_attention.py -k "test_cuda or test_oracle"
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install bench test gpu aot cuda-test cuda-check lint format info clean
+.PHONY: install bench test gpu aot cuda-test cuda-check host-time lint format info clean
 
 install: $(VENV)/.built
 
@@ -59,6 +60,12 @@ cuda-test: $(VENV)/.installed
 	MILKERNELS_BUILD_EXT=0 MILKERNELS_BUILD_CUDA=0 MILKERNELS_BUILD_EMULATED=asan $(PY) setup.py --quiet build_ext --inplace
 	LD_PRELOAD="$(foreach name,libasan.so libstdc++.so.6,$$($(CXX) -print-file-name=$(name)))" ASAN_OPTIONS=detect_leaks=0 MILKERNELS_EMULATE_CUDA=1 \
 		$(PY) -m pytest -ra --durations=15 $(CUDA_TESTS) $(ARGS)
+
+# What it compiles is not watched by AddressSanitizer, which would be measured.
+host-time: $(VENV)/.installed
+	@$(PY) -c "import rich, triton" 2>/dev/null || $(PIP) install "milkernels[test]"
+	MILKERNELS_BUILD_EXT=0 MILKERNELS_BUILD_CUDA=0 MILKERNELS_BUILD_EMULATED=1 $(PY) setup.py --quiet build_ext --inplace
+	env -u TRITON_INTERPRET MILKERNELS_EMULATE_CUDA=1 $(PY) -m milkernels.testing.host_time $(ARGS)
 
 # An environment of its own, as .venv may have a PyTorch without CUDA.
 cuda-check:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import op_cases
@@ -16,7 +17,7 @@ from op_cases import CASES, PLAIN, close, offsets_of, same_bits, step
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.cpp_extension import include_paths
 
-from milkernels import native, ops
+from milkernels import native, ops, triton
 
 pytestmark = [
     pytest.mark.skipif(not native.emulated(), reason="needs MILKERNELS_EMULATE_CUDA=1, as `make cuda-test` sets it"),
@@ -350,3 +351,15 @@ def test_the_order_of_threads_shows_a_race(fault, faults):
         assert {float(said) for _, said in results.values()} == {2016.0}
     else:
         assert len({said for _, said in results.values()}) == len(ORDERS)
+
+
+def test_host_time():
+    """Of both backends' calls, with no driver and no kernel run."""
+    if triton.load_error() is not None:
+        pytest.skip(triton.load_error())
+    command = [sys.executable, "-m", "milkernels.testing.host_time", "--op", "softmax_pool", "--rounds", "2"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("│")[1:-1] for line in done.stdout.splitlines() if "softmax_pool" in line]
+    assert [(row[0].strip(), row[3].strip()) for row in rows] == [("softmax_pool", "1"), ("softmax_pool", "2")]

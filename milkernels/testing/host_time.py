@@ -19,7 +19,7 @@ from milkernels import native, triton
 OPS = ("softmax_pool", "query_pool", "loss_attention_pool", "instance_max", "gated_attention_pool")
 MODES = ("forward", "forward and backward")
 _BAGS, _ROWS, _WIDTH = 100, 8, 16
-_CALLS, _ROUNDS = 20, 31
+_CALLS = 20  # of a round
 
 
 class _Driver:
@@ -89,7 +89,7 @@ def calls(op: str, backend: str) -> dict[str, object]:
     return dict(zip(MODES, (forward, step), strict=True))
 
 
-def measure(ops, launches: dict[str, object]) -> list[tuple[str, str, dict[str, tuple[float, int]]]]:
+def measure(ops, launches: dict[str, object], rounds: int) -> list[tuple[str, str, dict[str, tuple[float, int]]]]:
     """Rows ``(op, mode, {backend: (seconds per call, launches)})``; the backends take turns."""
     rows = []
     for op in ops:
@@ -101,7 +101,7 @@ def measure(ops, launches: dict[str, object]) -> list[tuple[str, str, dict[str, 
                 before = launches[backend]()
                 of[mode]()
                 counts[backend] = launches[backend]() - before
-            for _ in range(_ROUNDS):
+            for _ in range(rounds):
                 for backend, of in both.items():
                     start = time.perf_counter()
                     for _ in range(_CALLS):
@@ -114,7 +114,8 @@ def measure(ops, launches: dict[str, object]) -> list[tuple[str, str, dict[str, 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m milkernels.testing.host_time", description=__doc__.split("\n")[0])
     parser.add_argument("--op", action="append", choices=OPS)
-    ops = parser.parse_args(argv).op or OPS
+    parser.add_argument("--rounds", type=int, default=31)
+    arguments = parser.parse_args(argv)
     if not native.emulated() or native.load_error() is not None or triton.load_error() is not None:
         reason = native.load_error() or triton.load_error() or "set MILKERNELS_EMULATE_CUDA=1"
         print(f"needs Triton and the emulated module: {reason}", file=sys.stderr)
@@ -132,7 +133,8 @@ def main(argv=None) -> int:
     table = Table(title=f"host time of a call, {_BAGS} bags of {_ROWS} x {_WIDTH}, no driver")
     for column in ("op", "mode", "C++ us", "launches", "Triton us", "launches", "Triton / C++"):
         table.add_column(column, justify="left" if column in ("op", "mode") else "right")
-    for op, mode, found in measure(ops, {"native": _C_emulated.launch_count, "triton": lambda: driver.launches}):
+    launches = {"native": _C_emulated.launch_count, "triton": lambda: driver.launches}
+    for op, mode, found in measure(arguments.op or OPS, launches, arguments.rounds):
         (ours, count), (theirs, their_count) = found["native"], found["triton"]
         times = f"{1e6 * ours:.0f}", str(count), f"{1e6 * theirs:.0f}", str(their_count)
         table.add_row(op, mode, *times, f"{theirs / ours:.1f}")
