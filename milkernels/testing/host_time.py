@@ -17,7 +17,7 @@ import milkernels
 from milkernels import native, triton
 
 OPS = ("softmax_pool", "query_pool", "loss_attention_pool", "instance_max", "gated_attention_pool")
-MODES = ("forward", "forward and backward")
+MODES = ("fwd", "step")
 _BAGS, _ROWS, _WIDTH = 100, 8, 16
 _CALLS = 20  # of a round
 
