@@ -197,6 +197,87 @@ def test_same_bits_whatever_memory_held(case, lengths):
     same_bits(filled, plain)
 
 
+# Ways to the same numbers
+
+
+@contextlib.contextmanager
+def attention_goes(way: str):
+    """Within the block attention takes that way wherever it can: "small", a kernel for all of it, or "sliced"."""
+    native._extension.force_attention(way)
+    try:
+        yield
+    finally:
+        native._extension.force_attention("")
+
+
+@contextlib.contextmanager
+def small_slices():
+    """Within the block rows between two kernels go through chunk by chunk."""
+    native._extension.set_workspace(1)
+    try:
+        yield
+    finally:
+        native._extension.set_workspace(32 << 20)
+
+
+ATTENTION = {name: case for name, case in CASES.items() if case.kernel in ("attention_pool", "attention_scores")}
+SLICED = ATTENTION | {n: case for n, case in CASES.items() if case.kernel in ("dsmil_pool", "dsmil", "instance_max")}
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, LONE, MANY], ids=["small-bags", "lone", "many-rows"])
+@pytest.mark.parametrize("way", ["small", "sliced"])
+@pytest.mark.parametrize("case", ATTENTION.values(), ids=ATTENTION)
+def test_attention_either_way(case, way, lengths):
+    mask, tensors = torch.arange(sum(lengths)) % 5 > 0, case.make(lengths, **SIZES)
+    with attention_goes(way):
+        got = run(case, tensors, offsets_of(lengths), mask)
+    close(got, step(case.truth, tensors, offsets_of(lengths), mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", ["small", "sliced"])
+@pytest.mark.parametrize("case", ATTENTION.values(), ids=ATTENTION)
+def test_error_promise_of_attention_either_way(case, way, dtype):
+    with attention_goes(way):
+        kept = op_cases.promise(case, "native", dtype, lengths=LENGTHS, seeds=2, **SIZES | {"L": 40, "D": 70})
+    assert kept.ok, kept.broken()
+
+
+@pytest.mark.parametrize("lengths", [MANY, (30, 0, 700)], ids=["many-rows", "ragged"])
+@pytest.mark.parametrize("case", SLICED.values(), ids=SLICED)
+def test_slices(case, lengths):
+    """What goes through slice by slice, with bags that cross them: as many slices as there are chunks."""
+    mask, tensors = torch.arange(sum(lengths)) % 5 > 0, case.make(lengths, **SIZES)
+    with small_slices():
+        got = run(case, tensors, offsets_of(lengths), mask)
+    close(got, step(case.truth, tensors, offsets_of(lengths), mask))
+
+
+@pytest.mark.parametrize("name", ["gated_attention_pool", "dsmil_pool-mlp-q", "dsmil_pool-relu-v"])
+def test_ways_and_slices_are_others(name):
+    """Forced, they launch other kernels, so that the tests above are not of one way twice."""
+
+    def launches(way="sliced"):
+        before = native._extension.launch_count()
+        with attention_goes(way):
+            run(CASES[name], CASES[name].make(MANY, **SIZES), offsets_of(MANY))
+        return native._extension.launch_count() - before
+
+    whole, slices = launches(), -(-sum(MANY) // 256)
+    with small_slices():
+        assert launches() >= whole + 2 * (slices - 1)  # one each way
+    if "attention" in name:
+        assert launches("small") < whole
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SLICED.values(), ids=SLICED)
+def test_error_promise_of_slices(case, dtype):
+    with small_slices():
+        kept = op_cases.promise(case, "native", dtype, torch.float32, lengths=(30, 0, 200), seeds=2, **SIZES)
+    assert kept.ok, kept.broken()
+
+
 # Sizes
 
 

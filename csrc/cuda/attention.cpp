@@ -1,4 +1,4 @@
-// attention_pool, attention_scores and their backward on a GPU, in one of two ways. Rows go through in chunks: products
+// attention_pool, attention_scores and their backward on a GPU, in one of two ways. Rows go through in slices: products
 // with V and U by the library into a workspace, kernels for gate and scores behind them, then the pooling. Or, where
 // there is little to do, one kernel does all of it.
 #include <torch/library.h>
@@ -12,11 +12,6 @@
 
 namespace milkernels {
 namespace {
-
-// Of chunks of rows between two kernels: large enough that launches hide, small enough to stay in the L2 of a
-// data-centre GPU.
-constexpr int64_t kWorkspace = 32 << 20;
-constexpr int64_t kChunkMultiple = 256;
 
 struct Parameters {
   const Tensor& v_weight;
@@ -79,15 +74,6 @@ class AttentionCall : public Call {
     return rows_for_products(*this, first, count, type, clean);
   }
 
-  // f(first row, count) for even chunks of rows whose workspace stays within bounds.
-  template <typename F>
-  void in_chunks(int64_t bytes_per_row, const F& f) const {
-    if (rows == 0) return;
-    const int64_t most = std::max(kWorkspace / bytes_per_row / kChunkMultiple, int64_t{1}) * kChunkMultiple;
-    const int64_t step = round_up(ceil_div(rows, ceil_div(rows, most)), kChunkMultiple);
-    for (int64_t first = 0; first < rows; first += step) f(first, std::min(step, rows - first));
-  }
-
   bool gated;
   ScalarType type;  // of products
   int64_t hidden, heads;
@@ -113,7 +99,7 @@ constexpr int64_t kSmallHeads = 16, kSmallWidth = 8192;
 bool is_small(const AttentionCall& call) {
   if (call.type != call.x.scalar_type() || call.heads > kSmallHeads || call.width > kSmallWidth) return false;
   // The backward's workspace: gradients of products, and a copy of x without masked rows.
-  if (call.rows > kWorkspace / (call.units() + call.width) / call.x.element_size()) return false;
+  if (call.rows > workspace / (call.units() + call.width) / call.x.element_size()) return false;
   if (!forced.empty()) return forced == "small";
   const bool half = call.type == at::kHalf || call.type == at::kBFloat16;
   return static_cast<double>(call.rows) * static_cast<double>(call.width * call.units()) <=
@@ -122,16 +108,15 @@ bool is_small(const AttentionCall& call) {
 
 // --- Forward
 
-Tensor scores_in_chunks(const AttentionCall& call) {
-  const Tensor scores = call.empty({call.rows, call.heads}), weight = call.projection();
+void scores_in_slices(const AttentionCall& call, const Tensor& scores) {
+  const Tensor weight = call.projection();
   const int64_t size = weight.element_size(), converted = call.type == call.x.scalar_type() ? 0 : call.width * size;
-  call.in_chunks(call.units() * size + converted, [&](int64_t first, int64_t count) {
+  call.in_slices(call.units() * size + converted, [&](int64_t first, int64_t count) {
     const Tensor z = product(call.rows_in(first, count, false), weight.t(), call.type);
     dispatch(call.type, [&]<typename E>() {
       gate_scores(call.gate_rows<E>(z, first), data<acc_t<E>>(scores), call.stream());
     });
   });
-  return scores;
 }
 
 // All of it in one kernel, or false; bag and lse are undefined where scores are all that is wanted.
@@ -156,9 +141,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_fwd(
   AttentionCall call(x, {v_weight, v_bias, u_weight, u_bias, w_weight, w_bias}, offsets, mask, seed, activation,
                      dropout_p, compute_dtype);
   Forward out(call, call.heads);
-  if (forward_at_once(call, out.scores, out.bag, out.lse)) return {out.bag, out.scores, out.lse};
-  const Tensor scores = scores_in_chunks(call);
-  out.pool_given(call, scores);
+  if (!forward_at_once(call, out.scores, out.bag, out.lse)) {
+    scores_in_slices(call, out.scores);
+    out.pool_given(call, out.scores);
+  }
   return {out.bag, out.scores, out.lse};
 }
 
@@ -170,7 +156,8 @@ Tensor attention_scores_fwd(const Tensor& x, const Tensor& v_weight, const Optio
   AttentionCall call(x, {v_weight, v_bias, u_weight, u_bias, w_weight, w_bias}, offsets, mask, seed, activation,
                      dropout_p, compute_dtype);
   const Tensor scores = call.empty({call.rows, call.heads});
-  return forward_at_once(call, scores, {}, {}) ? scores : scores_in_chunks(call);
+  if (!forward_at_once(call, scores, {}, {})) scores_in_slices(call, scores);
+  return scores;
 }
 
 // --- Backward
@@ -181,7 +168,7 @@ struct Found {
   Tensor grad_x, weight, sums;
 };
 
-Found backward_in_chunks(const AttentionCall& call, const PoolGradients& gradients, bool need_x, bool need_weight) {
+Found backward_in_slices(const AttentionCall& call, const PoolGradients& gradients, bool need_x, bool need_weight) {
   const int64_t D = call.hidden, K = call.heads;
   const Tensor weight = call.projection();
   const bool pooled = gradients.weights.defined(), same_type = call.type == call.x.scalar_type();
@@ -199,7 +186,7 @@ Found backward_in_chunks(const AttentionCall& call, const PoolGradients& gradien
   const bool direct = same_type && !scale.defined() && (call.type == call.acc || !pooled);
   const int64_t size = weight.element_size(), aside = need_x && !direct ? call.width * call.w.element_size() : 0;
   const int64_t copied = call.mask.defined() || !same_type ? call.width * size : 0;
-  call.in_chunks(call.units() * size + aside + copied, [&](int64_t first, int64_t count) {
+  call.in_slices(call.units() * size + aside + copied, [&](int64_t first, int64_t count) {
     const Tensor x = call.rows_in(first, count, true), z = product(x, weight.t(), call.type);
     const Tensor sums = call.empty({ceil_div(count, int64_t{kSummedRows}), K + 2, D});
     dispatch(call.type, [&]<typename E>() {
@@ -274,7 +261,7 @@ Gradients attention_bwd(
   if (!backward_at_once(call, of, needs[0], need_weight, found, ds)) {
     PoolGradients gradients(call, of, needs[0]);
     gradients.add({call.x, 0, call.rows});
-    found = backward_in_chunks(call, gradients, needs[0], need_weight);
+    found = backward_in_slices(call, gradients, needs[0], need_weight);
     ds = gradients.scores;
   }
   const auto part = [](const Tensor& t, int64_t first, int64_t count) {

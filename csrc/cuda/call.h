@@ -62,7 +62,7 @@ constexpr int64_t kWholeBag = 1024;    // block's: one launch for all of them
 
 // Of slices of rows between two kernels, in bytes: large enough that launches hide, small enough to stay in the L2 of a
 // data-centre GPU.
-constexpr int64_t kWorkspace = 32 << 20;
+inline int64_t workspace = 32 << 20;  // tests make it small
 
 class Call {
  public:
@@ -109,7 +109,7 @@ class Call {
   template <typename F>
   void in_slices(int64_t bytes_per_row, const F& f) const {
     const int64_t chunk = int64_t{1} << chunk_shift_, chunks = ceil_div(rows, chunk);
-    const int64_t most = std::max(kWorkspace / std::max(bytes_per_row * chunk, int64_t{1}), int64_t{1});
+    const int64_t most = std::max(workspace / std::max(bytes_per_row * chunk, int64_t{1}), int64_t{1});
     const int64_t step = chunks == 0 ? 1 : ceil_div(chunks, ceil_div(chunks, most)) * chunk;
     for (int64_t first = 0; first < rows; first += step) f(first, std::min(step, rows - first));
   }

@@ -100,18 +100,15 @@ std::tuple<Tensor, Tensor, Tensor> instance_max(const Call& call, const Tensor& 
 
 namespace {
 
-constexpr int64_t kWorkspace = 32 << 20;  // bytes of rows that are widened at once
-
 // Writes of_logits W into the rows of grad_x, or adds it.
 void expand_logits(const Call& call, const Tensor& of_logits, const Tensor& weight, const Tensor& grad_x, bool add) {
   if (!add) return expand(call, grad_x, 0, {}, {of_logits, weight});
-  const int64_t row_bytes = call.width * static_cast<int64_t>(of_logits.element_size());
   // What has the type of sums already is read where it stands.
-  const int64_t step = grad_x.scalar_type() == call.acc ? call.rows : larger(kWorkspace / row_bytes, int64_t{1});
-  for (int64_t first = 0; first < call.rows; first += step) {
-    const Tensor rows = grad_x.narrow(0, first, smaller(step, call.rows - first));
+  if (grad_x.scalar_type() == call.acc) return expand(call, grad_x, 0, {}, {of_logits, weight}, grad_x);
+  call.in_slices(call.width * static_cast<int64_t>(of_logits.element_size()), [&](int64_t first, int64_t count) {
+    const Tensor rows = grad_x.narrow(0, first, count);
     expand(call, rows, first, {}, {of_logits, weight}, rows.to(call.acc));
-  }
+  });
 }
 
 }  // namespace

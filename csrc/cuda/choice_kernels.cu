@@ -124,7 +124,7 @@ constexpr int kCombinedColumns = 32;  // of a block: more have more blocks, whic
 
 template <typename A, typename T>
 void combine_segments(const Bags& bags, int columns, const Chosen<A>& partials, A empty, T* values, int64_t* indices,
-             cudaStream_t stream) {
+                      cudaStream_t stream) {
   const int at_once = columns_at_once(columns, kCombinedColumns);
   launch<combine_choices<A, T>>(column_grid(bags.count, columns, at_once), kReducers, reduce_bytes<Best<A, 1>>(),
                                 stream, bags, columns, at_once, partials, empty, values, indices);
@@ -145,7 +145,7 @@ struct ClassCut {
   using A = acc_t<T>;
   int tile, classes;
   __host__ __device__ int64_t products(int width) const {
-    return int64_t{kStages} * tile * tile_pitch<T>(width) * static_cast<int64_t>(sizeof(T));
+    return pipeline_bytes<T>(tile, tile_pitch<T>(width));
   }
   __host__ __device__ int64_t best(int width) const {
     return products(width) + round_up(int64_t{tile} * classes * static_cast<int64_t>(sizeof(A)), int64_t{8});

@@ -76,21 +76,8 @@ inline unsigned __ballot_sync(unsigned mask, bool value) { return milkernels::em
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 template <typename V>
-V __shfl_sync(unsigned mask, V value, int from) {
-  return milkernels::emulator::shuffle(mask, value, from & 31);
-}
-template <typename V>
 V __shfl_xor_sync(unsigned mask, V value, int with) {
   return milkernels::emulator::shuffle(mask, value, (static_cast<int>(threadIdx.x) & 31) ^ with);
-}
-template <typename V>
-V __ldg(const V* from) {
-  return *from;
-}
-inline float __uint_as_float(unsigned bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
 }
 inline int __float_as_int(float value) {
   int bits;

@@ -53,13 +53,13 @@ inline void expand(const Call& call, const Tensor& out, int64_t first, const Ter
   });
 }
 
-// sum_i values[i, k] factors[i, k] over each bag, without masked rows: [B, K].
-inline Tensor sums_of_columns(const Call& call, const Tensor& values, const Tensor& factors = {}) {
+// sum_i values[i, k] over each bag, without masked rows: [B, K].
+inline Tensor sums_of_columns(const Call& call, const Tensor& values) {
   const int64_t K = values.size(1);
   const Tensor out = call.empty({call.bags, K}), partials = call.empty({call.slots(), K});
   dispatch_sums(call.acc, [&]<typename A>() {
-    column_sums<A>(call.ragged(), static_cast<int>(K), data<A>(values), data<A>(factors), data<A>(partials),
-                   data<A>(out), call.stream());
+    column_sums<A>(call.ragged(), static_cast<int>(K), data<A>(values), data<A>(partials), data<A>(out),
+                   call.stream());
   });
   return out;
 }
@@ -121,7 +121,6 @@ struct PooledTensors {
         grad_bag(call.take(grad_bag, "grad_bag", {call.bags, heads, width})),
         grad_scores(call.take(grad_scores, "grad_scores", {call.rows, heads})),
         grad_lse(call.take(grad_lse, "grad_lse", {call.bags, heads})) {}
-  bool any() const { return grad_bag.defined() || grad_scores.defined() || grad_lse.defined(); }
   Tensor bag, scores, lse, grad_bag, grad_scores, grad_lse;
 };
 

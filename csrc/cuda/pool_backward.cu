@@ -22,7 +22,7 @@ struct Shared {
   A* total;         // [V]: of coefficients of kClasses, of the gradients that came for the scores of kQuery
 
   static int64_t bytes(int tile, int pitch, int heads, int vectors) {
-    return int64_t{kStages} * tile * pitch * static_cast<int64_t>(sizeof(T)) +
+    return pipeline_bytes<T>(tile, pitch) +
            (int64_t{vectors + 1} * pitch + tile * (2 * heads + vectors) + 2 * heads + vectors) *
                static_cast<int64_t>(sizeof(A));
   }

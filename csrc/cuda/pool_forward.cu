@@ -34,7 +34,7 @@ struct Shared {
   A *top, *total, *scale;  // [heads]
 
   __host__ __device__ static int64_t bytes(int tile, int pitch, int heads, int vectors) {
-    return int64_t{kStages} * tile * pitch * static_cast<int64_t>(sizeof(T)) +
+    return pipeline_bytes<T>(tile, pitch) +
            (int64_t{heads} * pitch + tile * (vectors + heads) + 3 * heads) * static_cast<int64_t>(sizeof(A));
   }
   __device__ Shared(unsigned char* memory, int tile, int pitch, int heads, int vectors) {

@@ -16,11 +16,12 @@ struct Forward {
       : bag(call.empty({call.bags, heads, call.width})), scores(call.empty({call.rows, heads})),
         lse(call.empty({call.bags, heads})) {}
 
-  // By scores [N, heads] in the accumulation type.
+  // By scores [N, heads] in the accumulation type; `scores` gets them too, where they are not there already.
   void pool_given(Call& call, const Tensor& given) const {
     dispatch(call.x.scalar_type(), [&]<typename T>() {
       auto p = arguments<T>(call, Scoring::kGiven);
       p.given = data<acc_t<T>>(given);
+      if (given.is_same(scores)) p.scores = nullptr;
       pool_forward(p, call.stream());
     });
   }
@@ -107,9 +108,8 @@ inline std::tuple<Tensor, Tensor, Tensor> pool_by_products(Call& call, const Ten
     return pool_forward(p, call.stream());
   });
   if (!done) {
-    const Tensor scores = call.empty(out.scores.sizes());
-    products(call, {call.x, 0, call.rows}, vectors, shift, kDead, scores);
-    out.pool_given(call, scores);
+    products(call, {call.x, 0, call.rows}, vectors, shift, kDead, out.scores);
+    out.pool_given(call, out.scores);
   }
   return {out.bag, out.scores, out.lse};
 }

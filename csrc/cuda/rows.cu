@@ -129,12 +129,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks) score_gradients_kernel(Scor
   }
 }
 
-// Sums over the rows of a segment, or of a bag: of exp(value - lse), or of value (times factor).
+// Sums over the rows of a segment, or of a bag: of exp(value - lse), or of the values.
 template <typename A>
 struct ColumnSums {
   Bags bags;
   int columns;
-  const A *values, *factors, *lse;
+  const A *values, *lse;  // lse [bags, columns] or null
   A* out;  // [slots, columns]
 };
 
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(ColumnSums<A> p) 
     for (int64_t row = segment.begin + lane_index(); row < segment.end; row += kWarp) {
       if (p.bags.real(row)) {
         const A value = p.values[row * p.columns + k];
-        if (p.lse == nullptr) sum += p.factors == nullptr ? value : value * p.factors[row * p.columns + k];
+        if (p.lse == nullptr) sum += value;
         else if (value != -std::numeric_limits<A>::infinity()) sum += std::exp(value - lse);
       }
     }
@@ -171,11 +171,11 @@ __global__ void __launch_bounds__(kThreads) column_combine_kernel(Bags bags, int
 }
 
 template <typename A>
-void sum_columns(const Bags& bags, int columns, const A* values, const A* factors, const A* lse, A* partials, A* out,
+void sum_columns(const Bags& bags, int columns, const A* values, const A* lse, A* partials, A* out,
                  cudaStream_t stream) {
   if (bags.count == 0 || columns == 0) return;
   const int threads = kWarp * smaller(columns, kThreads / kWarp);
-  const ColumnSums<A> p{bags, columns, values, factors, lse, bags.whole() && out != nullptr ? out : partials};
+  const ColumnSums<A> p{bags, columns, values, lse, bags.whole() && out != nullptr ? out : partials};
   launch<column_sums_kernel<A>>(dim3(static_cast<unsigned>(bags.slots())), threads, 0, stream, p);
   if (bags.whole() || out == nullptr) return;
   const int64_t warps = kThreads / kWarp, blocks = ceil_div(int64_t{bags.count} * columns, warps);
@@ -212,13 +212,12 @@ void score_gradients(const ScoreGradients<A>& p, cudaStream_t stream) {
 template <typename A>
 void softmax_normal(const Bags& bags, int heads, const A* scores, const A* lse, A* partials, A* out,
                     cudaStream_t stream) {
-  sum_columns(bags, heads, scores, static_cast<const A*>(nullptr), lse, partials, out, stream);
+  sum_columns(bags, heads, scores, lse, partials, out, stream);
 }
 
 template <typename A>
-void column_sums(const Bags& bags, int columns, const A* values, const A* factors, A* partials, A* out,
-                 cudaStream_t stream) {
-  sum_columns(bags, columns, values, factors, static_cast<const A*>(nullptr), partials, out, stream);
+void column_sums(const Bags& bags, int columns, const A* values, A* partials, A* out, cudaStream_t stream) {
+  sum_columns(bags, columns, values, static_cast<const A*>(nullptr), partials, out, stream);
 }
 
 #define MILKERNELS_INSTANTIATE(T)                               \
@@ -233,7 +232,7 @@ MILKERNELS_INSTANTIATE(float16)
 #define MILKERNELS_INSTANTIATE(A)                                                                                  \
   template void score_gradients(const ScoreGradients<A>&, cudaStream_t);                                           \
   template void softmax_normal(const Bags&, int, const A*, const A*, A*, A*, cudaStream_t);                        \
-  template void column_sums(const Bags&, int, const A*, const A*, A*, A*, cudaStream_t);
+  template void column_sums(const Bags&, int, const A*, A*, A*, cudaStream_t);
 MILKERNELS_INSTANTIATE(float)
 MILKERNELS_INSTANTIATE(double)
 #undef MILKERNELS_INSTANTIATE

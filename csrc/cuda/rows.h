@@ -63,9 +63,8 @@ void score_gradients(const ScoreGradients<A>& p, cudaStream_t stream);
 template <typename A>
 void softmax_normal(const Bags& bags, int heads, const A* scores, const A* lse, A* partials, A* out, cudaStream_t stream);
 
-// sum_i values[i, k] factors[i, k] over each bag, without masked rows: [bags, columns]; `partials` [slots, columns].
+// sum_i values[i, k] over each bag, without masked rows: [bags, columns]; `partials` [slots, columns].
 template <typename A>
-void column_sums(const Bags& bags, int columns, const A* values, const A* factors, A* partials, A* out,
-                 cudaStream_t stream);
+void column_sums(const Bags& bags, int columns, const A* values, A* partials, A* out, cudaStream_t stream);
 
 }  // namespace milkernels

@@ -8,7 +8,7 @@
 
 namespace milkernels {
 
-// For tests: one way for all calls, "small" or "chunked"; "": whichever suits the shapes.
+// For tests: one way for all calls, "small" or "sliced"; "": whichever suits the shapes.
 void force_attention(const std::string& way);
 
 template <typename T>

@@ -32,8 +32,8 @@ inline int tile_rows(int width) {
   return smaller(larger(kTileBytes / row / 4 * 4, 4), kTileRows);
 }
 template <typename T>
-inline int64_t pipeline_bytes(int width) {
-  return int64_t{kStages} * tile_rows<T>(width) * tile_pitch<T>(width) * static_cast<int64_t>(sizeof(T));
+__host__ __device__ inline int64_t pipeline_bytes(int tile, int pitch) {
+  return int64_t{kStages} * tile * pitch * static_cast<int64_t>(sizeof(T));
 }
 
 template <typename T>
