@@ -7,7 +7,6 @@ failed, 1 if something did, 2 if there is no GPU.
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -23,13 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 try:
-    from milkernels.bench import contenders, cuda, grid, report, worker
+    from milkernels.bench import cuda, gpu_grid, report, worker
     from milkernels.bench.evidence import Evidence
+    from milkernels.bench.runner import GRACE, conclude, measure_units, say
+    from milkernels.bench.units import without
 except ImportError as missing:
     sys.exit(f"make gpu: {missing}; it needs a python3 with PyTorch, Triton, pytest, numpy, rich and psutil")
 
 RESULTS = ROOT / "benchmarks" / "results"
-_GRACE = 5.0  # seconds for a process to end in good order, and the least that a unit is started with
 _COMPILERS = 8  # processes; each has a CUDA context of its own
 
 
@@ -47,10 +47,6 @@ class Budget:
 FULL, QUICK = Budget(525, 100, 200, 30, 80), Budget(170, 40, 70, 15, 24)
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
 def run_stage(command: Sequence[str], seconds: float, **settings: str) -> tuple[str, str]:
     """(status, last line of what it said): it is interrupted when its time is over, and ended if that does not help."""
     environment = os.environ | settings
@@ -65,7 +61,7 @@ def run_stage(command: Sequence[str], seconds: float, **settings: str) -> tuple[
             status = f"not finished after {seconds:.0f} s"
             os.killpg(process.pid, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_GRACE)
+                process.wait(GRACE)
         finally:
             worker.end_group(process)
         log.seek(0)
@@ -105,86 +101,6 @@ def _outcome(xml: Path) -> dict:
     return {"passed": len(cases) - len(failed) - len(skipped), "failed": first_lines, "skipped": skipped}
 
 
-# Measurements
-
-Measure = Callable[[grid.Unit, worker.Emit, float], None]
-
-
-def measure_units(
-    evidence: Evidence, measure: Measure, deadline: float, clock: Callable[[], float] = time.monotonic
-) -> None:
-    """Every unit in turn, what failed in an earlier run last; ``deadline`` is of ``clock``."""
-    for unit in sorted(evidence.units, key=lambda unit: unit.name in evidence.retried):
-        while (left := grid.without(unit, evidence.measured(unit))) is not None:
-            if clock() > deadline - _GRACE:
-                return
-            _go(evidence, unit, left, measure, deadline, clock)
-
-
-def _go(evidence: Evidence, unit: grid.Unit, left: grid.Unit, measure: Measure, deadline: float, clock) -> None:
-    """One attempt at ``left`` of ``unit``: it leaves less unmeasured, or the deadline has passed."""
-
-    def emit(event: dict) -> None:
-        evidence.add(unit, event["rows"])
-        for mode in dict.fromkeys(row["mode"] for row in event["rows"]):
-            say(f"{unit.name}, {mode}: {summary(evidence.rows[unit.name], mode)}")
-
-    until = min(deadline, clock() + unit.seconds)
-    before = evidence.measured(unit)
-    try:
-        measure(left, emit, until)
-        reason, blamed = "the process finished without it", None
-    except worker.OutOfTime as late:
-        if until == deadline:
-            return  # the run is over, the unit is not to blame
-        reason, blamed = f"not finished after {unit.seconds:.0f} s ({late})", None
-    except worker.Died as death:
-        reason, blamed = str(death), (death.mode, death.contender)
-    missing = [pair for pair in left.pairs() if pair not in evidence.measured(unit)]
-    if blamed in missing:
-        missing = [blamed]
-    elif evidence.measured(unit) != before and blamed is not None:
-        return  # it got somewhere, and nobody is known to have ended it
-    _record(evidence, unit, missing, reason)
-
-
-def _record(evidence: Evidence, unit: grid.Unit, pairs: list[tuple[str, str]], reason: str) -> None:
-    if not pairs:
-        return
-    ours = {name: contender.ours for name, contender in contenders.REGISTRY.items()}
-    common = {"dtype": unit.dtype, "status": "error", "reason": reason}
-    evidence.add(unit, [common | {"mode": m, "contender": c, "label": c, "ours": ours.get(c, True)} for m, c in pairs])
-    for mode, contender in pairs:
-        say(f"{unit.name}, {mode}: {contender}: {reason}")
-
-
-def summary(rows: dict, mode: str) -> str:
-    """Times of all contenders in a mode, and what they come to."""
-    mine = {c: row for (m, c), row in rows.items() if m == mode}
-    parts = []
-    for contender, row in mine.items():
-        if row["status"] != "ok":
-            parts.append(f"{contender} [{row['status']}: {row.get('reason', '')[:100]}]")
-        elif row.get("median") is None:
-            known = ("instances", "read_bandwidth", "copy_bandwidth", "matrix_rates", "product_rates")
-            parts.append(f"{contender} " + json.dumps({name: row[name] for name in known if name in row}))
-        else:
-            parts.append(f"{contender} {_timed(row)}")
-    return "; ".join(parts)
-
-
-def _timed(row: dict) -> str:
-    text = f"{1e3 * row['median']:.4g} ms"
-    if row.get("host") is not None:
-        text += f", host {1e6 * row['host']:.0f} us, {row.get('launches') or '?'} launches"
-    notes = [f"{ratio:.2f} x {name}" for name, ratio in row.get("ratios", {}).items() if name != row["contender"]]
-    if row.get("share_of_floor") is not None:
-        notes.append(f"{100 * row['share_of_floor']:.0f}% of floor")
-    if row.get("allocator") is not None:
-        notes.append(f"{row['allocator'] / 1e6:.1f} MB")
-    return text + (f" ({', '.join(notes)})" if notes else "")
-
-
 # The command
 
 
@@ -209,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(f"{evidence.head['machine']['gpu']['name']}: {evidence.path}")
     stages = {"build": lambda: build(budget.build), "tests": lambda: run_tests(budget.tests, arguments.quick)}
     _stage(evidence, "build", stages["build"], arguments.quick)
-    ahead = [unit for unit in evidence.units if grid.without(unit, evidence.measured(unit)) is not None]
+    ahead = [unit for unit in evidence.units if without(unit, evidence.measured(unit)) is not None]
     compilers = worker.Compilers(ahead[: budget.units], min(_COMPILERS, os.cpu_count() or 1))
     try:
         _stage(evidence, "tests", stages["tests"], arguments.quick)
@@ -232,7 +148,7 @@ def _evidence(arguments: argparse.Namespace) -> Evidence:
     name = f"{report.device_slug(machine['gpu']['name'])}.json"
     command = "make gpu" + (" QUICK=1" if arguments.quick else "")
     path = arguments.out.resolve() / name
-    evidence = Evidence(path, grid.grid(), machine, command, arguments.commit)
+    evidence = Evidence(path, gpu_grid.grid(), machine, command, arguments.commit)
     count = 0 if arguments.fresh else evidence.resume((path, RESULTS / name))
     if count:
         say(f"goes on with an earlier run of the same code on such a device: {count} rows")
@@ -253,25 +169,6 @@ def _stage(evidence: Evidence, name: str, stage: Callable[[], dict], quick: bool
     evidence.stages[name] = result
     evidence.save()
     say(f"{name}: {result['status']}, {result['seconds']} s. {result.get('said', '')}")
-
-
-def conclude(evidence: Evidence) -> None:
-    targets = evidence.targets()
-    if targets:
-        say("\nTargets (met, value, goal):")
-    for t in targets:
-        sign = "yes" if t["met"] else "NO "
-        say(f"  {sign} {t['value']:>12.4g} {t['goal']:>12.4g}  {t['what']}: {t['unit']}, {t['mode']}, {t['contender']}")
-    left = evidence.not_measured()
-    if left:
-        say(f"\nNot measured for want of time ({sum(map(len, left.values()))} modes; the next run goes on there):")
-    for name, modes in left.items():
-        say(f"  {name}: {', '.join(modes) if len(modes) < 5 else f'{len(modes)} modes'}")
-    failures = evidence.failures()
-    say("\nFailed:" if failures else "\nNothing failed.")
-    for line in failures:
-        say(f"  {line}")
-    say(f"\n{evidence.path}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("psutil")
 
-from milkernels.bench import cli, contenders, gate, harness, memory, readme, report, roofline
+from milkernels.bench import alone, cli, contenders, gate, harness, memory, readme, report, roofline
 from milkernels.bench.contenders import Contender
 from milkernels.bench.workload import Workload, load_features
 from milkernels.testing import (
@@ -344,7 +344,7 @@ def test_work_of_ops_bound_by_memory():
 
 def test_peak_memory_of_a_child_process():
     workload = Workload("mean_pool", Shape((20000,), dim=128))
-    answers = memory.measure(workload.to_json(), "eager", "float32", ["fwd", "step"], [], 1, 120)
+    answers = alone.measure(workload.to_json(), "eager", "float32", ["fwd", "step"], [], 1, 120)
     x = 20000 * 128 * 4
     assert answers["step"]["allocator"] >= x > answers["fwd"]["allocator"]
     resident = answers["step"]["resident"]
@@ -352,8 +352,8 @@ def test_peak_memory_of_a_child_process():
 
 
 def test_a_child_process_that_dies_is_explained(monkeypatch):
-    monkeypatch.setattr(memory.sys, "executable", "false")
-    assert memory.measure("{}", "eager", "float32", ["fwd"], [], 1, 60) == "exit status 1"
+    monkeypatch.setattr(alone.sys, "executable", "false")
+    assert alone.measure("{}", "eager", "float32", ["fwd"], [], 1, 60) == "exit status 1"
 
 
 def test_the_sampling_thread_sees_a_peak(monkeypatch, tmp_path):

@@ -18,7 +18,18 @@ pytest.importorskip("rich")
 pytest.importorskip("psutil")
 
 import milkernels
-from milkernels.bench import calls, contenders, cuda, evidence, grid, readme, targets, worker
+from milkernels.bench import (
+    contenders,
+    cuda,
+    evidence,
+    gpu_grid,
+    largest,
+    readme,
+    runner,
+    targets,
+    units,
+    worker,
+)
 from milkernels.bench.run import Bench, Options
 from milkernels.bench.workload import Workload
 from milkernels.testing import CASES, MODES, Shape
@@ -39,7 +50,7 @@ def gpu():
 
 def unit(name="a", modes=("fwd", "step"), who=("eager", "triton"), op="gated_attention_pool", **more):
     workload = Workload(op, Shape((30, 4), 12, 8), device=more.pop("device", "cpu"))
-    return grid.Unit(name, workload, "float32", tuple(modes), tuple(who), **more)
+    return units.Unit(name, workload, "float32", tuple(modes), tuple(who), **more)
 
 
 def store(path, *units, machine=MACHINE, **head):
@@ -67,38 +78,39 @@ def on_disk(made):
 
 
 def test_the_grid():
-    units = grid.grid()
-    assert len({u.name for u in units}) == len(units)
-    first = [u.headline for u in units]
-    assert first[0] and units[0].kind == "limits" and not first[-1] and units[-1].kind == "largest"
+    all_units = gpu_grid.grid()
+    assert len({u.name for u in all_units}) == len(all_units)
+    first = [u.headline for u in all_units]
+    assert first[0] and all_units[0].kind == "limits" and not first[-1] and all_units[-1].kind == "largest"
     assert first.index(False) == sum(first), "headlines come first"
-    for u in units:
-        assert grid.Unit.from_json(u.to_json()) == u
+    for u in all_units:
+        assert units.Unit.from_json(u.to_json()) == u
         if u.kind == "bench":
             assert set(u.contenders) <= set(contenders.REGISTRY) and set(u.modes) <= set(u.workload.case.modes())
             assert contenders.REGISTRY[u.contenders[-1]].ours
     seen = {
-        (u.workload.op, u.workload.shape.dim, u.workload.shape.hidden, u.workload.shape.heads, u.dtype) for u in units
+        (u.workload.op, u.workload.shape.dim, u.workload.shape.hidden, u.workload.shape.heads, u.dtype)
+        for u in all_units
     }
     for op in ("gated_attention_pool", "attention_pool"):
         for dim in (512, 1024, 1536):
             for hidden in (128, 256, 384):
                 for heads in (1, 4):
                     assert {(op, dim, hidden, heads, dtype) for dtype in ("bfloat16", "float32")} <= seen
-    assert sum("compile" in u.contenders for u in units) and any(set(u.modes) == set(MODES) for u in units)
-    large = [u for u in units if u.workload.shape.instances * u.workload.shape.dim * 2 == grid.GIGABYTE]
+    assert sum("compile" in u.contenders for u in all_units) and any(set(u.modes) == set(MODES) for u in all_units)
+    large = [u for u in all_units if u.workload.shape.instances * u.workload.shape.dim * 2 == gpu_grid.GIGABYTE]
     assert {u.workload.op for u in large} >= {"softmax_pool", "loss_attention_pool", "dsmil", "query_pool"}
-    assert len(grid.SLIDES) == 64 and min(grid.SLIDES) >= 1000 and max(grid.SLIDES) <= 20_000
-    assert len(grid.SMALL_BAGS) == 256 and min(grid.SMALL_BAGS) >= 100 and max(grid.SMALL_BAGS) <= 2000
+    assert len(gpu_grid.SLIDES) == 64 and min(gpu_grid.SLIDES) >= 1000 and max(gpu_grid.SLIDES) <= 20_000
+    assert len(gpu_grid.SMALL_BAGS) == 256 and min(gpu_grid.SMALL_BAGS) >= 100 and max(gpu_grid.SMALL_BAGS) <= 2000
 
 
 def test_what_is_left_of_a_unit():
     whole = unit(modes=("fwd", "step", "frozen"))
-    assert grid.without(whole, set()) == whole
-    assert grid.without(whole, {("fwd", "eager"), ("fwd", "triton")}).modes == ("step", "frozen")
-    part = grid.without(whole, {("fwd", "eager")})
+    assert units.without(whole, set()) == whole
+    assert units.without(whole, {("fwd", "eager"), ("fwd", "triton")}).modes == ("step", "frozen")
+    part = units.without(whole, {("fwd", "eager")})
     assert (part.modes, part.contenders) == (("fwd",), ("triton",))
-    assert grid.without(whole, set(whole.pairs())) is None
+    assert units.without(whole, set(whole.pairs())) is None
 
 
 # The run
@@ -113,7 +125,7 @@ def test_rows_are_on_disk_as_they_are_measured_and_in_order(gpu, tmp_path, capsy
             order.append((part.name, event["rows"][0]["mode"]))
             assert len(on_disk(made)[0]) == 2 * len(order)
 
-    gpu.measure_units(made, measure, time.monotonic() + 60)
+    runner.measure_units(made, measure, time.monotonic() + 60)
     assert order == [("a", "fwd"), ("a", "step"), ("b", "fwd"), ("b", "step")]
     assert not made.not_measured() and not made.failures()
     assert "a, fwd: eager 1000 ms; triton 1000 ms" in capsys.readouterr().out
@@ -132,11 +144,11 @@ def test_what_does_not_fit_is_listed(gpu, tmp_path, capsys):
             emit(event)
             now[0] += 10
 
-    gpu.measure_units(made, measure, 100.0, clock=lambda: now[0])
+    runner.measure_units(made, measure, 100.0, clock=lambda: now[0])
     assert made.not_measured() == {"b": ["step"], "c": ["fwd", "step"]} and not made.failures()
     made.save()
     assert on_disk(made)[1]["not_measured"] == made.not_measured()
-    gpu.conclude(made)
+    runner.conclude(made)
     assert "Not measured for want of time (3 modes" in capsys.readouterr().out
 
 
@@ -150,7 +162,7 @@ def test_a_crash_costs_one_row(gpu, tmp_path):
                 raise worker.Died("illegal memory access", contender="fused", mode="step")
             emit(event)
 
-    gpu.measure_units(made, measure, time.monotonic() + 60)
+    runner.measure_units(made, measure, time.monotonic() + 60)
     assert goes[1] == ("a", ("step",), ("eager", "triton")) and goes[2][0] == "b"
     status, content = on_disk(made)
     assert [key for key, value in status.items() if value == "error"] == [("a", "step", "fused")]
@@ -168,7 +180,7 @@ def test_a_unit_that_only_fails_ends(gpu, tmp_path, error):
         for event in rows_of(part):
             emit(event)
 
-    gpu.measure_units(made, measure, time.monotonic() + 60)
+    runner.measure_units(made, measure, time.monotonic() + 60)
     assert goes == ["a", "b"] and not made.not_measured()
     assert len(made.failures()) == 2  # eager's rows are not ours to mend
 
@@ -191,14 +203,16 @@ def test_a_later_run_goes_on(gpu, tmp_path):
         for event in rows_of(part):
             emit(event)
 
-    gpu.measure_units(again, measure, time.monotonic() + 60)
+    runner.measure_units(again, measure, time.monotonic() + 60)
     both = ("eager", "triton")  # they are compared within one run
     assert order == [("c", ("fwd", "step"), both), ("a", ("step",), both)]
     assert not again.failures() and not again.not_measured()
 
 
 @pytest.mark.parametrize(
-    "change", [{"commit": "d"}, {"sources": "t"}, {"machine": MACHINE | {"gpu": {"name": "Other"}}}], ids=str
+    "change",
+    [{"sources": "t"}, {"machine": MACHINE | {"torch": "3"}}, {"machine": MACHINE | {"gpu": {"name": "Other"}}}],
+    ids=str,
 )
 def test_other_code_or_another_device_starts_anew(tmp_path, change):
     first = store(tmp_path, unit("a"))
@@ -223,7 +237,7 @@ def machine(gpu, monkeypatch):
 
     monkeypatch.setattr(gpu.cuda, "unavailable", lambda: None)
     monkeypatch.setattr(gpu.cuda, "about", lambda: MACHINE["gpu"])
-    monkeypatch.setattr(gpu.grid, "grid", lambda: [unit("a")])
+    monkeypatch.setattr(gpu.gpu_grid, "grid", lambda: [unit("a")])
     monkeypatch.setattr(gpu.worker, "Worker", Fake)
     monkeypatch.setattr(gpu.worker, "Compilers", lambda units, count: types.SimpleNamespace(finish=lambda s: 0))
     return gpu
@@ -429,19 +443,19 @@ def test_measuring_as_on_a_gpu(op, pretended):
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_the_other_kinds_of_units(pretended, monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(grid, "INSTANCES", 64)
+    monkeypatch.setattr(gpu_grid, "INSTANCES", 64)
     monkeypatch.setattr(cuda, "available_memory", lambda: 2000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: types.SimpleNamespace(total_memory=4000))
     fractions, events = [], []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
-    monkeypatch.setattr(calls, "largest", lambda fits: 64 if fits(64) else 0)
+    monkeypatch.setattr(largest, "largest", lambda fits: 64 if fits(64) else 0)
     there = {"device": "cpu:0"}
     worker.measure(unit("limits", ("limits",), ("device",), kind="limits", **there), events.append)
     worker.measure(unit("calls", ("softmax_pool 2 step",), ("eager", "native"), kind="calls", **there), events.append)
     one = Workload("gated_attention_pool", Shape((2,), 12, 8), **there)
     for contender, memory in (("eager", 1000), ("reference", 3000)):
-        largest = unit("largest", ("step",), (contender,), kind="largest", memory=memory)
-        worker.measure(replace(largest, workload=one), events.append)
+        asked = unit("largest", ("step",), (contender,), kind="largest", memory=memory)
+        worker.measure(replace(asked, workload=one), events.append)
     rows = {(r["mode"], r["contender"]): r for event in events for r in event.get("rows", ())}
     limits = rows["limits", "device"]
     assert limits["read_bandwidth"] > 0 and limits["copy_bandwidth"] > 0 and len(limits["product_rates"]) == 3
@@ -488,10 +502,10 @@ def test_an_error_that_poisons_is_told_from_one_that_does_not(monkeypatch):
 def test_the_largest_that_fits():
     asked = []
     for limit in (70_000, 100_000, 1_000_000, 123_456_789):
-        found = calls.largest(lambda n, limit=limit: asked.append(n) or n <= limit)
-        assert 0.95 * limit <= found * (1 + calls._CLOSE) and found <= limit
-    assert calls.largest(lambda n: False) == 0 and len(asked) < 100
-    assert calls.largest(lambda n: True, most=1 << 20) == 1 << 20
+        found = largest.largest(lambda n, limit=limit: asked.append(n) or n <= limit)
+        assert 0.95 * limit <= found * (1 + largest._CLOSE) and found <= limit
+    assert largest.largest(lambda n: False) == 0 and len(asked) < 100
+    assert largest.largest(lambda n: True, most=1 << 20) == 1 << 20
 
 
 def test_contenders_with_other_kernels(monkeypatch):
@@ -532,7 +546,7 @@ def judged(u, rows):
 
 
 def test_targets():
-    one = next(u for u in grid.grid() if u.kind == "bench")
+    one = next(u for u in gpu_grid.grid() if u.kind == "bench")
     limits = {"limits": {"matrix_rate": 1e15, "read_bandwidth": 4e12}}
     eager = row("step", "eager", 3.0, allocator=400_000_000)
     ours = row("step", "triton", 2.0, allocator=100_000 * 1024 * 2 + 90_000_000, flops=1, bytes=1, **limits)
@@ -541,16 +555,16 @@ def test_targets():
     assert got["bytes beyond the gradient of x"] == (90_000_000, 97_600_000, True)
     fast = row("fwd", "fused", 1.0, flops=6e14, bytes=1, **limits)
     assert judged(one, [fast])["share of the matrix rate"] == (0.6, 0.55, True)
-    ragged = next(u for u in grid.grid() if u.workload.shape.bags > 1)
+    ragged = next(u for u in gpu_grid.grid() if u.workload.shape.bags > 1)
     slow = [row("step", "eager", 4.0), row("step", "padded", 5.0), row("step", "triton", **limits)]
     assert {k: v[2] for k, v in judged(ragged, slow).items()} == {
         "x the loop over bags": False,
         "x the padded batch": True,
     }
-    memory = next(u for u in grid.grid() if u.workload.op == "softmax_pool")
+    memory = next(u for u in gpu_grid.grid() if u.workload.op == "softmax_pool")
     read = row("fwd", "triton", 1.0, flops=1, bytes=3.6e12, **limits)
     assert judged(memory, [read]) == {"share of the read bandwidth": (0.9, 0.85, True)}
-    many = next(u for u in grid.grid() if u.workload.shape.instances == 1_000_000)
+    many = next(u for u in gpu_grid.grid() if u.workload.shape.instances == 1_000_000)
     rows = [row("frozen", "eager", allocator=10**9), row("frozen", "triton", allocator=2 * 10**8, **limits)]
     assert judged(many, rows)["share of eager's bytes beyond it"] == (0.2, 0.1, False)
     assert judged(one, [row("step", "triton", **limits) | {"status": "FAIL"}]) == {}

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from milkernels.bench import contenders, report
+from milkernels.bench import contenders, cpu_grid, preset, report
 from milkernels.bench.run import Bench, Options, Result
 from milkernels.bench.workload import DTYPES, Workload, load_features
 from milkernels.testing import CASES, FEATURES, MODES, Shape, even_lengths, skewed_lengths, small_lengths
@@ -18,6 +17,7 @@ from milkernels.testing import CASES, FEATURES, MODES, Shape, even_lengths, skew
 _WIDTH = 170  # columns of the table where the output is no terminal
 _EXAMPLES = """examples:
   python -m milkernels bench
+  python -m milkernels bench --preset quick
   python -m milkernels bench --distribution skewed --dtype float32 --mode fwd,step,frozen
   python -m milkernels bench --op dsmil --heads 3 --contenders eager
   python -m milkernels bench --features musk2.npz --json result.json --plot result.png
@@ -46,13 +46,6 @@ def _lengths(text: str) -> tuple[int, ...]:
     return tuple(positive(part) for part in text.split(","))
 
 
-def _default_dtypes() -> list[str]:
-    """Without the instructions for it one bfloat16 step of eager takes half a minute: not by default."""
-    mkldnn = torch.ops.mkldnn
-    fast = torch.backends.mkldnn.is_available() and mkldnn._is_mkldnn_bf16_supported()
-    return ["float32", "bfloat16"] if fast else ["float32"]
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m milkernels bench",
@@ -62,6 +55,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--op", choices=CASES, default="gated_attention_pool", metavar="OP", help=", ".join(CASES))
+    p.add_argument(
+        "--preset",
+        choices=cpu_grid.PRESETS,
+        help="many ops and shapes instead of one: quick takes two minutes; full takes an hour, may be stopped, goes on",
+    )
     shape = p.add_argument_group("shape")
     shape.add_argument("--instances", type=positive, default=100_000)
     shape.add_argument("--dim", type=positive, default=512)
@@ -83,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--dtype",
         type=names_among(list(DTYPES)),
-        default=_default_dtypes(),
+        default=preset.fast_dtypes(),
         help="default: float32, and bfloat16 where PyTorch has fast products for it",
     )
     what.add_argument("--mode", type=names_among(MODES), default=["fwd", "step"], help=", ".join(MODES))
@@ -98,6 +96,8 @@ def parser() -> argparse.ArgumentParser:
     output = p.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="FILE")
     output.add_argument("--plot", type=Path, metavar="FILE", help="a PNG")
+    output.add_argument("--out", type=Path, metavar="DIR", help="of a preset: where its files go")
+    output.add_argument("--fresh", action="store_true", help="of a preset: measure everything again")
     output.add_argument("--save", action="store_true", help="write benchmarks/results/<device>.json")
     return p
 
@@ -158,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     p = parser()
     arguments = p.parse_args(argv)
+    if arguments.preset:
+        return _preset(p, arguments)
     try:
         shape = _shape(arguments)
         workload = Workload(
@@ -185,6 +187,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.show(console, result, workload)
     _write(arguments, result, workload, argv)
     return int(result.failed)
+
+
+def _preset(p: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    """What it measures is its own affair: other options would be ignored, so they are refused."""
+    kept = {"preset", "out", "fresh", "threads"}
+    given = [name for name, value in vars(arguments).items() if name not in kept and value != p.get_default(name)]
+    if given:
+        p.error(f"--preset {arguments.preset} cannot be combined with {', '.join('--' + n for n in given)}")
+    return preset.run(arguments.preset, arguments.out, arguments.fresh, arguments.threads)
 
 
 def _write(arguments: argparse.Namespace, result: Result, workload: Workload, argv: list[str]) -> None:

@@ -1,17 +1,18 @@
-"""The file that a run on a GPU leaves, ``benchmarks/results/<device>.json``: written anew after every row that is
-measured, so that a run that was cut short loses nothing and the next one goes on with it.
+"""The file that a grid leaves, ``benchmarks/results/<device>.json``: written anew after every row that is measured, so
+that a run that was cut short loses nothing and the next one goes on with it.
 
-Schema 3 is one object: ``schema``, ``command``, ``date``, ``machine`` (as in ``report``, and ``gpu``), ``commit``,
-``sources``; ``stages``: name -> status, seconds and what it said; ``units``: each with name, kind, headline, workload,
-dtype and ``rows`` as ``report`` describes them, and in each row
+Schema 3 is one object: ``schema``, ``command``, ``date``, ``machine`` (as in ``report``; on a GPU also ``gpu``),
+``commit``, ``sources``; ``stages``: name -> status, seconds and what it said; ``units``: each with name, kind, part
+(of the report), headline, workload, dtype, threads (0: those of ``machine``), commit (at which it was measured) and
+``rows`` as ``report`` describes them, and in each row
 
 ``allocator``   peak bytes of PyTorch's allocator beyond those before the call: outputs and gradients, no inputs
 ``limits``      read_bandwidth (bytes/s) and matrix_rate (FLOP/s, median of the probes) in the same process
 ``errors``      of ours, the one nearest to its bound, and all beyond it
 
-and, where nothing is timed against something else, ``host`` and ``median`` seconds per call, ``launches``,
-``triton_kernels``, ``instances``; ``targets``: as ``targets.of`` says; ``not_measured``: unit -> modes for which there
-was no time.
+and, by the kind of the unit (``units.Unit``), ``host`` and ``median`` seconds per call, ``launches``,
+``triton_kernels`` ("calls"), ``instances`` and ``memory`` ("largest"), ``load`` seconds and ``file_bytes`` ("disk");
+``targets``: as ``targets.of`` says; ``not_measured``: unit -> modes for which there was no time.
 """
 
 import json
@@ -23,7 +24,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from milkernels.bench import report, targets
-from milkernels.bench.grid import Unit
+from milkernels.bench.units import Unit
 
 SCHEMA = 3
 FAILED = ("error", report.run.FAIL)
@@ -36,29 +37,40 @@ class Evidence:
 
     def __init__(self, path: Path, units: list[Unit], machine: dict, command: str, commit: str | None = None):
         self.path, self.units, self.command = path, units, command
-        self.head = {"machine": machine, "commit": commit or report.commit(), "sources": report.source_digest(gpu=True)}
+        sources = report.source_digest(gpu="gpu" in machine)
+        self.head = {"machine": machine, "commit": commit or report.commit(), "sources": sources}
+        self.commits: dict[str, str | None] = {}  # of units
         self.rows: dict[str, dict[Key, dict]] = {unit.name: {} for unit in units}
         self.stages: dict[str, dict] = {}
         self.retried: set[str] = set()  # units of which something failed in an earlier run
 
     def resume(self, paths: Iterable[Path]) -> int:
-        """Takes over what the first of these files that are of the same code and device holds; returns how many rows.
+        """Takes over what the first of these files of the same kernels and device holds; returns how many rows.
 
-        A mode in which a contender failed is measured again, all contenders of it: they are compared within one run.
+        A unit that is not the same any more is measured anew, and so is a mode of which a contender failed or is not
+        there: all of them, for they are compared within one run.
         """
         for path in paths:
             before = self._same(path)
             if before is None:
                 continue
             self.stages = {n: s for n, s in before["stages"].items() if s["status"] == "ok"}
-            for unit in before["units"]:
-                failed = {row["mode"] for row in unit["rows"] if row["status"] in FAILED}
-                if unit["name"] in self.rows:
-                    kept = {(r["mode"], r["contender"]): r for r in unit["rows"] if r["mode"] not in failed}
-                    self.rows[unit["name"]] = kept
-                    self.retried |= {unit["name"]} if failed else set()
+            found = {_identity(unit): unit for unit in before["units"]}
+            for unit in self.units:
+                old = found.get(_identity(json.loads(json.dumps(self._unit(unit)))))
+                if old is not None:
+                    self._keep(unit, old)
             return sum(map(len, self.rows.values()))
         return 0
+
+    def _keep(self, unit: Unit, old: dict) -> None:
+        measured = {(row["mode"], row["contender"]) for row in old["rows"]}
+        failed = {row["mode"] for row in old["rows"] if row["status"] in FAILED}
+        partial = {mode for mode, contender in unit.pairs() if (mode, contender) not in measured}
+        wanted = [row for row in old["rows"] if row["mode"] not in failed | partial]
+        self.rows[unit.name] = {(row["mode"], row["contender"]): row for row in wanted}
+        self.commits[unit.name] = old["commit"]
+        self.retried |= {unit.name} if failed else set()
 
     def _same(self, path: Path) -> dict | None:
         try:
@@ -67,11 +79,12 @@ class Evidence:
             return None
         ours = self.head["machine"]
         theirs = before.get("machine", {})
-        same = before.get("schema") == SCHEMA and all(before[n] == self.head[n] for n in ("commit", "sources"))
+        same = before.get("schema") == SCHEMA and before["sources"] == self.head["sources"]
         same = same and theirs.get("torch") == ours.get("torch")
         return before if same and _of_kind(theirs) == _of_kind(ours) else None
 
     def add(self, unit: Unit, rows: list[dict]) -> None:
+        self.commits[unit.name] = self.head["commit"]
         for row in rows:
             self.rows[unit.name][row["mode"], row["contender"]] = _compact(row)
         self.save()
@@ -97,6 +110,8 @@ class Evidence:
         return found
 
     def targets(self) -> list[dict]:
+        if "gpu" not in self.head["machine"]:
+            return []
         return [target for unit in self.units for target in targets.of(unit, self.rows[unit.name])]
 
     def save(self) -> None:
@@ -117,14 +132,20 @@ class Evidence:
         os.replace(part, self.path)
 
     def _unit(self, unit: Unit) -> dict:
-        about = {name: getattr(unit, name) for name in ("name", "kind", "headline", "dtype")}
+        about = {name: getattr(unit, name) for name in ("name", "kind", "part", "headline", "dtype", "threads")}
+        about["commit"] = self.commits.get(unit.name)
         in_order = [self.rows[unit.name][key] for key in unit.pairs() if key in self.rows[unit.name]]
         return about | {"workload": asdict(unit.workload), "rows": in_order}
 
 
+def _identity(unit: dict) -> tuple:
+    return unit["name"], unit["threads"], json.dumps(unit["workload"])
+
+
 def _of_kind(machine: dict) -> tuple:
-    gpu = machine.get("gpu", {})
-    return gpu.get("name"), gpu.get("cuda"), gpu.get("triton")
+    if "gpu" in machine:
+        return tuple(machine["gpu"].get(name) for name in ("name", "cuda", "triton"))
+    return tuple(machine.get(name) for name in ("cpu", "instruction_set", "threads"))
 
 
 def _compact(row: dict) -> dict:

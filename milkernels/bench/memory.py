@@ -1,32 +1,27 @@
-"""Peak memory of one contender, in a process of its own: ``python -m milkernels.bench.memory SPEC``.
+"""Memory of this process: how far a call goes beyond what was held before, and a limit on it.
 
-Resident memory is what the process needs beyond what it held before the run (inputs, libraries and what a
+Resident memory is what the process needs beyond what it held before the call (inputs, libraries and what a
 warm-up keeps), outputs and gradients included.  The allocator's peak counts PyTorch's own allocations
-exactly, and nothing else.  SPEC is JSON; so is the answer, on the last line.
+exactly, and nothing else.
 """
 
 import contextlib
 import ctypes
 import gc
 import json
-import os
-import subprocess
-import sys
+import resource
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
-_PACKAGES = Path(__file__).resolve().parents[2]  # what must be importable in the child
 
 
 def _status(field: str) -> int:
+    """Bytes."""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
 
@@ -105,68 +100,19 @@ def release() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _measure(spec: dict) -> dict[str, dict]:
-    from milkernels.bench import contenders
-    from milkernels.bench.workload import DTYPES, Workload
-    from milkernels.testing import evaluate
+@contextlib.contextmanager
+def within(extra: int) -> Iterator[None]:
+    """Within the block allocations fail that would have this process hold ``extra`` bytes more, touched or not.
 
-    if spec["threads"]:
-        torch.set_num_threads(spec["threads"])
-    workload = Workload.from_json(spec["workload"])
-    case, inputs = workload.case, workload.inputs(DTYPES[spec["dtype"]])
-    contender = contenders.REGISTRY[spec["contender"]]
-    answers = {}
-    for mode in spec["modes"]:
-        once = mode in spec["once"]
-        compute, its_inputs = contenders.warmed_up(contender, case, inputs, mode, whole=not once)
-
-        def call(compute=compute, its_inputs=its_inputs, mode=mode):
-            return evaluate(compute, its_inputs, mode, case.primary)
-
-        release()
-        with resident_peak() as peak:
-            start = time.perf_counter()
-            result = call()
-            seconds = time.perf_counter() - start
-        del result
-        allocated = None if once else allocator_peak(call)
-        answers[mode] = {"resident": peak.extra, "allocator": allocated, "seconds": seconds}
-    return answers
-
-
-def measure(
-    workload_json: str,
-    contender: str,
-    dtype: str,
-    modes: list[str],
-    once: list[str],
-    threads: int | None,
-    timeout: float,
-) -> dict[str, dict] | str:
-    """Answers by mode from a child process, or a line that says why there are none.
-
-    An answer has ``resident`` and ``allocator`` bytes or None, and the ``seconds`` of the run.  Modes in
-    ``once`` are run once, after a warm-up on a prefix.
+    Without it the system ends some process, not always this one, when there is no memory left.
     """
-    spec = {
-        "workload": workload_json,
-        "contender": contender,
-        "dtype": dtype,
-        "modes": modes,
-        "once": once,
-        "threads": threads,
-    }
-    paths = [str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "milkernels.bench.memory", json.dumps(spec)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     try:
-        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return f"not finished after {timeout:.0f} s"
-    if child.returncode != 0:
-        return (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
-    return json.loads(child.stdout.strip().splitlines()[-1])
-
-
-if __name__ == "__main__":
-    print(json.dumps(_measure(json.loads(sys.argv[1]))))
+        resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + extra, hard))
+    except (OSError, ValueError, StopIteration):  # no such limit here
+        yield
+        return
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

@@ -17,7 +17,7 @@ The JSON file, schema 2, is one object:
     seconds     per call and round; median, minimum, spread (interquartile range over median), rounds,
                 calls per round; ``once``: a single run after a warm-up on a prefix
     ratios      contender -> its median over this one, for eager in all its formulas and torch.compile
-    instances_per_second, flops, bytes, floor_seconds, share_of_floor
+    instances_per_second, bags_per_second, flops, bytes, floor_seconds, share_of_floor
     resident, allocator   peak extra bytes; null where not measured, with ``memory_note``
     errors      name, ours, eager, bound, size, ratio, ok and reason per output and gradient; ``gate_note``
 """
@@ -139,6 +139,7 @@ def row_values(row: Row) -> dict[str, object]:
     values = asdict(row) | {
         "share_of_floor": row.share_of_floor,
         "instances_per_second": row.instances_per_second,
+        "bags_per_second": row.bags_per_second,
     }
     timing = values.pop("timing")
     values["seconds"] = timing["seconds"] if timing else []

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from milkernels.bench import contenders, cuda, gate, harness, memory, roofline
+from milkernels.bench import alone, contenders, cuda, gate, harness, roofline
 from milkernels.bench.contenders import Compute, Contender, Unavailable
 from milkernels.bench.workload import DTYPES, Workload
 from milkernels.testing import Inputs, evaluate
@@ -41,6 +41,7 @@ class Row:
     once: bool = False  # one run, after a warm-up on a prefix only
     timing: harness.Timing | None = None
     instances: int = 0
+    bags: int = 0
     ratios: dict[str, float] = field(default_factory=dict)  # the median of a yardstick over this one
     floor_seconds: float | None = None
     flops: int = 0
@@ -62,6 +63,10 @@ class Row:
     @property
     def instances_per_second(self) -> float | None:
         return self.instances / self.timing.median if self.timed else None
+
+    @property
+    def bags_per_second(self) -> float | None:
+        return self.bags / self.timing.median if self.timed else None
 
 
 @dataclass
@@ -222,7 +227,7 @@ class Bench:
     ) -> _Entry:
         label = contender.label(self.case, inputs)
         row = Row(self.case.name, dtype, mode, contender.name, label, contender.ours)
-        row.instances = self.shape.instances
+        row.instances, row.bags = self.shape.instances, self.shape.bags
         entry = _Entry(row, contender)
         self.at_work(contender.name, mode)
         try:
@@ -268,7 +273,7 @@ class Bench:
                 self.say(f"{dtype}: memory of {name}")
                 modes = [e.row.mode for e in mine]
                 once = [e.row.mode for e in mine if e.row.once or e.guess > _SLOW]
-                answers = memory.measure(
+                answers = alone.measure(
                     self.workload.to_json(), name, dtype, modes, once, self.options.threads, _MEMORY_TIMEOUT
                 )
             for entry in mine:

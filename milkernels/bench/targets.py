@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from milkernels.bench.grid import GIGABYTE, INSTANCES, Unit
+from milkernels.bench.gpu_grid import GIGABYTE, INSTANCES
+from milkernels.bench.units import Unit
 from milkernels.bench.workload import DTYPES
 
 OURS = ("triton", "fused", "split", "native")

@@ -1,4 +1,4 @@
-"""The process that measures on the GPU: ``python -m milkernels.bench.worker``.
+"""The process that measures the units of a grid: ``python -m milkernels.bench.worker``.
 
 It reads units, one JSON line each, and answers in JSON lines: ``doing`` (a contender at work), ``rows`` (of a mode, as
 soon as it is measured), ``done``.  A CUDA error that spoils the process is answered by ``poisoned``, and ends it: what
@@ -7,6 +7,7 @@ on disk: several such processes compile in parallel what one that measures would
 """
 
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from milkernels.bench.grid import Unit
+from milkernels.bench.units import Unit
 
 _PACKAGES = Path(__file__).resolve().parents[2]  # what must be importable in the process
 _TIMING = 0.35  # seconds of rounds for each mode
@@ -158,34 +159,71 @@ def end_group(process: subprocess.Popen) -> None:
 
 
 def measure(unit: Unit, emit: Emit) -> None:
-    kinds = {"bench": _bench, "limits": _limits, "calls": _calls, "largest": _largest}
+    if unit.workload.device == "cpu":
+        _set_threads(unit.threads)
+    kinds = {"bench": _bench, "alone": _alone, "limits": _limits, "calls": _calls, "largest": _largest, "disk": _disk}
     kinds[unit.kind](unit, emit)
 
 
-def _bench(unit: Unit, emit: Emit) -> None:
+def _set_threads(count: int) -> None:
+    """As many as the unit wants, or as PyTorch took when it was imported."""
+    import torch
+
+    torch.set_num_threads(count or _machine_threads())
+
+
+@functools.cache
+def _machine_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _rows(unit: Unit, rows: Sequence, probe, bandwidth: float) -> dict:
     from milkernels.bench import report
-    from milkernels.bench.run import Bench, Options
     from milkernels.bench.workload import DTYPES
+
+    limits = {"read_bandwidth": bandwidth, "matrix_rate": statistics.median(probe.rates[DTYPES[unit.dtype]])}
+    return {"rows": [report.plain(report.row_values(row) | {"limits": limits}) for row in rows]}
+
+
+def _bench(unit: Unit, emit: Emit) -> None:
+    from milkernels.bench.run import Bench, Options
 
     def at_work(contender: str, mode: str) -> None:
         emit({"doing": {"contender": contender, "mode": mode}})
 
-    def finished(rows) -> None:
-        dtype = DTYPES[unit.dtype]
-        limits = {"read_bandwidth": bench.bandwidth, "matrix_rate": statistics.median(bench.probe.rates[dtype])}
-        emit({"rows": [report.plain(report.row_values(row) | {"limits": limits}) for row in rows]})
-
-    budget = _TIMING * len(unit.modes)
-    options = Options([unit.dtype], unit.modes, unit.contenders, budget, memory=False)
-    bench = Bench(unit.workload, options, finished=finished, at_work=at_work)
+    cpu = unit.workload.device == "cpu"  # on a GPU a peak is taken in this process
+    budget = unit.budget or _TIMING * len(unit.modes)
+    options = Options([unit.dtype], unit.modes, unit.contenders, budget, threads=unit.threads or None, memory=cpu)
+    bench = Bench(
+        unit.workload,
+        options,
+        finished=lambda rows: emit(_rows(unit, rows, bench.probe, bench.bandwidth)),
+        at_work=at_work,
+    )
     bench.run()
+
+
+def _alone(unit: Unit, emit: Emit) -> None:
+    from milkernels.bench import scaling
+
+    scaling.rows(unit, lambda rows, probe, bandwidth: emit(_rows(unit, rows, probe, bandwidth)))
+
+
+def _disk(unit: Unit, emit: Emit) -> None:
+    from milkernels.bench import disk
+
+    for mode in unit.modes:
+        emit({"doing": {"contender": "", "mode": mode}})
+        emit({"rows": [_row(mode, **row) for row in disk.rows(unit, mode)]})
 
 
 def _limits(unit: Unit, emit: Emit) -> None:
     import torch
 
     from milkernels.bench import cuda
-    from milkernels.bench.grid import HEADLINE_SIZES, INSTANCES
+    from milkernels.bench.gpu_grid import HEADLINE_SIZES, INSTANCES
 
     def rate(dtype: torch.dtype, precision: str = "highest") -> float:
         before = torch.get_float32_matmul_precision()
@@ -214,8 +252,13 @@ def _limits(unit: Unit, emit: Emit) -> None:
     emit({"rows": [_row("limits", "device", row)]})
 
 
-def _row(mode: str, contender: str, values: dict) -> dict:
-    return {"mode": mode, "contender": contender, "status": "ok", **values}
+def _row(mode: str, contender: str, values: dict | None = None, **more) -> dict:
+    from milkernels.bench.contenders import REGISTRY
+
+    about = {"mode": mode, "contender": contender, "label": contender, "status": "ok"}
+    if contender in REGISTRY:
+        about["ours"] = REGISTRY[contender].ours
+    return {**about, **(values or {}), **more}
 
 
 def _calls(unit: Unit, emit: Emit) -> None:
@@ -234,11 +277,11 @@ def _calls(unit: Unit, emit: Emit) -> None:
 
 
 def _largest(unit: Unit, emit: Emit) -> None:
-    from milkernels.bench import calls
+    from milkernels.bench.largest import largest_bag
 
     for mode, contender in unit.pairs():
         emit({"doing": {"contender": contender, "mode": mode}})
-        emit({"rows": [_row(mode, contender, calls.largest_bag(unit, mode, contender))]})
+        emit({"rows": [_row(mode, contender, largest_bag(unit, mode, contender))]})
 
 
 def compile_unit(unit: Unit) -> None:

@@ -1,0 +1,41 @@
+"""``python -m milkernels bench --preset``: a grid of units, resumable, and the report that is made of it."""
+
+from pathlib import Path
+
+import torch
+
+from milkernels.bench import cpu_grid, report, runner, worker
+from milkernels.bench.evidence import Evidence
+
+RESULTS = report.ROOT / "benchmarks" / "results"
+
+
+def fast_dtypes() -> list[str]:
+    """Without the instructions for it one bfloat16 step of eager takes half a minute: not by default."""
+    mkldnn = torch.ops.mkldnn
+    fast = torch.backends.mkldnn.is_available() and mkldnn._is_mkldnn_bf16_supported()
+    return ["float32", "bfloat16"] if fast else ["float32"]
+
+
+def run(preset: str, out: Path | None, fresh: bool, threads: int | None) -> int:
+    """Measures what is not measured yet, and writes ``<device>.json``; 1 if one of ours failed, else 0."""
+    if threads:
+        torch.set_num_threads(threads)
+    folder = (out or (RESULTS if preset == "full" and RESULTS.is_dir() else Path.cwd())).resolve()
+    name = report.device_slug() + ("-quick" if preset == "quick" else "")
+    units = cpu_grid.grid(preset, fast_dtypes(), torch.get_num_threads())
+    command = f"python -m milkernels bench --preset {preset}" + (f" --threads {threads}" if threads else "")
+    evidence = Evidence(folder / f"{name}.json", units, report.machine(), command)
+    count = 0 if fresh else evidence.resume([evidence.path])
+    if count:
+        runner.say(f"goes on with an earlier run of the same kernels on such a machine: {count} rows")
+    process = worker.Worker()
+    try:
+        runner.measure_units(evidence, process.run, float("inf"))
+    except KeyboardInterrupt:
+        runner.say("stopped; the same command goes on here")
+    finally:
+        process.stop()
+        evidence.save()
+    runner.conclude(evidence)
+    return int(bool(evidence.failures()))
