@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from milkernels.bench import cpu_grid, report, runner, worker
+from milkernels.bench import cpu_grid, report, runner, tables, worker
 from milkernels.bench.evidence import Evidence
 
 RESULTS = report.ROOT / "benchmarks" / "results"
@@ -18,7 +18,7 @@ def fast_dtypes() -> list[str]:
 
 
 def run(preset: str, out: Path | None, fresh: bool, threads: int | None) -> int:
-    """Measures what is not measured yet, and writes ``<device>.json``; 1 if one of ours failed, else 0."""
+    """Measures what is not measured yet and writes ``<device>.json``, tables and pictures; 1 if one of ours failed."""
     if threads:
         torch.set_num_threads(threads)
     folder = (out or (RESULTS if preset == "full" and RESULTS.is_dir() else Path.cwd())).resolve()
@@ -38,4 +38,6 @@ def run(preset: str, out: Path | None, fresh: bool, threads: int | None) -> int:
         process.stop()
         evidence.save()
     runner.conclude(evidence)
+    for path in tables.write(evidence.path):
+        runner.say(str(path))
     return int(bool(evidence.failures()))

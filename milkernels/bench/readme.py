@@ -1,8 +1,9 @@
 """The figures of the README, written from the result files: ``python -m milkernels.bench.readme``.
 
-They stand between two comments, are made of ``benchmarks/results/*.json`` alone, and a test fails when they are not
-what this module would write.  A row whose kernel sources have changed since it was measured is marked stale.  Between
-two other comments, if they are there, stand those of ``benchmarks.upstream``, from ``results/upstream-*.json``.
+They stand between two comments, are made of ``benchmarks/results/*.json`` alone, as are the pages and pictures beside
+those files, and a test fails when they are not what this module would write.  A row whose kernel sources have changed
+since it was measured is marked stale.  Between two other comments, if they are there, stand those of
+``benchmarks.upstream``, from ``results/upstream-*.json``.
 """
 
 import hashlib
@@ -11,24 +12,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milkernels.bench import report
+from milkernels.bench import plots, report, tables
+from milkernels.bench.tables import machine, markdown, milliseconds, ours_of, what_bags
 
 BEGIN, END = "<!-- figures: python -m milkernels.bench.readme -->", "<!-- end of figures -->"
 UPSTREAM_BEGIN = "<!-- upstream: python -m benchmarks.upstream --readme -->"
 UPSTREAM_END = "<!-- end of upstream -->"
 _UPSTREAM = "upstream-"  # how their result files begin
-_HEADER = (
-    "op",
-    "bags",
-    "type",
-    "mode",
-    "against",
-    "theirs, ms",
-    "milkernels, ms",
-    "ratio",
-    "extra memory, MB",
-    "of floor",
-)
+_HEADER = ("op", "bags", "type", "mode", "milkernels, ms", "eager, ms", "x eager", "fastest other, ms", "x it")
+_HEADER += ("extra memory, eager / ours, MB", "of floor")
+_EARLIER_HEADER = ("op", "bags", "type", "mode", "against", "theirs, ms", "milkernels, ms", "ratio")
+_EARLIER_HEADER += ("extra memory, MB", "of floor")
 _UPSTREAM_HEADER = (
     "upstream model",
     "bags",
@@ -41,37 +35,82 @@ _UPSTREAM_HEADER = (
 )
 
 
-def what_bags(workload: dict) -> str:
-    shape = workload["shape"]
-    lengths, dim = shape["lengths"], shape["dim"]
-    text = f"{len(lengths)} of {min(lengths)} to {max(lengths)}" if len(lengths) > 1 else "1"
-    text += f": {sum(lengths):,} x {dim}"
-    if workload["padded"]:
-        text += ", padded"
-    return text + (f", dropout {workload['dropout']:g}" if workload["dropout"] else "")
+def _files(root: Path, *, grids: bool) -> list[Path]:
+    """Those that a grid left, or those of single runs; but upstream's."""
+    paths = sorted((root / "benchmarks" / "results").glob("*.json"))
+    kept = [path for path in paths if not path.name.startswith(_UPSTREAM)]
+    return [path for path in kept if ("units" in json.loads(path.read_text())) == grids]
 
 
-def milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
+def _is_stale(result: dict, root: Path) -> bool:
+    return result["sources"] != report.source_digest(root, gpu="gpu" in result["machine"])
 
 
-def _rows(result: dict, digest: str | None) -> list[list[str]]:
+def figures(root: Path = report.ROOT) -> str:
+    """The README's: the headlines of every grid, one table for each machine."""
+    parts, machines = [], []
+    for path in _files(root, grids=True):
+        content = json.loads(path.read_text())
+        machines.append(content["machine"])
+        lines = [_HEADER, ["---"] * len(_HEADER)]
+        for unit in content["units"]:
+            if unit["headline"] and unit["kind"] == "bench":
+                lines += _headlines(unit, " (stale)" if _is_stale(content, root) else "")
+        page = f"benchmarks/results/{path.stem}.md"
+        parts.append(f"{machine(content['machine'])}; all rows, peers and pictures: [{page}]({page}):\n")
+        parts.append(f"{markdown(lines)}\n\nThe command:\n\n    {content['command']}\n")
+    if _files(root, grids=False):
+        page = "benchmarks/results/earlier.md"
+        names = dict.fromkeys(machine(json.loads(p.read_text())["machine"]) for p in _files(root, grids=False))
+        parts.append(f"Earlier and smaller runs, {'; '.join(names)}: [{page}]({page}).\n")
+    return "\n".join([*parts, _unmeasured(machines)])
+
+
+def _headlines(unit: dict, stale: str) -> list[list[str]]:
     """Lines of cells as ``_HEADER`` names them."""
-    workload = result["workload"]
-    stale = " (stale)" if digest != result["sources"] else ""
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for row in result["rows"]:
-        groups.setdefault((row["dtype"], row["mode"]), []).append(row)
     lines = []
-    for (dtype, mode), rows in groups.items():
+    for mode in dict.fromkeys(row["mode"] for row in unit["rows"]):
+        rows = [row for row in unit["rows"] if row["mode"] == mode]
+        timed = [row for row in rows if row["status"] == "ok" and row.get("median")]
+        ours = ours_of(rows)
+        start = [f"`{unit['workload']['op']}`", what_bags(unit["workload"]) + stale, unit["dtype"], mode]
+        if ours is None:
+            lines.append([*start, "not measured", *[""] * (len(_HEADER) - 5)])
+            continue
+        eager = next((row for row in timed if row["contender"] == "eager"), None)
+        others = [row for row in timed if not row["ours"] and row is not eager]
+        best = min(others, key=lambda row: row["median"], default=None)
+        memory = "resident" if ours.get("resident") is not None else "allocator"
+        extra = [None if row is None else row.get(memory) for row in (eager, ours)]
+        share = ours.get("share_of_floor")
+        lines.append(
+            [
+                *start,
+                milliseconds(ours["median"]),
+                "not measured" if eager is None else milliseconds(eager["median"]),
+                "" if eager is None else f"{eager['median'] / ours['median']:.2f}",
+                "" if best is None else f"{best['label']}: {milliseconds(best['median'])}",
+                "" if best is None else f"{best['median'] / ours['median']:.2f}",
+                "not measured" if None in extra else " / ".join(f"{m / 1e6:,.1f}" for m in extra),
+                "" if share is None else f"{100 * share:.0f}%",
+            ]
+        )
+    return lines
+
+
+def _earlier_rows(result: dict, stale: bool) -> list[list[str]]:
+    """Lines of cells as ``_EARLIER_HEADER`` names them, one for each contender but the first of ours."""
+    workload, lines = result["workload"], []
+    for dtype, mode in dict.fromkeys((row["dtype"], row["mode"]) for row in result["rows"]):
+        rows = [row for row in result["rows"] if (row["dtype"], row["mode"]) == (dtype, mode)]
         ours = next((r for r in rows if r["ours"]), None)
         for other in (r for r in rows if r is not ours):
-            cells = [f"`{workload['op']}`", what_bags(workload) + stale, dtype, mode, other["label"]]
+            bags = what_bags(workload) + (" (stale)" if stale else "")
+            cells = [f"`{workload['op']}`", bags, dtype, mode, other["label"]]
             if ours is None or ours["status"] != "ok" or other["status"] != "ok":
                 lines.append([*cells, "not measured", "", "", "", ""])
                 continue
-            # On a GPU it is the allocator's peak that counts.
-            memory = [r["allocator" if "gpu" in result["machine"] else "resident"] for r in (other, ours)]
+            memory = [r["resident"] for r in (other, ours)]
             lines.append(
                 [
                     *cells,
@@ -85,56 +124,28 @@ def _rows(result: dict, digest: str | None) -> list[list[str]]:
     return lines
 
 
-def _results(path: Path) -> list[dict]:
-    """One for each workload of the file; of a run on a GPU those that were called its headlines."""
-    result = json.loads(path.read_text())
-    if "units" not in result:
-        return [result]
-    chosen = [unit for unit in result["units"] if unit["headline"] and unit["kind"] == "bench"]
-    return [result | {"workload": unit["workload"], "rows": unit["rows"]} for unit in chosen]
-
-
-def _machine(about: dict) -> str:
-    if "gpu" in about:
-        return f"{about['gpu']['name']}, CUDA {about['gpu']['cuda']}, PyTorch {about['torch']}"
-    return f"{about['cpu']}, {about['threads']} threads, {about['instruction_set']}, PyTorch {about['torch']}"
+def earlier(root: Path = report.ROOT) -> str:
+    """The page of single runs, as ``--save`` and ``--json`` leave them."""
+    machines: dict[str, list[dict]] = {}
+    for path in _files(root, grids=False):
+        result = json.loads(path.read_text())
+        machines.setdefault(machine(result["machine"]), []).append(result)
+    parts = ["# Single runs\n\nOf `python -m milkernels bench --json`, each with the command that made it.\n"]
+    for name, results in machines.items():
+        results.sort(key=lambda result: result["workload"]["op"])
+        body = [line for result in results for line in _earlier_rows(result, _is_stale(result, root))]
+        table = markdown([_EARLIER_HEADER, ["---"] * len(_EARLIER_HEADER), *body])
+        parts.append(f"## {name}\n\n{table}\n\nThe commands:\n\n{_commands(results)}\n")
+    return "\n".join(parts)
 
 
 def _unmeasured(machines: list[dict]) -> str:
-    seen = {about["instruction_set"] for about in machines if "gpu" not in about}
-    wider = [name for kind, name in (("AVX512", "AVX-512"), ("AVX512+AMX", "AMX")) if kind not in seen]
-    kinds = [] if any("gpu" in about for about in machines) else ["GPUs"]
-    kinds += [f"CPUs with {' or '.join(wider)}"] if wider else []
-    return ", and ".join(kinds) + ": not measured.\n" if kinds else ""
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "" if any("gpu" in about for about in machines) else "GPUs: not measured.\n"
 
 
 def _commands(results: list[dict]) -> str:
     given = dict.fromkeys(result["command"].partition(" --json")[0] for result in results)
     return "\n".join(f"    {command}" for command in given)
-
-
-def figures(root: Path = report.ROOT) -> str:
-    """The Markdown between the comments: one table for each kind of machine, from its result files."""
-    machines: dict[str, list[dict]] = {}
-    for path in sorted((root / "benchmarks" / "results").glob("*.json")):
-        if path.name.startswith(_UPSTREAM):
-            continue
-        for result in _results(path):
-            machines.setdefault(_machine(result["machine"]), []).append(result)
-    digests, parts = [report.source_digest(root, gpu=gpu) for gpu in (False, True)], []
-    for name, results in machines.items():
-        results.sort(key=lambda result: result["workload"]["op"])
-        ops = {result["workload"]["op"] for result in results}
-        body = [line for result in results for line in _rows(result, digests["gpu" in result["machine"]])]
-        shown = slice(int(len(ops) == 1), None)  # one op is named above the table
-        table = [line[shown] for line in (_HEADER, ["---"] * len(_HEADER), *body)]
-        title = f"`{ops.pop()}` on {name}" if len(ops) == 1 else name
-        parts.append(f"{title}:\n\n{_markdown(table)}\n\nThe commands:\n\n{_commands(results)}\n")
-    return "\n".join([*parts, _unmeasured([results[0]["machine"] for results in machines.values()])])
 
 
 def integrations_digest(root: Path = report.ROOT) -> str | None:
@@ -177,7 +188,7 @@ def upstream_figures(root: Path = report.ROOT) -> str:
     machines: dict[str, list[dict]] = {}
     for path in sorted((root / "benchmarks" / "results").glob(f"{_UPSTREAM}*.json")):
         result = json.loads(path.read_text())
-        machines.setdefault(_machine(result["machine"]), []).append(result)
+        machines.setdefault(machine(result["machine"]), []).append(result)
     parts = []
     for name, results in machines.items():
         _keep_newest(results)
@@ -187,7 +198,7 @@ def upstream_figures(root: Path = report.ROOT) -> str:
             lines += [_upstream_cells(row, stale) for row in result["rows"]]
         versions = {row["project"]: row["version"] for result in results for row in result["rows"]}
         of = ", ".join(f"{project} {version[:12]}" for project, version in versions.items())
-        parts.append(f"{name}; {of}:\n\n{_markdown(lines)}\n\nThe commands:\n\n{_commands(results)}\n")
+        parts.append(f"{name}; {of}:\n\n{markdown(lines)}\n\nThe commands:\n\n{_commands(results)}\n")
     return "\n".join(parts) or "Not measured.\n"
 
 
@@ -200,16 +211,45 @@ def rewrite(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     return f"{before}{begin}\n\n{block}\n{end}{after}"
 
 
+def _pages(root: Path) -> dict[Path, str]:
+    """Every page that is made of result files, as it should be."""
+    readme, results = root / "README.md", root / "benchmarks" / "results"
+    text = rewrite(readme.read_text(), figures(root))
+    if UPSTREAM_BEGIN in text:
+        text = rewrite(text, upstream_figures(root), UPSTREAM_BEGIN, UPSTREAM_END)
+    pages = {readme: text}
+    if _files(root, grids=False):
+        pages[results / "earlier.md"] = earlier(root)
+    for path in _files(root, grids=True):
+        content = json.loads(path.read_text())
+        pages[path.with_suffix(".md")] = tables.report(content, _is_stale(content, root), plots.names(content, path))
+    return pages
+
+
+def drift(root: Path = report.ROOT) -> list[str]:
+    """The pages and pictures that are not what the result files would make."""
+    found = [p.name for p, text in _pages(root).items() if not p.exists() or p.read_text() != text]
+    for path in _files(root, grids=True):
+        content = json.loads(path.read_text())
+        for name in plots.names(content, path):
+            picture = path.with_name(name)
+            if not picture.exists() or plots.source_of(picture) != plots.digest(content):
+                found.append(name)
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrites README.md; with ``--check`` only says, by the exit code, whether it would change."""
-    path = report.ROOT / "README.md"
-    old = path.read_text()
-    new = rewrite(old, figures())
-    if UPSTREAM_BEGIN in new:
-        new = rewrite(new, upstream_figures(), UPSTREAM_BEGIN, UPSTREAM_END)
+    """Writes README.md, the pages of ``benchmarks/results`` and their pictures; with ``--check`` only says what would
+    change, and by the exit code whether anything would."""
+    root = report.ROOT
     if "--check" in (sys.argv[1:] if argv is None else argv):
-        return int(new != old)
-    path.write_text(new)
+        for name in (found := drift(root)):
+            print(f"{name} is not what the result files say")
+        return int(bool(found))
+    for path, text in _pages(root).items():
+        path.write_text(text)
+    for path in _files(root, grids=True):
+        plots.of_grid(json.loads(path.read_text()), path)
     return 0
 
 

@@ -22,11 +22,11 @@ _TITLES = {
 _NOTES = {
     "attention": "Contenders take turns within each mode.",
     "ragged": "Eager and compile loop over the bags; padded and torchmil pad them to the longest.",
-    "scaling": "Each contender in a process of its own: nanoseconds per instance, bytes of peak extra memory per instance "
-    "(outputs and gradients included). A star: one run.",
+    "scaling": "Each contender in a process of its own: nanoseconds per instance, bytes of peak extra memory per "
+    "instance (outputs and gradients included). A star: one run.",
     "largest": "Instances of the largest bag, its features included, before an allocation fails.",
-    "disk": "One frozen training step for each file, its loading included; files were dropped from the page cache before "
-    "each epoch.",
+    "disk": "One frozen training step for each file, its loading included; files were dropped from the page cache "
+    "before each epoch.",
 }
 _HEADER = ("op and bags", "type", "mode", "contender", "ms", "spread", "M inst/s", "bags/s", "extra MB", "of floor")
 _HEADER += ("error / eager's", "time / ours")
@@ -189,11 +189,12 @@ def losses(content: dict) -> list[list[str]]:
     found = []
     for unit in content["units"]:
         for rows in _by_mode(unit).values():
-            ours = min((r["median"] for r in rows if r.get("ours") and r.get("median")), default=None)
-            for row in rows:
-                if ours and not row.get("ours") and row["status"] == "ok" and row.get("median") and row["median"] < ours:
-                    label = row.get("label") or row["contender"]
-                    found.append((row["median"] / ours, [_about(unit), unit["dtype"], row["mode"], label]))
+            timed = [row for row in rows if row["status"] == "ok" and row.get("median")]
+            ours = min((row["median"] for row in timed if row["ours"]), default=0.0)
+            for row in timed:
+                if not row["ours"] and row["median"] < ours:
+                    start = [_about(unit), unit["dtype"], row["mode"], row.get("label") or row["contender"]]
+                    found.append((row["median"] / ours, start))
     return [[*cells, f"{ratio:.2f}"] for ratio, cells in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -203,7 +204,7 @@ def report(content: dict, stale: bool, pictures: Sequence[str] = ()) -> str:
     for unit in content["units"]:
         if unit["kind"] != "limits":
             parts.setdefault(unit.get("part") or unit["kind"], []).append(unit)
-    memory = "allocator" if "gpu" in content["machine"] else "resident"
+    memory = "allocator" if "gpu" in content["machine"] else "resident"  # the peak that counts
     text = [f"# {machine(content['machine'])}\n", _head(content, stale)]
     text += [f"![{name}]({name})\n" for name in pictures]
     lost = losses(content)
