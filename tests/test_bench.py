@@ -102,7 +102,7 @@ def test_defaults_follow_the_op():
 def test_every_formula_is_a_contender(tmp_path, capsys):
     case = CASES["loss_attention_pool"]
     assert contenders.default_contenders(case, case.inputs(SHAPE))[:3] == ["eager", "eager-logsumexp", "compile"]
-    assert contenders.default_contenders(CASES["max_pool"], case.inputs(SHAPE)) == ["eager", "compile"]
+    assert contenders.default_contenders(CASES["instance_max"], case.inputs(SHAPE)) == ["eager", "compile"]
     tiny = ("--mode", "fwd", "--dtype", "float32", "--rounds", "1", "--backends", "reference")
     _, result = run(tmp_path, "--op", case.name, "--contenders", "eager,eager-logsumexp", *tiny)
     rows = by_contender(result)

@@ -3,25 +3,19 @@
 import contextlib
 import functools
 import importlib.metadata
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
-from torch import Tensor
 
-from milkernels.bench import cuda
+from milkernels.bench import peers
+from milkernels.bench.peers import Compute, Prepare, Prepared, Unavailable
+from milkernels.bench.peers import available_memory as available_memory
 from milkernels.testing import CASES, Inputs, OpCase, evaluate
-from milkernels.testing.formulas import attention_scores_eager
 
-Compute = Callable[[Inputs], dict[str, Tensor]]
 PREFIX = 4096  # instances on which a slow contender is warmed up, guessed and judged
-
-
-class Unavailable(Exception):
-    """Why a contender does not run here."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +26,7 @@ class Contender:
     """
 
     name: str
-    prepare: Callable[[OpCase, Inputs, bool], tuple[Compute, Inputs]]
+    prepare: Prepare
     title: str = ""  # where it is not the name
     loops: bool = False  # over bags
     version: Callable[[], str] = lambda: ""
@@ -40,18 +34,21 @@ class Contender:
     peer: bool = False  # somebody else's code for the same thing
     work: Callable[[Inputs], float] = lambda inputs: 1.0  # how its arithmetic grows, beyond with the instances
     within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # around all of its runs
+    about: str = ""  # what it is, in one line
+    package: str = ""  # what must be installed for it
+    refuses: Callable[[OpCase, Inputs], str] = lambda case, inputs: ""  # why it does not serve a call, or nothing
 
     def label(self, case: OpCase, inputs: Inputs) -> str:
         looping = self.loops and case.takes_offsets and len(inputs.lengths) > 1
         return " ".join(filter(None, (self.title or self.name, self.version(), looping and "(loop over bags)")))
 
 
-def _eager(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
+def _eager(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
     return case.eager, inputs
 
 
-def _alternative(formula: str) -> Callable[[OpCase, Inputs, bool], tuple[Compute, Inputs]]:
-    def prepare(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
+def _alternative(formula: str) -> Prepare:
+    def prepare(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
         if formula not in case.alternatives:
             raise Unavailable(f"nobody writes this op with {formula}")
         return lambda i: case.eager(i, case.alternatives[formula]), inputs
@@ -59,15 +56,20 @@ def _alternative(formula: str) -> Callable[[OpCase, Inputs, bool], tuple[Compute
     return prepare
 
 
-def _compile(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
-    torch.compiler.reset()  # what was compiled before counts against PyTorch's limit of recompilations
-    one_shape = static and (len(inputs.lengths) == 1 or not case.takes_offsets)
-    one_bag = torch.compile(case.one_bag, dynamic=not one_shape)
-    return lambda i: case.eager(i, one_bag), inputs
+def _compile(mode: str | None) -> Prepare:
+    def prepare(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
+        torch.compiler.reset()  # what was compiled before counts against PyTorch's limit of recompilations
+        one_shape = static and (len(inputs.lengths) == 1 or not case.takes_offsets)
+        # The next bag would overwrite this one's results: they lie in the buffers of a CUDA graph.
+        chosen = f"{mode}-no-cudagraphs" if mode and not one_shape else mode
+        one_bag = torch.compile(case.one_bag, dynamic=not one_shape, mode=chosen)
+        return lambda i: case.eager(i, one_bag), inputs
+
+    return prepare
 
 
-def _ours(backend: str) -> Callable[[OpCase, Inputs, bool], tuple[Compute, Inputs]]:
-    def prepare(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
+def _ours(backend: str) -> Prepare:
+    def prepare(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
         try:
             with torch.no_grad():
                 case.call(case.prefix(inputs, 1), backend)
@@ -80,91 +82,33 @@ def _ours(backend: str) -> Callable[[OpCase, Inputs, bool], tuple[Compute, Input
     return prepare
 
 
-def _is_attention_pool(case: OpCase) -> bool:
-    return "attention" in case.tags and case.takes_offsets
-
-
-def _padding(inputs: Inputs) -> float:
-    return max(inputs.lengths) * len(inputs.lengths) / max(1, sum(inputs.lengths))
-
-
-def _padded(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
-    """A padded batch with a mask: what a DataLoader that pads hands over."""
-    if not _is_attention_pool(case):
-        raise Unavailable("no padded formula for this op")
-    bags, longest, dim = len(inputs.lengths), max(inputs.lengths), inputs.x.shape[1]
-    hidden = sum(t.shape[0] for name, t in inputs.parameters.items() if name in ("v_weight", "u_weight"))
-    needed = bags * longest * (2 * dim + 4 * hidden) * inputs.x.element_size()
-    if needed > 0.5 * available_memory(inputs.x.device):
-        raise Unavailable(f"the padded batch and its temporaries need {needed / 1e9:.1f} GB")
-    device = inputs.x.device
-    inside = torch.arange(longest, device=device) < torch.tensor(inputs.lengths, device=device).unsqueeze(1)
-    batch = inputs.x.new_zeros(bags, longest, dim)
-    batch[inside] = inputs.x.detach()
-    real = inside
-    if inputs.mask is not None:
-        real = torch.zeros_like(inside)
-        real[inside] = inputs.mask.bool()
-
-    def compute(i: Inputs) -> dict[str, Tensor]:
-        scores = attention_scores_eager(i.x, i.parameters, i.options)["scores"]
-        weights = torch.softmax(scores.masked_fill(~i.mask.unsqueeze(-1), -math.inf), dim=1)
-        return {"bag": torch.bmm(weights.transpose(1, 2), i.x)}
-
-    return compute, replace(inputs, x=batch, mask=real)
-
-
-def available_memory(device: torch.device | str = "cpu") -> int:
-    if torch.device(device).type == "cuda":
-        return cuda.available_memory()
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
-class _Gate(torch.nn.Module):
-    """A score program as the gate network of another library's aggregation."""
-
-    def __init__(self, inputs: Inputs):
-        super().__init__()
-        self.inputs = inputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        return attention_scores_eager(x, self.inputs.parameters, self.inputs.options)["scores"]
-
-
-def _pyg_refuses(case: OpCase, inputs: Inputs) -> str | None:
-    if not _is_attention_pool(case) or inputs.mask is not None or inputs.parameters["w_weight"].shape[0] > 1:
-        return "AttentionalAggregation pools with one attention head and no mask"
-    return None
-
-
-def _pyg(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
-    refusal = _pyg_refuses(case, inputs)
-    if refusal is not None:
-        raise Unavailable(refusal)
+def _installed(package: str) -> str:
+    """Its version, or nothing."""
     try:
-        from torch_geometric.nn import AttentionalAggregation
-    except ImportError as error:
-        raise Unavailable(f"PyTorch Geometric: {error}") from error
-    lengths = torch.tensor(inputs.lengths, device=inputs.x.device)
-    index = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-    aggregate = AttentionalAggregation(_Gate(inputs))
-
-    def compute(i: Inputs) -> dict[str, Tensor]:
-        return {"bag": aggregate(i.x, index, dim_size=len(i.lengths)).unsqueeze(1)}
-
-    return compute, inputs
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
-def _installed(package: str) -> Callable[[], str]:
-    def version() -> str:
+def _peer(
+    name: str, prepare: Prepare, refuses: Callable[[OpCase, Inputs], str], about: str, package: str = "", **more
+) -> Contender:
+    """Somebody else's code: of a package, or of PyTorch alone."""
+
+    def checked(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
+        refusal = refuses(case, inputs)
+        if refusal:
+            raise Unavailable(refusal)
         try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return ""
+            return prepare(case, inputs, static)
+        except ImportError as error:
+            raise Unavailable(f"{package or 'PyTorch'}: {error}") from error
 
-    return version
+    def version() -> str:
+        return _installed(package) if package else f"torch {torch.__version__.partition('+')[0]}"
+
+    more |= {"about": about, "package": package, "refuses": refuses}
+    return Contender(name, checked, version=version, peer=True, **more)
 
 
 @contextlib.contextmanager
@@ -206,7 +150,7 @@ def _with_kernels(chosen: dict[str, str]) -> Contender:
     """Triton with other kernels than it takes by itself; none where they cannot serve the call."""
     name = next(iter(chosen.values()))
 
-    def prepare(case: OpCase, inputs: Inputs, static: bool) -> tuple[Compute, Inputs]:
+    def prepare(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
         compute, _ = _ours("triton")(case, inputs, static)
         few = case.prefix(inputs, PREFIX)
         with torch.no_grad():
@@ -217,46 +161,115 @@ def _with_kernels(chosen: dict[str, str]) -> Contender:
             raise Unavailable(f"the kernels are those of triton: {', '.join(sorted(usual))}")
         return compute, inputs
 
-    return Contender(name, prepare, title=f"triton, {name}", ours=True, within=lambda: _kernels(**chosen))
+    about = f"milkernels, Triton with the {name} kernels where it would take others"
+    title = f"triton, {name}"
+    return Contender(name, prepare, title=title, ours=True, within=lambda: _kernels(**chosen), about=about)
 
 
 def _with_workspace(megabytes: int) -> Contender:
     name = f"workspace-{megabytes}"
     within = functools.partial(_workspace, megabytes)
-    return Contender(name, _ours("triton"), title=f"triton, {name} MB", ours=True, within=within)
+    about = f"milkernels, Triton with slices of rows whose workspace is {megabytes} MB"
+    return Contender(name, _ours("triton"), title=f"triton, {name} MB", ours=True, within=within, about=about)
 
 
 # Other formulas of an op: contender -> what they use
 ALTERNATIVES = {f"eager-{formula}": formula for case in CASES.values() for formula in case.alternatives}
 YARDSTICKS = ("eager", *ALTERNATIVES, "compile")  # what a result is divided by
 
+_PEERS = (
+    _peer(
+        *("padded", peers.padded, peers.refuses_padded),
+        "PyTorch on a padded batch and its mask, made beforehand: the eager formula, softmax and torch.bmm",
+        work=peers.padding,
+    ),
+    _peer(
+        *("torchmil", peers.torchmil, peers.refuses_torchmil),
+        "torchmil.nn.AttentionPool on a padded batch and its mask, made beforehand, with the same parameters",
+        package="torchmil",
+        work=peers.padding,
+    ),
+    _peer(
+        *("pyg", peers.pyg, peers.refuses_pyg),
+        "torch_geometric.nn.AttentionalAggregation with the attention network as its gate, index made beforehand",
+        package="torch_geometric",
+    ),
+    _peer(
+        *("pyg-segment", peers.pyg_segment, peers.refuses_segments),
+        "softmax(ptr=...) and segment(...) of torch_geometric.utils, on all bags at once",
+        package="torch_geometric",
+    ),
+    _peer(
+        *("segment-reduce", peers.segment_reduce, peers.refuses_segments),
+        "torch.segment_reduce(offsets=...) for maxima, sums and pooling, on all bags at once",
+    ),
+    _peer(
+        *("scatter", peers.scatter, peers.refuses_segments),
+        "scatter_softmax and segment_csr of torch_scatter, on all bags at once; index made beforehand",
+        package="torch_scatter",
+    ),
+    _peer(
+        *("jagged", peers.jagged, peers.refuses_jagged),
+        "torch.nested, jagged layout: exp of the scores, and products over the ragged dimension",
+    ),
+    _peer(
+        *("accumulate", peers.accumulate, peers.refuses_accumulate),
+        f"the eager formula with scores in slices of {peers.SLICE} instances under torch.utils.checkpoint",
+        loops=True,
+    ),
+)
+_COMPILED = ("compile", "compile-max-autotune")
+
 REGISTRY: dict[str, Contender] = {
     c.name: c
     for c in (
-        Contender("eager", _eager, loops=True),
+        Contender("eager", _eager, loops=True, about="the formula as published code has it, one bag after another"),
         *(
-            Contender(name, _alternative(formula), title=f"eager, {formula}", loops=True, peer=True)
+            Contender(
+                name,
+                _alternative(formula),
+                title=f"eager, {formula}",
+                loops=True,
+                peer=True,
+                about=f"eager with another formula of the same op: {formula}",
+            )
             for name, formula in ALTERNATIVES.items()
         ),
-        Contender("compile", _compile, loops=True),
-        Contender("padded", _padded, peer=True, work=_padding),
-        Contender("pyg", _pyg, version=_installed("torch_geometric"), peer=True),
-        Contender("native", _ours("native"), ours=True),
-        Contender("triton", _ours("triton"), ours=True),
+        Contender(
+            "compile",
+            _compile(None),
+            loops=True,
+            about="torch.compile, default mode, of the eager formula: of one shape, or dynamic for several bags",
+        ),
+        Contender(
+            "compile-max-autotune",
+            _compile("max-autotune"),
+            loops=True,
+            about='torch.compile(mode="max-autotune") of the eager formula; no CUDA graphs for several bags',
+        ),
+        *_PEERS,
+        Contender("native", _ours("native"), ours=True, about="milkernels, the C++ kernels"),
+        Contender("triton", _ours("triton"), ours=True, about="milkernels, the Triton kernels"),
         *(_with_kernels(chosen) for chosen in ({"scores": "chunked"}, {"scores": "fused"}, {"products": "split"})),
         *(_with_workspace(megabytes) for megabytes in (8, 16, 32, 64)),
-        Contender("reference", _ours("reference"), ours=True),
+        Contender(
+            "reference", _ours("reference"), ours=True, about="milkernels in PyTorch only, with no loop over bags"
+        ),
     )
 }
 
 
+def packages() -> tuple[str, ...]:
+    """Those that peers need, whose versions therefore matter."""
+    return tuple(dict.fromkeys(c.package for c in REGISTRY.values() if c.package))
+
+
 def default_contenders(case: OpCase, inputs: Inputs) -> list[str]:
-    """Eager in all formulas and torch.compile; on several bags also the peers that are there and have this op."""
+    """Eager in all formulas, torch.compile, and the peers that are there and serve this call; on one bag, where the
+    others have nothing to tell, only the one that saves memory."""
     names = ["eager", *(name for name, formula in ALTERNATIVES.items() if formula in case.alternatives), "compile"]
-    if len(inputs.lengths) > 1 and _is_attention_pool(case):
-        pyg = _installed("torch_geometric")() and _pyg_refuses(case, inputs) is None
-        names += ["padded", *(["pyg"] if pyg else [])]
-    return names
+    usual = [peer for peer in _PEERS if len(inputs.lengths) > 1 or peer.name == "accumulate"]
+    return names + [c.name for c in usual if (not c.package or _installed(c.package)) and not c.refuses(case, inputs)]
 
 
 def default_backends(case: OpCase, inputs: Inputs) -> list[str]:
@@ -272,11 +285,11 @@ def default_backends(case: OpCase, inputs: Inputs) -> list[str]:
 
 def warmed_up(contender: Contender, case: OpCase, inputs: Inputs, mode: str, *, whole: bool) -> tuple[Compute, Inputs]:
     """What to time, after one run on all instances, or on a prefix where one run is all there is time for."""
-    part = inputs if whole or len(inputs.x) <= PREFIX else case.prefix(inputs, PREFIX)
+    # What is compiled for a prefix may be compiled again for all instances, and that would be timed.
+    whole = whole or contender.name in _COMPILED or len(inputs.x) <= PREFIX
+    part = inputs if whole else case.prefix(inputs, PREFIX)
     compute, its_inputs = contender.prepare(case, part, part is inputs)
     evaluate(compute, its_inputs, mode, case.primary)
     if part is inputs:
         return compute, its_inputs
-    if contender.name == "compile":
-        return compute, inputs  # compiled for any length; preparing again would compile again
     return contender.prepare(case, inputs, False)

@@ -42,7 +42,7 @@ from rich.table import Table
 
 from milkernels import native
 from milkernels.bench import run
-from milkernels.bench.contenders import YARDSTICKS
+from milkernels.bench.contenders import YARDSTICKS, packages
 from milkernels.bench.roofline import MatrixProbe
 from milkernels.bench.run import Result, Row
 from milkernels.bench.workload import Workload
@@ -75,9 +75,8 @@ def instruction_set() -> str:
 
 
 def machine() -> dict[str, object]:
-    packages = ("milkernels", "torch_geometric", "numpy")
     versions = {}
-    for package in packages:
+    for package in ("milkernels", "numpy", *packages()):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -162,9 +162,8 @@ class OpCase:
         one_bag = one_bag or self.one_bag
         if not self.takes_offsets:  # scores alone know no bags, so nobody loops for them
             return one_bag(inputs.x, inputs.rows(0, len(inputs.x)), inputs.options)
-        bounds = inputs.bounds()
-        bags = [one_bag(inputs.x[s:e], inputs.rows(s, e, b), inputs.options) for b, (s, e) in enumerate(bounds)]
-        return _join(bags, [start for start, _ in bounds])
+        bags = [one_bag(x, rest, inputs.options) for x, rest in inputs.bags()]
+        return _join(bags, [start for start, _ in inputs.bounds()])
 
     def complete(self, outputs: Tensors, inputs: Inputs) -> Tensors:
         """``outputs`` with what eager leaves out (lse), and indices replaced by the values that they choose."""

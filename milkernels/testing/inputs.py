@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,14 +89,28 @@ class Inputs:
         leaves = {"x": self.x} if mode == "step" else {}
         return leaves | {name: t.requires_grad_() for name, t in self.parameters.items()}
 
-    def rows(self, start: int, end: int, bag: int = 0) -> dict[str, Tensor]:
-        """Parameters and other tensors of the bag of rows ``[start, end)``, mask and dropout included."""
+    def rows(self, start: int, end: int) -> dict[str, Tensor]:
+        """Parameters and other tensors that go with the rows ``[start, end)``, mask and dropout included."""
+        tensors, per_instance = self._with_rows()
+        return {name: t[start:end] if name in per_instance else t for name, t in tensors.items()}
+
+    def bags(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """The rows of each bag and what goes with them.
+
+        Tensors are split once: the gradient of a slice ``x[start:end]`` is as large as that of ``x``, for every bag.
+        """
+        tensors, per_instance = self._with_rows()
+        cut = {name: tensors[name].split(self.lengths) for name in per_instance & tensors.keys()}
+        cut |= {name: tensors[name].unbind() for name in self.bagwise}
+        for bag, x in enumerate(self.x.split(self.lengths)):
+            yield x, tensors | {name: parts[bag] for name, parts in cut.items()}
+
+    def _with_rows(self) -> tuple[dict[str, Tensor], frozenset[str]]:
+        """All tensors but ``x``, and the names of those that have one row per instance."""
         tensors = self.parameters | self.fixed | self.keep
         if self.mask is not None:
             tensors["mask"] = self.mask
-        per_instance = ROWWISE | {"mask", *self.keep}
-        cut = {name: t[start:end] if name in per_instance else t for name, t in tensors.items()}
-        return cut | {name: cut[name][bag] for name in self.bagwise}
+        return tensors, ROWWISE | {"mask", *self.keep}
 
     def to(self, dtype: torch.dtype) -> "Inputs":
         """Copies of the same numbers in another type, without autograd history."""
