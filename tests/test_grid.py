@@ -101,7 +101,7 @@ def test_lengths_are_heavy_tailed():
     assert sum(lengths) / 101 > 1.5 * ordered[50], "the mean lies far above the median"
     assert list(lengths) != ordered and lengths == units.heavy_tailed_lengths(101, 10_000, 1.2, 200, 200_000)
     assert min(cpu_grid.CLASSICAL) == 1 and max(cpu_grid.CLASSICAL) <= 1_044
-    assert 200 <= min(cpu_grid.BOTH_ENDS) and max(cpu_grid.BOTH_ENDS) == 200_000
+    assert min(cpu_grid.BOTH_ENDS) >= 200 and max(cpu_grid.BOTH_ENDS) == 200_000
     assert units.heavy_tailed_lengths(1, 50, 1.0, 1, 40) == (40,)
 
 

@@ -70,7 +70,7 @@ def _ops(dtypes: Sequence[str]) -> Iterator[Unit]:
     for op in MAIN:
         for dtype in dtypes:
             about = {"modes": ("fwd", "step"), "headline": True, "part": "ops"}
-            yield _unit(op, (INSTANCES,), DIM, f"{_eagers(op)} native", dtype=dtype, budget=8.0, **about)
+            yield _unit(op, (INSTANCES,), DIM, f"{_eagers(op)} native", dtype=dtype, budget=16.0, **about)
     for op, case in CASES.items():
         if "attention" not in case.tags or not case.takes_offsets:
             about = {"modes": ("fwd", "step"), "budget": 4.0, "part": "ops"}

@@ -8,10 +8,10 @@ from milkernels.testing import CASES
 INSTANCES = 100_000
 SIZES = tuple((dim, hidden) for hidden in (256, 128, 384) for dim in (1024, 512, 1536))
 HEADLINE_SIZES = ((1024, 256), (512, 256), (1536, 384))
+SCALES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 GIGABYTE = 1 << 30
 _CALLED = ("gated_attention_pool", "attention_pool", "softmax_pool", "loss_attention_pool", "dsmil", "dsmil_mlp")
 CALL_ROWS = (2, 8192)  # launches, and nothing but launches; kernels that serve large bags only
-
 
 SLIDES = log_uniform_lengths(64, 1_000, 20_000)
 SMALL_BAGS = log_uniform_lengths(256, 100, 2_000)
@@ -19,6 +19,9 @@ TINY_BAGS = log_uniform_lengths(100, 10, 100)  # as bags of digits are
 
 
 def _unit(op: str, lengths, dim: int, contenders: str, *, dtype: str = BFLOAT16, **more) -> Unit:
+    if more.get("kind", "bench") == "bench":
+        one_bag = "attention" if "attention" in CASES[op].tags else "ops"
+        more.setdefault("part", one_bag if len(lengths) == 1 else "ragged")
     return unit(op, lengths, dim, contenders, dtype=dtype, device="cuda", **more)
 
 
@@ -94,6 +97,8 @@ def _rest() -> Iterator[Unit]:
             yield _unit(op, (INSTANCES,), dim, "eager triton native")
         yield _unit(op, (INSTANCES,), 1024, "eager triton native", dtype=FLOAT32)
     yield _unit(gated, SLIDES, 1024, "eager padded triton reference", dtype=FLOAT32, modes=("step", "fwd"))
+    for n in SCALES:
+        yield _unit(gated, (n,), 512, "eager triton", modes=("fwd", "step"), part="scaling", suffix=": scaling")
     yield _unit(
         *(gated, (2,), 1024, "eager triton"),
         **{"kind": "largest", "modes": ("step",), "suffix": ": largest bag", "memory": 16 << 30, "seconds": 200.0},

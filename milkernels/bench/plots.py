@@ -232,6 +232,8 @@ def _grid_memory(content: dict) -> Figure:
                 bars.setdefault(name, {})[row["contender"]] = max(0.1, row[memory] / 1e6)
         _grouped(axis, bars)
         axis.set(xscale="log", xlabel="MB beyond the inputs", title="forward" if mode == "fwd" else mode)
+        axis.set_xlim(left=0.5)
+        axis.xaxis.set_major_formatter("{x:g}")
     figure.suptitle("Peak extra memory, one bag; outputs and gradients included")
     return figure
 

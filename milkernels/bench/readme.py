@@ -12,10 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milkernels.bench import plots, report, tables
+from milkernels.bench import contenders, plots, report, tables
 from milkernels.bench.tables import machine, markdown, milliseconds, ours_of, what_bags
 
 BEGIN, END = "<!-- figures: python -m milkernels.bench.readme -->", "<!-- end of figures -->"
+CONTENDERS_BEGIN = "<!-- contenders: python -m milkernels.bench.readme -->"
+CONTENDERS_END = "<!-- end of contenders -->"
 UPSTREAM_BEGIN = "<!-- upstream: python -m benchmarks.upstream --readme -->"
 UPSTREAM_END = "<!-- end of upstream -->"
 _UPSTREAM = "upstream-"  # how their result files begin
@@ -148,6 +150,13 @@ def _commands(results: list[dict]) -> str:
     return "\n".join(f"    {command}" for command in given)
 
 
+def contenders_table() -> str:
+    """Of the method page: who can be measured, other ways of our own left out."""
+    known = [c for c in contenders.REGISTRY.values() if not c.ours or c.name == (c.title or c.name)]
+    lines = [[f"`{c.name}`", c.about] for c in known if not c.name.startswith("workspace")]
+    return markdown([["contender", "what it is"], ["---", "---"], *lines]) + "\n"
+
+
 def integrations_digest(root: Path = report.ROOT) -> str | None:
     """SHA-256 over names and contents of what `accelerate` puts into models."""
     package = root / "milkernels"
@@ -218,6 +227,9 @@ def _pages(root: Path) -> dict[Path, str]:
     if UPSTREAM_BEGIN in text:
         text = rewrite(text, upstream_figures(root), UPSTREAM_BEGIN, UPSTREAM_END)
     pages = {readme: text}
+    method = root / "benchmarks" / "README.md"
+    if method.exists():
+        pages[method] = rewrite(method.read_text(), contenders_table(), CONTENDERS_BEGIN, CONTENDERS_END)
     if _files(root, grids=False):
         pages[results / "earlier.md"] = earlier(root)
     for path in _files(root, grids=True):

@@ -106,7 +106,7 @@ def _cells(unit: dict, row: dict, ours: dict | None, memory: str) -> list[str]:
     return [
         *start,
         milliseconds(row["median"]) + ("*" if row.get("once") else ""),
-        f"{100 * row['spread']:.0f}%",
+        f"{100 * row['spread']:.0f}%" if row["rounds"] > 2 else "",
         number(row["instances_per_second"] / 1e6),
         number(row["bags_per_second"]) if row.get("bags", 1) > 1 else "",
         "" if extra is None else number(extra / 1e6),

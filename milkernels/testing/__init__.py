@@ -18,6 +18,7 @@ from milkernels.testing.promise import (
     errors_of,
     evaluate,
     float64_reference,
+    kinks,
     promise_from_errors,
 )
 from milkernels.testing.registry import CASES
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate",
     "even_lengths",
     "float64_reference",
+    "kinks",
     "philox4x32",
     "promise_from_errors",
     "skewed_lengths",

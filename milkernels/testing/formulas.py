@@ -4,8 +4,9 @@ They promise nothing for an empty bag (PyTorch's mean of nothing is NaN, its max
 return there is in ``milkernels.functional``.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,25 @@ from torch import Tensor
 
 from milkernels.testing.philox import keep_scale
 
-ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu, "identity": lambda t: t}
+_kink = 0.0
+
+
+def relu(t: Tensor) -> Tensor:
+    return torch.where(t > _kink * t.detach().square().mean().sqrt(), t, 0) if _kink else torch.relu(t)
+
+
+@contextlib.contextmanager
+def kink(at: float) -> Iterator[None]:
+    """Within the block ReLU passes what lies above ``at`` times the root mean square of all that it sees."""
+    global _kink
+    before, _kink = _kink, at
+    try:
+        yield
+    finally:
+        _kink = before
+
+
+ACTIVATIONS = {"tanh": torch.tanh, "relu": relu, "gelu": F.gelu, "identity": lambda t: t}
 
 Tensors = dict[str, Tensor]
 OneBag = Callable[[Tensor, Tensors, dict[str, Any]], Tensors]  # of x, the other tensors and the options
@@ -69,7 +88,7 @@ def instance_max_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensor
 
 def _dsmil_query(h: Tensor, t: Tensors) -> Tensor:
     hidden = F.linear(h, t["q_weight"], t["q_bias"])
-    return torch.tanh(F.linear(torch.relu(hidden), t["q2_weight"], t["q2_bias"])) if "q2_weight" in t else hidden
+    return torch.tanh(F.linear(relu(hidden), t["q2_weight"], t["q2_bias"])) if "q2_weight" in t else hidden
 
 
 def _dsmil_value(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensor:
