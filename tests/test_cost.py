@@ -6,7 +6,8 @@ import re
 import pytest
 
 from milkernels import native, triton
-from milkernels.testing import CASES, cost
+from milkernels.bench import cost
+from milkernels.testing import CASES
 
 every_op = pytest.mark.parametrize("op", CASES)
 needs_extension = pytest.mark.skipif(native.load_error() is not None, reason=f"{native.load_error()}")
@@ -91,7 +92,7 @@ def test_the_record_is_whole_and_of_this_registry(record):
         ("launches", 10, 10, True, None),
         ("launches", 11, 10, True, "11 launches, 1.100 times, where 10 are recorded"),
         ("launches", 11, 10, False, "where 10 are recorded"),
-        ("launches", 8, 10, True, "better than the 10 recorded: run python -m milkernels.testing.cost --write"),
+        ("launches", 8, 10, True, "better than the 10 recorded: run python -m milkernels.bench.cost --write"),
         ("launches", 8, 10, False, None),
         ("products", 1, 0, True, "1 products, where 0 are recorded"),
         ("bytes", 1001, 1000, True, "1,001 bytes"),

@@ -27,6 +27,7 @@ LAYERS = {
     "nn": 5,
     "visualize": 5,
     "integrations": 6,
+    "losses": 6,
     "": 7,  # milkernels/__init__.py
     "testing": 8,
     "bench": 9,

@@ -31,7 +31,7 @@ def grid(preset: str, dtypes: Sequence[str], threads: int) -> list[Unit]:
     """``dtypes``: those that PyTorch has fast products for; ``threads``: that PyTorch takes here."""
     if preset == "quick":
         return named(_quick(dtypes))
-    parts = (_attention, _ops, _ragged, _scaling, _sizes, _bags, partial(_threads, threads=threads), _largest, _disk)
+    parts = (_attention, _ops, _ragged, _scaling, _sizes, _bags, partial(_threads, threads=threads), _disk, _largest)
     return named(one for part in parts for one in part(dtypes))
 
 

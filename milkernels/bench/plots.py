@@ -4,6 +4,7 @@ of every op, how time and memory grow, memory).  A grid's pictures carry the dig
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,6 +141,7 @@ def _roofs(axis: Axes, rows: list[tuple[dict, dict]], ops: list[str]) -> None:
     shown = [(u, r) for u, r in rows if r["flops"]]
     reach = [r["flops"] / r["bytes"] for _, r in shown]
     low, high = min(reach) / 2, max(reach) * 2
+    together: dict[tuple[int, int], list] = {}
     for colour, dtype in zip(("C0", "C3", "C4"), dict.fromkeys(u["dtype"] for u, _ in shown), strict=False):
         limits = [r["limits"] for u, r in shown if u["dtype"] == dtype]
         bandwidth, rate = (statistics.median(x[n] for x in limits) for n in ("read_bandwidth", "matrix_rate"))
@@ -151,8 +153,10 @@ def _roofs(axis: Axes, rows: list[tuple[dict, dict]], ops: list[str]) -> None:
             x, y = row["flops"] / row["bytes"], row["flops"] / row["median"] / 1e9
             axis.plot(x, y, "o", color=colour, markersize=5, fillstyle="full" if row["mode"] == "fwd" else "none")
             if dtype == "float32" and row["mode"] == "fwd":
-                number = str(ops.index(unit["workload"]["op"]) + 1)
-                axis.annotate(number, (x, y), (0, -11), textcoords="offset points", fontsize=7, ha="center")
+                near = (round(12 * math.log10(x)), round(12 * math.log10(y)))  # one label for what lies together
+                together.setdefault(near, [(x, y)]).append(str(ops.index(unit["workload"]["op"]) + 1))
+    for place, *numbers in together.values():
+        axis.annotate(", ".join(numbers), place, (7, -3), textcoords="offset points", fontsize=7)
     axis.plot([], [], "ko", markersize=5, label="forward (numbered in float32)")
     axis.plot([], [], "ko", markersize=5, fillstyle="none", label="step")
     axis.set(xscale="log", yscale="log", xlabel="FLOP per byte that must be moved", ylabel="GFLOP/s")
@@ -205,7 +209,8 @@ def _grid_scaling(content: dict) -> Figure:
         for axis, name in zip(axes[:, column], ("ns per instance", "bytes of extra memory per instance"), strict=True):
             axis.set(xscale="log", yscale="log", xlabel="instances in the bag", ylabel=name)
             axis.grid(alpha=0.3, which="both")
-    axes[0][0].legend(fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=4, loc="outside lower center")
     figure.suptitle("Gated attention, one bag, each contender in a process of its own: flat is linear")
     return figure
 
@@ -222,8 +227,8 @@ def _memory_rows(content: dict) -> list[tuple[dict, dict]]:
 
 def _grid_memory(content: dict) -> Figure:
     memory, rows = _memory_key(content), _memory_rows(content)
-    modes = list(dict.fromkeys(r["mode"] for _, r in rows))
-    figure = Figure(figsize=(5.6 * len(modes), 6), layout="constrained")
+    modes = [mode for mode in ("fwd", "step") if any(r["mode"] == mode for _, r in rows)]
+    figure = Figure(figsize=(6.4 * len(modes), 6), layout="constrained")
     for axis, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
         bars: dict[str, dict[str, float]] = {}
         for unit, row in rows:
@@ -234,6 +239,8 @@ def _grid_memory(content: dict) -> Figure:
         axis.set(xscale="log", xlabel="MB beyond the inputs", title="forward" if mode == "fwd" else mode)
         axis.set_xlim(left=0.5)
         axis.xaxis.set_major_formatter("{x:g}")
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=4, loc="outside lower center")
     figure.suptitle("Peak extra memory, one bag; outputs and gradients included")
     return figure
 
@@ -248,4 +255,3 @@ def _grouped(axis: Axes, bars: dict[str, dict[str, float]]) -> None:
     axis.set_yticks([line + 0.4 - height / 2 for line in range(len(bars))], list(bars), fontsize=8)
     axis.invert_yaxis()
     axis.grid(alpha=0.3, axis="x")
-    axis.legend(fontsize=8)

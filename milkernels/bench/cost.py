@@ -1,4 +1,4 @@
-"""``python -m milkernels.testing.cost``: what every op costs, in counts that no noise can move, beside their record.
+"""``python -m milkernels.bench.cost``: what every op costs, in counts that no noise can move, beside their record.
 
 Instructions and matrix products of the CPU kernels are counted by Valgrind's Callgrind, in one process for all ops;
 bytes by PyTorch's allocator; launches of the Triton ops on the device of `standin`, which is not there. ``--write``
@@ -278,7 +278,7 @@ def versions() -> dict[str, str]:
 
 def judge(kind: str, measured: int, recorded: int | None, same: bool) -> str | None:
     """What is wrong with a count, or None; ``same``: all versions that matter to it are those of the record."""
-    again = "python -m milkernels.testing.cost --write"
+    again = "python -m milkernels.bench.cost --write"
     if recorded is None:
         return f"{measured:,} {kind}, and none recorded: run {again}"
     most = KINDS[kind].most if same else KINDS[kind].elsewhere
@@ -355,7 +355,7 @@ _CHILDREN = {"instructions": _child_instructions, "bytes": _child_bytes, "launch
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m milkernels.testing.cost", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m milkernels.bench.cost", description=__doc__.split("\n")[0])
     parser.add_argument("--op", action="append", choices=list(CASES))
     parser.add_argument("--write", action="store_true", help="record what is measured")
     parser.add_argument("--child", nargs=2, metavar=("WHAT", "ANSWER"), help=argparse.SUPPRESS)

@@ -1,0 +1,252 @@
+"""Losses of the papers' models on ragged bags.
+
+Labels are one per bag.  What a bag's instances add is summed by `weighted_pool`: masked rows are never read, and an
+empty bag adds 0.
+"""
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from milkernels import functional
+from milkernels.arguments import check_choice, check_number, checked_mask
+from milkernels.bags import bag_index, bag_lengths, check_offsets
+from milkernels.nn import DSMILPrediction, Prediction
+
+__all__ = [
+    "WeightEnsemble",
+    "consistency",
+    "dsmil_loss",
+    "instance_cross_entropy",
+    "loss_attention_loss",
+    "ramp_up",
+]
+_REDUCTIONS = ("sum", "mean")
+
+
+def _check_labels(labels: Tensor, num_bags: int) -> None:
+    if labels.dtype != torch.int64 or labels.shape != (num_bags,):
+        raise ValueError(f"labels must be int64 [{num_bags}]; got {labels.dtype} {list(labels.shape)}")
+
+
+def _num_bags(offsets: Tensor | None, rows: Tensor) -> int:
+    if offsets is None:
+        return 1
+    check_offsets(offsets, len(rows), rows.device)
+    return len(offsets) - 1
+
+
+def _sums(terms: Tensor, weights: Tensor, offsets: Tensor | None, mask: Tensor | None) -> Tensor:
+    """``sum_{i in b} weights[i] terms[i]`` ``[B]``, in the type of ``terms``."""
+    return functional.weighted_pool(terms[:, None], weights[:, None], offsets, mask=mask)[:, 0, 0]
+
+
+def _lengths(terms: Tensor, offsets: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Instances that count, at least 1."""
+    ones = torch.ones_like(terms)
+    return _sums(ones, ones, offsets, mask).clamp(min=1)
+
+
+def _column(name: str, weights: Tensor, rows: Tensor) -> Tensor:
+    """``[N]``, of ``[N]`` or ``[N, 1]``."""
+    if weights.ndim == 2 and weights.shape[1] == 1:
+        weights = weights[:, 0]
+    if weights.shape != rows.shape[:1]:
+        raise ValueError(f"{name} must be [{len(rows)}] or [{len(rows)}, 1]; got {list(weights.shape)}")
+    return weights
+
+
+def instance_cross_entropy(
+    logits: Tensor,
+    weights: Tensor,
+    labels: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    reduction: str = "sum",
+) -> Tensor:
+    """The weighted cross-entropy of instances against their bag's label: L2 without lambda in Shi et al. 2020, eq. 6.
+
+    Args:
+        logits: of the instances, ``[N, C]``.
+        weights: of the instances, ``[N]`` or ``[N, 1]``: those of `attention_weights`, which sum to 1 in each bag.
+        labels: of the bags, int64 ``[B]``.
+        offsets, mask: as in the ops.
+        reduction: over the instances of a bag: "sum", as in the paper, or "mean", as in its authors' code.
+
+    Returns:
+        ``[B]``, in the type of ``logits``; 0 for a bag without instances.
+    """
+    check_choice("reduction", reduction, _REDUCTIONS)
+    _check_labels(labels, _num_bags(offsets, logits))
+    weights, mask = _column("weights", weights, logits), checked_mask(mask, logits)
+    if mask is not None:  # -inf there: its softmax would be NaN, and so would the gradients
+        logits = logits.masked_fill(~mask[:, None], 0)
+    of_instance = labels[bag_index(offsets, len(logits), logits.device)]
+    terms = F.cross_entropy(logits, of_instance, reduction="none")
+    loss = _sums(terms, weights.to(terms.dtype), offsets, mask)
+    return loss if reduction == "sum" else loss / _lengths(terms, offsets, mask)
+
+
+def consistency(
+    weights: Tensor, targets: Tensor, offsets: Tensor | None = None, *, mask: Tensor | None = None
+) -> Tensor:
+    """``sum_t (alpha_t - target_t)^2`` of each bag ``[B]``: L3 without omega(m) in Shi et al. 2020, eq. 7.
+
+    ``weights`` and ``targets`` are ``[N]`` or ``[N, 1]``; targets, of `WeightEnsemble`, get no gradient.
+    """
+    weights = _column("weights", weights, weights)
+    _num_bags(offsets, weights)
+    targets, mask = _column("targets", targets, weights), checked_mask(mask, weights[:, None])
+    terms = (weights - targets.detach().to(weights.dtype)).square()
+    return _sums(terms, torch.ones_like(terms), offsets, mask)
+
+
+def ramp_up(epoch: float, length: float, peak: float = 1.0) -> float:
+    """omega(m) of Shi et al. 2020: ``peak * exp(-5 (1 - T)^2)``, T growing from 0 to 1 in the first ``length`` epochs.
+
+    Raises:
+        ValueError: ``length`` is not positive, or ``epoch`` negative.
+    """
+    check_number("peak", peak)
+    if not length > 0:
+        raise ValueError(f"length must be more than 0 epochs; got {length}")
+    if not epoch >= 0:
+        raise ValueError(f"epoch must be at least 0; got {epoch}")
+    return peak * math.exp(-5 * (1 - min(1.0, epoch / length)) ** 2)
+
+
+class WeightEnsemble:
+    """Targets of the instances' weights, kept for each bag from epoch to epoch: Shi et al. 2020, before eq. 7.
+
+    ``~alpha = beta ~alpha + (1 - beta) alpha`` once an epoch, from 0 on; a target is ``~alpha / (1 - beta^m)`` after m
+    epochs, without which the first ones would be too small (Laine and Aila 2016, and the authors' code).
+
+    Args:
+        beta: how far the ensemble reaches back, in [0, 1); the authors have 0.6.
+
+    A bag is known by a key, such as its index in the data set. ::
+
+        targets = ensemble.targets(keys, weights, offsets)
+        loss = loss_attention_loss(prediction, labels, offsets, targets=targets, omega=ramp_up(epoch, 80))
+        ensemble.update(keys, weights, offsets)  # once an epoch for each bag
+    """
+
+    def __init__(self, beta: float = 0.6):
+        check_number("beta", beta)
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta must be in [0, 1); got {beta}")
+        self.beta = beta
+        self._bags: dict[Hashable, tuple[int, Tensor]] = {}  # epochs, and ~alpha
+
+    def __len__(self) -> int:
+        return len(self._bags)
+
+    def targets(self, keys: Sequence[Hashable], weights: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """``[N]``; of a bag that has not been seen its ``weights``, to which it is consistent."""
+        parts = []
+        for key, alpha in self._cut(keys, weights, offsets):
+            epochs, ensemble = self._of(key, alpha)
+            parts.append(ensemble.to(alpha) / (1 - self.beta**epochs) if epochs else alpha)
+        return torch.cat(parts) if parts else _column("weights", weights, weights).detach()
+
+    def update(self, keys: Sequence[Hashable], weights: Tensor, offsets: Tensor | None = None) -> None:
+        """Takes in the weights of these bags, ``[N]`` or ``[N, 1]``: once an epoch."""
+        cut = self._cut(keys, weights, offsets)
+        known = [self._of(key, alpha) for key, alpha in cut]  # all are checked before one is changed
+        for (key, alpha), (epochs, ensemble) in zip(cut, known, strict=True):
+            self._bags[key] = (epochs + 1, self.beta * ensemble.to(alpha) + (1 - self.beta) * alpha)
+
+    def _cut(self, keys: Sequence[Hashable], weights: Tensor, offsets: Tensor | None) -> list[tuple[Hashable, Tensor]]:
+        weights = _column("weights", weights, weights).detach()
+        if len(keys) != _num_bags(offsets, weights):
+            raise ValueError(f"keys must name every bag, {_num_bags(offsets, weights)}; got {len(keys)}")
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"keys must differ; got {list(keys)}")
+        lengths = [len(weights)] if offsets is None else bag_lengths(offsets).tolist()
+        return list(zip(keys, weights.split(lengths), strict=True))
+
+    def _of(self, key: Hashable, alpha: Tensor) -> tuple[int, Tensor]:
+        epochs, ensemble = self._bags.get(key, (0, torch.zeros_like(alpha)))
+        if ensemble.shape != alpha.shape:
+            raise ValueError(f"bag {key!r} had {len(ensemble)} instances before; got {len(alpha)}")
+        return epochs, ensemble
+
+    def state_dict(self) -> dict:
+        """For `torch.save`; what `load_state_dict` takes."""
+        return {"beta": self.beta, "bags": dict(self._bags)}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        self.beta, self._bags = state["beta"], dict(state["bags"])
+
+
+def loss_attention_loss(
+    prediction: Prediction,
+    labels: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    lambda_: float = 0.1,
+    instances: str = "sum",
+    targets: Tensor | None = None,
+    omega: float = 0.0,
+) -> Tensor:
+    """The loss of Loss-Attention, Shi et al. 2020, eq. 7: ``L1 + lambda L2 + omega(m) L3``, the mean over bags.
+
+    Args:
+        prediction: what `LossAttentionModel` returned.
+        labels: of the bags, int64 ``[B]``.
+        offsets, mask: of the model's call.
+        lambda_: of the instances' cross-entropy; the paper has 0.1 on the classical sets, 2 on MNIST-bags.
+        instances: "sum" over the instances of a bag, as in the paper, or "mean", as in its authors' code.
+        targets: of `WeightEnsemble`; without them there is no third term.
+        omega: its weight in this epoch, such as ``ramp_up(epoch, 80)``.
+
+    Returns:
+        A scalar.  A bag without instances has its first term only.
+    """
+    _check_labels(labels, len(prediction.logits))
+    if omega and targets is None:
+        raise ValueError(f"omega is the weight of the consistency with targets; got {omega}, targets=None")
+    weights = functional.attention_weights(prediction.pooled, offsets, mask=mask)[:, 0]
+    loss = F.cross_entropy(prediction.logits, labels, reduction="none")
+    if lambda_:
+        options = {"mask": mask, "reduction": instances}
+        loss = loss + lambda_ * instance_cross_entropy(prediction.pooled.logits, weights, labels, offsets, **options)
+    if omega:
+        loss = loss + omega * consistency(weights, targets, offsets, mask=mask)
+    return loss.mean()
+
+
+def dsmil_loss(prediction: DSMILPrediction, labels: Tensor, streams: str = "both") -> Tensor:
+    """Binary cross-entropy of DSMIL's streams (Li et al. 2021), the mean over bags and classes.
+
+    Args:
+        prediction: what `DSMILModel` returned.
+        labels: ``[B, C]`` (``[B]`` where C is 1), between 0 and 1: classes do not exclude each other.
+        streams: "both" is the mean of the two streams' losses, as the authors' code has it; "instance" and "bag" are
+            one stream's, for training them in turns; "score" is that of ``prediction.logits``, v1, eq. 8.
+
+    Returns:
+        A scalar.  Bags without instances have no largest instance and are left out of that stream's loss.
+    """
+    check_choice("streams", streams, ("both", "instance", "bag", "score"))
+    of_bag = prediction.bag_logits
+    labels = labels.to(of_bag.dtype)
+    labels = labels[:, None] if labels.ndim == 1 and of_bag.shape[1] == 1 else labels
+    if labels.shape != of_bag.shape:
+        raise ValueError(f"labels must be {list(of_bag.shape)}; got {list(labels.shape)}")
+    if streams == "score":
+        return F.binary_cross_entropy_with_logits(prediction.logits, labels)
+    losses = []
+    if streams != "instance":
+        losses.append(F.binary_cross_entropy_with_logits(of_bag, labels))
+    if streams != "bag":
+        there = prediction.pooled.critical >= 0
+        logits = prediction.instance_logits.masked_fill(~there, 0)
+        terms = F.binary_cross_entropy_with_logits(logits, labels, weight=there.to(labels.dtype), reduction="sum")
+        losses.append(terms / there.sum().clamp(min=1))
+    return sum(losses) / len(losses)

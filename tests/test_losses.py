@@ -1,0 +1,229 @@
+"""The losses, against their equations written out bag by bag; masks, empty bags, targets that last, and bad input."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from milkernels import attention_weights, losses
+from milkernels.nn import DSMILModel, LossAttentionModel
+
+LENGTHS = (3, 0, 1, 6)
+OFFSETS = torch.tensor([0, 3, 3, 4, 10])
+LABELS = torch.tensor([2, 0, 1, 2])
+
+
+def rows(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def parts(*tensors):
+    """Of each bag."""
+    return list(zip(*(t.split(LENGTHS) for t in tensors), strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("column", [False, True])
+def test_instances_against_the_equation(reduction, column):
+    logits, weights = rows(10, 4).requires_grad_(), rows(10, seed=1).abs().requires_grad_()
+    given = weights[:, None] if column else weights
+    loss = losses.instance_cross_entropy(logits, given, LABELS, OFFSETS, reduction=reduction)
+    expected = []
+    for (z, a), label in zip(parts(logits, weights), LABELS, strict=True):
+        terms = -a * (z[:, label] - z.exp().sum(1).log())
+        expected.append(terms.sum() / (max(1, len(z)) if reduction == "mean" else 1))
+    expected = torch.stack(expected)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    assert loss[1] == 0
+    cotangent = rows(4, seed=2)
+    ours = torch.autograd.grad(loss, (logits, weights), cotangent, retain_graph=True)
+    theirs = torch.autograd.grad(expected, (logits, weights), cotangent)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_masked_instances_are_not_there():
+    mask = torch.tensor([1, 0, 1, 1, 1, 0, 0, 1, 1, 1], dtype=torch.bool)
+    offsets = torch.tensor([0, 2, 2, 3, 7])
+    logits, weights = rows(10, 4), rows(10, seed=1).abs()
+    for reduction in ("sum", "mean"):
+        wanted = losses.instance_cross_entropy(logits[mask], weights[mask], LABELS, offsets, reduction=reduction)
+        spoilt = torch.where(mask[:, None], logits, -math.inf).requires_grad_()
+        nan = torch.where(mask, weights, math.nan).requires_grad_()
+        got = losses.instance_cross_entropy(spoilt, nan, LABELS, OFFSETS, mask=mask, reduction=reduction)
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
+        gradients = torch.autograd.grad(got.sum(), (spoilt, nan))
+        assert all(g.isfinite().all() and (g[~mask] == 0).all() for g in gradients)
+    targets = torch.where(mask, weights + 1, math.nan)
+    squares = losses.consistency(nan, targets, OFFSETS, mask=mask)
+    torch.testing.assert_close(squares, torch.tensor([2.0, 0, 1, 4], dtype=torch.float64))
+
+
+def test_consistency_against_the_equation():
+    weights, targets = rows(10).requires_grad_(), rows(10, seed=1).requires_grad_()
+    loss = losses.consistency(weights, targets, OFFSETS)
+    torch.testing.assert_close(loss, torch.stack([((a - t) ** 2).sum() for a, t in parts(weights, targets)]))
+    loss.sum().backward()
+    torch.testing.assert_close(weights.grad, 2 * (weights - targets).detach())
+    assert targets.grad is None
+    assert losses.consistency(weights[:3], targets[:3]).shape == (1,)
+
+
+def test_ramp_up():
+    values = [losses.ramp_up(epoch, 40, 2.0) for epoch in range(60)]
+    assert values[0] == pytest.approx(2 * math.exp(-5)) and values[20] == pytest.approx(2 * math.exp(-5 / 4))
+    assert values == sorted(values) and set(values[40:]) == {2.0}
+
+
+# Targets
+
+
+def test_targets_follow_the_equation():
+    ensemble, first, second = losses.WeightEnsemble(0.6), rows(10), rows(10, seed=1)
+    keys = ["a", "b", 7, ("c", 1)]
+    torch.testing.assert_close(ensemble.targets(keys, first[:, None], OFFSETS), first)  # nothing to differ from yet
+    ensemble.update(keys, first, OFFSETS)
+    torch.testing.assert_close(ensemble.targets(keys, second, OFFSETS), first)
+    ensemble.update(keys, second, OFFSETS)
+    z = 0.6 * (0.4 * first) + 0.4 * second
+    torch.testing.assert_close(ensemble.targets(keys, second, OFFSETS), z / (1 - 0.6**2))
+    other = ensemble.targets([7, "a"], torch.cat([first[3:4], first[:3]]), torch.tensor([0, 1, 4]))
+    torch.testing.assert_close(other, torch.cat([z[3:4], z[:3]]) / (1 - 0.6**2))
+    assert len(ensemble) == 4 and not other.requires_grad
+
+
+def test_targets_last_on_disk(tmp_path):
+    ensemble, weights = losses.WeightEnsemble(0.3), rows(4)
+    ensemble.update([0, 1], weights, torch.tensor([0, 1, 4]))
+    torch.save(ensemble.state_dict(), tmp_path / "targets.pt")
+    again = losses.WeightEnsemble()
+    again.load_state_dict(torch.load(tmp_path / "targets.pt"))
+    assert again.beta == 0.3
+    torch.testing.assert_close(again.targets([1], weights[1:]), weights[1:])
+
+
+def test_a_refused_update_changes_nothing():
+    ensemble = losses.WeightEnsemble()
+    ensemble.update(["a"], rows(3))
+    before = ensemble.state_dict()
+    for keys, weights, offsets, message in (
+        (["b", "a"], rows(4), torch.tensor([0, 2, 4]), "bag 'a' had 3 instances before; got 2"),
+        (["a", "a"], rows(4), torch.tensor([0, 2, 4]), "keys must differ"),
+        (["a"], rows(4), torch.tensor([0, 2, 4]), "keys must name every bag, 2; got 1"),
+        (["a"], rows(3, 2), None, "weights must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ensemble.update(keys, weights, offsets)
+        with pytest.raises(ValueError, match=message):
+            ensemble.targets(keys, weights, offsets)
+        assert ensemble.state_dict()["bags"].keys() == before["bags"].keys()
+        assert ensemble.state_dict()["bags"]["a"][0] == 1
+
+
+# Whole losses
+
+
+def loss_attention():
+    torch.manual_seed(0)
+    return LossAttentionModel(5, 3, (8,), dtype=torch.float64), rows(10, 5)
+
+
+@pytest.mark.parametrize("instances", ["sum", "mean"])
+def test_loss_attention_against_eq_7(instances):
+    model, x = loss_attention()
+    prediction = model(x, OFFSETS)
+    targets = rows(10, seed=3).softmax(0)
+    options = {"lambda_": 0.7, "instances": instances, "targets": targets, "omega": 0.3}
+    loss = losses.loss_attention_loss(prediction, LABELS, OFFSETS, **options)
+    expected = []
+    h, layer = model.embed(x), model.attention
+    for (hidden, target), label in zip(parts(h, targets), LABELS, strict=True):
+        z = hidden @ layer.weight.T + layer.bias
+        e = z.exp().sum(1)
+        alpha = e / e.sum()
+        bag = alpha @ hidden @ layer.weight.T + layer.bias
+        l1 = F.cross_entropy(bag[None], label[None])
+        l2 = -(alpha * z.log_softmax(1)[:, label]).sum() / (max(1, len(z)) if instances == "mean" else 1)
+        expected.append(l1 + 0.7 * l2 + 0.3 * ((alpha - target) ** 2).sum())
+    expected = torch.stack(expected).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    parameters = list(model.parameters())
+    ours = torch.autograd.grad(loss, parameters, retain_graph=True)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, parameters), rtol=1e-8, atol=1e-12)
+
+
+def test_loss_attention_without_its_terms():
+    model, x = loss_attention()
+    prediction = model(x, OFFSETS)
+    plain = losses.loss_attention_loss(prediction, LABELS, OFFSETS, lambda_=0.0)
+    torch.testing.assert_close(plain, F.cross_entropy(prediction.logits, LABELS))
+    alone = model(x[4:], None)
+    one = losses.loss_attention_loss(alone, LABELS[3:])
+    weights = attention_weights(alone.pooled)
+    two = F.cross_entropy(alone.logits, LABELS[3:])
+    two = two + 0.1 * losses.instance_cross_entropy(alone.pooled.logits, weights, LABELS[3:])[0]
+    torch.testing.assert_close(one, two)
+
+
+def test_loss_attention_trains_with_masked_rows():
+    model, x = loss_attention()
+    mask = torch.arange(10) % 3 != 1
+    x[~mask] = math.nan
+    prediction = model(x, OFFSETS, mask)
+    losses.loss_attention_loss(prediction, LABELS, OFFSETS, mask=mask, lambda_=2.0).backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_dsmil_streams(classes):
+    torch.manual_seed(0)
+    model = DSMILModel(5, classes, dtype=torch.float64)
+    prediction = model(rows(10, 5), OFFSETS)
+    labels = (rows(4, classes, seed=1) > 0).double()
+    there = torch.tensor([0, 2, 3])  # the second bag is empty
+    of_bag = F.binary_cross_entropy_with_logits(prediction.bag_logits, labels)
+    of_instance = F.binary_cross_entropy_with_logits(prediction.instance_logits[there], labels[there])
+    wanted = {"bag": of_bag, "instance": of_instance, "both": (of_bag + of_instance) / 2}
+    wanted["score"] = F.binary_cross_entropy_with_logits(prediction.logits, labels)
+    for streams, expected in wanted.items():
+        loss = losses.dsmil_loss(prediction, labels if classes > 1 else labels[:, 0].long(), streams)
+        torch.testing.assert_close(loss, expected)
+        gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
+        assert all(g is None or g.isfinite().all() for g in gradients)
+    instance_only = torch.autograd.grad(
+        losses.dsmil_loss(prediction, labels, "instance"), list(model.parameters()), allow_unused=True
+    )
+    reached = {
+        name for (name, _), g in zip(model.named_parameters(), instance_only, strict=True) if g is not None and g.any()
+    }
+    assert reached == {"streams.weight", "streams.bias"}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda z, a, y: losses.instance_cross_entropy(z, a, y, OFFSETS, reduction="max"), "reduction must be one of"),
+        (lambda z, a, y: losses.instance_cross_entropy(z, a, y[:2], OFFSETS), r"labels must be int64 \[4\]; got"),
+        (lambda z, a, y: losses.instance_cross_entropy(z, a, y.float(), OFFSETS), "labels must be int64"),
+        (lambda z, a, y: losses.instance_cross_entropy(z, a[:3], y, OFFSETS), r"weights must be \[10\]"),
+        (lambda z, a, y: losses.instance_cross_entropy(z, a, y, OFFSETS + 1), "offsets must start at 0; got 1"),
+        (lambda z, a, y: losses.consistency(a, a[:4], OFFSETS), r"targets must be \[10\]"),
+        (lambda z, a, y: losses.ramp_up(1, 0), "length must be more than 0 epochs; got 0"),
+        (lambda z, a, y: losses.ramp_up(-1, 5), "epoch must be at least 0; got -1"),
+        (lambda z, a, y: losses.WeightEnsemble(1.0), r"beta must be in \[0, 1\); got 1.0"),
+        (
+            lambda z, a, y: losses.loss_attention_loss(
+                loss_attention()[0](z[:, :1].expand(10, 5), OFFSETS), y, OFFSETS, omega=1.0
+            ),
+            "targets=None",
+        ),
+        (lambda z, a, y: losses.dsmil_loss(DSMILModel(4, 2, dtype=z.dtype)(z, OFFSETS), y), r"labels must be \[4, 2\]"),
+        (
+            lambda z, a, y: losses.dsmil_loss(DSMILModel(4, 1, dtype=z.dtype)(z, OFFSETS), y, "one"),
+            "streams must be one of",
+        ),
+    ],
+)
+def test_bad_input_is_explained(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(rows(10, 4), rows(10).abs(), LABELS)
