@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--preset",
         choices=cpu_grid.PRESETS,
-        help="many ops and shapes instead of one: quick takes two minutes; full takes an hour, may be stopped, goes on",
+        help="many ops and shapes instead of one: quick takes minutes; full 90, may be stopped, goes on later",
     )
     shape = p.add_argument_group("shape")
     shape.add_argument("--instances", type=positive, default=100_000)
