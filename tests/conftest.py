@@ -3,6 +3,7 @@
 import contextlib
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -51,3 +52,15 @@ def _mend_interpreter() -> None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     with contextlib.suppress(ImportError):  # no Triton: its tests skip
         _mend_interpreter()
+
+
+@pytest.fixture
+def quick_machine(monkeypatch):
+    """For tests of the benchmark: the limits of this machine are not what is tested, and take a second."""
+    from milkernels.bench import roofline
+
+    monkeypatch.setattr(roofline, "read_bandwidth", lambda: (1e10, 1 << 20))
+    monkeypatch.setattr(roofline, "_PROBE_SECONDS", 1e-4)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

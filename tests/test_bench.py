@@ -19,14 +19,7 @@ TINY = ["--instances", "96", "--dim", "24", "--hidden", "16", "--budget", "0.1",
 SHAPE = Shape((9, 1, 40), dim=12, hidden=8, heads=2)
 
 
-@pytest.fixture(autouse=True)
-def quick_machine(monkeypatch):
-    """The bandwidth of this machine is not what is tested, and takes a second."""
-    monkeypatch.setattr(roofline, "read_bandwidth", lambda: (1e10, 1 << 20))
-    monkeypatch.setattr(roofline, "_PROBE_SECONDS", 1e-4)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick_machine")
 
 
 def run(tmp_path, *arguments):
@@ -227,13 +220,6 @@ def test_wrong_arguments_are_explained(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(list(arguments))
     assert stop.value.code == 2 and "error:" in capsys.readouterr().err
-
-
-def test_save_names_the_device(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    cli.main([*TINY, "--contenders", "eager", "--dtype", "float32", "--mode", "fwd", "--rounds", "1", "--save"])
-    files = list((tmp_path / "benchmarks" / "results").iterdir())
-    assert [f.name for f in files] == [f"{report.device_slug()}.json"]
 
 
 def test_source_digest_follows_contents(tmp_path):

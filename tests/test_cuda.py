@@ -39,13 +39,18 @@ def run(case, tensors, offsets, mask=None):
 
 
 @contextlib.contextmanager
-def threads_in_order(order: str):
-    """Within the block the threads of a block run in that order."""
-    native._extension.set_order(order)
+def emulated(setting: str, value, usual):
+    """Within the block a setting of the emulated module is another than usual."""
+    getattr(native._extension, setting)(value)
     try:
         yield
     finally:
-        native._extension.set_order("forward")
+        getattr(native._extension, setting)(usual)
+
+
+def threads_in_order(order: str):
+    """Within the block the threads of a block run in that order."""
+    return emulated("set_order", order, "forward")
 
 
 class Calls(TorchDispatchMode):
@@ -200,24 +205,14 @@ def test_same_bits_whatever_memory_held(case, lengths):
 # Ways to the same numbers
 
 
-@contextlib.contextmanager
 def attention_goes(way: str):
     """Within the block attention takes that way wherever it can: "small", a kernel for all of it, or "sliced"."""
-    native._extension.force_attention(way)
-    try:
-        yield
-    finally:
-        native._extension.force_attention("")
+    return emulated("force_attention", way, "")
 
 
-@contextlib.contextmanager
 def small_slices():
     """Within the block rows between two kernels go through chunk by chunk."""
-    native._extension.set_workspace(1)
-    try:
-        yield
-    finally:
-        native._extension.set_workspace(32 << 20)
+    return emulated("set_workspace", 1, 32 << 20)
 
 
 ATTENTION = {name: case for name, case in CASES.items() if case.kernel in ("attention_pool", "attention_scores")}

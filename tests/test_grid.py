@@ -24,7 +24,6 @@ from milkernels.bench import (
     preset,
     readme,
     report,
-    roofline,
     runner,
     tables,
     units,
@@ -33,16 +32,7 @@ from milkernels.bench import (
 from milkernels.testing import CASES, Shape
 
 GATED = cpu_grid.GATED
-
-
-@pytest.fixture(autouse=True)
-def quick_machine(monkeypatch):
-    """The limits of this machine are not what is tested, and take a second."""
-    monkeypatch.setattr(roofline, "read_bandwidth", lambda: (1e10, 1 << 20))
-    monkeypatch.setattr(roofline, "_PROBE_SECONDS", 1e-4)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick_machine")
 
 
 def unit(lengths=(40, 7), who="eager native", **more):
@@ -121,6 +111,7 @@ def test_threads_are_those_of_the_unit(monkeypatch):
     before, seen = torch.get_num_threads(), []
     kind = {"kind": "calls", "modes": ("softmax_pool 2 fwd",)}
     monkeypatch.setattr(worker, "_calls", lambda unit, emit: seen.append(torch.get_num_threads()))
+    worker._machine_threads.cache_clear()  # as in a process whose first unit wants one thread
     worker.measure(unit(threads=1, **kind), print)
     worker.measure(unit(**kind), print)
     assert seen == [1, before]
@@ -186,6 +177,25 @@ def test_files_come_back_as_they_were(mode, dtype, tmp_path):
     disk._forget(tmp_path / "absent")
 
 
+def test_epochs_are_judged_in_the_type_of_the_files(monkeypatch):
+    one, seen = unit(kind="disk", modes=("npz",), dtype="float16"), []
+    native = contenders.REGISTRY["native"]
+
+    def half_is_wrong(case, inputs, static):
+        compute, inputs = native.prepare(case, inputs, static)
+
+        def spoilt(i):
+            seen.append(i.x.dtype)
+            return {name: t + 1 if i.x.dtype == torch.float16 else t for name, t in compute(i).items()}
+
+        return spoilt, inputs
+
+    monkeypatch.setitem(contenders.REGISTRY, "native", replace(native, prepare=half_is_wrong))
+    assert measured(one)["npz", "native"]["status"] == "FAIL" and torch.float16 in seen
+    monkeypatch.setitem(contenders.REGISTRY, "native", native)
+    assert measured(one)["npz", "native"]["status"] == "ok"
+
+
 def test_epochs_from_files(monkeypatch):
     one = unit(kind="disk", modes=("npz", "pt, memory-mapped"), dtype="float16")
     rows = measured(one)
@@ -194,7 +204,7 @@ def test_epochs_from_files(monkeypatch):
         assert row["status"] == "ok" and len(row["seconds"]) == 5 and row["load"] > 0 and row["bags"] == 2
         assert row["file_bytes"] >= 47 * 24 * 2 and row["ours"] == (row["contender"] == "native")
     wrong = {"status": "FAIL", "reason": "off"}
-    monkeypatch.setattr(disk, "_wrong", lambda unit, first: {"native": wrong})
+    monkeypatch.setattr(disk, "_wrong", lambda unit: {"native": wrong})
     assert measured(one)["npz", "native"] | wrong == measured(one)["npz", "native"]
     broken = {"npz": (disk.FORMATS["npz"][0], lambda path: 1 / 0)}
     monkeypatch.setattr(disk, "FORMATS", disk.FORMATS | broken)
@@ -234,6 +244,7 @@ def test_a_preset_measures_writes_and_goes_on(tiny, tmp_path, capsys):
     (path,) = tmp_path.glob("*.json")
     content = json.loads(path.read_text())
     assert path.stem.endswith("-quick") and content["schema"] == evidence.SCHEMA
+    assert {u["threads"] for u in content["units"]} == {1}, "measured with the threads that the file names"
     assert content["machine"]["threads"] == 1 and str(tmp_path) not in path.read_text()
     assert content["sources"] == report.source_digest() and not content["not_measured"] and not content["targets"]
     assert [len(u["rows"]) for u in content["units"]] == [4, 4]
@@ -370,11 +381,11 @@ def test_the_readmes_headlines(tmp_path):
     one = unit((60,), "eager compile native", part="attention", headline=True, modes=("fwd",))
     rows = [row_of(one, "fwd", c, s) for c, s in (("eager", 0.4), ("compile", 0.3), ("native", 0.2))]
     content_of(tmp_path / "c.json", (one, rows))
-    (line,) = readme._headlines(json.loads((tmp_path / "c.json").read_text())["units"][0], " (stale)")
+    (line,) = readme._headlines(json.loads((tmp_path / "c.json").read_text())["units"][0], "resident", " (stale)")
     assert line[1].endswith("(stale)") and line[4:9] == ["200", "400", "2.00", "compile: 300", "1.50"]
     broken = [row_of(one, "fwd", "native", status="error", reason="x")]
     content_of(tmp_path / "c.json", (one, broken))
-    (line,) = readme._headlines(json.loads((tmp_path / "c.json").read_text())["units"][0], "")
+    (line,) = readme._headlines(json.loads((tmp_path / "c.json").read_text())["units"][0], "resident", "")
     assert line[4] == "not measured"
 
 

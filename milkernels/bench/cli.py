@@ -98,7 +98,6 @@ def parser() -> argparse.ArgumentParser:
     output.add_argument("--plot", type=Path, metavar="FILE", help="a PNG")
     output.add_argument("--out", type=Path, metavar="DIR", help="of a preset: where its files go")
     output.add_argument("--fresh", action="store_true", help="of a preset: measure everything again")
-    output.add_argument("--save", action="store_true", help="write benchmarks/results/<device>.json")
     return p
 
 
@@ -199,13 +198,8 @@ def _preset(p: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
 
 def _write(arguments: argparse.Namespace, result: Result, workload: Workload, argv: list[str]) -> None:
-    targets = [arguments.json] if arguments.json else []
-    if arguments.save:
-        targets.append(report.ROOT / "benchmarks" / "results" / f"{report.device_slug()}.json")
-    if targets:
-        content = report.to_json(result, workload, argv)
-        for path in targets:
-            report.write(content, path)
+    if arguments.json:
+        report.write(report.to_json(result, workload, argv), arguments.json)
     if arguments.plot:
         from milkernels.bench import plots  # matplotlib takes a second to import
 

@@ -112,7 +112,7 @@ def _epochs(unit: Unit, mode: str, inputs: Inputs, paths: list[Path]) -> Iterato
     """The contenders take turns, and so does loading alone."""
     case, load = unit.workload.case, FORMATS[mode][1]
     first = replace(case.prefix(inputs, inputs.lengths[0]), offsets=None)
-    wrong = _wrong(unit, first)
+    wrong = _wrong(unit)
 
     def step(contender: Contender, x: Tensor) -> None:
         one = replace(first, x=x if contender.ours else x.float(), lengths=(len(x),))
@@ -152,9 +152,13 @@ def _epochs(unit: Unit, mode: str, inputs: Inputs, paths: list[Path]) -> Iterato
         }
 
 
-def _wrong(unit: Unit, first: Inputs) -> dict[str, dict]:
-    """Those of ours whose step on the first bag the gate refuses."""
-    case, found = unit.workload.case, {}
+def _wrong(unit: Unit) -> dict[str, dict]:
+    """Those of ours whose step on the first bag the gate refuses, all numbers in the type of the files.
+
+    Products run in the type of ``x``, so float32 parameters beside half features are held to what half eager reaches.
+    """
+    case, found, inputs = unit.workload.case, {}, unit.workload.inputs(DTYPES[unit.dtype])
+    first = replace(case.prefix(inputs, inputs.lengths[0]), offsets=None)
     seconds = gate.guess_seconds(contenders.REGISTRY["eager"], case, first, "frozen")
     stick = gate.yardstick(case, first, "frozen", seconds, contenders.available_memory() // 2)
     for name in unit.contenders:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from milkernels.bench.run import Result, Row
+from milkernels.bench.tables import memory_key
 from milkernels.bench.workload import DTYPES, Workload
 
 
@@ -188,7 +189,7 @@ def _shares(axis: Axes, rows: list[tuple[dict, dict]], ops: list[str]) -> None:
 
 def _grid_scaling(content: dict) -> Figure:
     lines: dict[tuple, list[tuple[int, float, float | None]]] = {}
-    memory = _memory_key(content)
+    memory = memory_key(content)
     for unit, row in _timed(content, "scaling"):
         n = sum(unit["workload"]["shape"]["lengths"])
         extra = row.get(memory)
@@ -215,18 +216,13 @@ def _grid_scaling(content: dict) -> Figure:
     return figure
 
 
-def _memory_key(content: dict) -> str:
-    """The peak that counts: of the process, or of PyTorch's allocator on a GPU."""
-    return "allocator" if "gpu" in content["machine"] else "resident"
-
-
 def _memory_rows(content: dict) -> list[tuple[dict, dict]]:
-    memory = _memory_key(content)
+    memory = memory_key(content)
     return [(u, r) for u, r in _one_bag(content) if r.get(memory) is not None and u["headline"]]
 
 
 def _grid_memory(content: dict) -> Figure:
-    memory, rows = _memory_key(content), _memory_rows(content)
+    memory, rows = memory_key(content), _memory_rows(content)
     modes = [mode for mode in ("fwd", "step") if any(r["mode"] == mode for _, r in rows)]
     figure = Figure(figsize=(6.4 * len(modes), 6), layout="constrained")
     for axis, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):

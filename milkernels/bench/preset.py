@@ -1,5 +1,6 @@
 """``python -m milkernels bench --preset``: a grid of units, resumable, and the report that is made of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ def run(preset: str, out: Path | None, fresh: bool, threads: int | None) -> int:
     folder = (out or (RESULTS if preset == "full" and RESULTS.is_dir() else Path.cwd())).resolve()
     name = report.device_slug() + ("-quick" if preset == "quick" else "")
     units = cpu_grid.grid(preset, fast_dtypes(), torch.get_num_threads())
+    if threads:  # the units are measured in other processes
+        units = [replace(unit, threads=unit.threads or threads) for unit in units]
     command = f"python -m milkernels bench --preset {preset}" + (f" --threads {threads}" if threads else "")
     evidence = Evidence(folder / f"{name}.json", units, report.machine(), command)
     count = 0 if fresh else evidence.resume([evidence.path])

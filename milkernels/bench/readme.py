@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from milkernels.bench import contenders, plots, report, tables
-from milkernels.bench.tables import machine, markdown, milliseconds, ours_of, what_bags
+from milkernels.bench.tables import by_mode, machine, markdown, memory_key, milliseconds, ours_of, what_bags
 
 BEGIN, END = "<!-- figures: python -m milkernels.bench.readme -->", "<!-- end of figures -->"
 CONTENDERS_BEGIN = "<!-- contenders: python -m milkernels.bench.readme -->"
@@ -57,7 +57,7 @@ def figures(root: Path = report.ROOT) -> str:
         lines = [_HEADER, ["---"] * len(_HEADER)]
         for unit in content["units"]:
             if unit["headline"] and unit["kind"] == "bench":
-                lines += _headlines(unit, " (stale)" if _is_stale(content, root) else "")
+                lines += _headlines(unit, memory_key(content), " (stale)" if _is_stale(content, root) else "")
         page = f"benchmarks/results/{path.stem}.md"
         parts.append(f"{machine(content['machine'])}; all rows, peers and pictures: [{page}]({page}):\n")
         parts.append(f"{markdown(lines)}\n\nThe command:\n\n    {content['command']}\n")
@@ -68,11 +68,10 @@ def figures(root: Path = report.ROOT) -> str:
     return "\n".join([*parts, _unmeasured(machines)])
 
 
-def _headlines(unit: dict, stale: str) -> list[list[str]]:
+def _headlines(unit: dict, memory: str, stale: str) -> list[list[str]]:
     """Lines of cells as ``_HEADER`` names them."""
     lines = []
-    for mode in dict.fromkeys(row["mode"] for row in unit["rows"]):
-        rows = [row for row in unit["rows"] if row["mode"] == mode]
+    for mode, rows in by_mode(unit).items():
         timed = [row for row in rows if row["status"] == "ok" and row.get("median")]
         ours = ours_of(rows)
         start = [f"`{unit['workload']['op']}`", what_bags(unit["workload"]) + stale, unit["dtype"], mode]
@@ -82,7 +81,6 @@ def _headlines(unit: dict, stale: str) -> list[list[str]]:
         eager = next((row for row in timed if row["contender"] == "eager"), None)
         others = [row for row in timed if not row["ours"] and row is not eager]
         best = min(others, key=lambda row: row["median"], default=None)
-        memory = "resident" if ours.get("resident") is not None else "allocator"
         extra = [None if row is None else row.get(memory) for row in (eager, ours)]
         share = ours.get("share_of_floor")
         lines.append(
@@ -127,7 +125,7 @@ def _earlier_rows(result: dict, stale: bool) -> list[list[str]]:
 
 
 def earlier(root: Path = report.ROOT) -> str:
-    """The page of single runs, as ``--save`` and ``--json`` leave them."""
+    """The page of single runs, as ``--json`` leaves them."""
     machines: dict[str, list[dict]] = {}
     for path in _files(root, grids=False):
         result = json.loads(path.read_text())

@@ -45,12 +45,12 @@ from milkernels.bench import run
 from milkernels.bench.contenders import YARDSTICKS, packages
 from milkernels.bench.roofline import MatrixProbe
 from milkernels.bench.run import Result, Row
+from milkernels.bench.tables import worst_ratio
 from milkernels.bench.workload import Workload
 
 SCHEMA = 2
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, or where the package is installed
 _IMPOSSIBLE = 4 / 3  # a step that keeps its hidden units does three quarters of the work counted
-_NO_ERROR = 1e-3  # of the bound: sums that cancel, and luck
 _UNSTEADY = 2.0  # how far the matrix rate may move before the report says so
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -236,14 +236,8 @@ def _cells(row: Row, yardsticks: Sequence[str]) -> list[str]:
         _number(row.instances_per_second / 1e6),
         memory,
         "-" if row.share_of_floor is None else f"{100 * row.share_of_floor:.0f}%",
-        _worst_ratio(row),
+        _number(worst_ratio(row.errors), 2),
     ]
-
-
-def _worst_ratio(row: Row) -> str:
-    """The largest of ours over eager's error; where eager happens to have none to speak of it says nothing."""
-    ratios = [e["ratio"] for e in row.errors if e["ratio"] is not None and e["eager"] > _NO_ERROR * e["bound"]]
-    return _number(max(ratios), 2) if ratios else "-"
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -1,6 +1,7 @@
 """Rows of contenders that run one after the other, each in a process of its own: how times and memory grow."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from milkernels.bench import alone, contenders, harness, roofline, run
 from milkernels.bench.units import Unit
@@ -12,7 +13,7 @@ def rows(unit: Unit, emit: Callable[[list[run.Row], roofline.MatrixProbe, float]
     case, shape, dtype = unit.workload.case, unit.workload.shape, DTYPES[unit.dtype]
     bandwidth, _ = roofline.read_bandwidth()
     probe = roofline.MatrixProbe([dtype])
-    few = case.prefix(unit.workload.inputs(dtype), 1)
+    one = case.inputs(replace(shape, lengths=(1,)), dtype)  # all would be held beside the children's
     for name in unit.contenders:
         contender = contenders.REGISTRY[name]
         probe.sample()
@@ -22,7 +23,7 @@ def rows(unit: Unit, emit: Callable[[list[run.Row], roofline.MatrixProbe, float]
         probe.sample()
         made = []
         for mode in unit.modes:
-            row = run.Row(case.name, unit.dtype, mode, name, contender.label(case, few), contender.ours)
+            row = run.Row(case.name, unit.dtype, mode, name, contender.label(case, one), contender.ours)
             row.instances, row.bags = shape.instances, shape.bags
             row.flops, row.bytes = case.flops(shape, mode), case.bytes(shape, dtype, mode)
             row.floor_seconds = roofline.floor_seconds(row.flops, row.bytes, probe.rate(dtype), bandwidth)

@@ -30,7 +30,7 @@ _NOTES = {
 }
 _HEADER = ("op and bags", "type", "mode", "contender", "ms", "spread", "M inst/s", "bags/s", "extra MB", "of floor")
 _HEADER += ("error / eager's", "time / ours")
-_NO_ERROR = 1e-3  # of the bound: sums that cancel
+_NO_ERROR = 1e-3  # of the bound: sums that cancel, and luck
 
 
 def markdown(lines: Iterable[Sequence[str]]) -> str:
@@ -74,7 +74,12 @@ def machine(about: dict) -> str:
     return f"{about['cpu']}, {about['threads']} threads, {about['instruction_set']}, PyTorch {about['torch']}"
 
 
-def _by_mode(unit: dict) -> dict[str, list[dict]]:
+def memory_key(content: dict) -> str:
+    """The peak that counts: of the process, or of PyTorch's allocator on a GPU."""
+    return "allocator" if "gpu" in content["machine"] else "resident"
+
+
+def by_mode(unit: dict) -> dict[str, list[dict]]:
     modes: dict[str, list[dict]] = {}
     for row in unit["rows"]:
         modes.setdefault(row["mode"], []).append(row)
@@ -86,10 +91,10 @@ def ours_of(rows: list[dict]) -> dict | None:
     return next((r for r in rows if r.get("ours") and r["status"] == "ok" and r.get("median")), None)
 
 
-def _error(row: dict) -> str:
+def worst_ratio(errors: Iterable[dict]) -> float | None:
     """The largest of our error over eager's; where eager happens to have none to speak of it says nothing."""
-    ratios = [e["ratio"] for e in row.get("errors", ()) if e["ratio"] and (e["eager"] or 0) > _NO_ERROR * e["bound"]]
-    return f"{max(ratios):.2g}" if ratios else ""
+    told = [e["ratio"] for e in errors if e["ratio"] is not None and (e["eager"] or 0) > _NO_ERROR * e["bound"]]
+    return max(told, default=None)
 
 
 def _refusal(row: dict) -> str:
@@ -102,7 +107,7 @@ def _cells(unit: dict, row: dict, ours: dict | None, memory: str) -> list[str]:
     start = [_about(unit), unit["dtype"], row["mode"], row.get("label") or row["contender"]]
     if row["status"] != "ok" or not row.get("median"):
         return [*start, _refusal(row) if row["status"] != "ok" else "", *[""] * (len(_HEADER) - 5)]
-    share, extra = row.get("share_of_floor"), row.get(memory)
+    share, extra, worst = row.get("share_of_floor"), row.get(memory), worst_ratio(row.get("errors", ()))
     return [
         *start,
         milliseconds(row["median"]) + ("*" if row.get("once") else ""),
@@ -111,7 +116,7 @@ def _cells(unit: dict, row: dict, ours: dict | None, memory: str) -> list[str]:
         number(row["bags_per_second"]) if row.get("bags", 1) > 1 else "",
         "" if extra is None else number(extra / 1e6),
         "" if share is None else f"{100 * share:.0f}%",
-        _error(row),
+        "" if worst is None else f"{worst:.2g}",
         "" if ours is None else f"{row['median'] / ours['median']:.2f}",
     ]
 
@@ -119,7 +124,7 @@ def _cells(unit: dict, row: dict, ours: dict | None, memory: str) -> list[str]:
 def _rows(units: list[dict], memory: str) -> str:
     lines = [_HEADER, ["---"] * len(_HEADER)]
     for unit in units:
-        for rows in _by_mode(unit).values():
+        for rows in by_mode(unit).values():
             ours = ours_of(rows)
             lines += [_cells(unit, row, ours, memory) for row in rows]
     return markdown(lines)
@@ -128,7 +133,7 @@ def _rows(units: list[dict], memory: str) -> str:
 def _scaling(units: list[dict], memory: str) -> str:
     contenders = list(dict.fromkeys(row["contender"] for unit in units for row in unit["rows"]))
     lines = [["type", "mode", "instances", *contenders], ["---"] * (3 + len(contenders))]
-    groups = {(unit["dtype"], mode): None for unit in units for mode in _by_mode(unit)}
+    groups = {(unit["dtype"], mode): None for unit in units for mode in by_mode(unit)}
     for dtype, mode in groups:
         for unit in sorted(units, key=lambda u: sum(u["workload"]["shape"]["lengths"])):
             found = {row["contender"]: row for row in unit["rows"] if row["mode"] == mode}
@@ -151,7 +156,7 @@ def _per_instance(row: dict | None, n: int, memory: str) -> str:
 def _largest(units: list[dict], memory: str) -> str:
     lines = [["op", "type", "mode", "memory", "contender", "instances", "ours / theirs"], ["---"] * 7]
     for unit in units:
-        for rows in _by_mode(unit).values():
+        for rows in by_mode(unit).values():
             ours = next((r["instances"] for r in rows if r.get("ours") and r["status"] == "ok"), None)
             for row in rows:
                 start = [f"`{unit['workload']['op']}` x {unit['workload']['shape']['dim']}", unit["dtype"], row["mode"]]
@@ -168,7 +173,7 @@ def _disk(units: list[dict], memory: str) -> str:
     lines = [["files", "type", "format", "contender", "epoch, ms", "loading alone, ms", "MB/s of it", "time / ours"]]
     lines.append(["---"] * len(lines[0]))
     for unit in units:
-        for mode, rows in _by_mode(unit).items():
+        for mode, rows in by_mode(unit).items():
             ours = ours_of(rows)
             for row in rows:
                 start = [what_bags(unit["workload"]), unit["dtype"], mode, row["contender"]]
@@ -188,7 +193,7 @@ def losses(content: dict) -> list[list[str]]:
     """Every timed row in which somebody else was faster than the best of ours, the worst first."""
     found = []
     for unit in content["units"]:
-        for rows in _by_mode(unit).values():
+        for rows in by_mode(unit).values():
             timed = [row for row in rows if row["status"] == "ok" and row.get("median")]
             ours = min((row["median"] for row in timed if row["ours"]), default=0.0)
             for row in timed:
@@ -204,7 +209,7 @@ def report(content: dict, stale: bool, pictures: Sequence[str] = ()) -> str:
     for unit in content["units"]:
         if unit["kind"] != "limits":
             parts.setdefault(unit.get("part") or unit["kind"], []).append(unit)
-    memory = "allocator" if "gpu" in content["machine"] else "resident"  # the peak that counts
+    memory = memory_key(content)
     text = [f"# {machine(content['machine'])}\n", _head(content, stale)]
     text += [f"![{name}]({name})\n" for name in pictures]
     lost = losses(content)
@@ -234,12 +239,12 @@ def _head(content: dict, stale: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(path: Path, stale: bool = False) -> list[Path]:
+def write(path: Path) -> list[Path]:
     """Tables and pictures of the file at ``path``, beside it; returns what was written."""
     from milkernels.bench import plots  # matplotlib takes a second to import
 
     content = json.loads(path.read_text())
     pictures = plots.of_grid(content, path)
     page = path.with_suffix(".md")
-    page.write_text(report(content, stale, [picture.name for picture in pictures]))
+    page.write_text(report(content, False, [picture.name for picture in pictures]))
     return [page, *pictures]

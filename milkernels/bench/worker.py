@@ -169,7 +169,8 @@ def _set_threads(count: int) -> None:
     """As many as the unit wants, or as PyTorch took when it was imported."""
     import torch
 
-    torch.set_num_threads(count or _machine_threads())
+    usual = _machine_threads()  # asked before they are changed for the first time
+    torch.set_num_threads(count or usual)
 
 
 @functools.cache
