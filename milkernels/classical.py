@@ -64,7 +64,7 @@ def log_sum_exp_pool(
         r: a finite number above 0; ValueError otherwise.
     """
     mask = _checked(x, "x", offsets, mask)
-    _check_exponent(r)
+    check_exponent(r)
     # The result does not depend on what is subtracted, so the maximum needs no gradient.
     top = max_pool(x.detach(), offsets, mask=mask, backend=backend).values.to(_compute_dtype(x))
     below = _without_masked(x - _to_rows(top, offsets, x), mask)
@@ -129,7 +129,7 @@ def generalized_mean_pool(
         r: a finite number above 0; ValueError otherwise.
     """
     mask = _checked(x, "x", offsets, mask)
-    _check_exponent(r)
+    check_exponent(r)
     if r == 1:
         return mean_pool(x, offsets, mask=mask, backend=backend)
     # The result does not depend on what is divided by, so the maximum needs no gradient.
@@ -152,7 +152,7 @@ def _checked(x: Tensor, name: str, offsets: Tensor | None, mask: Tensor | None) 
     return checked_mask(mask, x)
 
 
-def _check_exponent(r: float) -> None:
+def check_exponent(r: float) -> None:
     check_number("r", r)
     if not 0 < r < math.inf:
         raise ValueError(f"r must be positive and finite; got {r}")

@@ -24,14 +24,14 @@ LAYERS = {
     "reference": 3,
     "functional": 4,
     "classical": 5,
-    "nn": 5,
     "visualize": 5,
-    "integrations": 6,
-    "losses": 6,
-    "": 7,  # milkernels/__init__.py
-    "testing": 8,
-    "bench": 9,
-    "__main__": 10,
+    "nn": 6,
+    "integrations": 7,
+    "losses": 7,
+    "": 8,  # milkernels/__init__.py
+    "testing": 9,
+    "bench": 10,
+    "__main__": 11,
 }
 TOOLS = ("testing", "bench", "__main__")
 FILES = sorted(PACKAGE.rglob("*.py"))

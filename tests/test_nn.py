@@ -3,6 +3,7 @@
 import copy
 import doctest
 import io
+import math
 import pickle
 
 import pytest
@@ -47,7 +48,18 @@ MAKERS = {
     "abmil-no-embedding": lambda **f: nn.ABMIL(L, C, None, D, gated=False, **f),
     "dsmil-model": lambda **f: nn.DSMILModel(L, C, 8, Q, lambda_=0.25, **VALUE, **f),
     "dsmil-model-no-embedding": lambda **f: nn.DSMILModel(L, C, **f),
+    "abmil-deep": lambda **f: nn.ABMIL(L, C, (8, 7), D, **f),
     "loss-attention-model": lambda **f: nn.LossAttentionModel(L, C, (8, 7), **f),
+    "instance-model-no-embedding": lambda **f: nn.InstancePooling(L, C, (), **f),
+    "embedding-model-no-embedding": lambda **f: nn.EmbeddingPooling(L, C, (), **f),
+}
+MAKERS |= {
+    f"instance-model-{pooling}": lambda pooling=pooling, **f: nn.InstancePooling(L, C, (8, 7), pooling, **f)
+    for pooling in nn.InstancePooling.POOLINGS
+}
+MAKERS |= {
+    f"embedding-model-{pooling}": lambda pooling=pooling, **f: nn.EmbeddingPooling(L, C, (8, 7), pooling, **f)
+    for pooling in nn.EmbeddingPooling.POOLINGS
 }
 LAYERS = [name for name in MAKERS if "model" not in name and "abmil" not in name]
 MODELS = [name for name in MAKERS if name not in LAYERS]
@@ -83,6 +95,8 @@ def forms(bags):
 
 
 FORMS = list(forms(make_bags()))
+# Fields with a row per instance, of what a model returns; of what a layer does, "scores" and "logits".
+PER_ROW = {"Prediction": (), "DSMILPrediction": (), "InstancePrediction": ("instance_logits",)}
 
 
 def fields(result, rows, prefix="") -> dict[str, torch.Tensor]:
@@ -93,7 +107,7 @@ def fields(result, rows, prefix="") -> dict[str, torch.Tensor]:
     for name, t in result._asdict().items():
         if name == "pooled":
             made |= fields(t, rows, "pooled.")
-        elif name == "scores" or name == "logits" and not isinstance(result, nn.Prediction | nn.DSMILPrediction):
+        elif name in PER_ROW.get(type(result).__name__, ("scores", "logits")):
             made[prefix + name] = t[rows]
         elif not t.is_floating_point():
             place = torch.full((max(int(rows.max()), 0) + 2,), -1)
@@ -170,6 +184,30 @@ def softmax(m, x, offsets):
     return milkernels.softmax_pool(x, x @ m.weight.T, offsets, backend="reference")
 
 
+POOLED = {
+    "max": lambda x, r: x.max(0).values,
+    "mean": lambda x, r: x.mean(0),
+    "log_sum_exp": lambda x, r: ((r * x).exp().mean(0)).log() / r,
+    "generalized_mean": lambda x, r: (x**r).mean(0) ** (1 / r),
+    "noisy_or": lambda x, r: 1 - (1 - x).prod(0),
+    "isr": lambda x, r: (odds := (x / (1 - x)).sum(0)) / (1 + odds),
+}
+
+
+def instance_model(m, x, offsets):
+    instance_logits = embedded(m, x) @ m.classifier.weight.T + m.classifier.bias
+    nothing = torch.full((C,), torch.finfo(x.dtype).eps, dtype=x.dtype)
+    bags = instance_logits.sigmoid().split(LENGTHS)
+    p = torch.stack([POOLED[m.pooling](bag, m.r) if len(bag) else nothing for bag in bags])
+    return nn.InstancePrediction(torch.log(p / (1 - p)), instance_logits)
+
+
+def embedding_model(m, x, offsets):
+    bags = embedded(m, x).split(LENGTHS)
+    pooled = torch.stack([POOLED[m.pooling](bag, m.r) if len(bag) else bag.new_zeros(bag.shape[1]) for bag in bags])
+    return nn.Prediction(pooled @ m.classifier.weight.T + m.classifier.bias, pooled)
+
+
 EXPECTED = {
     "attention": attention,
     "softmax": softmax,
@@ -180,6 +218,8 @@ EXPECTED = {
     "abmil": abmil,
     "dsmil-model": dsmil_model,
     "loss-attention-model": loss_attention_model,
+    "instance-model": instance_model,
+    "embedding-model": embedding_model,
 }
 
 
@@ -251,8 +291,11 @@ def test_an_empty_bag_has_finite_logits_and_gradients(name):
     for args, _ in forms(make_bags()).values():
         module.zero_grad()
         prediction = module(*args)
-        bias = module.classifier.bias if hasattr(module, "classifier") else module.attention.bias
-        assert torch.equal(prediction.logits[EMPTY], bias)
+        expected = module.classifier.bias if hasattr(module, "classifier") else module.attention.bias
+        if isinstance(module, nn.InstancePooling):  # no instance, none is positive
+            eps = torch.finfo(expected.dtype).eps
+            expected = torch.full_like(expected, math.log(eps / (1 - eps)))
+        torch.testing.assert_close(prediction.logits[EMPTY], expected, rtol=1e-14, atol=0)
         prediction.logits.sum().backward()
         assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
 
@@ -265,6 +308,22 @@ def test_dsmil_weighs_its_streams(lambda_):
     full = [b for b in range(B) if b != EMPTY]
     torch.testing.assert_close(logits[full], torch.lerp(bag_logits, instance_logits, lambda_)[full])
     assert torch.equal(logits[EMPTY], bag_logits[EMPTY]) and torch.equal(logits[EMPTY], model.classifier.bias)
+
+
+@pytest.mark.parametrize("pooling", ["max", "noisy_or", "isr"])
+def test_instances_do_not_saturate(pooling):
+    """1000 instances of probability 1/2 or 1 - 1e-10: their noisy-or is 1 in float32, its logit is not infinite."""
+    model = nn.InstancePooling(1, 1, (), pooling)
+    torch.nn.init.ones_(model.classifier.weight)
+    torch.nn.init.zeros_(model.classifier.bias)
+    for z in (-30.0, 0.0, 23.0):
+        x = torch.full((1000, 1), z).requires_grad_()
+        logit = model(x).logits
+        q = -1000 * math.log1p(math.exp(z))  # of none
+        exact = {"max": z, "noisy_or": -q + math.log(-math.expm1(q)), "isr": math.log(1000) + z}[pooling]
+        torch.testing.assert_close(logit.item(), exact, rtol=1e-5, atol=1e-5)
+        logit.backward()
+        assert x.grad.isfinite().all() and x.grad.sum() > 0.99
 
 
 def test_types_and_autocast():
@@ -316,6 +375,8 @@ def test_dsmil_dropout_is_that_of_the_op_and_in_training_only():
         lambda p: nn.DSMILModel(L, C, 16, dropout=p),
         lambda p: nn.DSMILModel(L, C, value="linear", value_dropout=p),
         lambda p: nn.LossAttentionModel(L, C, (16,), dropout=p),
+        lambda p: nn.InstancePooling(L, C, (16,), dropout=p),
+        lambda p: nn.EmbeddingPooling(L, C, (16,), "mean", dropout=p),
     ],
 )
 def test_model_dropout(make_model):
@@ -537,6 +598,14 @@ def test_export_of_a_padded_batch():
         (lambda: nn.DSMILModel(6, 2, values="relu"), TypeError, "values"),
         (lambda: nn.LossAttentionModel(6, 2, (8, 0)), ValueError, "hidden_dims must be at least 1; got 0"),
         (lambda: nn.LossAttentionModel(6, 2, (), dropout=0.1), ValueError, "needs hidden_dims; got 0.1"),
+        (lambda: nn.ABMIL(6, 2, (8, 0)), ValueError, "embed_dim must be at least 1; got 0"),
+        (lambda: nn.InstancePooling(6, 0), ValueError, "num_classes must be at least 1; got 0"),
+        (lambda: nn.InstancePooling(6, pooling="sum"), ValueError, "pooling must be one of max.*isr; got 'sum'"),
+        (lambda: nn.InstancePooling(6, hidden_dims=(), dropout=0.1), ValueError, "needs hidden_dims; got 0.1"),
+        (lambda: nn.InstancePooling(6, r=2.0), ValueError, "got 2.0 beside pooling='max'"),
+        (lambda: nn.InstancePooling(6, pooling="log_sum_exp", r=0), ValueError, "r must be positive.*got 0"),
+        (lambda: nn.EmbeddingPooling(6, pooling="isr"), ValueError, "pooling must be one of max.*mean; got 'isr'"),
+        (lambda: nn.EmbeddingPooling(6, 1, (), "generalized_mean"), ValueError, "needs hidden_dims; got ()"),
     ],
 )
 def test_constructors_refuse(make_module, error, match):

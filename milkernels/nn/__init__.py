@@ -1,0 +1,57 @@
+"""Modules: the parameters of the ops in ``functional``, and small complete models made of them.
+
+Every ``forward(x, offsets=None, mask=None)`` takes bags in any of these forms, and copies none of them:
+
+- `Bags`; then ``offsets`` and ``mask`` are None, as the bags have their own.
+- ``x [N, L]`` with ``offsets [B + 1]``, or without: one bag.  ``mask [N]`` or None.
+- Padded ``x [B, M, L]`` with ``mask [B, M]``, non-zero = real, or None: all are.  ``offsets`` is None.
+- A jagged nested tensor ``[B, ragged, L]``; ``offsets`` and ``mask`` are None.
+
+A list of bags becomes one by ``Bags.from_list``.  Results are those of the ops, with their conventions: a field with a
+row per instance has one per row of the flattened batch, padding included.
+
+>>> import torch
+>>> from milkernels import Bags, attention_weights
+>>> from milkernels.nn import ABMIL, AttentionPool
+>>> bags = Bags.from_list([torch.randn(5, 512), torch.randn(9, 512)])
+>>> pooled = AttentionPool(512, heads=2)(bags)
+>>> pooled.bag.shape, attention_weights(pooled, bags.offsets).shape
+(torch.Size([2, 2, 512]), torch.Size([14, 2]))
+>>> ABMIL(512, num_classes=3)(bags).logits.shape
+torch.Size([2, 3])
+
+**Parameters** are created and initialised as those of ``torch.nn.Linear``, and ``device`` and ``dtype`` mean the same.
+**Dropout** acts in training mode only; its seeds come from PyTorch's default generator, so ``manual_seed`` repeats it.
+**Errors** are TypeError and ValueError that name the argument and the value got.  Constructors raise them for a size
+below 1, an unknown choice, a share outside of [0, 1] and an option without what it is for; ``forward`` for bags in none
+of these forms or of another width, and for what the ops check.
+"""
+
+from milkernels.nn.models import (
+    ABMIL,
+    DSMILModel,
+    DSMILPrediction,
+    EmbeddingPooling,
+    InstancePooling,
+    InstancePrediction,
+    LossAttentionModel,
+    Prediction,
+)
+from milkernels.nn.pools import DSMIL, AttentionPool, LossAttention, MaxPool, MeanPool, SoftmaxPool
+
+__all__ = [
+    "ABMIL",
+    "DSMIL",
+    "AttentionPool",
+    "DSMILModel",
+    "DSMILPrediction",
+    "EmbeddingPooling",
+    "InstancePooling",
+    "InstancePrediction",
+    "LossAttention",
+    "LossAttentionModel",
+    "MaxPool",
+    "MeanPool",
+    "Prediction",
+    "SoftmaxPool",
+]

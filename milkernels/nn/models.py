@@ -1,0 +1,356 @@
+"""Small whole models: an embedding of the instances, a pooling, a classifier."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from milkernels import classical, functional, results
+from milkernels.arguments import check_choice, check_count, checked_mask
+from milkernels.nn.pools import DSMIL, AttentionPool, Instances, LossAttention, check_share, ragged
+
+Dims = int | Sequence[int] | None
+
+
+class Prediction(NamedTuple):
+    """What a model returns."""
+
+    logits: Tensor  # [B, C]
+    pooled: results.Pooled | results.LossAttentionPooled | Tensor  # of the embedded instances; a tensor is [B, L]
+
+
+class InstancePrediction(NamedTuple):
+    """What `InstancePooling` returns."""
+
+    logits: Tensor  # [B, C]
+    instance_logits: Tensor  # [N, C]  -inf in masked rows
+
+
+class DSMILPrediction(NamedTuple):
+    """What `DSMILModel` returns; its authors train on the losses of both streams."""
+
+    logits: Tensor  # [B, C]  both streams, weighted
+    bag_logits: Tensor  # [B, C]  the second stream
+    instance_logits: Tensor  # [B, C]  the first stream: each bag's maximum, -inf for an empty bag
+    pooled: results.DSMIL
+
+
+# Embedding
+
+
+def _embedding(name: str, in_dim: int, dims: Dims, dropout: float, **factory) -> tuple[nn.Sequential, int]:
+    """``(module, width)``: Linear, ReLU, Dropout for each of ``dims``; without any, the instances as they are."""
+    check_count("in_dim", in_dim)
+    check_share("dropout", dropout)
+    dims = () if dims is None else (dims,) if isinstance(dims, int) else tuple(dims)
+    layers = []
+    for dim in dims:
+        check_count(name, dim)
+        layers += [nn.Linear(in_dim, dim, **factory), nn.ReLU(), nn.Dropout(dropout)]
+        in_dim = dim
+    return nn.Sequential(*layers), in_dim
+
+
+def _hidden_embedding(in_dim: int, hidden_dims: Sequence[int], dropout: float, **factory):
+    """`_embedding` of a model whose only dropout is there."""
+    if not hidden_dims and dropout:
+        raise ValueError(f"dropout is that of the embedding, which needs hidden_dims; got {dropout}, {hidden_dims}")
+    return _embedding("hidden_dims", in_dim, hidden_dims, dropout, **factory)
+
+
+def _embed(embed: nn.Sequential, x, offsets, mask, in_dim: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The bags as `ragged` gives them, embedded."""
+    values, offsets, mask = ragged(x, offsets, mask, in_dim)
+    if len(embed) == 0:
+        return values, offsets, mask
+    values, mask = _cleared(values, mask)
+    return embed(values), offsets, mask
+
+
+def _cleared(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Zeros in masked rows: a linear layer's weight gradient multiplies all rows by theirs, which is 0 there; 0 * NaN
+    is NaN."""
+    mask = checked_mask(mask, values)
+    return (values if mask is None else values.masked_fill(~mask[:, None], 0)), mask
+
+
+# Models
+
+
+class ABMIL(nn.Module):
+    """Attention-based MIL (Ilse et al. 2018): embed each instance, pool by attention, classify the bag.
+
+    With ``gated=True`` and one head this is also CLAM's backbone (Lu et al. 2021), without its instance loss.
+
+    Args:
+        in_dim: features of an instance.
+        num_classes: C.
+        embed_dim: of the embedding, a linear layer and ReLU, or several of them in turn; None pools the instances as
+            they are.
+        hidden_dim, heads, gated, activation: as in `AttentionPool`; the bag vectors of all heads are concatenated.
+        dropout: of the embedding and of the attention's hidden units, as in CLAM, in [0, 1].
+
+    ``forward`` returns ``Prediction(logits [B, C], pooled)``.  An empty bag is a bag vector of 0.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_classes: int,
+        embed_dim: Dims = 512,
+        hidden_dim: int = 256,
+        heads: int = 1,
+        *,
+        gated: bool = True,
+        activation: str = "tanh",
+        dropout: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        check_count("num_classes", num_classes)
+        self.in_dim = in_dim
+        self.embed, width = _embedding("embed_dim", in_dim, embed_dim, dropout, **factory)
+        options = {"gated": gated, "activation": activation, "dropout": dropout}
+        self.attention = AttentionPool(width, hidden_dim, heads, **options, **factory)
+        self.classifier = nn.Linear(heads * width, num_classes, **factory)
+
+    def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> Prediction:
+        pooled = self.attention(*_embed(self.embed, x, offsets, mask, self.in_dim))
+        return Prediction(self.classifier(pooled.bag.flatten(1)), pooled)
+
+
+class DSMILModel(nn.Module):
+    """DSMIL with its bag classifier (Li et al. 2021): the streams of `DSMIL`, their logits weighted as in v1, eq. 8.
+
+    ``logits = lambda_ * instance_logits + (1 - lambda_) * bag_logits``, where ``instance_logits`` are the maxima of the
+    first stream, and ``bag_logits`` come of a convolution through which every class sees the bag vectors of all.
+
+    Args:
+        in_dim: features of an instance.
+        num_classes: C.
+        embed_dim: of an embedding, as in `ABMIL`; None takes the instances as they are, as the authors do.
+        query_dim, options: as in `DSMIL`, by name: nonlinear_query, value, value_dim, value_dropout, scale, bias.
+        dropout: of the embedding, in [0, 1]; only with one.
+        lambda_: the share of the first stream, in [0, 1]; the final version of the paper has 1/2.
+
+    ``forward`` returns ``DSMILPrediction(logits, bag_logits, instance_logits, pooled)``, all logits ``[B, C]``.  An
+    empty bag has no maximum, so its ``logits`` are the ``bag_logits`` of a bag vector of 0; its ``instance_logits`` are
+    -inf, and have to be left out of a loss.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_classes: int,
+        embed_dim: Dims = None,
+        query_dim: int = 128,
+        *,
+        dropout: float = 0.0,
+        lambda_: float = 0.5,
+        device=None,
+        dtype=None,
+        **options,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        check_share("lambda_", lambda_)
+        if embed_dim is None and dropout:
+            raise ValueError(f"dropout is that of the embedding, which needs embed_dim; got {dropout}, embed_dim=None")
+        self.in_dim, self.lambda_ = in_dim, lambda_
+        self.embed, width = _embedding("embed_dim", in_dim, embed_dim, dropout, **factory)
+        self.streams = DSMIL(width, num_classes, query_dim, **options, **factory)
+        self.classifier = nn.Conv1d(num_classes, num_classes, self.streams.value_dim, **factory)
+
+    def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> DSMILPrediction:
+        pooled = self.streams(*_embed(self.embed, x, offsets, mask, self.in_dim))
+        bag_logits = self.classifier(pooled.bag).squeeze(2)
+        logits = self.lambda_ * pooled.values + (1 - self.lambda_) * bag_logits
+        logits = torch.where(pooled.critical < 0, bag_logits, logits)
+        return DSMILPrediction(logits, bag_logits, pooled.values, pooled)
+
+    def extra_repr(self) -> str:
+        return f"lambda_={self.lambda_}"
+
+
+class LossAttentionModel(nn.Module):
+    """Loss-based attention (Shi et al. 2020): embed each instance, pool it by how sure the bag's classifier is of it.
+
+    The instances' logits, on which its authors train too, are ``pooled.logits``; -inf in masked rows.
+
+    Args:
+        in_dim: features of an instance.
+        num_classes: C.
+        hidden_dims: of the embedding, a linear layer and ReLU each; empty takes the instances as they are.
+        dropout: after each layer of the embedding, in [0, 1]; only with one.
+        factory: device and dtype.
+
+    ``forward`` returns ``Prediction(logits [B, C], pooled)``.  An empty bag is a bag vector of 0.
+    """
+
+    def __init__(
+        self, in_dim: int, num_classes: int, hidden_dims: Sequence[int] = (256, 128, 64), *, dropout=0.0, **factory
+    ):
+        super().__init__()
+        self.in_dim = in_dim
+        self.embed, width = _hidden_embedding(in_dim, hidden_dims, dropout, **factory)
+        self.attention = LossAttention(width, num_classes, **factory)
+
+    def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> Prediction:
+        pooled = self.attention(*_embed(self.embed, x, offsets, mask, self.in_dim))
+        logits = F.linear(pooled.bag[:, 0], self.attention.weight, self.attention.bias)
+        return Prediction(logits, pooled)
+
+
+# Pooling functions without parameters: max, mean, and the classical ones
+
+_Pool = Callable[[Tensor, Tensor | None, Tensor | None, float | None], Tensor]
+
+
+def _max(x, offsets, mask, r):
+    return functional.max_pool(x, offsets, mask=mask).values
+
+
+def _mean(x, offsets, mask, r):
+    return functional.mean_pool(x, offsets, mask=mask)
+
+
+def _log_sum_exp(x, offsets, mask, r):
+    return classical.log_sum_exp_pool(x, offsets, r=r, mask=mask)
+
+
+def _generalized_mean(x, offsets, mask, r):
+    return classical.generalized_mean_pool(x, offsets, r=r, mask=mask)
+
+
+def _noisy_or_logits(z, offsets, mask):
+    """``log((1 - q) / q)`` of q, the product of ``1 - sigmoid(z)``: no probability is rounded to 1."""
+    none = functional.weighted_pool(F.softplus(z), torch.ones_like(z[:, :1]), offsets, mask=mask)[:, 0]  # -log q
+    none = none.clamp(min=torch.finfo(none.dtype).tiny)
+    return none + torch.log(-torch.expm1(-none))
+
+
+def _isr_logits(z, offsets, mask):
+    """The logarithm of the summed odds ``exp(z)``."""
+    return functional.softmax_pool(z[:, :1], z, offsets, mask=mask).lse
+
+
+_POOLS: dict[str, _Pool] = {
+    "max": _max,
+    "mean": _mean,
+    "log_sum_exp": _log_sum_exp,
+    "generalized_mean": _generalized_mean,
+}
+# Where the logit of the pooled probability is better computed without the probability.
+_LOGITS: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], Tensor]] = {
+    "max": lambda z, offsets, mask: _max(z, offsets, mask, None),
+    "noisy_or": _noisy_or_logits,
+    "isr": _isr_logits,
+}
+_EXPONENTS = {"log_sum_exp": 1.0, "generalized_mean": 3.0}
+
+
+class _Pooling(nn.Module):
+    """The embedding, the classifier and the choice of a pooling function."""
+
+    POOLINGS: tuple[str, ...]
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_classes: int = 1,
+        hidden_dims: Sequence[int] = (256, 128, 64),
+        pooling: str = "max",
+        *,
+        dropout: float = 0.0,
+        r: float | None = None,
+        **factory,
+    ):
+        super().__init__()
+        check_choice("pooling", pooling, self.POOLINGS)
+        check_count("num_classes", num_classes)
+        if r is None:
+            r = _EXPONENTS.get(pooling)
+        elif pooling not in _EXPONENTS:
+            raise ValueError(f"r is the exponent of {' and '.join(_EXPONENTS)}; got {r} beside pooling={pooling!r}")
+        else:
+            classical.check_exponent(r)
+        self.in_dim, self.pooling, self.r = in_dim, pooling, r
+        self.embed, width = _hidden_embedding(in_dim, hidden_dims, dropout, **factory)
+        self.classifier = nn.Linear(width, num_classes, **factory)
+
+    def extra_repr(self) -> str:
+        return f"pooling={self.pooling!r}" + ("" if self.r is None else f", r={self.r}")
+
+
+class InstancePooling(_Pooling):
+    """Instance-level MIL (mi-Net in Wang et al. 2018; "Instance+max" and "Instance+mean" in later papers): classify
+    each instance, pool the probabilities ``sigmoid(instance_logits)`` class by class.
+
+    Args:
+        in_dim: features of an instance.
+        num_classes: C, that do not exclude each other.
+        hidden_dims: of the embedding, a linear layer and ReLU each; empty takes the instances as they are.
+        pooling: max, mean, log_sum_exp, generalized_mean, noisy_or or isr: see `milkernels.classical`.
+        dropout: after each layer of the embedding, in [0, 1]; only with one.
+        r: the exponent of log_sum_exp (None: 1) and generalized_mean (None: 3).
+        factory: device and dtype.
+
+    ``forward`` returns ``InstancePrediction(logits [B, C], instance_logits [N, C])``; ``sigmoid(logits)`` are the
+    pooled probabilities.  max, noisy_or and isr are computed of the logits, so that bags of many instances do not
+    saturate; of the others, probabilities are kept between eps and 1 - eps, of float32 at least.  An empty bag has eps.
+    """
+
+    POOLINGS = (*_POOLS, "noisy_or", "isr")
+
+    def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> InstancePrediction:
+        values, offsets, mask = _embed(self.embed, x, offsets, mask, self.in_dim)
+        values, mask = _cleared(values, mask)
+        instance_logits = self.classifier(values)
+        z = instance_logits.to(torch.promote_types(instance_logits.dtype, torch.float32))
+        eps = torch.finfo(z.dtype).eps
+        if self.pooling in _LOGITS:
+            logits = _LOGITS[self.pooling](z, offsets, mask)
+            there = functional.mean_pool(torch.ones_like(z[:, :1]), offsets, mask=mask) > 0
+            logits = torch.where(there, logits, torch.full_like(logits, eps).logit())
+        else:
+            logits = _POOLS[self.pooling](z.sigmoid(), offsets, mask, self.r).logit(eps)
+        if mask is not None:
+            instance_logits = instance_logits.masked_fill(~mask[:, None], -torch.inf)
+        return InstancePrediction(logits.to(instance_logits.dtype), instance_logits)
+
+
+class EmbeddingPooling(_Pooling):
+    """Embedding-level MIL (MI-Net in Wang et al. 2018; "Embedding+max" and "Embedding+mean" in later papers): pool the
+    embedded instances feature by feature, classify the bag.
+
+    Args:
+        in_dim, hidden_dims, dropout, r, factory: as in `InstancePooling`.
+        num_classes: C.
+        pooling: max, mean, log_sum_exp or generalized_mean; the last needs hidden_dims, after which no feature is
+            negative.
+
+    ``forward`` returns ``Prediction(logits [B, C], pooled [B, L])``.  An empty bag is a bag vector of 0.
+    """
+
+    POOLINGS = tuple(_POOLS)
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_classes: int = 1,
+        hidden_dims: Sequence[int] = (256, 128, 64),
+        pooling: str = "max",
+        **options,
+    ):
+        if pooling == "generalized_mean" and not hidden_dims:
+            raise ValueError(f"generalized_mean takes no negative features, so it needs hidden_dims; got {hidden_dims}")
+        super().__init__(in_dim, num_classes, hidden_dims, pooling, **options)
+
+    def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> Prediction:
+        values, offsets, mask = _embed(self.embed, x, offsets, mask, self.in_dim)
+        pooled = _POOLS[self.pooling](values, offsets, mask, self.r)
+        return Prediction(self.classifier(pooled), pooled)
