@@ -221,7 +221,9 @@ def loss_attention_loss(
     return loss.mean()
 
 
-def dsmil_loss(prediction: DSMILPrediction, labels: Tensor, streams: str = "both") -> Tensor:
+def dsmil_loss(
+    prediction: DSMILPrediction, labels: Tensor, streams: str = "both", *, pos_weight: Tensor | None = None
+) -> Tensor:
     """Binary cross-entropy of DSMIL's streams (Li et al. 2021), the mean over bags and classes.
 
     Args:
@@ -229,6 +231,7 @@ def dsmil_loss(prediction: DSMILPrediction, labels: Tensor, streams: str = "both
         labels: ``[B, C]`` (``[B]`` where C is 1), between 0 and 1: classes do not exclude each other.
         streams: "both" is the mean of the two streams' losses, as the authors' code has it; "instance" and "bag" are
             one stream's, for training them in turns; "score" is that of ``prediction.logits``, v1, eq. 8.
+        pos_weight: of positive labels, as in ``torch.nn.BCEWithLogitsLoss``; the authors' code balances by it.
 
     Returns:
         A scalar.  Bags without instances have no largest instance and are left out of that stream's loss.
@@ -240,13 +243,14 @@ def dsmil_loss(prediction: DSMILPrediction, labels: Tensor, streams: str = "both
     if labels.shape != of_bag.shape:
         raise ValueError(f"labels must be {list(of_bag.shape)}; got {list(labels.shape)}")
     if streams == "score":
-        return F.binary_cross_entropy_with_logits(prediction.logits, labels)
+        return F.binary_cross_entropy_with_logits(prediction.logits, labels, pos_weight=pos_weight)
     losses = []
     if streams != "instance":
-        losses.append(F.binary_cross_entropy_with_logits(of_bag, labels))
+        losses.append(F.binary_cross_entropy_with_logits(of_bag, labels, pos_weight=pos_weight))
     if streams != "bag":
         there = prediction.pooled.critical >= 0
         logits = prediction.instance_logits.masked_fill(~there, 0)
-        terms = F.binary_cross_entropy_with_logits(logits, labels, weight=there.to(labels.dtype), reduction="sum")
+        weights = {"weight": there.to(labels.dtype), "pos_weight": pos_weight}
+        terms = F.binary_cross_entropy_with_logits(logits, labels, **weights, reduction="sum")
         losses.append(terms / there.sum().clamp(min=1))
     return sum(losses) / len(losses)

@@ -1,0 +1,49 @@
+"""The same models the way they are usually written: one bag at a time, in eager PyTorch.
+
+Each function takes a model of `milkernels.nn`, whose parameters it uses, one bag ``[n, L]`` and its label, and returns
+the bag's logit and loss.  They are what `training.fit` trains with for comparison; nothing here calls a fused op.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from milkernels.nn import ABMIL, DSMILModel, LossAttentionModel
+
+
+def attention(model: ABMIL, x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    pool, h = model.attention, model.embed(x)
+    hidden = torch.tanh(F.linear(h, pool.v_weight, pool.v_bias))
+    if pool.gated:
+        hidden = hidden * torch.sigmoid(F.linear(h, pool.u_weight, pool.u_bias))
+    weights = torch.softmax(F.linear(hidden, pool.w_weight, pool.w_bias), dim=0)  # [n, 1]
+    logit = model.classifier(weights.T @ h)[0, 0]
+    return logit, F.binary_cross_entropy_with_logits(logit, label.to(logit.dtype))
+
+
+def dsmil(model: DSMILModel, x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    streams, h = model.streams, model.embed(x)
+    instance_logits = F.linear(h, streams.weight, streams.bias)  # [n, 1]
+    query = F.linear(h, streams.q_weight, streams.q_bias)
+    if streams.nonlinear_query:
+        query = torch.tanh(F.linear(F.relu(query), streams.q2_weight, streams.q2_bias))
+    value = h if streams.value is None else F.linear(h, streams.v_weight, streams.v_bias)
+    critical = instance_logits[:, 0].argmax()
+    scale = query.shape[1] ** -0.5 if streams.scale is None else streams.scale
+    weights = torch.softmax(scale * (query @ query[critical]), dim=0)
+    bag_logit = model.classifier((weights @ value)[None, None])[0, 0, 0]
+    instance_logit = instance_logits[critical, 0]
+    label = label.to(bag_logit.dtype)
+    losses = [F.binary_cross_entropy_with_logits(logit, label) for logit in (bag_logit, instance_logit)]
+    return torch.lerp(bag_logit, instance_logit, model.lambda_), sum(losses) / 2
+
+
+def loss_attention(model: LossAttentionModel, x: Tensor, label: Tensor, lambda_: float) -> tuple[Tensor, Tensor]:
+    classifier, h = model.attention, model.embed(x)
+    instance_logits = F.linear(h, classifier.weight, classifier.bias)  # [n, C]
+    weights = instance_logits.exp().sum(dim=1)
+    weights = weights / weights.sum()
+    logits = F.linear(weights @ h, classifier.weight, classifier.bias)
+    of_instances = F.cross_entropy(instance_logits, label.expand(len(x)), reduction="none")
+    loss = F.cross_entropy(logits, label) + lambda_ * weights @ of_instances
+    return logits[1] - logits[0], loss
