@@ -18,7 +18,7 @@ from milkernels import Bags
 
 CLASSIC = ("musk1", "musk2", "fox", "tiger", "elephant")
 _NAMES = {"musk1": ("musk1", "clean1", "musk1norm"), "musk2": ("musk2", "clean2", "musk2norm")}
-_DIGIT = 9  # a bag of digits is positive if it holds one
+DIGIT = 9  # a bag of digits is positive if it holds one
 
 
 class Labelled(NamedTuple):
@@ -142,12 +142,12 @@ def digit_bags(digits: Digits, count: int, mean: float, deviation: float, seed: 
     """MNIST-bags (Ilse et al. 2018): lengths are normal, every other bag holds a 9, the others none."""
     rng = np.random.default_rng(seed)
     labels = digits.labels.numpy()
-    others = np.flatnonzero(labels != _DIGIT)
+    others = np.flatnonzero(labels != DIGIT)
     lengths = np.maximum(1, rng.normal(mean, deviation, count).astype(int)).tolist()
     parts = []
     for i, length in enumerate(lengths):
         drawn = others[rng.integers(0, len(others), length)]
-        while i % 2 == 0 and not (labels[drawn] == _DIGIT).any():
+        while i % 2 == 0 and not (labels[drawn] == DIGIT).any():
             drawn = rng.integers(0, len(labels), length)
         parts.append(drawn)
     return DigitBags(torch.from_numpy(np.concatenate(parts)), lengths, torch.tensor([1 - i % 2 for i in range(count)]))

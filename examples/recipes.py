@@ -85,9 +85,9 @@ def _at_once(loss: Loss) -> Callable[[nn.Module], Stages]:
 # Attention, and pooling without any
 
 
-def attention(widths: Sequence[int] | None, dropout: float, *, gated: bool) -> Recipe:
+def attention(widths: Sequence[int] | None, dropout: float, *, gated: bool, hidden: int = 64) -> Recipe:
     def make(width: int) -> nn.Module:
-        model = ABMIL(width, 1, widths, 64, gated=gated, dropout=dropout)
+        model = ABMIL(width, 1, widths, hidden, gated=gated, dropout=dropout)
         model.attention.dropout = 0.0  # CLAM drops hidden units of the attention too, these papers do not
         return model
 

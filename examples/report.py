@@ -1,12 +1,17 @@
 """Results as JSON and Markdown, options that all examples have, and a progress bar."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
+import multiprocessing
+import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,6 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that train")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="a small run that shows that everything works")
     parser.add_argument("--out", type=Path, help="folder for results (default: examples/results; none if --quick)")
@@ -26,11 +32,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def folder(args: argparse.Namespace) -> Path | None:
     return args.out or (None if args.quick else RESULTS)
-
-
-def progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn())
 
 
 def table(lines: Iterable[Sequence[str]]) -> str:
@@ -53,7 +54,8 @@ def _command(name: str, argv: Sequence[str]) -> str:
 def page(results: dict, markdown: Callable[[dict], str]) -> str:
     """The whole Markdown page of a results file."""
     about = f"{tables.machine(results['machine'])}, {results['date']}"
-    return f"{markdown(results)}\n\n{about}. The command:\n\n    {results['command']}\n"
+    commands = "\n".join(f"    {command}" for command in results["commands"])
+    return f"{markdown(results).rstrip()}\n\n{about}. The commands:\n\n{commands}\n"
 
 
 def _digest() -> str:
@@ -76,22 +78,44 @@ class Report:
     def __init__(self, name: str, markdown: Callable[[dict], str], args: argparse.Namespace, argv: Sequence[str]):
         self.name, self.markdown, self.folder = name, markdown, folder(args)
         self.results = {
-            "command": _command(name, argv),
+            "commands": [_command(name, argv)],
             "arguments": {key: _shown(value) for key, value in vars(args).items()},
             "machine": machines.machine(),
             "date": date.today().isoformat(),
             "sources": _digest(),
         }
 
-    def earlier_rows(self, *same: str) -> list[dict]:
-        """Those of a run that was cut short, if it was of the same code, with the same values of these arguments."""
+    def run(self, tasks: Sequence[Any], work: Callable[[Any], dict], jobs: int, same: Sequence[str]) -> None:
+        """A row for each task, by processes of one thread each: threads would wait for each other in models so small.
+
+        A task is a dataclass, and its row holds its fields.  What the file has already stays in it, and is not done
+        again, if it is of the same code and of the same values of the arguments ``same``.
+        """
+        kind = type(tasks[0])
+        names = [f.name for f in dataclasses.fields(kind)]
+        rows = {kind(*(row[name] for name in names)): row for row in self._earlier_rows(same)}
+        left = [task for task in tasks if task not in rows]
+        order = [*(task for task in rows if task not in set(tasks)), *tasks]
+        context = multiprocessing.get_context("spawn")
+        columns = (TextColumn(self.name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns) as bar, ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+            shown = bar.add_task("", total=len(tasks), completed=len(tasks) - len(left))
+            for i, row in enumerate(pool.map(work, left)):
+                rows[left[i]] = dataclasses.asdict(left[i]) | row
+                bar.advance(shown)
+                if i % 20 == 0:
+                    self.save([rows[task] for task in order if task in rows])
+        self.save([rows[task] for task in order])
+
+    def _earlier_rows(self, same: Sequence[str]) -> list[dict]:
         path = self.folder and self.folder / f"{self.name}.json"
         if path is None or not path.is_file():
             return []
-        earlier = json.loads(path.read_text())
-        ours = self.results["arguments"]
-        alike = earlier["sources"] == self.results["sources"] and all(earlier["arguments"][k] == ours[k] for k in same)
-        return earlier["rows"] if alike else []
+        earlier, ours = json.loads(path.read_text()), self.results["arguments"]
+        if earlier["sources"] != self.results["sources"] or any(earlier["arguments"][k] != ours[k] for k in same):
+            return []
+        self.results["commands"] = list(dict.fromkeys([*earlier["commands"], *self.results["commands"]]))
+        return earlier["rows"]
 
     def save(self, rows: list[dict]) -> None:
         self.results["rows"] = rows

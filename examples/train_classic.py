@@ -17,12 +17,9 @@ A run that was cut short goes on where it was.
 
 import argparse
 import dataclasses
-import multiprocessing
-import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -41,8 +38,8 @@ LOSS_ATTENTION = Settings(1e-4, 5e-4, 100, 1)  # as published: a bag per step
 
 
 def candidates(recipe: Recipe) -> list[Settings]:
-    """What is chosen from.  Published settings are those of one bag per step: of more, the learning rate grows with their
-    number or with its root."""
+    """What is chosen from.  Published settings are those of one bag per step: of more, the learning rate grows with
+    their number or with its root."""
     if recipe.settings is None:
         return list(SEARCH)
     more = BAGS / recipe.settings.bags
@@ -139,7 +136,7 @@ def run(task: Task, args: argparse.Namespace) -> dict:
     authors = args.protocol == "authors"
     seen = _watched(recipe, settings, train, test, seed, None if authors else epochs)
     labels = test.labels.cpu()
-    row = dataclasses.asdict(task) | {"epochs": epochs, "settings": dataclasses.asdict(settings), "bags": len(labels)}
+    row = {"epochs": epochs, "settings": dataclasses.asdict(settings), "bags": len(labels)}
     row["accuracy"] = {name: 1 - training.error_and_loss(z, labels)[0] for name, z in seen[epochs - 1].items()}
     if authors:
         row["authors"] = {name: max(best_on_test(logits[name], labels) for logits in seen) for name in recipe.scores}
@@ -147,10 +144,6 @@ def run(task: Task, args: argparse.Namespace) -> dict:
 
 
 # The table
-
-
-def _key(row: dict) -> Task:
-    return Task(row["set"], row["model"], row["repeat"], row["fold"])
 
 
 def _lines(rows: list[dict], sets: Sequence[str], column: str) -> Iterator[list[str]]:
@@ -180,7 +173,7 @@ def _cell(values: Sequence[float], paper: str | None) -> str:
 
 def markdown(results: dict) -> str:
     rows, arguments = results["rows"], results["arguments"]
-    sets, authors = arguments["sets"], arguments["protocol"] == "authors"
+    sets = [one for one in data.CLASSIC if any(row["set"] == one for row in rows)]
     header = ["model", "source", "folds", *sets]
     text = f"""# The classic data sets
 
@@ -191,9 +184,9 @@ there are several, are chosen by {arguments["inner"]}-fold cross-validation with
 {report.table([header, *_lines(rows, sets, "accuracy")])}
 
 """
-    if authors:
-        text += f"""The protocol of DSMIL's public code, **which looks at the test folds**: the best of all epochs on the
-test fold, at the threshold that is best there. In brackets what its paper reports.
+    if arguments["protocol"] == "authors":
+        text += f"""The protocol of DSMIL's public code, **which looks at the test folds**: the best of all epochs on
+the test fold, at the threshold that is best there. In brackets what its paper reports.
 
 {report.table([header, *_lines(rows, sets, "authors")])}
 
@@ -227,7 +220,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--inner", type=int, default=2, help="folds of the search")
     parser.add_argument("--epochs", type=int, help="of all models, instead of their own")
     parser.add_argument("--protocol", choices=("nested", "authors"), default="nested")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each")
     report.add_options(parser)
     args = parser.parse_args(argv)
     if args.quick:
@@ -246,23 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         Task(s, m, r, k) for m in args.models for s in args.sets for r in range(repeats[m]) for k in range(args.folds)
     ]
     results = report.Report("train_classic", markdown, args, argv)
-    rows = {_key(row): row for row in results.earlier_rows("folds", "inner", "epochs", "protocol", "seed")}
-    left = [task for task in tasks if task not in rows]
-    with report.progress() as bar, _workers(args.jobs) as pool:
-        shown = bar.add_task("folds", total=len(tasks), completed=len(tasks) - len(left))
-        for row in pool.map(partial(run, args=args), left):
-            rows[_key(row)] = row
-            bar.advance(shown)
-            if row["fold"] == args.folds - 1:
-                results.save([rows[task] for task in tasks if task in rows])
-    results.save([rows[task] for task in tasks])
+    results.run(tasks, partial(run, args=args), args.jobs, ("folds", "inner", "epochs", "protocol", "seed"))
     results.show()
     return 0
-
-
-def _workers(jobs: int) -> ProcessPoolExecutor:
-    """Models are so small that threads of one operator would wait for each other."""
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
 
 
 if __name__ == "__main__":
