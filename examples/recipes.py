@@ -54,7 +54,7 @@ class Recipe:
         scores: of a prediction: logits of "positive" ``[B]``.  The first is the model's; others, by name, are further
             lines of the table, such as one of its streams alone.
         settings: the published ones, if there are any.
-        eager: the same model as it is usually written: ``(model, x, label) -> (logit, loss)`` of one bag.
+        eager: the same model as it is usually written, of one bag: see `examples.eager`.
     """
 
     source: str
@@ -62,7 +62,7 @@ class Recipe:
     stages: Callable[[nn.Module], Stages]
     scores: dict[str, Callable[[Any], Tensor]]
     settings: Settings | None = None
-    eager: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    eager: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 def _bag(prediction) -> Tensor:

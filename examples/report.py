@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,11 @@ class Report:
             "sources": _digest(),
         }
 
-    def run(self, tasks: Sequence[Any], work: Callable[[Any], dict], jobs: int, same: Sequence[str]) -> None:
-        """A row for each task, by processes of one thread each: threads would wait for each other in models so small.
+    def run(
+        self, tasks: Sequence[Any], work: Callable[[Any], dict], jobs: int, same: Sequence[str], *, alone: bool = False
+    ) -> None:
+        """A row for each task, by ``jobs`` processes of one thread each: threads would wait for each other in models so
+        small.  ``alone`` gives every task a new process, with all threads.
 
         A task is a dataclass, and its row holds its fields.  What the file has already stays in it, and is not done
         again, if it is of the same code and of the same values of the arguments ``same``.
@@ -96,9 +100,11 @@ class Report:
         rows = {kind(*(row[name] for name in names)): row for row in self._earlier_rows(same)}
         left = [task for task in tasks if task not in rows]
         order = [*(task for task in rows if task not in set(tasks)), *tasks]
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([work.func.__module__ if isinstance(work, partial) else work.__module__])
         columns = (TextColumn(self.name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns) as bar, ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+        options = {"max_tasks_per_child": 1} if alone else {"initializer": torch.set_num_threads, "initargs": (1,)}
+        with Progress(*columns) as bar, ProcessPoolExecutor(jobs, context, **options) as pool:
             shown = bar.add_task("", total=len(tasks), completed=len(tasks) - len(left))
             for i, row in enumerate(pool.map(work, left)):
                 rows[left[i]] = dataclasses.asdict(left[i]) | row

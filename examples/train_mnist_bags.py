@@ -57,8 +57,8 @@ def of_images(recipe: Recipe) -> Recipe:
         shared = list(model.lenet.parameters())
         return [(shared + parameters, loss) for parameters, loss in recipe.stages(model.head)]
 
-    def eager(model: OfImages, x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        return recipe.eager(model.head, model.lenet(x), label)
+    def eager(model: OfImages, x: Tensor, label: Tensor, pos_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return recipe.eager(model.head, model.lenet(x), label, pos_weight)
 
     made = {"model": lambda width: OfImages(recipe.model(FEATURES)), "stages": stages, "settings": PUBLISHED}
     return dataclasses.replace(recipe, **made, eager=recipe.eager and eager)
@@ -139,7 +139,7 @@ def markdown(results: dict) -> str:
     text = f"""# MNIST-bags
 
 AUC on {arguments["test"]:,} test bags, mean ± standard deviation over repetitions, each with new training bags, whose
-number is in the header; in brackets what the papers report. {arguments["bags_per_step"]} bags per step.
+number is in the header; in brackets what the papers report. Bags per step: {arguments["bags_per_step"]}.
 """
     for mean in sorted({row["mean"] for row in rows}):
         of_mean = [row for row in rows if row["mean"] == mean]

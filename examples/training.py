@@ -44,7 +44,7 @@ class _Optimiser:
         ((_, adam, _),) = self.stages
         model.zero_grad(set_to_none=True)
         for x, label in zip(batch.bags, batch.labels, strict=True):
-            _, loss = recipe.eager(model, x, label)
+            _, loss = recipe.eager(model, x, label, batch.pos_weight)
             (loss / len(batch.labels)).backward()
         adam.step()
 
