@@ -1,8 +1,8 @@
 """The same models the way they are usually written: one bag at a time, in eager PyTorch.
 
-Each function takes a model of `milkernels.nn`, whose parameters it uses, one bag ``[n, L]``, its label and the weight of
-positive bags, and returns the bag's logit and loss.  They are what `training.fit` trains with for comparison; nothing
-here calls a fused op.
+Each function takes a model of `milkernels.nn`, whose parameters it uses, one bag ``[n, L]``, its label and the weight
+of positive bags, and returns the bag's logit and loss.  They are what `training.fit` trains with for comparison;
+nothing here calls a fused op.
 """
 
 import torch
