@@ -2,6 +2,7 @@
 #
 #   make install                    .venv with PyTorch, this package (editable) and its compiled extension
 #   make bench ARGS="--op ..."      benchmarks
+#   make example ARGS="slide_bag"   one of examples/, with its options; see examples/README.md
 #   make test  ARGS="-k bags"       tests
 #   make gpu [QUICK=1] [OUT=dir]    tests and benchmarks on an NVIDIA GPU, with what $(PYTHON) has; needs no network
 #   make aot   ARGS="--op ..."      compiles every Triton kernel for NVIDIA's and AMD's GPUs and checks the code; needs none
@@ -28,13 +29,13 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 RUFF := $(shell sed -n 's/.*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
 SOURCES := setup.py $(shell find csrc -type f)
-PYTHON_FILES := setup.py $(wildcard milkernels tests benchmarks)
+PYTHON_FILES := setup.py $(wildcard milkernels tests benchmarks examples)
 CUDA_VENV := .venv-cuda
 # Of the tests of all kernels those against the oracle, for AddressSanitizer is slow; ARGS="-k 'not gradcheck'" runs all.
 CUDA_TESTS := tests/test_cuda.py tests/test_kernels.py tests/test_attention.py -k "test_cuda or test_oracle"
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install bench test gpu aot cuda-test cuda-check host-time lint format info clean
+.PHONY: install bench example test gpu aot cuda-test cuda-check host-time lint format info clean
 
 install: $(VENV)/.built
 
@@ -42,8 +43,12 @@ bench: $(VENV)/.built
 	@$(PY) -c "import numpy, rich, matplotlib, psutil" 2>/dev/null || $(PIP) install "milkernels[bench]"
 	$(PY) -m milkernels bench $(ARGS)
 
+example: $(VENV)/.built
+	@$(PY) -c "import numpy, rich, matplotlib, psutil, sklearn" 2>/dev/null || $(PIP) install "milkernels[examples]"
+	$(PY) -m examples.$(ARGS)
+
 test: $(VENV)/.built
-	@$(PY) -c "import pytest, pytest_benchmark, numpy, rich, matplotlib, psutil, triton, pytorch_lightning, torchmil" 2>/dev/null || $(PIP) install "milkernels[test]"
+	@$(PY) -c "import pytest, pytest_benchmark, numpy, rich, matplotlib, psutil, sklearn, triton, pytorch_lightning, torchmil" 2>/dev/null || $(PIP) install "milkernels[test]"
 	$(PY) -m pytest -ra --durations=15 $(ARGS)
 
 # Not in .venv, which may have to be filled from the network.

@@ -5,20 +5,22 @@ PyTorch, and upstream's way, one bag at a time and an optimiser step for each.
     python -m examples.side_by_side                 # simulated slides alone
 
 Every run has a process of its own, and the ways take turns.  Wall time is that of training; memory the peak of the
-process beyond the data and libraries, read by the system; accuracy that on held-out bags.  The classic sets are trained
-with one thread (their bags are so small that threads wait for each other), slides with all.
+process beyond the data and libraries (on a GPU of PyTorch's allocator); accuracy that on held-out bags.  The classic
+sets are trained with one thread (their bags are so small that threads wait for each other), slides with all.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from examples import data, recipes, report, slide_bag, train_classic, training
 from examples.recipes import Recipe, Settings
@@ -71,10 +73,11 @@ def run(task: Task, args: argparse.Namespace) -> dict:
     once = dataclasses.replace(settings, epochs=1)
     few = train.take(range(2))
     training.fit(recipe, once, few.bags, few.labels, 0, way=task.way)  # libraries start
-    memory.release()
-    with memory.resident_peak() as peak:
+    with _peak(train.bags.values) as peak:
         start = time.perf_counter()
         model = training.fit(recipe, settings, train.bags, train.labels, args.seed, way=task.way)
+        if train.labels.is_cuda:
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     logits = training.predict(recipe, model, test.bags, way=task.way, size=8)[""]
     error, loss = training.error_and_loss(logits, test.labels)
@@ -91,6 +94,20 @@ def run(task: Task, args: argparse.Namespace) -> dict:
         "longest": int(lengths.max()),
         "instances": int(lengths.sum()),
     }
+
+
+@contextlib.contextmanager
+def _peak(x: Tensor) -> Iterator[memory.Peak]:
+    """Of the process, or of PyTorch's allocator on a GPU."""
+    memory.release()
+    if not x.is_cuda:
+        with memory.resident_peak() as peak:
+            yield peak
+        return
+    peak, before = memory.Peak(), torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    yield peak
+    peak.extra = torch.cuda.max_memory_allocated() - before
 
 
 def markdown(results: dict) -> str:
@@ -125,6 +142,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m examples.side_by_side", description=__doc__, formatter_class=about)
     parser.add_argument("--data", type=Path, help="folder with classic sets; without it slides only")
     parser.add_argument("--sets", nargs="+", choices=data.CLASSIC, default=["tiger", "musk2"])
+    parser.add_argument("--models", nargs="+", choices=CLASSIC, default=list(CLASSIC))
     parser.add_argument("--epochs", type=int, default=20, help="on the classic sets")
     parser.add_argument("--slides", type=int, default=16)
     parser.add_argument("--patches", type=int, default=80_000, help="of the largest slide")
@@ -141,11 +159,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    parts = {name: CLASSIC for name in args.sets} if args.data else {}
-    for name in parts:
+    sets = args.sets if args.data else []
+    for name in sets:
         data.classic(args.data, name)  # before any work
-    parts["slides"] = tuple(SLIDES)
-    pairs = [(part, model) for part, models in parts.items() for model in models]
+    pairs = [
+        (part, model) for part in [*sets, "slides"] for model in args.models if part != "slides" or model in SLIDES
+    ]
     tasks = [Task(part, model, way, i) for part, model in pairs for i in range(args.rounds) for way in training.WAYS]
     results = report.Report("side_by_side", markdown, args, argv)
     results.run(tasks, partial(run, args=args), 1, ("epochs", "seed", "slides"), alone=True)

@@ -63,7 +63,6 @@ def fit(
     *,
     way: str = "ragged",
     epochs: int | None = None,
-    make: Callable[[], nn.Module] | None = None,
     after_epoch: Callable[[nn.Module], None] = lambda model: None,
 ) -> nn.Module:
     """The trained model, in evaluation mode.
@@ -74,11 +73,10 @@ def fit(
         seed: of parameters, dropout and the order of the bags.
         way: one of `WAYS`.
         epochs: when to stop; None is the end of the settings' schedule.
-        make: the model; None makes the recipe's for the width of the bags.
         after_epoch: called with the model in evaluation mode.
     """
     generator = seeded(seed)
-    model = (make or (lambda: recipe.model(bags.values.shape[1])))().to(bags.values.device)
+    model = recipe.model(bags.values.shape[1]).to(bags.values.device)
     optimiser = _Optimiser(recipe, model, settings)
     pos_weight = (labels == 0).sum() / (labels == 1).sum().clamp(min=1) if settings.balanced else None
     size = 1 if way == "upstream" else settings.bags
