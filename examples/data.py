@@ -139,7 +139,8 @@ class DigitBags(NamedTuple):
 
 
 def digit_bags(digits: Digits, count: int, mean: float, deviation: float, seed: int) -> DigitBags:
-    """MNIST-bags (Ilse et al. 2018): lengths are normal, every other bag holds a 9, the others none."""
+    """MNIST-bags (Ilse et al. 2018), balanced as by their ``mnist_bags_loader.py``: lengths are normal, every other bag
+    holds a 9, the others none."""
     rng = np.random.default_rng(seed)
     labels = digits.labels.numpy()
     others = np.flatnonzero(labels != DIGIT)

@@ -28,16 +28,14 @@ def attention(model: ABMIL, x: Tensor, label: Tensor, pos_weight: Tensor | None 
 
 
 def dsmil(model: DSMILModel, x: Tensor, label: Tensor, pos_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As its authors ship it."""
     streams, h = model.streams, _embedded(model, x)
     instance_logits = F.linear(h, streams.weight, streams.bias)  # [n, 1]
-    query = F.linear(h, streams.q_weight, streams.q_bias)
-    if streams.nonlinear_query:
-        query = torch.tanh(F.linear(F.relu(query), streams.q2_weight, streams.q2_bias))
-    value = h if streams.value is None else F.linear(h, streams.v_weight, streams.v_bias)
+    query = F.relu(F.linear(h, streams.q_weight, streams.q_bias))
+    query = torch.tanh(F.linear(query, streams.q2_weight, streams.q2_bias))
     critical = instance_logits[:, 0].argmax()
-    scale = query.shape[1] ** -0.5 if streams.scale is None else streams.scale
-    weights = torch.softmax(scale * (query @ query[critical]), dim=0)
-    bag_logit = model.classifier((weights @ value)[None, None])[0, 0, 0]
+    weights = torch.softmax(query @ query[critical] * query.shape[1] ** -0.5, dim=0)
+    bag_logit = model.classifier((weights @ h)[None, None])[0, 0, 0]
     instance_logit = instance_logits[critical, 0]
     label = label.to(bag_logit.dtype)
     of_bag = F.binary_cross_entropy_with_logits(bag_logit, label, pos_weight=pos_weight)
@@ -50,7 +48,7 @@ def loss_attention(
 ) -> tuple[Tensor, Tensor]:
     classifier, h = model.attention, _embedded(model, x)
     instance_logits = F.linear(h, classifier.weight, classifier.bias)  # [n, C]
-    weights = instance_logits.exp().sum(dim=1)
+    weights = (instance_logits - instance_logits.max()).exp().sum(dim=1)
     weights = weights / weights.sum()
     logits = F.linear(weights @ h, classifier.weight, classifier.bias)
     of_instances = F.cross_entropy(instance_logits, label.expand(len(x)), reduction="none")

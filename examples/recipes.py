@@ -121,10 +121,10 @@ def _streams(which: str) -> Loss:
 
 
 def dsmil() -> Recipe:
-    """As its authors ship and train it: on the features as they come, both streams at once."""
+    """The model that its authors ship, without an embedding, and how they train it: both streams at once."""
     settings = Settings(2e-4, 5e-3, 40, 1, (0.5, 0.9), cosine=True, balanced=True)
     return Recipe(
-        "Li et al. 2021, the authors' code",
+        "Li et al. 2021, as shipped",
         lambda width: DSMILModel(width, 1),
         _at_once(_streams("both")),
         {"": lambda p: p.bag_logits[:, 0], _ALONE: lambda p: p.instance_logits[:, 0]},
@@ -184,16 +184,17 @@ def loss_attention(
         return LossAttentionModel(width, 2, widths or (), dropout=dropout if widths else 0.0)
 
     alone = partial(eager.loss_attention, lambda_=lambda_) if instances == "sum" and not omega else None
-    return Recipe("Shi et al. 2020, eqs. 5-7", make, stages, {"": _two_classes}, settings, alone)
+    source = f"Shi et al. 2020, eqs. 5-{7 if omega else 6}"
+    return Recipe(source, make, stages, {"": _two_classes}, settings, alone)
 
 
 # The tables
 
 
-_INSTANCE = ("max", "mean", "log_sum_exp", "generalized_mean", "noisy_or", "isr")
+_POOLINGS = ("max", "mean", "log_sum_exp", "generalized_mean", "noisy_or", "isr")
 
 
-def poolings(widths: Sequence[int] | None, dropout: float, names: Sequence[str] = _INSTANCE) -> dict[str, Recipe]:
+def poolings(widths: Sequence[int] | None, dropout: float, names: Sequence[str] = _POOLINGS) -> dict[str, Recipe]:
     made = {f"instance+{name}": pooling(InstancePooling, widths, dropout, name) for name in names}
     levels = {f"embedding+{name}": pooling(EmbeddingPooling, widths, dropout, name) for name in names}
     return made | {key: r for key, r in levels.items() if key.split("+")[1] in EmbeddingPooling.POOLINGS}

@@ -7,8 +7,9 @@ import json
 import multiprocessing
 import os
 import shlex
+import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -16,16 +17,31 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
+from milkernels.bench import cuda, tables
 from milkernels.bench import report as machines
-from milkernels.bench import tables
 
 RESULTS = Path(__file__).parent / "results"
+_SAVE_EVERY = 10  # seconds
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}; got {value}")
+        return value
+
+    return number
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that train")
+    jobs = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--jobs", type=at_least(1), default=jobs, help="processes that train, of one thread each")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="a small run that shows that everything works")
     parser.add_argument("--out", type=Path, help="folder for results (default: examples/results; none if --quick)")
@@ -49,7 +65,15 @@ def _shown(value: object) -> object:
 
 
 def _command(name: str, argv: Sequence[str]) -> str:
-    return shlex.join(["python", "-m", f"examples.{name}", *(word.rstrip("/").rpartition("/")[2] for word in argv)])
+    """As it was called, of each path its last name."""
+    words = [word.partition("=") if word.startswith("--") else ("", "", word) for word in argv]
+    words = [option + equals + value.rstrip("/").rpartition("/")[2] for option, equals, value in words]
+    return shlex.join(["python", "-m", f"examples.{name}", *words])
+
+
+def _machine(device: str) -> dict[str, object]:
+    about = machines.machine()
+    return about | ({"gpu": cuda.about()} if torch.device(device).type == "cuda" else {})
 
 
 def page(results: dict, markdown: Callable[[dict], str]) -> str:
@@ -60,11 +84,25 @@ def page(results: dict, markdown: Callable[[dict], str]) -> str:
 
 
 def _digest() -> str:
-    """Of the code that made the results: these examples."""
+    """Of these examples; what of milkernels they ran says the commit."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def now(x: Tensor) -> float:
+    """Seconds, after what ``x``'s device has to do is done."""
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    new.replace(path)
 
 
 class Report:
@@ -81,7 +119,8 @@ class Report:
         self.results = {
             "commands": [_command(name, argv)],
             "arguments": {key: _shown(value) for key, value in vars(args).items()},
-            "machine": machines.machine(),
+            "machine": _machine(args.device),
+            "commit": machines.commit(),
             "date": date.today().isoformat(),
             "sources": _digest(),
         }
@@ -93,7 +132,7 @@ class Report:
         small.  ``alone`` gives every task a new process, with all threads.
 
         A task is a dataclass, and its row holds its fields.  What the file has already stays in it, and is not done
-        again, if it is of the same code and of the same values of the arguments ``same``.
+        again, if it is of the same code and machine, and of the same values of the arguments ``same``.
         """
         kind = type(tasks[0])
         names = [f.name for f in dataclasses.fields(kind)]
@@ -102,33 +141,43 @@ class Report:
         order = [*(task for task in rows if task not in set(tasks)), *tasks]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([work.func.__module__ if isinstance(work, partial) else work.__module__])
-        columns = (TextColumn(self.name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         options = {"max_tasks_per_child": 1} if alone else {"initializer": torch.set_num_threads, "initargs": (1,)}
+        columns = (TextColumn(self.name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns) as bar, ProcessPoolExecutor(jobs, context, **options) as pool:
             shown = bar.add_task("", total=len(tasks), completed=len(tasks) - len(left))
-            for i, row in enumerate(pool.map(work, left)):
-                rows[left[i]] = dataclasses.asdict(left[i]) | row
-                bar.advance(shown)
-                if i % 20 == 0:
-                    self.save([rows[task] for task in order if task in rows])
-        self.save([rows[task] for task in order])
+            futures = {pool.submit(work, task): task for task in left}
+            saved = time.monotonic()
+            try:
+                for future in as_completed(futures):
+                    rows[futures[future]] = dataclasses.asdict(futures[future]) | future.result()
+                    bar.advance(shown)
+                    if time.monotonic() - saved > _SAVE_EVERY:
+                        self.save([rows[task] for task in order if task in rows])
+                        saved = time.monotonic()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.save([rows[task] for task in order if task in rows])
 
     def _earlier_rows(self, same: Sequence[str]) -> list[dict]:
+        """Those of the file, if they belong to this run; otherwise it is put aside."""
         path = self.folder and self.folder / f"{self.name}.json"
         if path is None or not path.is_file():
             return []
-        earlier, ours = json.loads(path.read_text()), self.results["arguments"]
-        if earlier["sources"] != self.results["sources"] or any(earlier["arguments"][k] != ours[k] for k in same):
-            return []
-        self.results["commands"] = list(dict.fromkeys([*earlier["commands"], *self.results["commands"]]))
-        return earlier["rows"]
+        earlier, ours = json.loads(path.read_text()), self.results
+        alike = all(earlier.get(key) == ours[key] for key in ("sources", "machine"))
+        if alike and all(earlier["arguments"].get(key) == ours["arguments"].get(key) for key in same):
+            ours["commands"] = list(dict.fromkeys([*earlier["commands"], *ours["commands"]]))
+            return earlier["rows"]
+        aside = path.replace(path.with_suffix(".json.old"))
+        print(f"{path.name} is of other code, another machine or other arguments: it is {aside.name} now")
+        return []
 
     def save(self, rows: list[dict]) -> None:
         self.results["rows"] = rows
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / f"{self.name}.json").write_text(json.dumps(self.results, indent=1) + "\n")
-            (self.folder / f"{self.name}.md").write_text(page(self.results, self.markdown))
+            _write(self.folder / f"{self.name}.json", json.dumps(self.results, indent=1) + "\n")
+            _write(self.folder / f"{self.name}.md", page(self.results, self.markdown))
 
     def show(self) -> None:
         print(page(self.results, self.markdown))

@@ -1,7 +1,7 @@
 """Self-attention before attention pooling: SA-AbMILP (Rymarczyk et al. 2021), and what it costs.
 
 Instances attend to each other inside their bag, by PyTorch's own attention, and are then pooled as in `ABMIL`.  Every
-instance is compared with every other, so the time grows with the square of the bag:
+instance is compared with every other, so time and memory grow with the square of the bag:
 
     python -m examples.self_attention            # measures it beside attention pooling alone
 """
@@ -9,10 +9,10 @@ instance is compared with every other, so the time grows with the square of the 
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,6 +50,8 @@ class SelfAttentionABMIL(nn.Module):
 
     def forward(self, x: Tensor | Bags, offsets: Tensor | None = None) -> Prediction:
         bags = x if isinstance(x, Bags) else Bags(x, offsets)
+        if bags.mask is not None:
+            raise ValueError("instances that are masked would be attended to; bags must come without a mask")
         h = self.abmil.embed(bags.values)
         q, k, v = self.query(h), self.key(h), self.value(h)
         lengths = bags.lengths.tolist()
@@ -66,8 +68,6 @@ class SelfAttentionABMIL(nn.Module):
 def _step(model: nn.Module, x: Tensor) -> None:
     model.zero_grad()
     model(x).logits.sum().backward()
-    if x.is_cuda:
-        torch.cuda.synchronize()
 
 
 def measure(lengths: Sequence[int], width: int, rounds: int, device: str) -> list[dict]:
@@ -76,14 +76,14 @@ def measure(lengths: Sequence[int], width: int, rounds: int, device: str) -> lis
     nn.init.ones_(models["self-attention"].gamma)
     models = {name: model.to(device) for name, model in models.items()}
     rows = []
-    for n in lengths:
+    for n in track(lengths, "self_attention"):
         x, seconds = torch.randn(n, width, device=device), {name: [] for name in models}
         for i in range(rounds + 1):  # the first one warms up
             for name, model in models.items():
-                start = time.perf_counter()
+                start = report.now(x)
                 _step(model, x)
                 if i:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(report.now(x) - start)
         rows.append({"instances": n} | {name: statistics.median(taken) for name, taken in seconds.items()})
     return rows
 
@@ -100,9 +100,9 @@ def markdown(results: dict) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.self_attention", description=__doc__.split("\n")[0])
-    parser.add_argument("--instances", type=int, nargs="+", default=[1000, 2000, 4000, 8000, 16000, 32000])
-    parser.add_argument("--width", type=int, default=512, help="features of an instance")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--instances", type=report.at_least(1), nargs="+", default=[1000, 2000, 4000, 8000, 16000])
+    parser.add_argument("--width", type=report.at_least(1), default=512, help="features of an instance")
+    parser.add_argument("--rounds", type=report.at_least(1), default=3)
     report.add_options(parser)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)

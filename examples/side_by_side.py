@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,9 @@ SLIDES: dict[str, Recipe] = {
 }
 
 
+_SAME = ("data", "epochs", "slides", "patches", "slide_epochs", "seed", "device")
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     part: str  # a classic set, or "slides"
@@ -42,43 +44,42 @@ class Task:
     round: int
 
 
-def _bags(part: str, args: argparse.Namespace) -> tuple[data.Labelled, data.Labelled]:
-    """(training bags, test bags)"""
-    if part == "slides":
-        sizes = (args.patches // 80, args.patches)
-        train, test = (slide_bag.labelled(slide_bag.cohort(args.slides, *sizes, 512, args.seed + i)) for i in (1, 2))
+def _bags(task: Task, args: argparse.Namespace) -> tuple[data.Labelled, data.Labelled]:
+    """Training and test bags: in each round another fold, or other slides."""
+    if task.part == "slides":
+        sizes, seeds = (args.patches // 80, args.patches), [2 * (args.seed + task.round) + i for i in (1, 2)]
+        train, test = (slide_bag.labelled(slide_bag.cohort(args.slides, *sizes, 512, seed)) for seed in seeds)
     else:
-        whole = data.classic(args.data, part)
-        train, test = (whole.take(indices) for indices in training.folds(whole.labels, 5, args.seed)[0])
+        whole = data.classic(args.data, task.part)
+        train, test = (whole.take(some) for some in training.folds(whole.labels, 5, args.seed)[task.round % 5])
         x, others = data.standardised(train.bags, test.bags)
         train, test = data.Labelled(x, train.labels), data.Labelled(others, test.labels)
     return train.to(args.device), test.to(args.device)
 
 
 def _setup(task: Task, args: argparse.Namespace) -> tuple[Recipe, Settings]:
+    """The learning rate of a bag per step is that of a mini-batch over the root of its bags."""
     if task.part == "slides":
-        return SLIDES[task.model], dataclasses.replace(slide_bag.SETTINGS, epochs=args.slide_epochs)
-    recipe = train_classic.RECIPES[task.model]
-    settings = train_classic.candidates(recipe)[0]
-    if task.way == "upstream" and recipe.settings:
-        settings = recipe.settings
-    return recipe, dataclasses.replace(settings, epochs=args.epochs)
+        recipe, settings, epochs = SLIDES[task.model], slide_bag.SETTINGS, args.slide_epochs
+    else:
+        recipe, epochs = train_classic.RECIPES[task.model], args.epochs
+        settings = train_classic.candidates(recipe)[0]
+    lr = settings.lr / settings.bags**0.5 if task.way == "upstream" else settings.lr
+    return recipe, dataclasses.replace(settings, epochs=epochs, lr=lr)
 
 
 def run(task: Task, args: argparse.Namespace) -> dict:
     """In a process of its own: trains, measures, tests."""
     if task.part != "slides":
         torch.set_num_threads(1)
-    (recipe, settings), (train, test) = _setup(task, args), _bags(task.part, args)
+    (recipe, settings), (train, test) = _setup(task, args), _bags(task, args)
     once = dataclasses.replace(settings, epochs=1)
     few = train.take(range(2))
     training.fit(recipe, once, few.bags, few.labels, 0, way=task.way)  # libraries start
     with _peak(train.bags.values) as peak:
-        start = time.perf_counter()
-        model = training.fit(recipe, settings, train.bags, train.labels, args.seed, way=task.way)
-        if train.labels.is_cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        start = report.now(train.labels)
+        model = training.fit(recipe, settings, train.bags, train.labels, args.seed + task.round, way=task.way)
+        seconds = report.now(train.labels) - start
     logits = training.predict(recipe, model, test.bags, way=task.way, size=8)[""]
     error, loss = training.error_and_loss(logits, test.labels)
     lengths = train.bags.lengths
@@ -143,11 +144,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with classic sets; without it slides only")
     parser.add_argument("--sets", nargs="+", choices=data.CLASSIC, default=["tiger", "musk2"])
     parser.add_argument("--models", nargs="+", choices=CLASSIC, default=list(CLASSIC))
-    parser.add_argument("--epochs", type=int, default=20, help="on the classic sets")
-    parser.add_argument("--slides", type=int, default=16)
-    parser.add_argument("--patches", type=int, default=80_000, help="of the largest slide")
-    parser.add_argument("--slide-epochs", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs", type=report.at_least(1), default=20, help="on the classic sets")
+    parser.add_argument("--slides", type=report.at_least(2), default=16)
+    parser.add_argument("--patches", type=report.at_least(800), default=80_000, help="of the largest slide")
+    parser.add_argument("--slide-epochs", type=report.at_least(1), default=4)
+    parser.add_argument("--rounds", type=report.at_least(1), default=3)
     report.add_options(parser)
     args = parser.parse_args(argv)
     if args.quick:
@@ -167,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     tasks = [Task(part, model, way, i) for part, model in pairs for i in range(args.rounds) for way in training.WAYS]
     results = report.Report("side_by_side", markdown, args, argv)
-    results.run(tasks, partial(run, args=args), 1, ("epochs", "seed", "slides"), alone=True)
+    results.run(tasks, partial(run, args=args), 1, _SAME, alone=True)
     results.show()
     return 0
 

@@ -12,12 +12,12 @@ import argparse
 import dataclasses
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -60,7 +60,7 @@ def simulate(patches: int, width: int, label: int, seed: int) -> Slide:
 
 def _spots(place: Tensor, share: float, count: int, generator: torch.Generator) -> Tensor:
     """Which places lie in one of ``count`` discs, which together cover about this share of the tissue."""
-    radius = (share / count) ** 0.5
+    radius = max((share / count) ** 0.5, 2 * len(place) ** -0.5)  # of some patches at least
     angle = 6.2832 * torch.rand(count, generator=generator)
     centre = 0.8 * torch.rand(count, 1, generator=generator).sqrt() * torch.stack([angle.cos(), angle.sin()], 1)
     return (torch.cdist(place, centre) <= radius).any(1)
@@ -84,10 +84,11 @@ def explain(model, slide: Slide, device: str, out: Path | None) -> dict:
     from sklearn.metrics import roc_auc_score
 
     bags = labelled([slide]).bags.to(device)
-    start = time.perf_counter()
     with torch.no_grad():
+        model(bags)  # warms up
+        start = report.now(bags.values)
         prediction = model(bags)
-    seconds = time.perf_counter() - start
+        seconds = report.now(bags.values) - start
     (one,) = attention_arrays(prediction.pooled, bags)
     _, top = topk_instances(prediction.pooled.scores, 100)
     if out is not None:
@@ -110,16 +111,19 @@ def train_and_explain(args: argparse.Namespace, out: Path | None) -> dict:
     train, test = (
         labelled(cohort(args.slides, smallest, largest, args.width, args.seed + i)).to(args.device) for i in (1, 2)
     )
-    ends, seconds, losses = [time.perf_counter()], [], []
-
-    def after_epoch(model) -> None:
-        seconds.append(time.perf_counter() - ends[-1])
-        logits = training.predict(RECIPE, model, train.bags, size=SETTINGS.bags)[""]
-        losses.append(training.error_and_loss(logits, train.labels)[1])
-        ends.append(time.perf_counter())
-
+    starts, seconds, losses = [report.now(train.labels)], [], []
     settings = dataclasses.replace(SETTINGS, epochs=args.epochs)
-    model = training.fit(RECIPE, settings, train.bags, train.labels, args.seed, after_epoch=after_epoch)
+    with Progress() as bar:
+        shown = bar.add_task("epochs", total=args.epochs)
+
+        def after_epoch(model) -> None:
+            seconds.append(report.now(train.labels) - starts[-1])
+            logits = training.predict(RECIPE, model, train.bags, size=SETTINGS.bags)[""]
+            losses.append(training.error_and_loss(logits, train.labels)[1])
+            starts.append(report.now(train.labels))
+            bar.advance(shown)
+
+        model = training.fit(RECIPE, settings, train.bags, train.labels, args.seed, after_epoch=after_epoch)
     logits = training.predict(RECIPE, model, test.bags, size=SETTINGS.bags)[""]
     return {
         "slides": args.slides,
@@ -152,10 +156,10 @@ def markdown(results: dict) -> str:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     about = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m examples.slide_bag", description=__doc__, formatter_class=about)
-    parser.add_argument("--patches", type=int, default=100_000, help="of the slide that is explained")
-    parser.add_argument("--slides", type=int, default=32, help="to train on; as many again to test on")
-    parser.add_argument("--width", type=int, default=512, help="features of a patch")
-    parser.add_argument("--epochs", type=int, default=SETTINGS.epochs)
+    parser.add_argument("--patches", type=report.at_least(200), default=100_000, help="of the slide that is explained")
+    parser.add_argument("--slides", type=report.at_least(2), default=32, help="to train on; as many again to test on")
+    parser.add_argument("--width", type=report.at_least(48), default=512, help="features of a patch")
+    parser.add_argument("--epochs", type=report.at_least(1), default=SETTINGS.epochs)
     report.add_options(parser)
     args = parser.parse_args(argv)
     if args.quick:

@@ -56,6 +56,7 @@ MAIN: dict[str, Recipe] = {
 BASELINES: dict[str, Recipe] = {
     **recipes.poolings(WIDTHS, DROPOUT),
     "loss-attention-mean": recipes.loss_attention(WIDTHS, DROPOUT, LOSS_ATTENTION, 0.1, instances="mean"),
+    "loss-attention-consistent": recipes.loss_attention(WIDTHS, DROPOUT, LOSS_ATTENTION, 0.1, omega=1.0),
     "self-attention": recipes.self_attention(WIDTHS, DROPOUT),
 }
 RECIPES = MAIN | BASELINES
@@ -69,6 +70,7 @@ PAPERS: dict[str, tuple[str, ...]] = {
     "instance+max": ("0.889 ± 0.088", "0.858 ± 0.110", "0.613 ± 0.078", "0.824 ± 0.076", "0.858 ± 0.083"),
     "embedding+max": ("0.887 ± 0.091", "0.859 ± 0.102", "0.622 ± 0.084", "0.830 ± 0.072", "0.862 ± 0.077"),
 }
+_SAME = ("data", "folds", "inner", "epochs", "protocol", "seed", "device")
 _NO_LESS = 1e-9  # than a standard deviation away, but for rounding
 
 
@@ -150,25 +152,25 @@ def _lines(rows: list[dict], sets: Sequence[str], column: str) -> Iterator[list[
     """Of each model and each of its scores: mean and deviation over folds, and what the papers say."""
     for model in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == model]
+        folds = max(sum(row["set"] == one for row in of_model) for one in sets)
         for name in of_model[0][column]:
             cells = []
             for one in sets:
                 values = [row[column][name] for row in of_model if row["set"] == one]
                 known = not name and model in PAPERS and (column == "accuracy" or model == "dsmil")
-                cells.append(_cell(values, PAPERS[model][data.CLASSIC.index(one)] if known else None))
-            folds = max(sum(row["set"] == one for row in of_model) for one in sets)
+                cells.append(_cell(values, PAPERS[model][data.CLASSIC.index(one)] if known else None, folds))
             yield [f"{model}, {name}" if name else model, RECIPES[model].source, str(folds), *cells]
 
 
-def _cell(values: Sequence[float], paper: str | None) -> str:
+def _cell(values: Sequence[float], paper: str | None, folds: int) -> str:
     if not values:
         return "not run"
     mean, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
     text = f"{mean:.3f} ± {deviation:.3f}"
-    if paper is None:
-        return text
-    below = float(paper.split()[0]) - mean > deviation + _NO_LESS
-    return f"{text} ({paper}{', **below**' if below else ''})"
+    if paper is not None:
+        below = float(paper.split()[0]) - mean > deviation + _NO_LESS
+        text += f" ({paper}{', **below**' if below else ''})"
+    return text if len(values) == folds else f"{text}, {len(values)} folds"
 
 
 def markdown(results: dict) -> str:
@@ -179,7 +181,8 @@ def markdown(results: dict) -> str:
 
 Accuracy, mean ± standard deviation over folds ({arguments["folds"]} folds, repeated); in brackets what the papers
 report, ± as they give it, *below* where ours is less by more than our standard deviation. Epochs, and settings where
-there are several, are chosen by {arguments["inner"]}-fold cross-validation within the training bags of each fold.
+there are several, are chosen by {arguments["inner"]}-fold cross-validation within the training bags of each fold, and
+all of these are then trained on for as many epochs.
 
 {report.table([header, *_lines(rows, sets, "accuracy")])}
 
@@ -214,11 +217,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with the sets")
     parser.add_argument("--sets", nargs="+", choices=data.CLASSIC, default=list(data.CLASSIC))
     parser.add_argument("--models", nargs="+", choices=list(RECIPES), default=list(RECIPES))
-    parser.add_argument("--folds", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--baseline-repeats", type=int, help=f"of {', '.join(BASELINES)} (default: as the others)")
-    parser.add_argument("--inner", type=int, default=2, help="folds of the search")
-    parser.add_argument("--epochs", type=int, help="of all models, instead of their own")
+    parser.add_argument("--folds", type=report.at_least(2), default=10)
+    parser.add_argument("--repeats", type=report.at_least(1), default=5)
+    parser.add_argument(
+        "--baseline-repeats", type=report.at_least(1), help=f"of {', '.join(BASELINES)} (default: as the others)"
+    )
+    parser.add_argument("--inner", type=report.at_least(2), default=2, help="folds of the search")
+    parser.add_argument("--epochs", type=report.at_least(1), help="of all models, instead of their own")
     parser.add_argument("--protocol", choices=("nested", "authors"), default="nested")
     report.add_options(parser)
     args = parser.parse_args(argv)
@@ -238,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Task(s, m, r, k) for m in args.models for s in args.sets for r in range(repeats[m]) for k in range(args.folds)
     ]
     results = report.Report("train_classic", markdown, args, argv)
-    results.run(tasks, partial(run, args=args), args.jobs, ("folds", "inner", "epochs", "protocol", "seed"))
+    results.run(tasks, partial(run, args=args), args.jobs, _SAME)
     results.show()
     return 0
 

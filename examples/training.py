@@ -39,13 +39,13 @@ class _Optimiser:
             loss(model(batch.bags), batch, epoch).backward()
             adam.step()
 
-    def one_by_one(self, recipe: Recipe, model: nn.Module, batch: Batch) -> None:
+    def one_by_one(self, recipe: Recipe, model: nn.Module, bags: list[Tensor], labels: Tensor, pos_weight) -> None:
         """The gradient of the same loss as the one stage has, a bag at a time."""
         ((_, adam, _),) = self.stages
         model.zero_grad(set_to_none=True)
-        for x, label in zip(batch.bags, batch.labels, strict=True):
-            _, loss = recipe.eager(model, x, label, batch.pos_weight)
-            (loss / len(batch.labels)).backward()
+        for x, label in zip(bags, labels, strict=True):
+            _, loss = recipe.eager(model, x, label, pos_weight)
+            (loss / len(labels)).backward()
         adam.step()
 
     def end_of_epoch(self) -> None:
@@ -79,17 +79,16 @@ def fit(
     model = recipe.model(bags.values.shape[1]).to(bags.values.device)
     optimiser = _Optimiser(recipe, model, settings)
     pos_weight = (labels == 0).sum() / (labels == 1).sum().clamp(min=1) if settings.balanced else None
-    size = 1 if way == "upstream" else settings.bags
+    alone, size = list(bags), 1 if way == "upstream" else settings.bags  # views
     for epoch in range(settings.epochs if epochs is None else epochs):
         model.train()
         order = torch.randperm(len(labels), generator=generator).tolist()
         for first in range(0, len(order), size):
             keys = order[first : first + size]
-            batch = Batch(bags[keys], labels[keys], keys, pos_weight)
             if way == "ragged":
-                optimiser.ragged(model, batch, epoch)
+                optimiser.ragged(model, Batch(bags[keys], labels[keys], keys, pos_weight), epoch)
             else:
-                optimiser.one_by_one(recipe, model, batch)
+                optimiser.one_by_one(recipe, model, [alone[key] for key in keys], labels[keys], pos_weight)
         optimiser.end_of_epoch()
         model.eval()
         after_epoch(model)

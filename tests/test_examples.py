@@ -329,6 +329,56 @@ def test_training_is_repeatable_and_stops_where_told():
     assert not torch.equal(other.classifier.weight, whole.classifier.weight)
 
 
+def test_settings_reach_the_optimiser(monkeypatch):
+    """Adam's, for every stage; the learning rate after each epoch; the weight of positive bags."""
+    made, seen, rates = toy(40).take([*range(0, 40, 2), *range(1, 20, 2), *range(1, 20, 2)]), [], []
+    real = torch.optim.Adam
+
+    class Adam(real):
+        def __init__(self, parameters, **options):
+            super().__init__(parameters, **options)
+            seen.append((self, options))
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    settings = Settings(1e-2, 3e-3, 4, 8, (0.4, 0.8), cosine=True, balanced=True)
+    weights: list[torch.Tensor | None] = []
+
+    def stages(model):
+        def loss(prediction, batch, epoch):
+            weights.append(batch.pos_weight)
+            return prediction.logits.square().mean()
+
+        return [(list(model.parameters()), loss)]
+
+    recipe = dataclasses.replace(SMALL["attention"], stages=stages)
+    labels = torch.tensor([1] * 10 + [0] * 30)
+    training.fit(
+        recipe, settings, made.bags, labels, 0, after_epoch=lambda m: rates.append(seen[0][0].param_groups[0]["lr"])
+    )
+    assert seen[0][1] == {"lr": 1e-2, "betas": (0.4, 0.8), "weight_decay": 3e-3, "fused": True}
+    assert rates == pytest.approx([1e-2 * (1 + np.cos(np.pi * e / 4)) / 2 for e in (1, 2, 3, 4)])
+    assert {float(weight) for weight in weights} == {3.0} and len(weights) == 4 * 5
+    training.fit(recipe, dataclasses.replace(settings, balanced=False), made.bags, labels, 0)
+    assert weights[-1] is None
+
+
+def test_every_stage_takes_its_step():
+    """All parameters of both streams move, and models are looked at in evaluation mode."""
+    made, recipe, modes = toy(8), recipes.dsmil_v1((8, 6), 0.5), []
+    torch.manual_seed(4)
+    before = {name: p.clone() for name, p in recipe.model(WIDTH).named_parameters()}
+    settings = Settings(weight_decay=0.0, epochs=1, bags=8)
+    after = training.fit(recipe, settings, made.bags, made.labels, 4, after_epoch=lambda m: modes.append(m.training))
+    assert modes == [False]
+    still = [name for name, p in after.named_parameters() if torch.equal(p, before[name])]
+    assert set(still) <= {"streams.q_bias"}, "a softmax does not see the same number for all"
+
+
+def test_dsmil_is_trained_as_published():
+    settings = recipes.dsmil().settings
+    assert dataclasses.astuple(settings) == (2e-4, 5e-3, 40, 1, (0.5, 0.9), True, True)
+
+
 def test_folds_are_stratified_and_disjoint():
     labels = torch.tensor([1] * 47 + [0] * 45)
     split = training.folds(labels, 10, 0)
@@ -398,6 +448,41 @@ def test_the_tested_epoch_is_the_chosen_one(monkeypatch, tmp_path):
     assert row["authors"] == {"": 1.0}, "the last epoch, at a threshold of 5"
 
 
+def test_what_is_watched_is_standardised_by_what_is_trained_on(monkeypatch):
+    train, test, given = toy(30), toy(12, seed=1), []
+    test.bags.values.mul_(5).add_(3)
+    monkeypatch.setattr(training, "fit", lambda r, s, bags, labels, *rest, **more: given.append((bags, labels)))
+    predicted = []
+    monkeypatch.setattr(training, "predict", lambda r, m, bags: predicted.append(bags) or {})
+    train_classic._watched(SMALL["attention"], Settings(), train, test, 0)
+    ((bags, labels),) = given
+    assert torch.equal(bags.values, data.standardised(train.bags)[0].values) and torch.equal(labels, train.labels)
+    monkeypatch.setattr(training, "fit", lambda *args, after_epoch, **more: after_epoch(None))
+    train_classic._watched(SMALL["attention"], Settings(), train, test, 0)
+    assert torch.equal(predicted[0].values, data.standardised(train.bags, test.bags)[1].values)
+
+
+def test_the_nested_protocol_stops_where_it_was_chosen_to(monkeypatch, tmp_path):
+    """And every fold of every repetition has a seed of its own."""
+    made = toy(40)
+    write_npz(tmp_path / "fox.npz", made.bags, made.labels)
+    args = train_classic.parse(["--data", str(tmp_path), "--folds", "4", "--epochs", "9"])
+    monkeypatch.setattr(train_classic, "choose", lambda r, settings, *rest: (settings[1], 3))
+    seen = []
+
+    def watched(recipe, settings, train, test, seed, epochs):
+        seen.append((settings.lr, seed, epochs))
+        return [{"": torch.zeros(len(test.labels)).double()}] * epochs
+
+    monkeypatch.setattr(train_classic, "_watched", watched)
+    for repeat in (0, 1):
+        for fold in (0, 1):
+            row = train_classic.run(train_classic.Task("fox", "attention", repeat, fold), args)
+            assert row["epochs"] == 3 and "authors" not in row
+    assert {(lr, epochs) for lr, _, epochs in seen} == {(train_classic.SEARCH[1].lr, 3)}
+    assert len({seed for _, seed, _ in seen}) == 4
+
+
 def test_published_settings_are_scaled_to_the_bags_of_a_step():
     first, second = train_classic.candidates(train_classic.RECIPES["loss-attention"])
     assert (first.lr, second.lr) == pytest.approx((4e-4, 1.6e-3)) and first.bags == second.bags == 16
@@ -411,6 +496,16 @@ def test_best_threshold_on_the_test_fold():
         5 / 6
     )
     assert train_classic.best_on_test(torch.arange(6.0), torch.tensor([0, 0, 0, 1, 1, 1])) == 1
+
+
+def test_cells_of_the_table():
+    cell = train_classic._cell
+    assert cell([0.8, 0.9, 1.0], None, 3) == "0.900 ± 0.100"
+    assert cell([0.8, 0.9, 1.0], "0.950 ± 0.010", 3) == "0.900 ± 0.100 (0.950 ± 0.010)"
+    assert cell([0.8, 0.9, 1.0], "1.000", 3) == "0.900 ± 0.100 (1.000)"
+    assert cell([0.7, 0.8, 0.9], "0.901", 3) == "0.800 ± 0.100 (0.901, **below**)"
+    assert cell([0.8, 0.9, 1.0], None, 10) == "0.900 ± 0.100, 3 folds"
+    assert cell([], "0.9", 3) == "not run"
 
 
 # Commands
@@ -519,8 +614,11 @@ class Number:
 
 def test_rows_of_other_code_or_arguments_are_done_again(tmp_path, monkeypatch):
     def results(seed=0, argv=("--seed", "0")):
-        args = report.argparse.Namespace(out=tmp_path, quick=False, seed=seed)
+        args = report.argparse.Namespace(out=tmp_path, quick=False, seed=seed, device="cpu")
         return report.Report("numbers", lambda results: "# Numbers", args, argv)
+
+    def put_aside():
+        return json.loads((tmp_path / "numbers.json.old").read_text())["rows"]
 
     results().save([{"value": 1, "square": "kept"}])
     tasks = [Number(1), Number(2)]
@@ -530,11 +628,69 @@ def test_rows_of_other_code_or_arguments_are_done_again(tmp_path, monkeypatch):
     other = results(seed=1)
     other.run(tasks, _square, 1, ("seed",))
     assert [row["square"] for row in other.results["rows"]] == [1, 4]
+    assert put_aside() == again.results["rows"], "nothing is lost"
     other.save([{"value": 1, "square": "kept"}])
     monkeypatch.setattr(report, "_digest", lambda: "other code")
     changed = results(seed=1)
     changed.run(tasks, _square, 1, ("seed",))
     assert [row["square"] for row in changed.results["rows"]] == [1, 4]
+    assert put_aside() == [{"value": 1, "square": "kept"}]
+
+
+def _no_three(task):
+    if task.value == 3:
+        raise RuntimeError("three")
+    return _square(task)
+
+
+def test_a_run_that_fails_keeps_what_it_has(tmp_path):
+    args = report.argparse.Namespace(out=tmp_path, quick=False, device="cpu")
+    results = report.Report("numbers", lambda results: "# Numbers", args, [])
+    with pytest.raises(RuntimeError, match="three"):
+        results.run([Number(1), Number(2), Number(3)], _no_three, 1, ())
+    assert [row["value"] for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        (["--data", "/home/me/sets", "--quick"], "--data sets --quick"),
+        (["--data=../me/sets/", "--out", "a/b"], "--data=sets --out b"),
+        (["--models", "instance+max", "attention"], "--models instance+max attention"),
+    ],
+)
+def test_commands_are_shown_without_folders(argv, shown):
+    assert report._command("slide_bag", argv) == f"python -m examples.slide_bag {shown}"
+
+
+@pytest.mark.parametrize(
+    ("example", "argv", "said"),
+    [
+        (train_classic, ["--data", "x", "--folds", "1"], "must be at least 2; got 1"),
+        (train_classic, ["--data", "x", "--repeats", "0"], "must be at least 1; got 0"),
+        (train_classic, ["--data", "x", "--jobs", "0"], "must be at least 1; got 0"),
+        (train_classic, ["--data", "x", "--epochs", "0"], "must be at least 1; got 0"),
+        (train_classic, ["--data", "x", "--sets", "musk3"], "invalid choice: 'musk3'"),
+        (train_classic, [], "required: --data"),
+        (train_mnist_bags, ["--data", "x", "--train", "1"], "must be at least 2; got 1"),
+        (slide_bag, ["--width", "32"], "must be at least 48; got 32"),
+        (slide_bag, ["--patches", "10"], "must be at least 200; got 10"),
+        (side_by_side, ["--rounds", "0"], "must be at least 1; got 0"),
+        (self_attention, ["--rounds", "0"], "must be at least 1; got 0"),
+        (self_attention, ["--instances", "0"], "must be at least 1; got 0"),
+    ],
+)
+def test_bad_options(example, argv, said, capsys):
+    with pytest.raises(SystemExit):
+        example.main(argv)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["train_classic", "train_mnist_bags", "side_by_side"])
+def test_data_are_looked_for_before_any_work(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(report.Report, "run", lambda *args, **options: pytest.fail("work"))
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        sys.modules[f"examples.{name}"].main(["--data", str(tmp_path)])
 
 
 def _square(task):

@@ -310,20 +310,31 @@ def test_dsmil_weighs_its_streams(lambda_):
     assert torch.equal(logits[EMPTY], bag_logits[EMPTY]) and torch.equal(logits[EMPTY], model.classifier.bias)
 
 
-@pytest.mark.parametrize("pooling", ["max", "noisy_or", "isr"])
-def test_instances_do_not_saturate(pooling):
-    """1000 instances of probability 1/2 or 1 - 1e-10: their noisy-or is 1 in float32, its logit is not infinite."""
+@pytest.mark.parametrize("pooling", ["max", "mean", "noisy_or", "isr"])
+@pytest.mark.parametrize("z", [-200.0, -90.0, -30.0, -9.5, -3.0, 0.0, 17.0, 23.0, 90.0])
+def test_instances_do_not_saturate(pooling, z):
+    """1000 instances, of probabilities that float32 rounds to 0 or 1: their logit is right, and has a gradient."""
     model = nn.InstancePooling(1, 1, (), pooling)
     torch.nn.init.ones_(model.classifier.weight)
     torch.nn.init.zeros_(model.classifier.bias)
-    for z in (-30.0, 0.0, 23.0):
-        x = torch.full((1000, 1), z).requires_grad_()
-        logit = model(x).logits
-        q = -1000 * math.log1p(math.exp(z))  # of none
-        exact = {"max": z, "noisy_or": -q + math.log(-math.expm1(q)), "isr": math.log(1000) + z}[pooling]
-        torch.testing.assert_close(logit.item(), exact, rtol=1e-5, atol=1e-5)
-        logit.backward()
-        assert x.grad.isfinite().all() and x.grad.sum() > 0.99
+    x = torch.full((1000, 1), z).requires_grad_()
+    logit = model(x).logits
+    none = 1000 * (math.log1p(math.exp(z)) if z > -30 else math.exp(z))  # -log of the probability that none is
+    noisy_or = none + math.log(-math.expm1(-none)) if none > 1e-12 else math.log(1000) + z
+    exact = {"max": z, "mean": z, "noisy_or": noisy_or, "isr": math.log(1000) + z}[pooling]
+    torch.testing.assert_close(logit.item(), exact, rtol=2e-5, atol=2e-5)
+    logit.backward()
+    assert x.grad.isfinite().all() and 0.99 < x.grad.sum() < 1001
+
+
+@pytest.mark.parametrize("pooling", nn.InstancePooling.POOLINGS)
+def test_pooled_logits_of_half_types_are_finite(pooling):
+    model = nn.InstancePooling(1, 1, (), pooling, dtype=torch.float16)
+    torch.nn.init.zeros_(model.classifier.weight)
+    torch.nn.init.zeros_(model.classifier.bias)
+    prediction = model(torch.zeros(100_000, 1, dtype=torch.float16))
+    assert prediction.logits.isfinite().all() and prediction.logits.dtype == torch.float32
+    assert prediction.instance_logits.dtype == torch.float16
 
 
 def test_types_and_autocast():

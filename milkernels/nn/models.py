@@ -207,50 +207,50 @@ class LossAttentionModel(nn.Module):
 
 # Pooling functions without parameters: max, mean, and the classical ones
 
-_Pool = Callable[[Tensor, Tensor | None, Tensor | None, float | None], Tensor]
+_EXPONENTS = {"log_sum_exp": 1.0, "generalized_mean": 3.0}
+_Ragged = tuple[Tensor | None, Tensor | None]  # offsets and mask
 
 
-def _max(x, offsets, mask, r):
-    return functional.max_pool(x, offsets, mask=mask).values
+def _pool(pooling: str, x: Tensor, bags: _Ragged, r: float | None) -> Tensor:
+    offsets, mask = bags
+    if pooling == "max":
+        return functional.max_pool(x, offsets, mask=mask).values
+    if pooling == "mean":
+        return functional.mean_pool(x, offsets, mask=mask)
+    pool = classical.log_sum_exp_pool if pooling == "log_sum_exp" else classical.generalized_mean_pool
+    return pool(x, offsets, r=r, mask=mask)
 
 
-def _mean(x, offsets, mask, r):
-    return functional.mean_pool(x, offsets, mask=mask)
-
-
-def _log_sum_exp(x, offsets, mask, r):
-    return classical.log_sum_exp_pool(x, offsets, r=r, mask=mask)
-
-
-def _generalized_mean(x, offsets, mask, r):
-    return classical.generalized_mean_pool(x, offsets, r=r, mask=mask)
-
-
-def _noisy_or_logits(z, offsets, mask):
-    """``log((1 - q) / q)`` of q, the product of ``1 - sigmoid(z)``: no probability is rounded to 1."""
-    none = functional.weighted_pool(F.softplus(z), torch.ones_like(z[:, :1]), offsets, mask=mask)[:, 0]  # -log q
-    none = none.clamp(min=torch.finfo(none.dtype).tiny)
-    return none + torch.log(-torch.expm1(-none))
-
-
-def _isr_logits(z, offsets, mask):
-    """The logarithm of the summed odds ``exp(z)``."""
+def _log_sum_exp(z: Tensor, bags: _Ragged) -> Tensor:
+    """Of each bag, over its instances: ``[B, C]``."""
+    offsets, mask = bags
     return functional.softmax_pool(z[:, :1], z, offsets, mask=mask).lse
 
 
-_POOLS: dict[str, _Pool] = {
-    "max": _max,
-    "mean": _mean,
-    "log_sum_exp": _log_sum_exp,
-    "generalized_mean": _generalized_mean,
-}
-# Where the logit of the pooled probability is better computed without the probability.
-_LOGITS: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], Tensor]] = {
-    "max": lambda z, offsets, mask: _max(z, offsets, mask, None),
+def _mean_logits(z: Tensor, bags: _Ragged) -> Tensor:
+    return _log_sum_exp(F.logsigmoid(z), bags) - _log_sum_exp(F.logsigmoid(-z), bags)
+
+
+def _noisy_or_logits(z: Tensor, bags: _Ragged) -> Tensor:
+    """``log((1 - q) / q)`` of q, the product of ``1 - sigmoid(z)``: no probability is rounded to 1, or to 0."""
+    of_one = F.softplus(z)  # -log(1 - sigmoid(z))
+    offsets, mask = bags
+    none = functional.weighted_pool(of_one, torch.ones_like(z[:, :1]), offsets, mask=mask)[:, 0]  # -log q
+    few = 1e-4
+    large = none.clamp(min=few)
+    low = z < -20  # softplus is exp there, which underflows where its logarithm does not
+    logarithms = torch.where(low, z, of_one.masked_fill(low, 1).log())
+    return torch.where(none < few, _log_sum_exp(logarithms, bags) + none / 2, large + torch.log(-torch.expm1(-large)))
+
+
+# Poolings of probabilities whose logit is better computed without the probability.  ISR's is the logarithm of the
+# summed odds exp(z).
+_LOGITS: dict[str, Callable[[Tensor, _Ragged], Tensor]] = {
+    "max": lambda z, bags: _pool("max", z, bags, None),
+    "mean": _mean_logits,
     "noisy_or": _noisy_or_logits,
-    "isr": _isr_logits,
+    "isr": _log_sum_exp,
 }
-_EXPONENTS = {"log_sum_exp": 1.0, "generalized_mean": 3.0}
 
 
 class _Pooling(nn.Module):
@@ -300,27 +300,29 @@ class InstancePooling(_Pooling):
         factory: device and dtype.
 
     ``forward`` returns ``InstancePrediction(logits [B, C], instance_logits [N, C])``; ``sigmoid(logits)`` are the
-    pooled probabilities.  max, noisy_or and isr are computed of the logits, so that bags of many instances do not
-    saturate; of the others, probabilities are kept between eps and 1 - eps, of float32 at least.  An empty bag has eps.
+    pooled probabilities, and logits are float32 at least.  Those of max, mean, noisy_or and isr come from the
+    instances' logits, so that bags of many or of sure instances do not saturate.  For the others probabilities are kept
+    between eps and 1 - eps, beyond which there is no gradient.  An empty bag has eps.
     """
 
-    POOLINGS = (*_POOLS, "noisy_or", "isr")
+    POOLINGS = ("max", "mean", "log_sum_exp", "generalized_mean", "noisy_or", "isr")
 
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> InstancePrediction:
         values, offsets, mask = _embed(self.embed, x, offsets, mask, self.in_dim)
-        values, mask = _cleared(values, mask)
+        if len(self.embed) == 0:
+            values, mask = _cleared(values, mask)
         instance_logits = self.classifier(values)
         z = instance_logits.to(torch.promote_types(instance_logits.dtype, torch.float32))
-        eps = torch.finfo(z.dtype).eps
+        eps, bags = torch.finfo(z.dtype).eps, (offsets, mask)
         if self.pooling in _LOGITS:
-            logits = _LOGITS[self.pooling](z, offsets, mask)
+            logits = _LOGITS[self.pooling](z, bags)
             there = functional.mean_pool(torch.ones_like(z[:, :1]), offsets, mask=mask) > 0
             logits = torch.where(there, logits, torch.full_like(logits, eps).logit())
         else:
-            logits = _POOLS[self.pooling](z.sigmoid(), offsets, mask, self.r).logit(eps)
+            logits = _pool(self.pooling, z.sigmoid(), bags, self.r).logit(eps)
         if mask is not None:
             instance_logits = instance_logits.masked_fill(~mask[:, None], -torch.inf)
-        return InstancePrediction(logits.to(instance_logits.dtype), instance_logits)
+        return InstancePrediction(logits, instance_logits)
 
 
 class EmbeddingPooling(_Pooling):
@@ -336,7 +338,7 @@ class EmbeddingPooling(_Pooling):
     ``forward`` returns ``Prediction(logits [B, C], pooled [B, L])``.  An empty bag is a bag vector of 0.
     """
 
-    POOLINGS = tuple(_POOLS)
+    POOLINGS = ("max", "mean", *_EXPONENTS)
 
     def __init__(
         self,
@@ -352,5 +354,5 @@ class EmbeddingPooling(_Pooling):
 
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> Prediction:
         values, offsets, mask = _embed(self.embed, x, offsets, mask, self.in_dim)
-        pooled = _POOLS[self.pooling](values, offsets, mask, self.r)
+        pooled = _pool(self.pooling, values, (offsets, mask), self.r)
         return Prediction(self.classifier(pooled), pooled)
