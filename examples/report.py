@@ -98,6 +98,13 @@ def now(x: Tensor) -> float:
     return time.perf_counter()
 
 
+def as_json(results: dict) -> str:
+    """A line for each row."""
+    rows = ",\n".join(json.dumps(row) for row in results["rows"])
+    head = json.dumps({**results, "rows": []}, indent=1)
+    return head.replace('"rows": []', f'"rows": [\n{rows}\n]') + "\n"
+
+
 def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
     new = path.with_name(path.name + ".new")
@@ -176,7 +183,7 @@ class Report:
         self.results["rows"] = rows
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.folder / f"{self.name}.json", json.dumps(self.results, indent=1) + "\n")
+            _write(self.folder / f"{self.name}.json", as_json(self.results))
             _write(self.folder / f"{self.name}.md", page(self.results, self.markdown))
 
     def show(self) -> None:

@@ -31,8 +31,6 @@ SLIDES: dict[str, Recipe] = {
     "dsmil": recipes.dsmil(),
     "loss-attention": recipes.loss_attention(None, 0.0, Settings(), 0.1),
 }
-
-
 _SAME = ("data", "epochs", "slides", "patches", "slide_epochs", "seed", "device")
 
 
@@ -127,10 +125,14 @@ def markdown(results: dict) -> str:
             what = model = ""
     ways = "\n".join(f"- *{way}*: {what}." for way, what in training.WAYS.items())
     rounds = len({row["round"] for row in rows})
-    text = (
-        f"# The same training, ragged and one bag at a time\n\n{ways}\n\nMedians of {rounds} rounds, in which the ways "
-    )
-    return text + f"take turns, each in a process of its own.\n\n{report.table(lines)}"
+    return f"""# The same training, ragged and one bag at a time
+
+{ways}
+
+Medians of {rounds} rounds, in which the ways take turns, each in a process of its own; a round has another fold or
+other slides. The learning rate of *upstream* is that of the mini-batches over the root of their bags.
+
+{report.table(lines)}"""
 
 
 def _median(rows: list[dict], way: str, key: str) -> float | None:

@@ -1,14 +1,8 @@
-"""The examples: their data, their models in both ways of writing them, their training, and their commands."""
+"""The examples: their data, their models in both ways of writing them, and their training."""
 
 import dataclasses
 import gzip
-import json
-import os
-import re
 import struct
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,15 +13,12 @@ pytest.importorskip("rich")
 pytest.importorskip("psutil")
 pytest.importorskip("sklearn")
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from example_cases import WIDTH, toy, write_npz  # noqa: E402
 
 from examples import (  # noqa: E402
     data,
     recipes,
-    report,
     self_attention,
-    side_by_side,
     slide_bag,
     train_classic,
     train_mnist_bags,
@@ -36,10 +27,6 @@ from examples import (  # noqa: E402
 from examples.recipes import Batch, Settings  # noqa: E402
 from milkernels import Bags  # noqa: E402
 
-BESIDE = ROOT.parent / "shared" / "data"
-DATA = Path(os.environ.get("MILKERNELS_TEST_DATA", BESIDE / "mil"))
-MNIST = BESIDE / "mnist"
-WIDTH = 12
 LENGTHS = (3, 1, 7, 4, 2, 9)
 
 # Every recipe, on narrow features and without dropout, so that it says the same twice.
@@ -56,17 +43,6 @@ SMALL = {
     "self-attention": recipes.self_attention((8, 6), 0.0),
 }
 EAGER = [name for name, recipe in SMALL.items() if recipe.eager]
-
-
-def toy(count=60, width=WIDTH, seed=0):
-    """Bags of 1 to 9; in positive ones half of the instances, or the only one, differ in three features."""
-    rng = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 10, (count,), generator=rng).tolist()
-    labels = torch.arange(count) % 2
-    bags = [torch.randn(n, width, generator=rng) for n in lengths]
-    for bag, label in zip(bags, labels.tolist(), strict=True):
-        bag[: (len(bag) + 1) // 2, :3] += 3 * label
-    return data.Labelled(Bags.from_list(bags), labels)
 
 
 # Data
@@ -88,10 +64,6 @@ def write_svm(path, bags, labels):
             lines.append(f"{number}:{b}:{2 * label - 1} {pairs}")
             number += 1
     path.write_text("\n".join(lines) + "\n")
-
-
-def write_npz(path, bags, labels):
-    np.savez(path, features=bags.values.numpy(), offsets=bags.offsets.numpy(), labels=labels.numpy())
 
 
 @pytest.mark.parametrize(
@@ -506,235 +478,3 @@ def test_cells_of_the_table():
     assert cell([0.7, 0.8, 0.9], "0.901", 3) == "0.800 ± 0.100 (0.901, **below**)"
     assert cell([0.8, 0.9, 1.0], None, 10) == "0.900 ± 0.100, 3 folds"
     assert cell([], "0.9", 3) == "not run"
-
-
-# Commands
-
-
-@pytest.fixture
-def classic_data(tmp_path):
-    folder = tmp_path / "sets"
-    folder.mkdir()
-    for name in ("musk1", "tiger"):
-        made = toy(24, seed=len(name))
-        write_npz(folder / f"{name}.npz", made.bags, made.labels)
-    return folder
-
-
-@pytest.fixture
-def mnist_data(tmp_path):
-    folder = tmp_path / "digits"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for part in ("train", "t10k"):
-        for name, values in (
-            ("images-idx3", rng.integers(0, 256, (200, 28, 28))),
-            ("labels-idx1", np.arange(200) % 10),
-        ):
-            head = b"\0\0\x08" + bytes([values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
-            (folder / f"{part}-{name}-ubyte").write_bytes(head + values.astype(np.uint8).tobytes())
-    return folder
-
-
-def command(name, *arguments):
-    """As users call it, in a process of its own."""
-    call = [sys.executable, "-m", f"examples.{name}", *map(str, arguments)]
-    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def test_train_classic_quick(classic_data, tmp_path):
-    out = tmp_path / "out"
-    options = ["--data", classic_data, "--quick", "--out", out, "--protocol", "authors", "--jobs", 2]
-    printed = command("train_classic", *options, "--models", "attention", "dsmil", "instance+isr", "self-attention")
-    results = json.loads((out / "train_classic.json").read_text())
-    assert len(results["rows"]) == 4 * 2 and all(set(row) >= {"accuracy", "authors"} for row in results["rows"])
-    assert (out / "train_classic.md").read_text() in printed and "looks at the test folds" in printed
-    assert "dsmil, instance classifier alone" in printed and str(tmp_path) not in json.dumps(results)
-    # Another call adds to the file, and does nothing again.
-    before = results["rows"]
-    command("train_classic", *options, "--models", "attention", "embedding+max")
-    results = json.loads((out / "train_classic.json").read_text())
-    assert len(results["rows"]) == 5 * 2 and len(results["commands"]) == 2
-    assert all(row in results["rows"] for row in before)
-
-
-def test_train_mnist_bags_quick(mnist_data, tmp_path):
-    out = tmp_path / "out"
-    printed = command("train_mnist_bags", "--data", mnist_data, "--quick", "--out", out, "--jobs", 1)
-    rows = json.loads((out / "train_mnist_bags.json").read_text())["rows"]
-    assert {row["model"] for row in rows} == set(train_mnist_bags.RECIPES)
-    assert all(0 <= value <= 1 for row in rows for value in row["auc"].values())
-    assert "| gated-attention |" in printed
-    assert (out / "train_mnist_bags.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_slide_bag_quick(tmp_path):
-    command("slide_bag", "--quick", "--out", tmp_path)
-    (row,) = json.loads((tmp_path / "slide_bag.json").read_text())["rows"]
-    assert 0 <= row["attention_auc"] <= 1 and row["patches"] > 1900 and len(row["losses"]) == 2
-    for name in re.findall(r"\((\S+png)\)", (tmp_path / "slide_bag.md").read_text()):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_side_by_side_quick(classic_data, tmp_path):
-    printed = command("side_by_side", "--data", classic_data, "--quick", "--out", tmp_path, "--models", "dsmil")
-    rows = json.loads((tmp_path / "side_by_side.json").read_text())["rows"]
-    assert [(row["part"], row["way"]) for row in rows] == [(p, w) for p in ("tiger", "slides") for w in training.WAYS]
-    assert all(row["seconds"] > 0 for row in rows) and printed.count("| loop |") == 2
-
-
-def test_side_by_side_compares_what_is_compared():
-    """Every model is there in both ways of writing it, and mini-batches are the same in two of three ways."""
-    args = side_by_side.parse(["--data", "somewhere"])
-    for part, models in (("tiger", side_by_side.CLASSIC), ("slides", side_by_side.SLIDES)):
-        for model in models:
-            setup = {w: side_by_side._setup(side_by_side.Task(part, model, w, 0), args) for w in training.WAYS}
-            assert setup["ragged"] == setup["loop"] and setup["ragged"][0].eager is not None
-            assert {settings.epochs for _, settings in setup.values()} == {20 if part == "tiger" else args.slide_epochs}
-
-
-def test_self_attention_quick(tmp_path):
-    command("self_attention", "--quick", "--out", tmp_path)
-    rows = json.loads((tmp_path / "self_attention.json").read_text())["rows"]
-    assert [row["instances"] for row in rows] == [200, 400] and all(row["attention"] > 0 for row in rows)
-
-
-def test_quick_runs_leave_no_results():
-    before = sorted(report.RESULTS.glob("*")) if report.RESULTS.is_dir() else []
-    command("self_attention", "--quick")
-    assert (sorted(report.RESULTS.glob("*")) if report.RESULTS.is_dir() else []) == before
-
-
-@dataclasses.dataclass(frozen=True)
-class Number:
-    value: int
-
-
-def test_rows_of_other_code_or_arguments_are_done_again(tmp_path, monkeypatch):
-    def results(seed=0, argv=("--seed", "0")):
-        args = report.argparse.Namespace(out=tmp_path, quick=False, seed=seed, device="cpu")
-        return report.Report("numbers", lambda results: "# Numbers", args, argv)
-
-    def put_aside():
-        return json.loads((tmp_path / "numbers.json.old").read_text())["rows"]
-
-    results().save([{"value": 1, "square": "kept"}])
-    tasks = [Number(1), Number(2)]
-    again = results()
-    again.run(tasks, _square, 1, ("seed",))
-    assert again.results["rows"] == [{"value": 1, "square": "kept"}, {"value": 2, "square": 4}]
-    other = results(seed=1)
-    other.run(tasks, _square, 1, ("seed",))
-    assert [row["square"] for row in other.results["rows"]] == [1, 4]
-    assert put_aside() == again.results["rows"], "nothing is lost"
-    other.save([{"value": 1, "square": "kept"}])
-    monkeypatch.setattr(report, "_digest", lambda: "other code")
-    changed = results(seed=1)
-    changed.run(tasks, _square, 1, ("seed",))
-    assert [row["square"] for row in changed.results["rows"]] == [1, 4]
-    assert put_aside() == [{"value": 1, "square": "kept"}]
-
-
-def _no_three(task):
-    if task.value == 3:
-        raise RuntimeError("three")
-    return _square(task)
-
-
-def test_a_run_that_fails_keeps_what_it_has(tmp_path):
-    args = report.argparse.Namespace(out=tmp_path, quick=False, device="cpu")
-    results = report.Report("numbers", lambda results: "# Numbers", args, [])
-    with pytest.raises(RuntimeError, match="three"):
-        results.run([Number(1), Number(2), Number(3)], _no_three, 1, ())
-    assert [row["value"] for row in json.loads((tmp_path / "numbers.json").read_text())["rows"]] == [1, 2]
-
-
-@pytest.mark.parametrize(
-    ("argv", "shown"),
-    [
-        (["--data", "/home/me/sets", "--quick"], "--data sets --quick"),
-        (["--data=../me/sets/", "--out", "a/b"], "--data=sets --out b"),
-        (["--models", "instance+max", "attention"], "--models instance+max attention"),
-    ],
-)
-def test_commands_are_shown_without_folders(argv, shown):
-    assert report._command("slide_bag", argv) == f"python -m examples.slide_bag {shown}"
-
-
-@pytest.mark.parametrize(
-    ("example", "argv", "said"),
-    [
-        (train_classic, ["--data", "x", "--folds", "1"], "must be at least 2; got 1"),
-        (train_classic, ["--data", "x", "--repeats", "0"], "must be at least 1; got 0"),
-        (train_classic, ["--data", "x", "--jobs", "0"], "must be at least 1; got 0"),
-        (train_classic, ["--data", "x", "--epochs", "0"], "must be at least 1; got 0"),
-        (train_classic, ["--data", "x", "--sets", "musk3"], "invalid choice: 'musk3'"),
-        (train_classic, [], "required: --data"),
-        (train_mnist_bags, ["--data", "x", "--train", "1"], "must be at least 2; got 1"),
-        (slide_bag, ["--width", "32"], "must be at least 48; got 32"),
-        (slide_bag, ["--patches", "10"], "must be at least 200; got 10"),
-        (side_by_side, ["--rounds", "0"], "must be at least 1; got 0"),
-        (self_attention, ["--rounds", "0"], "must be at least 1; got 0"),
-        (self_attention, ["--instances", "0"], "must be at least 1; got 0"),
-    ],
-)
-def test_bad_options(example, argv, said, capsys):
-    with pytest.raises(SystemExit):
-        example.main(argv)
-    assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["train_classic", "train_mnist_bags", "side_by_side"])
-def test_data_are_looked_for_before_any_work(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(report.Report, "run", lambda *args, **options: pytest.fail("work"))
-    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-        sys.modules[f"examples.{name}"].main(["--data", str(tmp_path)])
-
-
-def _square(task):
-    return {"square": task.value**2}
-
-
-# Results in the repository, and real data
-
-
-PAGES = {module.__name__.split(".")[1]: module for module in (train_classic, train_mnist_bags, slide_bag, side_by_side)}
-PAGES["self_attention"] = self_attention
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_committed_pages_are_those_of_their_files(name):
-    path = report.RESULTS / f"{name}.json"
-    if not path.is_file():
-        pytest.skip(f"no results of {name}")
-    page = path.with_suffix(".md").read_text()
-    assert page == report.page(json.loads(path.read_text()), PAGES[name].markdown)
-    for picture in re.findall(r"\((\S+png)\)", page):
-        assert path.with_name(picture).is_file()
-
-
-@pytest.mark.skipif(
-    not (DATA / "musk1.npz").is_file(), reason="no musk1.npz: MILKERNELS_TEST_DATA names no such folder"
-)
-@pytest.mark.parametrize("name", ["attention", "dsmil-v1", "loss-attention", "instance+noisy_or"])
-def test_musk1(name):
-    """Ten epochs on four fifths of real molecules: well above the 0.51 of always saying yes."""
-    whole, right = data.classic(DATA, "musk1"), []
-    assert (len(whole.labels), int(whole.labels.sum()), len(whole.bags.values)) == (92, 47, 476)
-    recipe = train_classic.RECIPES[name]
-    for train, test in training.folds(whole.labels, 5, 0)[:3]:
-        train, test = whole.take(train), whole.take(test)
-        x, others = data.standardised(train.bags, test.bags)
-        model = training.fit(recipe, Settings(2e-3, 1e-3, 10), x, train.labels, 0)
-        logits = training.predict(recipe, model, others)[""]
-        right.append(1 - training.error_and_loss(logits, test.labels)[0])
-    assert np.mean(right) > 0.65
-
-
-@pytest.mark.skipif(not MNIST.is_dir(), reason="no MNIST beside the checkout")
-def test_digits_of_mnist():
-    some = data.mnist(MNIST, "t10k")
-    assert len(some.images) == 10000 and torch.bincount(some.labels).tolist()[9] == 1009
-    assert abs(some.images.mean()) < 0.05 and abs(some.images.std() - 1) < 0.05
