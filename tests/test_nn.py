@@ -1,7 +1,6 @@
 """The modules: their results are those of the ops for every form of bags, and they are good citizens of PyTorch."""
 
 import copy
-import doctest
 import io
 import math
 import pickle
@@ -9,127 +8,31 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import close, cotangents, same_bits
+from nn_cases import (
+    EMPTY,
+    LAYERS,
+    LENGTHS,
+    MAKERS,
+    MODELS,
+    NAN,
+    B,
+    C,
+    D,
+    K,
+    L,
+    N,
+    Q,
+    every_module,
+    fields,
+    forms,
+    make,
+    make_bags,
+    step,
+)
+from op_cases import close, same_bits
 
 import milkernels
 from milkernels import Bags, nn
-
-NAN = float("nan")
-LENGTHS = (4, 0, 1, 7)
-EMPTY = 1
-B, N, L, D, K, C, Q = len(LENGTHS), sum(LENGTHS), 6, 5, 2, 3, 4
-VALUE = {"value": "relu", "value_dim": 5}
-
-
-class Scored(torch.nn.Module):
-    """`SoftmaxPool` with scores made of the instances, so that it is called as the others are."""
-
-    def __init__(self, dtype=None):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, K * L, dtype=dtype).view(K, L))
-        self.pool = nn.SoftmaxPool()
-
-    def forward(self, x, offsets=None, mask=None):
-        rows = x.values if isinstance(x, Bags) else x.values() if x.is_nested else x
-        return self.pool(x, rows.nan_to_num() @ self.weight.T, offsets, mask)
-
-
-MAKERS = {
-    "attention": lambda **f: nn.AttentionPool(L, D, K, **f),
-    "attention-plain": lambda **f: nn.AttentionPool(L, D, gated=False, activation="relu", bias=False, **f),
-    "softmax": Scored,
-    "dsmil": lambda **f: nn.DSMIL(L, C, Q, **f),
-    "dsmil-linear": lambda **f: nn.DSMIL(L, C, Q, nonlinear_query=False, value="linear", scale=1.0, **f),
-    "dsmil-relu": lambda **f: nn.DSMIL(L, C, Q, **VALUE, **f),
-    "loss-attention": lambda **f: nn.LossAttention(L, C, **f),
-    "mean": lambda **f: nn.MeanPool(),
-    "max": lambda **f: nn.MaxPool(),
-    "abmil": lambda **f: nn.ABMIL(L, C, 8, D, K, **f),
-    "abmil-no-embedding": lambda **f: nn.ABMIL(L, C, None, D, gated=False, **f),
-    "dsmil-model": lambda **f: nn.DSMILModel(L, C, 8, Q, lambda_=0.25, **VALUE, **f),
-    "dsmil-model-no-embedding": lambda **f: nn.DSMILModel(L, C, **f),
-    "abmil-deep": lambda **f: nn.ABMIL(L, C, (8, 7), D, **f),
-    "loss-attention-model": lambda **f: nn.LossAttentionModel(L, C, (8, 7), **f),
-    "instance-model-no-embedding": lambda **f: nn.InstancePooling(L, C, (), **f),
-    "embedding-model-no-embedding": lambda **f: nn.EmbeddingPooling(L, C, (), **f),
-}
-MAKERS |= {
-    f"instance-model-{pooling}": lambda pooling=pooling, **f: nn.InstancePooling(L, C, (8, 7), pooling, **f)
-    for pooling in nn.InstancePooling.POOLINGS
-}
-MAKERS |= {
-    f"embedding-model-{pooling}": lambda pooling=pooling, **f: nn.EmbeddingPooling(L, C, (8, 7), pooling, **f)
-    for pooling in nn.EmbeddingPooling.POOLINGS
-}
-LAYERS = [name for name in MAKERS if "model" not in name and "abmil" not in name]
-MODELS = [name for name in MAKERS if name not in LAYERS]
-every_module = pytest.mark.parametrize("name", MAKERS)
-
-
-def make(name, dtype=torch.float64, seed=0):
-    torch.manual_seed(seed)
-    return MAKERS[name](dtype=dtype) if name not in ("mean", "max") else MAKERS[name]()
-
-
-def make_bags(lengths=LENGTHS, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return Bags.from_list([1 + torch.randn(n, L, generator=generator, dtype=dtype) for n in lengths])
-
-
-def forms(bags):
-    """The same bags in every form: the arguments, and the row in them of each instance."""
-    x, offsets, rows = bags.values, bags.offsets, torch.arange(bags.num_instances)
-    padded, mask = bags.to_padded(NAN)
-    holes = torch.stack([x, torch.full_like(x, NAN)], 1).flatten(0, 1)  # a masked row after each instance
-    real = torch.tensor([1, 0]).repeat(len(x))
-    return {
-        "offsets": ((x, offsets), rows),
-        "int32": ((x, offsets.int()), rows),
-        "bags": ((bags,), rows),
-        "nested": ((bags.to_nested(),), rows),
-        "mask": ((holes, 2 * offsets, real), 2 * rows),
-        "masked-bags": ((Bags(holes, 2 * offsets, real),), 2 * rows),
-        "padded": ((padded, None, mask), mask.flatten().nonzero()[:, 0]),
-        "padded-ints": ((padded, None, mask.int()), mask.flatten().nonzero()[:, 0]),
-    }
-
-
-FORMS = list(forms(make_bags()))
-# Fields with a row per instance, of what a model returns; of what a layer does, "scores" and "logits".
-PER_ROW = {"Prediction": (), "DSMILPrediction": (), "InstancePrediction": ("instance_logits",)}
-
-
-def fields(result, rows, prefix="") -> dict[str, torch.Tensor]:
-    """Everything in a result by name, as if the instances had come without masked rows."""
-    if isinstance(result, torch.Tensor):
-        return {"bag": result}
-    made = {}
-    for name, t in result._asdict().items():
-        if name == "pooled":
-            made |= fields(t, rows, "pooled.")
-        elif name in PER_ROW.get(type(result).__name__, ("scores", "logits")):
-            made[prefix + name] = t[rows]
-        elif not t.is_floating_point():
-            place = torch.full((max(int(rows.max()), 0) + 2,), -1)
-            place[rows] = torch.arange(len(rows))  # place[-1] stays -1: none
-            made[prefix + name] = place[t]
-        else:
-            made[prefix + name] = t
-    return made
-
-
-def step(module, args, rows) -> dict[str, torch.Tensor]:
-    """Results and the gradients of all parameters."""
-    outputs = fields(module(*args), rows)
-    kept = {n: o.masked_fill(o.isinf(), 0) for n, o in outputs.items() if o.requires_grad}
-    parameters = dict(module.named_parameters())
-    if kept and parameters:
-        torch.autograd.backward(list(kept.values()), cotangents(kept.values()), inputs=list(parameters.values()))
-    made = {n: o.detach() for n, o in outputs.items()}
-    made |= {f"gradient of {n}": p.grad.clone() for n, p in parameters.items()}
-    module.zero_grad()
-    return made
-
 
 # Values
 
@@ -525,151 +428,3 @@ def test_repr_is_the_call_that_makes_the_module(module, text):
 def test_repr_of_models():
     text = repr(nn.DSMILModel(L, C, lambda_=0.25))
     assert "lambda_=0.25" in text and "(streams): DSMIL(in_dim=6, num_classes=3" in text
-
-
-# Graphs
-
-
-@pytest.mark.parametrize("name", ["softmax", "dsmil-relu", "dsmil-model", "loss-attention-model"])
-@pytest.mark.parametrize("form", ["bags", "padded"])
-def test_compile(name, form):
-    torch._dynamo.reset()
-    module = make(name)
-    expected = step(module, *forms(make_bags())[form])
-    module.compile(fullgraph=True, backend="aot_eager")
-    close(step(module, *forms(make_bags())[form]), expected)
-
-
-@pytest.mark.parametrize("form", ["offsets", "bags", "padded"])
-def test_compile_once_for_any_size(form):
-    torch._dynamo.reset()
-    module = make("abmil")
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
-    for lengths in (LENGTHS, (3, 0, 9, 2, 5)):
-        args, rows = forms(make_bags(lengths))[form]
-        with torch.compiler.set_stance("default" if lengths is LENGTHS else "fail_on_recompile"):
-            got = compiled(*args)
-        close(fields(got, rows), fields(module(*args), rows))
-
-
-def test_compile_with_dropout():
-    torch._dynamo.reset()
-    model, bags = nn.ABMIL(L, C, 8, D, dropout=0.5), make_bags(dtype=torch.float32)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert not torch.equal(compiled(bags).logits, compiled(bags).logits)
-    model.eval()
-    torch.testing.assert_close(compiled(bags).logits, model(bags).logits)
-
-
-@pytest.mark.parametrize("name", ["abmil", "dsmil-model"])
-@pytest.mark.parametrize("form", ["offsets", "bags"])
-def test_export_with_a_dynamic_number_of_instances(name, form):
-    module, size = make(name).eval(), torch.export.Dim("rows", min=2)
-    dynamic = ({0: size}, None) if form == "offsets" else ([{0: size}, None],)
-    program = torch.export.export(module, forms(make_bags())[form][0], dynamic_shapes=dynamic)
-    args, rows = forms(make_bags((9, 0, 30, 2), seed=1))[form]
-    close(fields(program.module()(*args), rows), fields(module(*args), rows))
-
-
-def test_export_of_a_padded_batch():
-    module, (args, rows) = make("abmil").eval(), forms(make_bags())["padded"]
-    program = torch.export.export(module, args)
-    close(fields(program.module()(*args), rows), fields(module(*args), rows))
-
-
-# Errors
-
-
-@pytest.mark.parametrize(
-    ("make_module", "error", "match"),
-    [
-        (lambda: nn.AttentionPool(0), ValueError, "in_dim must be at least 1; got 0"),
-        (lambda: nn.AttentionPool(6.0), TypeError, "in_dim must be an int; got float"),
-        (lambda: nn.AttentionPool(6, 0), ValueError, "hidden_dim must be at least 1; got 0"),
-        (lambda: nn.AttentionPool(6, heads=-1), ValueError, "heads must be at least 1; got -1"),
-        (lambda: nn.AttentionPool(6, activation="selu"), ValueError, "activation must be one of tanh.*got 'selu'"),
-        (lambda: nn.AttentionPool(6, dropout=1.5), ValueError, "dropout must be between 0 and 1; got 1.5"),
-        (lambda: nn.AttentionPool(6, dropout=NAN), ValueError, "dropout must be between 0 and 1; got nan"),
-        (lambda: nn.AttentionPool(6, dropout="0.1"), TypeError, "dropout must be a number; got str"),
-        (lambda: nn.DSMIL(6, 0), ValueError, "num_classes must be at least 1; got 0"),
-        (lambda: nn.DSMIL(6, query_dim=0), ValueError, "query_dim must be at least 1; got 0"),
-        (lambda: nn.DSMIL(6, value="tanh"), ValueError, "value must be one of None, linear, relu; got 'tanh'"),
-        (lambda: nn.DSMIL(6, value="relu", value_dim=0), ValueError, "value_dim must be at least 1; got 0"),
-        (lambda: nn.DSMIL(6, value_dim=4), ValueError, "need a value; got 4"),
-        (lambda: nn.DSMIL(6, value_dropout=0.2), ValueError, "need a value; got None, 0.2"),
-        (lambda: nn.DSMIL(6, value="relu", value_dropout=-0.1), ValueError, "value_dropout must be.*got -0.1"),
-        (lambda: nn.DSMIL(6, scale="1"), TypeError, "scale must be a number; got str"),
-        (lambda: nn.LossAttention(6, 0), ValueError, "num_classes must be at least 1; got 0"),
-        (lambda: nn.ABMIL(6, 0), ValueError, "num_classes must be at least 1; got 0"),
-        (lambda: nn.ABMIL(6, 2, 0), ValueError, "embed_dim must be at least 1; got 0"),
-        (lambda: nn.ABMIL(0, 2), ValueError, "in_dim must be at least 1; got 0"),
-        (lambda: nn.ABMIL(6, 2, dropout=2), ValueError, "dropout must be between 0 and 1; got 2"),
-        (lambda: nn.DSMILModel(6, 2, lambda_=1.1), ValueError, "lambda_ must be between 0 and 1; got 1.1"),
-        (lambda: nn.DSMILModel(6, 2, dropout=0.1), ValueError, "needs embed_dim; got 0.1"),
-        (lambda: nn.DSMILModel(6, 2, values="relu"), TypeError, "values"),
-        (lambda: nn.LossAttentionModel(6, 2, (8, 0)), ValueError, "hidden_dims must be at least 1; got 0"),
-        (lambda: nn.LossAttentionModel(6, 2, (), dropout=0.1), ValueError, "needs hidden_dims; got 0.1"),
-        (lambda: nn.ABMIL(6, 2, (8, 0)), ValueError, "embed_dim must be at least 1; got 0"),
-        (lambda: nn.InstancePooling(6, 0), ValueError, "num_classes must be at least 1; got 0"),
-        (lambda: nn.InstancePooling(6, pooling="sum"), ValueError, "pooling must be one of max.*isr; got 'sum'"),
-        (lambda: nn.InstancePooling(6, hidden_dims=(), dropout=0.1), ValueError, "needs hidden_dims; got 0.1"),
-        (lambda: nn.InstancePooling(6, r=2.0), ValueError, "got 2.0 beside pooling='max'"),
-        (lambda: nn.InstancePooling(6, pooling="log_sum_exp", r=0), ValueError, "r must be positive.*got 0"),
-        (lambda: nn.EmbeddingPooling(6, pooling="isr"), ValueError, "pooling must be one of max.*mean; got 'isr'"),
-        (lambda: nn.EmbeddingPooling(6, 1, (), "generalized_mean"), ValueError, "needs hidden_dims; got ()"),
-    ],
-)
-def test_constructors_refuse(make_module, error, match):
-    with pytest.raises(error, match=match):
-        make_module()
-
-
-@every_module
-def test_forward_refuses_what_is_not_bags(name):
-    module, bags = make(name), make_bags()
-    if name == "softmax":
-        module = lambda x, *rest: nn.SoftmaxPool()(x, torch.zeros(N, K), *rest)  # noqa: E731
-    x, offsets = bags.values, bags.offsets
-    padded, mask = bags.to_padded()
-    for args, error, match in [
-        ((list(bags),), TypeError, "x must be a tensor or Bags; got list; .*Bags.from_list"),
-        ((x.numpy(),), TypeError, "x must be a tensor or Bags; got ndarray"),
-        ((bags, offsets), ValueError, r"offsets and mask must be None beside Bags.*got \['Tensor', None\]"),
-        ((bags, None, mask.flatten()), ValueError, r"offsets and mask must be None.*got \[None, 'Tensor'\]"),
-        ((bags.to_nested(), offsets), ValueError, "offsets and mask must be None beside Bags or a nested"),
-        ((padded, offsets, mask), ValueError, "offsets must be None beside a padded batch; got Tensor"),
-        ((padded, None, mask[:, 1:]), ValueError, "mask must begin with dimensions"),
-        ((x, offsets, mask), ValueError, "mask"),
-        ((x[0],), ValueError, r"x must have 2 dimensions; got shape \(6,\)"),
-        ((x.long(), offsets), TypeError, "x must be float16.*got torch.int64"),
-        ((x, offsets + 1), ValueError, "offsets must start at 0; got 1"),
-    ]:
-        with pytest.raises(error, match=match):
-            module(*args)
-
-
-@pytest.mark.parametrize("name", [n for n in MAKERS if n not in ("softmax", "mean", "max")])
-def test_forward_refuses_another_width(name):
-    with pytest.raises(ValueError, match=r"x must have in_dim=6 features; got shape \(12, 5\)"):
-        make(name)(make_bags().values[:, 1:])
-
-
-def test_softmax_pool_refuses_scores_that_do_not_fit():
-    pool, bags = nn.SoftmaxPool(), make_bags()
-    padded, mask = bags.to_padded()
-    scores = torch.zeros(N, K)
-    for args, error, match in [
-        ((bags, scores[1:]), ValueError, r"scores must be \[12, any\]; got shape \(11, 2\)"),
-        ((bags, [1.0]), TypeError, "scores must be a tensor; got list"),
-        ((bags, scores[None]), ValueError, r"scores must be \[N, K\], or begin with.*got shape \(1, 12, 2\)"),
-        ((bags.values, scores[None]), ValueError, r"scores must be \[N, K\], or begin with"),
-        ((padded, torch.zeros(B, 6, K), None, mask), ValueError, r"scores must be \[N, K\].*got shape \(4, 6, 2\)"),
-        ((bags, bags.to_nested()), ValueError, "got a nested tensor"),
-    ]:
-        with pytest.raises(error, match=match):
-            pool(*args)
-
-
-def test_the_examples_run():
-    results = doctest.testmod(nn)
-    assert results.attempted > 5 and results.failed == 0
