@@ -6,6 +6,7 @@ from milkernels import nn as nn  # not in __all__: a star would put it over torc
 from milkernels.backends import use_backend
 from milkernels.bags import Bags, collate_bags
 from milkernels.classical import generalized_mean_pool, isr_pool, log_sum_exp_pool, noisy_or_pool
+from milkernels.embedding import InstanceEmbedding, embed_instances
 from milkernels.functional import (
     attention_pool,
     attention_scores,
@@ -48,6 +49,7 @@ __all__ = [
     "Bags",
     "DSMIL",
     "DSMILPooled",
+    "InstanceEmbedding",
     "InstanceMax",
     "LossAttentionPooled",
     "MaxPooled",
@@ -61,6 +63,7 @@ __all__ = [
     "collate_bags",
     "dsmil",
     "dsmil_pool",
+    "embed_instances",
     "gated_attention_pool",
     "gated_attention_scores",
     "generalized_mean_pool",

@@ -80,6 +80,12 @@ def check_number(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
 
 
+def check_share(name: str, value: float) -> None:
+    check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1; got {value}")
+
+
 def check_count(name: str, value: int) -> None:
     if not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name} must be an int; got {type(value).__name__}")
@@ -89,9 +95,7 @@ def check_count(name: str, value: int) -> None:
 
 def checked_seed(seed: Tensor | int | None, p_name: str, p: float, x: Tensor) -> Tensor | None:
     """The dropout seed as int64 ``[1]`` on the device of ``x``; None where nothing is dropped."""
-    check_number(p_name, p)
-    if not 0 <= p <= 1:
-        raise ValueError(f"{p_name} must be between 0 and 1; got {p}")
+    check_share(p_name, p)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed must be int64; got {seed.dtype}")

@@ -16,6 +16,10 @@ Conventions of all of them:
   in float32 (float64 if any input is), ``bag`` in the promoted type of ``x`` and the parameters.  Gradients
   come in each tensor's own type.
 - **Layout.**  The rows of ``x`` may have any stride from L on; other layouts are copied by compiled kernels.
+- **Embedding.**  ``embed`` is the layer in front of the aggregator, an `InstanceEmbedding` or a tuple ``(weight [E, L],
+  bias, activation, dropout_p)``: instead of ``x_i`` the op takes ``h_i = drop(act(W x_i + b))``, in the type of matrix
+  products, and L is E for all its other arguments and results.  Compiled kernels make ``h`` tile by tile, again in the
+  backward, and never store it; `embed_instances` gives some of its rows.
 - **Dropout.**  ``seed`` is an int64 tensor of one element on the device of ``x``, or an int; None draws it
   from PyTorch's default generator of that device.  The same seed drops the same units on every backend.
 - **Backend.**  ``backend`` is auto, native, triton or reference; None is what ``use_backend`` or
@@ -27,7 +31,6 @@ Conventions of all of them:
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from milkernels import backends, ops, reference
@@ -40,9 +43,9 @@ from milkernels.arguments import (
     check_per_row,
     check_shape,
     checked_mask,
-    checked_seed,
 )
 from milkernels.bags import check_offsets
+from milkernels.embedding import Embed, Stage, compute_dtype_of, stage_of
 from milkernels.results import (
     DSMIL,
     DSMILPooled,
@@ -65,12 +68,6 @@ def _for_kernels(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype | None:
-    """The type of autocast, which leaves float64 alone; None where it is off."""
-    dtype = reference.autocast_dtype(x)
-    return None if x.dtype == torch.float64 else dtype
-
-
 # Attention (Ilse, Tomczak, Welling 2018, "Attention-based Deep Multiple Instance Learning")
 
 
@@ -85,6 +82,7 @@ def attention_pool(
     activation: str = "tanh",
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
+    embed: Embed = None,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Pooled:
@@ -97,7 +95,7 @@ def attention_pool(
         dropout_p: the share of hidden units that is dropped, in [0, 1].
     """
     parameters = (v_weight, v_bias, None, None, w_weight, w_bias)
-    return _attention_pool(x, parameters, False, offsets, mask, seed, activation, dropout_p, backend)
+    return _attention_pool(x, parameters, False, offsets, mask, seed, activation, dropout_p, embed, backend)
 
 
 def gated_attention_pool(
@@ -113,6 +111,7 @@ def gated_attention_pool(
     activation: str = "tanh",
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
+    embed: Embed = None,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Pooled:
@@ -124,7 +123,7 @@ def gated_attention_pool(
         dropout_p: drops units of both branches, independently, as CLAM does.
     """
     parameters = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    return _attention_pool(x, parameters, True, offsets, mask, seed, activation, dropout_p, backend)
+    return _attention_pool(x, parameters, True, offsets, mask, seed, activation, dropout_p, embed, backend)
 
 
 def attention_scores(
@@ -137,12 +136,13 @@ def attention_scores(
     activation: str = "tanh",
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
+    embed: Embed = None,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The scores ``[N, K]`` of `attention_pool`."""
     parameters = (v_weight, v_bias, None, None, w_weight, w_bias)
-    return _attention_scores(x, parameters, False, mask, seed, activation, dropout_p, backend)
+    return _attention_scores(x, parameters, False, mask, seed, activation, dropout_p, embed, backend)
 
 
 def gated_attention_scores(
@@ -157,46 +157,52 @@ def gated_attention_scores(
     activation: str = "tanh",
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
+    embed: Embed = None,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The scores ``[N, K]`` of `gated_attention_pool`."""
     parameters = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    return _attention_scores(x, parameters, True, mask, seed, activation, dropout_p, backend)
+    return _attention_scores(x, parameters, True, mask, seed, activation, dropout_p, embed, backend)
 
 
-def _attention_options(x, parameters, gated, mask, seed, activation, dropout_p):
-    """The arguments that follow parameters and offsets, checked."""
+def _attention_options(x, parameters, gated, mask, seed, activation, dropout_p, embed):
+    """``(stage, the arguments that follow parameters and offsets)``, checked."""
     v_weight, v_bias, u_weight, u_bias, w_weight, w_bias = parameters
-    check_linear("v_", v_weight, v_bias, x.shape[1], x)
+    stage = stage_of(x, embed, seed, "dropout_p", dropout_p)
+    check_linear("v_", v_weight, v_bias, stage.width, x)
     hidden = v_weight.shape[0]
     if gated:
-        check_shape("u_weight", u_weight, (hidden, x.shape[1]), x)
+        check_shape("u_weight", u_weight, (hidden, stage.width), x)
         if u_bias is not None:
             check_shape("u_bias", u_bias, (hidden,), x)
     check_linear("w_", w_weight, w_bias, hidden, x)
     check_choice("activation", activation, reference.ACTIVATIONS)
-    seed = checked_seed(seed, "dropout_p", dropout_p, x)
-    return checked_mask(mask, x), seed, activation, float(dropout_p), _compute_dtype(x)
+    return stage, (checked_mask(mask, x), stage.seed, activation, float(dropout_p), compute_dtype_of(x))
 
 
-def _attention_pool(x, parameters, gated, offsets, mask, seed, activation, dropout_p, requested) -> Pooled:
+def _attention_pool(x, parameters, gated, offsets, mask, seed, activation, dropout_p, embed, requested) -> Pooled:
     _check_bags(x, offsets)
-    options = _attention_options(x, parameters, gated, mask, seed, activation, dropout_p)
-    backend = backends.choose("attention_pool", x, *parameters, requested=requested)
+    stage, options = _attention_options(x, parameters, gated, mask, seed, activation, dropout_p, embed)
+    everything = (x, *parameters, *stage.parameters)
+    backend = backends.choose("attention_pool", *everything, requested=requested)
     if backend == "reference":
-        return Pooled(*reference.attention_pool(x, *parameters, offsets, *options))
-    bag, scores, lse = ops.call("attention_pool", backend, _for_kernels(x), *parameters, offsets, *options)
-    return Pooled(bag.to(reference.result_dtype(x, *parameters)), scores, lse)
+        pooled = reference.attention_pool(stage.rows(x, options[0]), *parameters, offsets, *options)
+    else:
+        inputs = (_for_kernels(x), *parameters, offsets, *options)
+        pooled = ops.call("attention_pool", backend, *inputs, embed=stage.arguments)
+    bag, scores, lse = pooled
+    return Pooled(bag.to(reference.result_dtype(*everything)), scores, lse)
 
 
-def _attention_scores(x, parameters, gated, mask, seed, activation, dropout_p, requested) -> Tensor:
+def _attention_scores(x, parameters, gated, mask, seed, activation, dropout_p, embed, requested) -> Tensor:
     check_instances(x)
-    options = _attention_options(x, parameters, gated, mask, seed, activation, dropout_p)
-    backend = backends.choose("attention_scores", x, *parameters, requested=requested)
+    stage, options = _attention_options(x, parameters, gated, mask, seed, activation, dropout_p, embed)
+    backend = backends.choose("attention_scores", x, *parameters, *stage.parameters, requested=requested)
     if backend == "reference":
-        return reference.attention_scores(x, *parameters, *options)
-    return ops.call("attention_scores", backend, _for_kernels(x), *parameters, None, *options)
+        return reference.attention_scores(stage.rows(x, options[0]), *parameters, *options)
+    inputs = (_for_kernels(x), *parameters, None, *options)
+    return ops.call("attention_scores", backend, *inputs, embed=stage.arguments)
 
 
 # Scores that are given or come from a query
@@ -224,14 +230,17 @@ def softmax_pool(
     return Pooled(bag.to(x.dtype), scores, lse)
 
 
-def _check_query(x: Tensor, query: Tensor, offsets: Tensor | None, scale: float) -> None:
+def _query_stage(x: Tensor, query: Tensor, offsets: Tensor | None, scale: float, seed, embed: Embed) -> Stage:
+    """The arguments checked."""
     _check_bags(x, offsets)
+    stage = stage_of(x, embed, seed)
     if isinstance(query, Tensor) and query.ndim == 3:
         num_bags = 1 if offsets is None else offsets.shape[0] - 1
-        check_shape("query", query, (num_bags, None, x.shape[1]), x)
+        check_shape("query", query, (num_bags, None, stage.width), x)
     else:
-        check_shape("query", query, (None, x.shape[1]), x)
+        check_shape("query", query, (None, stage.width), x)
     check_number("scale", scale)
+    return stage
 
 
 def query_pool(
@@ -240,6 +249,8 @@ def query_pool(
     offsets: Tensor | None = None,
     *,
     scale: float = 1.0,
+    seed: Tensor | int | None = None,
+    embed: Embed = None,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Pooled:
@@ -247,13 +258,16 @@ def query_pool(
 
     ``query`` is ``[B, K, L]``, or ``[K, L]`` for all bags; it counts as a parameter.
     """
-    _check_query(x, query, offsets, scale)
+    stage = _query_stage(x, query, offsets, scale, seed, embed)
     mask = checked_mask(mask, x)
-    backend = backends.choose("query_pool", x, query, requested=backend)
+    everything = (x, query, *stage.parameters)
+    backend = backends.choose("query_pool", *everything, requested=backend)
     if backend == "reference":
-        return Pooled(*reference.query_pool(x, query, offsets, mask, scale))
-    bag, scores, lse = ops.call("query_pool", backend, _for_kernels(x), query, offsets, mask, scale)
-    return Pooled(bag.to(reference.result_dtype(x, query)), scores, lse)
+        pooled = reference.query_pool(stage.rows(x, mask), query, offsets, mask, scale)
+    else:
+        pooled = ops.call("query_pool", backend, _for_kernels(x), query, offsets, mask, scale, embed=stage.arguments)
+    bag, scores, lse = pooled
+    return Pooled(bag.to(reference.result_dtype(*everything)), scores, lse)
 
 
 def query_scores(
@@ -262,16 +276,19 @@ def query_scores(
     offsets: Tensor | None = None,
     *,
     scale: float = 1.0,
+    seed: Tensor | int | None = None,
+    embed: Embed = None,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The scores ``[N, K]`` of `query_pool`."""
-    _check_query(x, query, offsets, scale)
+    stage = _query_stage(x, query, offsets, scale, seed, embed)
     mask = checked_mask(mask, x)
-    backend = backends.choose("query_scores", x, query, requested=backend)
+    backend = backends.choose("query_scores", x, query, *stage.parameters, requested=backend)
     if backend == "reference":
-        return reference.query_scores(x, query, offsets, mask, scale)
-    return ops.call("query_scores", backend, _for_kernels(x), query, offsets, mask, scale)
+        return reference.query_scores(stage.rows(x, mask), query, offsets, mask, scale)
+    inputs = (_for_kernels(x), query, offsets, mask, scale)
+    return ops.call("query_scores", backend, *inputs, embed=stage.arguments)
 
 
 def weighted_pool(
@@ -305,6 +322,8 @@ def instance_max(
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
     *,
+    seed: Tensor | int | None = None,
+    embed: Embed = None,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> InstanceMax:
@@ -314,12 +333,16 @@ def instance_max(
     picked.  The gradient of a value goes to the instance at its index.
     """
     _check_bags(x, offsets)
-    check_linear("", weight, bias, x.shape[1], x)
+    stage = stage_of(x, embed, seed)
+    check_linear("", weight, bias, stage.width, x)
     mask = checked_mask(mask, x)
-    backend = backends.choose("instance_max", x, weight, bias, requested=backend)
+    backend = backends.choose("instance_max", x, weight, bias, *stage.parameters, requested=backend)
     if backend == "reference":
-        return InstanceMax(*reference.instance_max(x, weight, bias, offsets, mask, _compute_dtype(x)))
-    return InstanceMax(*ops.call("instance_max", backend, _for_kernels(x), weight, bias, offsets, mask))
+        return InstanceMax(
+            *reference.instance_max(stage.rows(x, mask), weight, bias, offsets, mask, compute_dtype_of(x))
+        )
+    inputs = (_for_kernels(x), weight, bias, offsets, mask)
+    return InstanceMax(*ops.call("instance_max", backend, *inputs, embed=stage.arguments))
 
 
 def dsmil_pool(
@@ -336,6 +359,7 @@ def dsmil_pool(
     v_activation: str | None = None,
     v_dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
+    embed: Embed = None,
     scale: float | None = None,
     mask: Tensor | None = None,
     backend: str | None = None,
@@ -356,13 +380,17 @@ def dsmil_pool(
     _check_bags(x, offsets)
     check_per_row("instance_logits", instance_logits, x)
     parameters = (q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias)
-    options = _dsmil_options(x, parameters, mask, seed, v_activation, v_dropout_p, scale)
-    backend = backends.choose("dsmil_pool", x, instance_logits, *parameters, requested=backend)
+    stage, options = _dsmil_options(x, parameters, mask, seed, v_activation, v_dropout_p, scale, embed)
+    everything = (*parameters, *stage.parameters)
+    backend = backends.choose("dsmil_pool", x, instance_logits, *everything, requested=backend)
     if backend == "reference":
-        return DSMILPooled(*_dsmil_reference(x, instance_logits, parameters, offsets, options))
-    inputs = (_for_kernels(x), instance_logits.detach(), *parameters, offsets, *options)
-    bag, scores, lse, critical, _ = ops.call("dsmil_pool", backend, *inputs)
-    return DSMILPooled(bag.to(reference.result_dtype(x, *parameters)), scores, lse, critical)
+        bag, scores, lse, critical = _dsmil_reference(
+            stage.rows(x, options[0]), instance_logits, parameters, offsets, options
+        )
+    else:
+        inputs = (_for_kernels(x), instance_logits.detach(), *parameters, offsets, *options)
+        bag, scores, lse, critical, _ = ops.call("dsmil_pool", backend, *inputs, embed=stage.arguments)
+    return DSMILPooled(bag.to(reference.result_dtype(x, *everything)), scores, lse, critical)
 
 
 def dsmil(
@@ -380,6 +408,7 @@ def dsmil(
     v_activation: str | None = None,
     v_dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
+    embed: Embed = None,
     scale: float | None = None,
     mask: Tensor | None = None,
     backend: str | None = None,
@@ -390,36 +419,39 @@ def dsmil(
     of ``x`` once, where two ops would write one each and have them added.
     """
     _check_bags(x, offsets)
-    check_linear("", weight, bias, x.shape[1], x)
     parameters = (q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias)
-    options = _dsmil_options(x, parameters, mask, seed, v_activation, v_dropout_p, scale)
-    backend = backends.choose("dsmil", x, weight, bias, *parameters, requested=backend)
+    stage, options = _dsmil_options(x, parameters, mask, seed, v_activation, v_dropout_p, scale, embed)
+    check_linear("", weight, bias, stage.width, x)
+    everything = (*parameters, *stage.parameters)
+    backend = backends.choose("dsmil", x, weight, bias, *everything, requested=backend)
     if backend == "reference":
-        values, _, logits = reference.instance_max(x, weight, bias, offsets, options[0], options[-1])
-        return DSMIL(*_dsmil_reference(x, logits.detach(), parameters, offsets, options), values, logits)
-    inputs = (_for_kernels(x), weight, bias, *parameters, offsets, *options)
-    bag, *rest, _ = ops.call("dsmil", backend, *inputs)
-    return DSMIL(bag.to(reference.result_dtype(x, *parameters)), *rest)
+        h = stage.rows(x, options[0])
+        values, _, logits = reference.instance_max(h, weight, bias, offsets, options[0], options[-1])
+        bag, *rest = *_dsmil_reference(h, logits.detach(), parameters, offsets, options), values, logits
+    else:
+        inputs = (_for_kernels(x), weight, bias, *parameters, offsets, *options)
+        bag, *rest, _ = ops.call("dsmil", backend, *inputs, embed=stage.arguments)
+    return DSMIL(bag.to(reference.result_dtype(x, *everything)), *rest)
 
 
-def _dsmil_options(x, parameters, mask, seed, v_activation, v_dropout_p, scale):
-    """The arguments that follow parameters and offsets, checked."""
+def _dsmil_options(x, parameters, mask, seed, v_activation, v_dropout_p, scale, embed):
+    """``(stage, the arguments that follow parameters and offsets)``, checked."""
     q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias = parameters
-    check_linear("q_", q_weight, q_bias, x.shape[1], x)
+    stage = stage_of(x, embed, seed, "v_dropout_p", v_dropout_p)
+    check_linear("q_", q_weight, q_bias, stage.width, x)
     if q2_weight is not None:
         check_linear("q2_", q2_weight, q2_bias, q_weight.shape[0], x)
     elif q2_bias is not None:
         raise ValueError("q2_bias needs q2_weight; got None")
     if v_weight is not None:
-        check_linear("v_", v_weight, v_bias, x.shape[1], x)
+        check_linear("v_", v_weight, v_bias, stage.width, x)
     elif v_bias is not None or v_activation is not None or v_dropout_p:
         raise ValueError("v_bias, v_activation and v_dropout_p need v_weight; got None")
     if v_activation is not None:
         check_choice("v_activation", v_activation, reference.ACTIVATIONS)
     if scale is not None:
         check_number("scale", scale)
-    seed = checked_seed(seed, "v_dropout_p", v_dropout_p, x)
-    return checked_mask(mask, x), seed, v_activation, v_dropout_p, scale, _compute_dtype(x)
+    return stage, (checked_mask(mask, x), stage.seed, v_activation, v_dropout_p, scale, compute_dtype_of(x))
 
 
 def _dsmil_reference(x, logits, parameters, offsets, options):
@@ -437,6 +469,8 @@ def loss_attention_pool(
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
     *,
+    seed: Tensor | int | None = None,
+    embed: Embed = None,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> LossAttentionPooled:
@@ -446,14 +480,18 @@ def loss_attention_pool(
     ``weight [C, L]`` and ``bias [C]`` (or None) are those of the bag classifier.  Logits may have any spread.
     """
     _check_bags(x, offsets)
-    check_linear("", weight, bias, x.shape[1], x)
+    stage = stage_of(x, embed, seed)
+    check_linear("", weight, bias, stage.width, x)
     mask = checked_mask(mask, x)
-    backend = backends.choose("loss_attention_pool", x, weight, bias, requested=backend)
+    everything = (x, weight, bias, *stage.parameters)
+    backend = backends.choose("loss_attention_pool", *everything, requested=backend)
     if backend == "reference":
-        pooled = reference.loss_attention_pool(x, weight, bias, offsets, mask, _compute_dtype(x))
-        return LossAttentionPooled(*pooled)
-    bag, *rest = ops.call("loss_attention_pool", backend, _for_kernels(x), weight, bias, offsets, mask)
-    return LossAttentionPooled(bag.to(reference.result_dtype(x, weight, bias)), *rest)
+        pooled = reference.loss_attention_pool(stage.rows(x, mask), weight, bias, offsets, mask, compute_dtype_of(x))
+    else:
+        inputs = (_for_kernels(x), weight, bias, offsets, mask)
+        pooled = ops.call("loss_attention_pool", backend, *inputs, embed=stage.arguments)
+    bag, *rest = pooled
+    return LossAttentionPooled(bag.to(reference.result_dtype(*everything)), *rest)
 
 
 def mean_pool(

@@ -74,44 +74,58 @@ def _bags(offsets: Tensor | None) -> int:
     return 1 if offsets is None else offsets.shape[0] - 1
 
 
-def _pooled(x, offsets, heads, width=None):
+def _width(x, e_weight=None):
+    """Of what is pooled."""
+    return x.shape[1] if e_weight is None else e_weight.shape[0]
+
+
+def _pooled(x, offsets, heads, width):
     num_bags, rows = _bags(offsets), x.shape[0]
-    return (num_bags, heads, x.shape[1] if width is None else width), (rows, heads), (num_bags, heads)
+    return (num_bags, heads, width), (rows, heads), (num_bags, heads)
 
 
 _BAGS = "Tensor? offsets, Tensor? mask"
+# The instance stage: ``drop(act(W x + b))`` takes the place of x. All None: there is none. It has a seed and a type of
+# its own, so that it is the same for every op.
+_EMBED = "Tensor? e_weight, Tensor? e_bias, Tensor? e_seed, str? e_activation, float e_dropout_p, ScalarType? e_dtype"
+_EMBED_SAVES, _EMBED_INPUTS = " [e_weight] [e_bias] [e_seed]", " e_weight e_bias"
+_EMBED_OPTIONS = ("str? e_activation", "float e_dropout_p", "ScalarType? e_dtype")
+NO_EMBEDDING = (None, None, None, None, 0.0, None)
 _ATTENTION = (
     "Tensor x, Tensor v_weight, Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, Tensor w_weight, Tensor? w_bias, "
-    f"{_BAGS}, Tensor? seed, str activation, float dropout_p, ScalarType? compute_dtype"
+    f"{_BAGS}, Tensor? seed, str activation, float dropout_p, ScalarType? compute_dtype, {_EMBED}"
 )
 _ATTENTION_BACKWARD = Backward(
     "attention",
-    inputs="x v_weight v_bias u_weight u_bias w_weight w_bias",
-    saves="x v_weight [v_bias] [u_weight] [u_bias] w_weight [w_bias] [offsets] [mask] [seed] [bag] scores [lse]",
-    options=("str activation", "float dropout_p", "ScalarType? compute_dtype"),
+    inputs="x v_weight v_bias u_weight u_bias w_weight w_bias" + _EMBED_INPUTS,
+    saves="x v_weight [v_bias] [u_weight] [u_bias] w_weight [w_bias] [offsets] [mask] [seed] [bag] scores [lse]"
+    + _EMBED_SAVES,
+    options=("str activation", "float dropout_p", "ScalarType? compute_dtype", *_EMBED_OPTIONS),
     outputs="bag scores lse",
 )
-_QUERY = f"Tensor x, Tensor query, {_BAGS}, float scale"
+_QUERY = f"Tensor x, Tensor query, {_BAGS}, float scale, {_EMBED}"
 _QUERY_BACKWARD = Backward(
     "query",
-    inputs="x query",
-    saves="x query [offsets] [mask] [bag] scores [lse]",
-    options=("float scale",),
+    inputs="x query" + _EMBED_INPUTS,
+    saves="x query [offsets] [mask] [bag] scores [lse]" + _EMBED_SAVES,
+    options=("float scale", *_EMBED_OPTIONS),
     outputs="bag scores lse",
 )
 _DSMIL = (
     "Tensor q_weight, Tensor? q_bias, Tensor? q2_weight, Tensor? q2_bias, Tensor? v_weight, Tensor? v_bias, "
-    f"{_BAGS}, Tensor? seed, str? v_activation, float v_dropout_p, float? scale, ScalarType? compute_dtype"
+    f"{_BAGS}, Tensor? seed, str? v_activation, float v_dropout_p, float? scale, ScalarType? compute_dtype, {_EMBED}"
 )
-
-_DSMIL_OPTIONS = ("str? v_activation", "float v_dropout_p", "float? scale", "ScalarType? compute_dtype")
+_DSMIL_OPTIONS = (
+    *("str? v_activation", "float v_dropout_p", "float? scale", "ScalarType? compute_dtype"),
+    *_EMBED_OPTIONS,
+)
 
 FORWARDS = (
     Forward(
         "attention_pool",
         _ATTENTION,
         "bag scores lse",
-        lambda x, w_weight, offsets, **_: _pooled(x, offsets, w_weight.shape[0]),
+        lambda x, w_weight, offsets, e_weight, **_: _pooled(x, offsets, w_weight.shape[0], _width(x, e_weight)),
         _ATTENTION_BACKWARD,
     ),
     Forward(
@@ -125,14 +139,14 @@ FORWARDS = (
         "softmax_pool",
         f"Tensor x, Tensor given, {_BAGS}",
         "bag scores lse",
-        lambda x, given, offsets, **_: _pooled(x, offsets, given.shape[1]),
+        lambda x, given, offsets, **_: _pooled(x, offsets, given.shape[1], _width(x)),
         Backward("softmax_pool", "x scores", "x [offsets] [mask] bag scores lse", "bag scores lse"),
     ),
     Forward(
         "query_pool",
         _QUERY,
         "bag scores lse",
-        lambda x, query, offsets, **_: _pooled(x, offsets, query.shape[-2]),
+        lambda x, query, offsets, e_weight, **_: _pooled(x, offsets, query.shape[-2], _width(x, e_weight)),
         _QUERY_BACKWARD,
     ),
     Forward(
@@ -146,29 +160,35 @@ FORWARDS = (
         "weighted_pool",
         f"Tensor x, Tensor weights, {_BAGS}",
         "bag",
-        lambda x, weights, offsets, **_: _pooled(x, offsets, weights.shape[1])[:1],
+        lambda x, weights, offsets, **_: _pooled(x, offsets, weights.shape[1], _width(x))[:1],
         Backward("weighted_pool", "x weights", "x weights [offsets] [mask]", "bag"),
     ),
     Forward(
         "instance_max",
-        f"Tensor x, Tensor weight, Tensor? bias, {_BAGS}",
+        f"Tensor x, Tensor weight, Tensor? bias, {_BAGS}, {_EMBED}",
         "values indices logits",
         lambda x, weight, offsets, **_: (*[(_bags(offsets), weight.shape[0])] * 2, (x.shape[0], weight.shape[0])),
-        Backward("instance_max", "x weight bias", "x weight [bias] [offsets] [mask] indices logits", "values logits"),
+        Backward(
+            "instance_max",
+            inputs="x weight bias" + _EMBED_INPUTS,
+            saves="x weight [bias] [offsets] [mask] indices logits" + _EMBED_SAVES,
+            outputs="values logits",
+            options=_EMBED_OPTIONS,
+        ),
         indices="indices",
     ),
     Forward(
         "dsmil_pool",
         f"Tensor x, Tensor instance_logits, {_DSMIL}",
         "bag scores lse critical pooled",
-        lambda x, instance_logits, v_weight, v_activation, offsets, **_: _dsmil_shapes(
-            x, instance_logits.shape[1], v_weight, v_activation, offsets
+        lambda x, instance_logits, v_weight, v_activation, offsets, e_weight, **_: _dsmil_shapes(
+            x, instance_logits.shape[1], v_weight, v_activation, offsets, e_weight
         ),
         Backward(
             "dsmil_pool",
-            inputs="x q_weight q_bias q2_weight q2_bias v_weight v_bias",
+            inputs="x q_weight q_bias q2_weight q2_bias v_weight v_bias" + _EMBED_INPUTS,
             saves="x q_weight [q_bias] [q2_weight] [q2_bias] [v_weight] [v_bias] [offsets] [mask] [seed] "
-            "bag scores lse critical pooled",
+            "bag scores lse critical pooled" + _EMBED_SAVES,
             options=_DSMIL_OPTIONS,
             outputs="bag scores lse",
         ),
@@ -178,14 +198,14 @@ FORWARDS = (
         "dsmil",
         f"Tensor x, Tensor weight, Tensor? bias, {_DSMIL}",
         "bag scores lse critical values logits pooled",
-        lambda x, weight, v_weight, v_activation, offsets, **_: _both_streams(
-            x, *_dsmil_shapes(x, weight.shape[0], v_weight, v_activation, offsets)
+        lambda x, weight, v_weight, v_activation, offsets, e_weight, **_: _both_streams(
+            x, *_dsmil_shapes(x, weight.shape[0], v_weight, v_activation, offsets, e_weight)
         ),
         Backward(
             "dsmil",
-            inputs="x weight bias q_weight q_bias q2_weight q2_bias v_weight v_bias",
+            inputs="x weight bias q_weight q_bias q2_weight q2_bias v_weight v_bias" + _EMBED_INPUTS,
             saves="x weight [bias] q_weight [q_bias] [q2_weight] [q2_bias] [v_weight] [v_bias] [offsets] [mask] [seed] "
-            "bag scores lse critical logits pooled",
+            "bag scores lse critical logits pooled" + _EMBED_SAVES,
             options=_DSMIL_OPTIONS,
             outputs="bag scores lse values logits",
         ),
@@ -193,14 +213,18 @@ FORWARDS = (
     ),
     Forward(
         "loss_attention_pool",
-        f"Tensor x, Tensor weight, Tensor? bias, {_BAGS}",
+        f"Tensor x, Tensor weight, Tensor? bias, {_BAGS}, {_EMBED}",
         "bag scores lse logits",
-        lambda x, weight, offsets, **_: (*_pooled(x, offsets, 1), (x.shape[0], weight.shape[0])),
+        lambda x, weight, offsets, e_weight, **_: (
+            *_pooled(x, offsets, 1, _width(x, e_weight)),
+            (x.shape[0], weight.shape[0]),
+        ),
         Backward(
             "loss_attention_pool",
-            inputs="x weight bias",
-            saves="x weight [bias] [offsets] [mask] bag scores lse logits",
+            inputs="x weight bias" + _EMBED_INPUTS,
+            saves="x weight [bias] [offsets] [mask] bag scores lse logits" + _EMBED_SAVES,
             outputs="bag scores lse logits",
+            options=_EMBED_OPTIONS,
         ),
     ),
     Forward(
@@ -245,11 +269,12 @@ FORWARDS = (
 )
 
 
-def _dsmil_shapes(x, classes, v_weight, v_activation, offsets):
-    bag, scores, lse = _pooled(x, offsets, classes, None if v_weight is None else v_weight.shape[0])
+def _dsmil_shapes(x, classes, v_weight, v_activation, offsets, e_weight):
+    width = _width(x, e_weight)
+    bag, scores, lse = _pooled(x, offsets, classes, width if v_weight is None else v_weight.shape[0])
     # Saved for the backward: what is pooled before a linear value is taken of it, if that is another vector.
     folded = v_weight is not None and v_activation in (None, "identity")
-    return bag, scores, lse, lse, ((*lse, x.shape[1]) if folded else (0,))
+    return bag, scores, lse, lse, ((*lse, width) if folded else (0,))
 
 
 def _both_streams(x, bag, scores, lse, critical, pooled):
@@ -388,6 +413,9 @@ for _backend in backends.KERNELS:
     _register_all(_backend)
 
 
-def call(op: str, backend: str, *inputs):
+EMBEDDED = frozenset(op.name for op in FORWARDS if "e_weight" in op.names())  # ops that have an instance stage
+
+
+def call(op: str, backend: str, *inputs, embed: tuple = NO_EMBEDDING):
     """The outputs of ``<op>_fwd``, both in the order declared above; scores and sums in the accumulation type."""
-    return _op(f"{op}_fwd", backend)(*inputs)
+    return _op(f"{op}_fwd", backend)(*inputs, *(embed if op in EMBEDDED else ()))

@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "identity": lambda x: x,
 }
-DROP_ACTIVATION, DROP_SIGMOID, DROP_VALUE = range(3)  # branches of the dropout counter
+DROP_ACTIVATION, DROP_SIGMOID, DROP_VALUE, DROP_EMBEDDING = range(4)  # branches of the dropout counter
 
 _INF = float("inf")
 _BLOCK_ELEMENTS = {"cpu": 1 << 19, "gpu": 1 << 24}
@@ -346,18 +346,18 @@ def dropout_scale(p: float) -> float:
     return 65536 / (65536 - threshold) if threshold < 65536 else 0.0
 
 
-def philox_keep(seed: Tensor, num_rows: int, num_units: int, branch: int, p: float) -> Tensor:
-    """The units that dropout keeps, bool ``[num_rows, num_units]``: the same on every backend.
+def philox_keep(seed: Tensor, rows: int | Tensor, num_units: int, branch: int, p: float) -> Tensor:
+    """The units that dropout keeps, bool ``[rows, num_units]``, of so many rows or of those: the same on every backend.
 
     Philox4x32-10 (Salmon et al. 2011) with key = (low, high half of the seed) and counter = (row low, row
     high, unit >> 3, branch); ``unit & 7`` picks 16 bits of the result, low half of a word first.
     """
     threshold, num_groups = dropout_threshold(p), -(-num_units // 8)
-    row = torch.arange(num_rows, device=seed.device)[:, None]
+    row = rows[:, None] if isinstance(rows, Tensor) else torch.arange(rows, device=seed.device)[:, None]
     group = torch.arange(num_groups, device=seed.device)[None]
     parts = []
-    for rows in _blocks(num_rows, 16 * num_groups, seed.device):
-        words = _philox(seed, (row[rows] & _LOW, row[rows] >> 32, group, torch.full_like(group, branch)))
+    for block in _blocks(row.shape[0], 16 * num_groups, seed.device):
+        words = _philox(seed, (row[block] & _LOW, row[block] >> 32, group, torch.full_like(group, branch)))
         lanes = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
         parts.append(lanes.flatten(1)[:, :num_units] >= threshold)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -379,14 +379,24 @@ def _philox(seed: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return c0, c1, c2, c3
 
 
-def _dropout(h: Tensor, p: float, seed: Tensor | None, branch: int) -> Tensor:
+def _dropout(h: Tensor, p: float, seed: Tensor | None, branch: int, rows: Tensor | None = None) -> Tensor:
+    """``h`` holds all rows, or the ones given."""
     if dropout_threshold(p) == 0:
         return h
-    keep = philox_keep(seed, h.shape[0], h.shape[1], branch, p)
+    keep = philox_keep(seed, h.shape[0] if rows is None else rows, h.shape[1], branch, p)
     return torch.where(keep, h * dropout_scale(p), 0)
 
 
 # The ops
+
+
+@_without_autocast
+def embedded(x, mask, weight, bias, seed, activation, dropout_p, compute_dtype, rows=None):
+    """The instance stage, ``drop(act(W x + b))``, in the type of products; ``rows`` says which ones ``x`` holds."""
+    acc = _accumulation_dtype(x, weight, bias)
+    product = _product_dtype(x, acc, compute_dtype)
+    h = ACTIVATIONS[activation](_linear(_without_masked(x, mask), weight, bias, product, acc))
+    return _dropout(h, dropout_p, seed, DROP_EMBEDDING, rows).to(product)
 
 
 @_without_autocast

@@ -36,6 +36,7 @@ class Case:
     fixed: dict[str, tuple] = dataclasses.field(default_factory=dict)  # tensors that take no gradient
     bags: bool = True  # takes offsets
     edit: Callable[[dict[str, Tensor]], None] | None = None  # writes what random numbers do not have
+    embed: dict | None = None  # of tensors e_weight and e_bias: activation and dropout_p
 
     @property
     def kernel(self) -> str:
@@ -48,6 +49,7 @@ class Case:
         """Tensors by name, those of ``fixed`` last; ``relu`` gives features with a mean."""
         generator = torch.Generator().manual_seed(seed)
         symbols = SMALL | sizes | {"N": sum(lengths), "B": len(lengths)}
+        symbols["E"] = 2 * symbols["L"] - 3
 
         def randn(name, size):
             size = [symbols.get(s, s) for s in size]
@@ -62,19 +64,32 @@ class Case:
                 made["v_bias"] += 5
             if "q2_bias" in made:
                 made["q_bias"] += 3
+            if "e_bias" in made:
+                made["e_bias"] += 5 - 10 * (torch.arange(len(made["e_bias"])) % 2)  # every other one is off
         if self.op in ("instance_max", "dsmil") and relu:  # a clear winner for each bag and class
             for start, end in itertools.pairwise(offsets_of(lengths).tolist()):
-                for c, w in enumerate(made["weight"].to(dtype) if start < end else ()):
+                for c, w in enumerate(self._class_vectors(made).to(dtype) if start < end else ()):
                     made["x"][min(start + c, end - 1)] += 6 * w / (w @ w)
         if self.edit is not None:
             self.edit(made)
         return {name: t.requires_grad_(name in self.tensors) for name, t in made.items()}
+
+    def _class_vectors(self, made) -> Tensor:
+        """What moves each class's logit [C, L]: W, or that through the units of the embedding that are on."""
+        if self.embed is None:
+            return made["weight"]
+        return (made["weight"] * (made["e_bias"] > 0)) @ made["e_weight"]
 
     def ours(self, backend):
         """The public function on that backend, as a function of (tensors, offsets, mask)."""
 
         def compute(tensors, offsets, mask) -> tuple[Tensor, ...]:
             bags = {"offsets": offsets} if self.bags else {}
+            if self.embed is not None:
+                tensors = dict(tensors)
+                bags["embed"] = milkernels.InstanceEmbedding(
+                    tensors.pop("e_weight"), tensors.pop("e_bias", None), **self.embed
+                )
             if self.op == "attention_weights":
                 pooled = milkernels.softmax_pool(**tensors, **bags, mask=mask, backend="reference")
                 return (milkernels.attention_weights(pooled, offsets, backend=backend),)
@@ -89,6 +104,11 @@ class Case:
         if p := options.get("dropout_p"):
             units = tensors["v_weight"].shape[0]
             options["keep"] = [oracle.dropout_keep(SEED, n, units, branch, p) for branch in (0, 1)]
+        if self.embed is not None:
+            tensors = dict(tensors)
+            weight, bias, p = tensors.pop("e_weight"), tensors.pop("e_bias", None), self.embed.get("dropout_p", 0)
+            keep = oracle.dropout_keep(SEED, n, weight.shape[0], 3, p) if p else None
+            tensors["x"] = oracle.embedded(tensors["x"], weight, bias, self.embed["activation"], p, keep, mask)
         if p := options.get("v_dropout_p"):
             options["keep"] = oracle.dropout_keep(SEED, n, tensors["x"].shape[1], 2, p)
         bags = {"offsets": offsets} if self.bags else {}
@@ -137,6 +157,15 @@ CLASSES = {"weight": ("C", "L"), "bias": ("C",)}
 
 def _dsmil(*parts, **options):
     return Case("dsmil_pool", {k: v for part in (X, *parts) for k, v in part.items()}, options, LOGITS)
+
+
+def _embedded(case: Case, activation: str, dropout_p: float = 0.0, *, bias: bool = True) -> Case:
+    """The same op on embedded instances, E wide."""
+    tensors = {n: tuple("E" if s == "L" and n != "x" else s for s in size) for n, size in case.tensors.items()}
+    tensors |= {"e_weight": ("E", "L")} | ({"e_bias": ("E",)} if bias else {})
+    options = case.options | ({"seed": SEED} if dropout_p else {})
+    embed = {"activation": activation, "dropout_p": dropout_p}
+    return dataclasses.replace(case, tensors=tensors, options=options, embed=embed)
 
 
 CASES = {
@@ -201,6 +230,17 @@ CASES = {
     "topk_instances-dead-scores": Case("topk_instances", SCORES, {"k": 70}, edit=_dead_scores),
     "topk_instances-ties": Case("topk_instances", SCORES, {"k": 9}, edit=_whole_numbers),
     "topk_instances-smallest": Case("topk_instances", SCORES, {"k": 3, "largest": False}, edit=_dead_scores),
+}
+CASES |= {
+    "attention_pool-embed-gelu": _embedded(CASES["attention_pool"], "gelu", bias=False),
+    "gated_attention_pool-embed-dropout": _embedded(CASES["gated_attention_pool-dropout"], "relu", 0.3),
+    "attention_scores-embed": _embedded(CASES["attention_scores"], "tanh"),
+    "query_pool-embed-dropout": _embedded(CASES["query_pool"], "identity", 0.3),
+    "query_scores-embed": _embedded(CASES["query_scores-shared"], "relu"),
+    "instance_max-embed-dropout": _embedded(CASES["instance_max"], "relu", 0.3),
+    "dsmil_pool-embed": _embedded(CASES["dsmil_pool-linear-v"], "relu"),
+    "dsmil-embed-mlp-q-relu-v": _embedded(CASES["dsmil-mlp-q-relu-v"], "relu", 0.3),
+    "loss_attention_pool-embed": _embedded(CASES["loss_attention_pool"], "relu"),
 }
 PLAIN = {name: case for name, case in CASES.items() if "-" not in name}  # one case of each op
 POOLS = {name: case for name, case in PLAIN.items() if name.endswith("_pool")}

@@ -125,6 +125,16 @@ def _activation(name: str | None, h: Tensor) -> Tensor:
     return h
 
 
+# The instance stage
+
+
+def embedded(x, weight, bias, activation, dropout_p, keep, mask):
+    """The rows that are not masked, embedded; 0 for the others."""
+    (r,) = real_rows(x.shape[0], None, mask)
+    h = _drop(_activation(activation, _linear(x[r], weight, bias)), None if keep is None else keep[r], dropout_p)
+    return h.new_zeros(x.shape[0], weight.shape[0]).index_put((r,), h)
+
+
 # The ops
 
 

@@ -22,16 +22,17 @@ LAYERS = {
     "backends": 2,
     "ops": 3,
     "reference": 3,
-    "functional": 4,
-    "classical": 5,
-    "visualize": 5,
-    "nn": 6,
-    "integrations": 7,
-    "losses": 7,
-    "": 8,  # milkernels/__init__.py
-    "testing": 9,
-    "bench": 10,
-    "__main__": 11,
+    "embedding": 4,
+    "functional": 5,
+    "classical": 6,
+    "visualize": 6,
+    "nn": 7,
+    "integrations": 8,
+    "losses": 8,
+    "": 9,  # milkernels/__init__.py
+    "testing": 10,
+    "bench": 11,
+    "__main__": 12,
 }
 TOOLS = ("testing", "bench", "__main__")
 FILES = sorted(PACKAGE.rglob("*.py"))

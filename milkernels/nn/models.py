@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from milkernels import classical, functional, results
-from milkernels.arguments import check_choice, check_count, checked_mask
-from milkernels.nn.pools import DSMIL, AttentionPool, Instances, LossAttention, check_share, ragged
+from milkernels.arguments import check_choice, check_count, check_share, checked_mask
+from milkernels.nn.pools import DSMIL, AttentionPool, Instances, LossAttention, ragged
 
 Dims = int | Sequence[int] | None
 

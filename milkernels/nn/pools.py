@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from milkernels import functional, results
-from milkernels.arguments import check_choice, check_count, check_instances, check_number
+from milkernels.arguments import check_choice, check_count, check_instances, check_number, check_share
 from milkernels.bags import Bags
 from milkernels.reference import ACTIVATIONS
 
@@ -52,12 +52,6 @@ def _per_row(name: str, t: Tensor, x: Instances) -> Tensor:
         got = "a nested tensor" if t.is_nested else "shape"
         raise ValueError(f"{name} must be [N, K], or begin with the dimensions of x; got {got} {tuple(t.shape)}")
     return Bags.from_nested(t).values if t.is_nested else t.flatten(0, 1)
-
-
-def check_share(name: str, value: float) -> None:
-    check_number(name, value)
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be between 0 and 1; got {value}")
 
 
 class _Linears(nn.Module):
