@@ -7,7 +7,7 @@
 
 namespace milkernels {
 
-enum class DropoutBranch : uint32_t { kActivation = 0, kSigmoid = 1, kValue = 2 };
+enum class DropoutBranch : uint32_t { kActivation = 0, kSigmoid = 1, kValue = 2, kEmbedding = 3 };
 
 // Lanes run side by side so that the compiler vectorises the loop over them; LANES = 1 is the scalar form.
 // Counter words c0..c3 come in, random words go out.
