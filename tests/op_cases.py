@@ -54,8 +54,10 @@ class Case:
         def randn(name, size):
             size = [symbols.get(s, s) for s in size]
             t = torch.randn(size, generator=generator, dtype=torch.float64)
-            if relu:
-                t = t.relu() if name == "x" else t / size[-1] ** 0.5
+            if name == "e_weight" or (relu and name != "x"):
+                t = t / size[-1] ** 0.5
+            elif relu:
+                t = t.relu()
             return t.to(dtype if name == "x" or parameter_dtype is None else parameter_dtype)
 
         made = {name: randn(name, size) for name, size in (self.tensors | self.fixed).items()}

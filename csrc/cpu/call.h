@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "cpu.h"
+#include "layer.h"
 #include "query_score.h"
 
 namespace milkernels {
@@ -34,13 +35,41 @@ const A* data_or_null(const Tensor& t) {
   return t.defined() ? t.const_data_ptr<A>() : nullptr;
 }
 
+// The embedding of an op as it comes.
+struct EmbedArguments {
+  OptionalTensor weight, bias, seed;
+  std::optional<std::string_view> activation;
+  double dropout_p = 0;
+  std::optional<ScalarType> dtype;
+};
+
+// The same checked, in the accumulation type.
+struct Embedding {
+  Tensor weight, bias;  // [width, width of x], [width] or undefined
+  ScalarType weight_type, bias_type;  // in which they came
+  Activation activation = Activation::kIdentity;
+  Dropout dropout;
+  int planes = 0;  // of its products
+
+  explicit operator bool() const { return weight.defined(); }
+  at::IntArrayRef weight_sizes() const { return weight.defined() ? weight.sizes() : at::IntArrayRef({0}); }
+  // In what its rows are made: bfloat16 where their products are, as eager PyTorch would have them.
+  ScalarType rows_type(ScalarType acc) const { return planes == 1 ? at::kBFloat16 : acc; }
+  template <typename E>
+  Layer<E> layer(int64_t in) const {
+    using A = acc_t<E>;
+    return {weight.const_data_ptr<A>(), data_or_null<A>(bias), weight.size(0), in, activation, std::max(planes, 1)};
+  }
+};
+
 // What every op has: instances, bags, mask.
 class Call {
  public:
-  Call(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask)
+  Call(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask, const EmbedArguments& embed = {})
       : x(rows_of(x)), acc(accumulation_type(x)), rows(x.size(0)), width(x.size(1)),
         offsets(checked_offsets(offsets, rows)) {
     TORCH_CHECK_VALUE(width > 0, "x must have at least one column; got ", x.sizes());
+    if (embed.weight) take_embedding(embed);
     if (mask) {
       TORCH_CHECK_VALUE(mask->scalar_type() == at::kBool && mask->dim() == 1 && mask->size(0) == rows && mask->is_cpu(),
                         "mask must be bool [", rows, "]; got ", mask->scalar_type(), " ", mask->sizes());
@@ -51,11 +80,12 @@ class Call {
   int64_t bags() const { return static_cast<int64_t>(offsets.size()) - 1; }
   Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, x.options().dtype(acc)); }
   // A gradient to fill, in the type of x or of accumulation; an empty tensor where nobody needs it.
-  Tensor grad_x(bool need) const { return need ? at::empty({rows, width}, x.options()) : at::empty({0}, x.options()); }
+  Tensor grad_x(bool need) const { return at::empty(need ? x.sizes() : at::IntArrayRef({0}), x.options()); }
   Tensor gradient(bool need, at::IntArrayRef sizes) const { return need ? empty(sizes) : empty({0}); }
 
   template <typename T>
-  Ragged<T> ragged() const {
+  Ragged<T> ragged() const {  // as x lies
+    const int64_t width = x.size(1);
     return {x.const_data_ptr<T>(), rows > 1 ? x.stride(0) : width, width, rows, data_or_null<bool>(mask), offsets};
   }
 
@@ -80,11 +110,27 @@ class Call {
 
   Tensor x;
   ScalarType acc;  // of scores, sums and gradients
-  int64_t rows, width;
+  int64_t rows, width;  // as the op sees them: behind an embedding, where there is one
+  Embedding embedding;
   Tensor mask;
   std::vector<int64_t> offsets;
 
  private:
+  void take_embedding(const EmbedArguments& e) {
+    TORCH_CHECK_VALUE(e.weight->dim() == 2 && e.weight->size(0) > 0, "e_weight must be [any, ", width, "]; got ",
+                      e.weight->sizes());
+    TORCH_CHECK_VALUE(e.activation, "e_activation must be given with e_weight; got None");
+    const int64_t out = e.weight->size(0);
+    embedding.weight = take(e.weight, "e_weight", {out, width});
+    embedding.bias = take(e.bias, "e_bias", {out});
+    embedding.weight_type = e.weight->scalar_type();
+    embedding.bias_type = e.bias ? e.bias->scalar_type() : acc;
+    embedding.activation = parse_activation(*e.activation);
+    embedding.dropout = checked_dropout(e.seed, e.dropout_p);
+    embedding.planes = bf16_planes(x.scalar_type(), e.dtype);
+    width = out;
+  }
+
   // PyTorch's own small products keep the types they are given while the call lasts.
   c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
 };
@@ -93,8 +139,8 @@ class Call {
 class ClassCall : public Call {
  public:
   ClassCall(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
-            const OptionalTensor& mask)
-      : Call(x, offsets, mask) {
+            const OptionalTensor& mask, const EmbedArguments& embed)
+      : Call(x, offsets, mask, embed) {
     TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0, "weight must be [any, ", width, "]; got ",
                       weight.sizes());
     classes = weight.size(0);
@@ -148,16 +194,18 @@ auto dispatch_storage(ScalarType x, const F& f) {
   }
 }
 
-// Calls f.template operator()<T, E>() for the storage type of x and the element type of the products; `planes`: of how
-// many bfloat16 numbers a factor is made, 0 for products in the accumulation type.
+// Calls f.template operator()<E>() for the element type of products with rows of type T; `planes`: of how many bfloat16
+// numbers a factor is made, 0 for products in the accumulation type.
+template <typename T, typename F>
+auto with_element(int planes, const F& f) {
+  if constexpr (std::is_same_v<T, double>) return f.template operator()<double>();
+  else return planes ? f.template operator()<BFloat16>() : f.template operator()<float>();
+}
+// The same as f.template operator()<T, E>(), for the storage type of x too.
 template <typename F>
 auto dispatch_products(ScalarType x, int planes, const F& f) {
   return dispatch_storage(x, [&]<typename T>() {
-    if constexpr (std::is_same_v<T, double>) {
-      return f.template operator()<double, double>();
-    } else {
-      return planes ? f.template operator()<T, BFloat16>() : f.template operator()<T, float>();
-    }
+    return with_element<T>(planes, [&]<typename E>() { return f.template operator()<T, E>(); });
   });
 }
 

@@ -4,14 +4,11 @@
 
 namespace milkernels {
 
-std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                                    const OptionalTensor& offsets, const OptionalTensor& mask) {
-  const ClassCall call(x, weight, bias, offsets, mask);
+std::tuple<Tensor, Tensor, Tensor> instance_max_forward(const ClassCall& call) {
   Tensor values = call.empty({call.bags(), call.classes}), logits = call.empty({call.rows, call.classes});
-  Tensor indices = at::empty({call.bags(), call.classes}, x.options().dtype(at::kLong));
-  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+  Tensor indices = at::empty({call.bags(), call.classes}, call.x.options().dtype(at::kLong));
+  with_rows(call, nullptr, [&]<typename T>(const Ragged<T>& in) {
     using A = acc_t<T>;
-    const auto in = call.ragged<T>();
     const QueryScore<T> score(in, call.queries<A>());
     pool_forward(score, in, logits.mutable_data_ptr<A>(),
                  FirstMax<T>(in, call.classes, values.mutable_data_ptr<A>(), indices.mutable_data_ptr<int64_t>()));
@@ -22,80 +19,77 @@ std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const Tenso
 namespace {
 
 // Where only the maxima have a gradient, it goes to the rows that have them and nothing else is read.
-template <typename T>
-void add_winners(const ClassCall& call, const Tensor& indices, const Tensor& grad_values, T* grad_x,
-                 acc_t<T>* grad_weight, acc_t<T>* grad_bias) {
-  using A = acc_t<T>;
-  const auto in = call.ragged<T>();
-  const int64_t* const row = indices.const_data_ptr<int64_t>();
-  const A *const grads = grad_values.const_data_ptr<A>(), *const weight = call.weight.const_data_ptr<A>();
-  if (grad_weight != nullptr) std::fill_n(grad_weight, call.classes * call.width, A(0));
-  if (grad_bias != nullptr) std::fill_n(grad_bias, call.classes, A(0));
-  std::vector<A> values(call.width);
-  for (int64_t i = 0; i < call.bags() * call.classes; ++i) {
-    if (row[i] < 0) continue;
-    const int64_t c = i % call.classes;
-    if (grad_bias != nullptr) grad_bias[c] += grads[i];
-    if (grad_weight != nullptr) {
-      convert_row(in.x + row[i] * in.ld, values.data(), call.width);
-      add_to_row<A>(grad_weight + c * call.width, values.data(), grads[i], call.width);
-    }
-    if (grad_x != nullptr) add_to_row(grad_x + row[i] * call.width, weight + c * call.width, grads[i], call.width);
-  }
+std::tuple<Tensor, Tensor> winner_gradients(const ClassCall& call, const Tensor& indices, const Tensor& grad_values,
+                                            bool need_weight, bool need_bias, RowGradients& of_rows) {
+  const int64_t B = call.bags(), C = call.classes;
+  const Tensor g = grad_values.masked_fill(indices < 0, 0.);
+  Tensor grad_weight = call.empty({0}), grad_bias = call.empty({0});
+  if (need_bias) grad_bias = g.sum(0);
+  if (!need_weight && !of_rows.any()) return {grad_weight, grad_bias};
+  const SomeRows winners(call, indices.reshape({-1}));
+  if (need_weight) grad_weight = (winners.rows.view({B, C, call.width}) * g.unsqueeze(2)).sum(0);
+  if (of_rows.any()) winners.backward((call.weight.unsqueeze(0) * g.unsqueeze(2)).view({B * C, call.width}), of_rows);
+  return {grad_weight, grad_bias};
+}
+
+// Each gradient of a maximum goes to its own logit.
+Tensor with_winners(const Tensor& grad_logits, const Tensor& indices, const Tensor& grad_values) {
+  const Tensor real = indices >= 0, columns = at::arange(indices.size(1), indices.options()).expand_as(indices);
+  return grad_logits.index_put({indices.masked_select(real), columns.masked_select(real)},
+                               grad_values.masked_select(real), /*accumulate=*/true);
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> instance_max_gradients(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const Tensor& indices, const Tensor& logits, const OptionalTensor& grad_values,
-    const OptionalTensor& grad_logits, std::array<bool, 3> needs, const OptionalTensor& add_to) {
-  const ClassCall call(x, weight, bias, offsets, mask);
+std::tuple<Tensor, Tensor> instance_max_gradients(const ClassCall& call, const Tensor& indices, const Tensor& logits,
+                                                  const OptionalTensor& grad_values, const OptionalTensor& grad_logits,
+                                                  bool need_weight, bool need_bias, bool add, RowGradients& of_rows) {
   const int64_t B = call.bags(), C = call.classes;
   const Tensor rows = call.take_indices(indices, "indices", {B, C}), l = call.take(logits, "logits", {call.rows, C}),
                values = call.take(grad_values, "grad_values", {B, C});
   Tensor dense = call.take(grad_logits, "grad_logits", {call.rows, C});
-  const bool rows_only = !dense.defined() && add_to;
-  Tensor grad_x = rows_only ? *add_to : call.grad_x(needs[0]),
-         grad_weight = call.gradient(needs[1], call.weight.sizes()), grad_bias = call.gradient(needs[2], {C});
-  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+  if (!dense.defined()) {
+    if (!add) of_rows.zero();
+    return winner_gradients(call, rows, values, need_weight, need_bias, of_rows);
+  }
+  if (values.defined()) dense = with_winners(dense, rows, values);
+  Tensor grad_weight = call.gradient(need_weight, call.weight.sizes()), grad_bias = call.gradient(need_bias, {C});
+  RowGradients found(call, of_rows.need_x, of_rows.need_weight, of_rows.need_bias);
+  with_rows(call, &found, [&]<typename T>(const Ragged<T>& in) {
     using A = acc_t<T>;
-    const auto out_x = data_if<T>(needs[0], grad_x);
-    const auto out_weight = data_if<A>(needs[1], grad_weight), out_bias = data_if<A>(needs[2], grad_bias);
-    if (!dense.defined()) {
-      if (needs[0] && !rows_only) zero_rows(out_x, call.rows * call.width);
-      add_winners<T>(call, rows, values, out_x, out_weight, out_bias);
-      return;
-    }
-    if (values.defined()) {  // each goes to its own logit
-      dense = dense.clone();
-      const int64_t* const row = rows.const_data_ptr<int64_t>();
-      for (int64_t i = 0; i < B * C; ++i) {
-        if (row[i] >= 0) dense.mutable_data_ptr<A>()[row[i] * C + i % C] += values.const_data_ptr<A>()[i];
-      }
-    }
-    const auto in = call.ragged<T>();
     QueryScore<T> score(in, call.queries<A>());
-    if (needs[1] || needs[2]) score.products.prepare_gradient();
+    if (need_weight || need_bias) score.products.prepare_gradient();
     const PoolGradients<A> g{nullptr, l.const_data_ptr<A>(), nullptr, nullptr, dense.const_data_ptr<A>(), nullptr};
-    pool_backward<T>(score, nullptr, in, g, out_x, in.chunks());
-    if (needs[1]) score.products.gradient(out_weight, nullptr);
-    if (needs[2]) score.products.shift_gradient(out_bias);
+    pool_backward<T>(score, nullptr, in, g, in.chunks());
+    if (need_weight) score.products.gradient(grad_weight.mutable_data_ptr<A>(), nullptr);
+    if (need_bias) score.products.shift_gradient(grad_bias.mutable_data_ptr<A>());
   });
-  if (needs[1]) grad_weight = grad_weight.to(weight.scalar_type());
-  if (needs[2]) grad_bias = grad_bias.to(bias->scalar_type());
-  if (needs[0] && add_to && !rows_only) grad_x = add_to->add_(grad_x);
-  return {grad_x, grad_weight, grad_bias};
+  if (add) of_rows.add(found);
+  else of_rows = found;
+  return {grad_weight, grad_bias};
 }
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> instance_max_bwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                                    const OptionalTensor& offsets, const OptionalTensor& mask,
-                                                    const Tensor& indices, const Tensor& logits,
-                                                    const OptionalTensor& grad_values,
-                                                    const OptionalTensor& grad_logits, std::array<bool, 3> needs) {
-  return instance_max_gradients(x, weight, bias, offsets, mask, indices, logits, grad_values, grad_logits, needs, {});
+std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
+    const OptionalTensor& mask, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
+    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
+  return instance_max_forward({x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype}});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_max_bwd(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
+    const OptionalTensor& mask, const Tensor& indices, const Tensor& logits, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
+    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
+    const OptionalTensor& grad_values, const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
+  const ClassCall call(x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+  RowGradients of_rows(call, needs[0], needs[3], needs[4]);
+  auto [grad_weight, grad_bias] = instance_max_gradients(call, indices, logits, grad_values, grad_logits, needs[1],
+                                                         needs[2], /*add=*/false, of_rows);
+  if (needs[1]) grad_weight = grad_weight.to(weight.scalar_type());
+  if (needs[2]) grad_bias = grad_bias.to(bias->scalar_type());
+  return {of_rows.x, grad_weight, grad_bias, of_rows.typed_weight(call), of_rows.typed_bias(call)};
 }
 
 TORCH_LIBRARY_IMPL(milkernels, CPU, m) {

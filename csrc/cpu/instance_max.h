@@ -3,19 +3,17 @@
 
 #include <tuple>
 
-#include "call.h"
+#include "embed.h"
 
 namespace milkernels {
 
 // values and indices [bags, classes], logits [rows, classes].
-std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                                    const OptionalTensor& offsets, const OptionalTensor& mask);
+std::tuple<Tensor, Tensor, Tensor> instance_max_forward(const ClassCall& call);
 
-// Gradients of x, weight and bias. That of x is added to `add_to`, where it is given: a few rows, unless logits have
-// one.
-std::tuple<Tensor, Tensor, Tensor> instance_max_gradients(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const Tensor& indices, const Tensor& logits, const OptionalTensor& grad_values,
-    const OptionalTensor& grad_logits, std::array<bool, 3> needs, const OptionalTensor& add_to);
+// Gradients of weight and bias (empty where nobody needs them), in the accumulation type. Those of the rows are written
+// or, where `add` says that something is there already, added: a few rows, unless logits have a gradient.
+std::tuple<Tensor, Tensor> instance_max_gradients(const ClassCall& call, const Tensor& indices, const Tensor& logits,
+                                                  const OptionalTensor& grad_values, const OptionalTensor& grad_logits,
+                                                  bool need_weight, bool need_bias, bool add, RowGradients& of_rows);
 
 }  // namespace milkernels

@@ -37,7 +37,19 @@ class Layer {
   int64_t columns() const { return round_up(out_, kBlock); }
   int64_t depth() const { return packed_.depth(); }  // of its input as a left operand
   int planes() const { return planes_; }
+  Activation activation() const { return activation_; }
 
+  // f(row, column, rows, bias) for every block of x W^T, which `block` [rows, kBlock] then holds, without the bias.
+  template <typename F>
+  void for_blocks(const Matrix<E>& x, int64_t rows, A* block, const F& f) const {
+    for (int64_t t = 0; t < rows; t += kBlock) {
+      const int64_t count = std::min(kBlock, rows - t);
+      for (int64_t c = 0; c < columns(); c += kBlock) {
+        product<E>(count, kBlock, depth(), x.rows_from(t), packed_.block(c / kBlock), planes_, block, kBlock, false);
+        f(t, c, count, bias_.data() + c);
+      }
+    }
+  }
   // z [rows, columns()] = x W^T + b
   void products(const Matrix<E>& x, int64_t rows, A* z) const {
     for (int64_t t = 0; t < rows; t += kBlock) {

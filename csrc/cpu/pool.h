@@ -6,7 +6,8 @@
 // or both grow. Slots of a bag are merged in order, so results do not depend on the number of threads.
 //
 // Score programs (attention_score.h, query_score.h, mlp_score.h) plug in as a Score, what is done with the scores as a
-// reduction, and an instance stage (value.h) where other rows are pooled than were scored.
+// reduction. Rows lie in memory or come from a source (embed.h), which makes them for a tile at a time; a stage (value.h)
+// makes other rows to be pooled than were scored.
 #pragma once
 
 #include <memory>
@@ -41,6 +42,22 @@ struct Tile {
   }
 };
 
+// Rows that do not lie in memory. Workers belong to one thread each; T: the type in which rows are made.
+template <typename T>
+struct Source {
+  struct Worker {
+    virtual ~Worker() = default;
+    virtual Tile<T> rows(const Tile<T>& tile) = 0;  // those of the tile, until others are made
+    // After `rows` of this unit, from their gradient [rows, width], 0 in masked ones: what they were made of.
+    virtual void backward(const Tile<T>& unit, const T* grad_rows, int64_t slice) = 0;
+    virtual void nothing(const Tile<T>& unit) = 0;  // the same for a unit without a real row
+  };
+  virtual ~Source() = default;
+  virtual std::unique_ptr<Worker> worker(int64_t rows) const = 0;  // for tiles or units of at most so many
+  virtual bool has_gradient() const = 0;
+  virtual int64_t slices() const = 0;  // of sums, in a backward
+};
+
 // Bags back to back: offsets have been checked.
 template <typename T>
 struct Ragged {
@@ -48,7 +65,10 @@ struct Ragged {
   int64_t ld, width, rows;
   const bool* mask;
   std::vector<int64_t> offsets;
+  const Source<T>* source = nullptr;  // where x is null
+  T* grad_x = nullptr;                // where the gradient of x goes in a backward; null: nowhere, or to the source
 
+  bool has_gradient() const { return grad_x != nullptr || (source && source->has_gradient()); }
   int64_t bags() const { return static_cast<int64_t>(offsets.size()) - 1; }
   int64_t chunk() const { return chunk_rows(rows); }
   int64_t chunks() const { return ceil_div(rows, chunk()); }
@@ -69,6 +89,18 @@ struct Ragged {
       row = stop;
     }
   }
+};
+
+// The rows of tiles, one after another.
+template <typename T>
+class Reader {
+ public:
+  Reader(const Ragged<T>& in, int64_t rows) : worker_(in.source ? in.source->worker(rows) : nullptr) {}
+  Tile<T> operator()(const Tile<T>& tile) const { return worker_ ? worker_->rows(tile) : tile; }
+  typename Source<T>::Worker* source() const { return worker_.get(); }
+
+ private:
+  std::unique_ptr<typename Source<T>::Worker> worker_;
 };
 
 // work(tile, worker) for every tile; the tiles of a chunk go to one thread, in order.
@@ -350,20 +382,23 @@ template <typename T, typename Reduction>
 void pool_forward(const Score<T>& score, const Ragged<T>& in, acc_t<T>* scores, Reduction&& reduction) {
   using A = acc_t<T>;
   const int64_t heads = score.heads();
-  for_tiles(
-      in, [&] { return std::pair(score.forward_worker(), reduction.worker()); },
-      [&](const Tile<T>& tile, auto& w) {
-        A* const out = scores + tile.first * heads;
-        if (!tile.any_real()) {
-          std::fill_n(out, tile.rows * heads, kDead<A>);
-          return;
-        }
-        w.first->scores(tile, out);
-        for (int64_t r = 0; tile.mask != nullptr && r < tile.rows; ++r) {
-          if (!tile.mask[r]) std::fill_n(out + r * heads, heads, kDead<A>);
-        }
-        reduction.add(tile, out, w.second);
-      });
+  const auto make_worker = [&] {
+    return std::tuple(Reader<T>(in, kBlock), score.forward_worker(), reduction.worker());
+  };
+  for_tiles(in, make_worker, [&](const Tile<T>& tile, auto& worker) {
+    A* const out = scores + tile.first * heads;
+    if (!tile.any_real()) {
+      std::fill_n(out, tile.rows * heads, kDead<A>);
+      return;
+    }
+    auto& [read, program, reduced] = worker;
+    const Tile<T> rows = read(tile);
+    program->scores(rows, out);
+    for (int64_t r = 0; tile.mask != nullptr && r < tile.rows; ++r) {
+      if (!tile.mask[r]) std::fill_n(out + r * heads, heads, kDead<A>);
+    }
+    reduction.add(rows, out, reduced);
+  });
   reduction.finish();
 }
 

@@ -241,46 +241,53 @@ class Slices {
   Buffer<A> buffer_;
 };
 
-// grad_x [rows, width] or null. `slices`: how many there are; programs without sums of slices take one for each chunk.
+// `slices`: of the sums of score program and stage; programs without sums take one for each chunk.
 template <typename T>
 void pool_backward(const Score<T>& score, const Stage<T>* stage, const Ragged<T>& in,
-                   const PoolGradients<acc_t<T>>& g, T* grad_x, int64_t slices) {
+                   const PoolGradients<acc_t<T>>& g, int64_t slices) {
   using A = acc_t<T>;
   const int64_t heads = score.heads(), width = in.width, pooled_width = stage ? stage->width() : width;
+  if (in.source) slices = std::min(slices, in.source->slices());
   const int64_t slice_rows = ceil_div(in.chunks(), std::max<int64_t>(slices, 1)) * in.chunk();
-  const int64_t unit_rows = std::min(in.chunk(), stage ? kChunk : score.backward_rows());
+  const int64_t unit_rows = std::min(in.chunk(), stage || in.source ? kChunk : score.backward_rows());
   const ScoreGradients<T> score_gradients(in, g, heads, pooled_width);
-  if (grad_x != nullptr) advise_huge_pages(grad_x, in.rows * width * int64_t(sizeof(T)));
+  if (in.grad_x != nullptr) advise_huge_pages(in.grad_x, in.rows * width * int64_t(sizeof(T)));
 
   struct Worker {
+    Reader<T> read;
     std::unique_ptr<typename Score<T>::Worker> score;
     std::unique_ptr<typename Stage<T>::Worker> stage;
     typename ScoreGradients<T>::Worker gradients;
     std::vector<int64_t> bag_of;
     Buffer<A> grad_rows, staged;
+    Buffer<T> grad_x;  // of the source's rows
   };
   const auto make_worker = [&] {
     const int64_t staged = stage ? kChunk : 0;
-    return Worker{score.backward_worker(),
+    return Worker{Reader<T>(in, kChunk),
+                  score.backward_worker(),
                   stage ? stage->worker(kChunk) : nullptr,
                   typename ScoreGradients<T>::Worker(heads),
                   std::vector<int64_t>(kChunk),
                   Buffer<A>(staged * pooled_width),
-                  Buffer<A>(grad_x != nullptr ? staged * width : 0)};
+                  Buffer<A>(in.has_gradient() ? staged * width : 0),
+                  Buffer<T>(in.source && in.has_gradient() ? kChunk * width : 0)};
   };
   parallel_items(slices, make_worker, [&](int64_t slice, Worker& w) {
     const int64_t end = std::min(in.rows, (slice + 1) * slice_rows);
     for (int64_t first = slice * slice_rows; first < end; first += unit_rows) {
-      const Tile<T> unit = in.tile(first, std::min(unit_rows, end - first));
-      if (!unit.any_real()) {
-        if (grad_x != nullptr) std::fill_n(grad_x + first * width, unit.rows * width, T(0));
+      const Tile<T> place = in.tile(first, std::min(unit_rows, end - first));
+      if (!place.any_real()) {
+        if (in.grad_x != nullptr) std::fill_n(in.grad_x + first * width, place.rows * width, T(0));
+        if (in.source) w.read.source()->nothing(place);
         continue;
       }
+      const Tile<T> unit = w.read(place);
       in.for_bags(first, first + unit.rows, [&](int64_t b, int64_t from, int64_t to) {
         std::fill(w.bag_of.begin() + (from - first), w.bag_of.begin() + (to - first), b);
       });
       InputGradient<T> out;
-      if (grad_x != nullptr) out.to = grad_x + first * width;
+      if (in.has_gradient()) out.to = in.source ? w.grad_x.get() : in.grad_x + first * width;
       out.width = width, out.heads = heads, out.mask = unit.mask, out.bag_of = w.bag_of.data();
       out.finite = score_gradients.finite();
       if (stage) {
@@ -294,8 +301,8 @@ void pool_backward(const Score<T>& score, const Stage<T>* stage, const Ragged<T>
           in.for_bags(first, first + unit.rows, [&](int64_t, int64_t from, int64_t to) {
             through.store_rows(from - first, to - from, nullptr, nullptr, 0);
           });
-          w.stage->backward(unit, grad_rows, grad_x != nullptr ? w.staged.get() : nullptr, slice);
-          if (grad_x != nullptr) out.staged = w.staged.get();
+          w.stage->backward(unit, grad_rows, out ? w.staged.get() : nullptr, slice);
+          if (out) out.staged = w.staged.get();
         }
       } else {
         score_gradients(unit, unit.x, unit.ld, w.gradients);
@@ -303,6 +310,7 @@ void pool_backward(const Score<T>& score, const Stage<T>* stage, const Ragged<T>
         if (g.grad_bag != nullptr) out.weight = w.gradients.weight.data();
       }
       w.score->backward(unit, w.gradients.score.data(), out, slice);
+      if (in.source && out) w.read.source()->backward(unit, w.grad_x.get(), slice);
     }
   });
 }

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "call.h"
+#include "embed.h"
 #include "query_score.h"
 
 namespace milkernels {
@@ -49,15 +49,15 @@ std::tuple<Tensor, Tensor> softmax_pool_bwd(const Tensor& x, const OptionalTenso
   const Call call(x, offsets, mask);
   const int64_t heads = checked_given(call, scores).size(1);
   const PoolTensors pooled(call, heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
-  Tensor grad_x = call.grad_x(needs[0]), grad_given = call.gradient(needs[1], {call.rows, heads});
+  RowGradients of_rows(call, needs[0], false, false);
+  Tensor grad_given = call.gradient(needs[1], {call.rows, heads});
   if (needs[1]) grad_given.zero_();  // units without a real row are passed over
-  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+  with_rows(call, &of_rows, [&]<typename T>(const Ragged<T>& in) {
     using A = acc_t<T>;
-    const auto in = call.ragged<T>();
     const GivenScore<T> score(in, heads, nullptr, data_if<A>(needs[1], grad_given));
-    pool_backward<T>(score, nullptr, in, pooled.typed<A>(), data_if<T>(needs[0], grad_x), in.chunks());
+    pool_backward<T>(score, nullptr, in, pooled.typed<A>(), in.chunks());
   });
-  return {grad_x, grad_given};
+  return {of_rows.x, grad_given};
 }
 
 // --- query_pool, query_scores
@@ -65,8 +65,8 @@ std::tuple<Tensor, Tensor> softmax_pool_bwd(const Tensor& x, const OptionalTenso
 class QueryCall : public Call {
  public:
   QueryCall(const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
-            double scale)
-      : Call(x, offsets, mask) {
+            double scale, const EmbedArguments& embed)
+      : Call(x, offsets, mask, embed) {
     const bool per_bag = query.dim() == 3;
     TORCH_CHECK_VALUE(per_bag || query.dim() == 2, "query must be 2-D or 3-D; got ", query.sizes());
     heads = query.size(-2);
@@ -85,90 +85,91 @@ class QueryCall : public Call {
 };
 
 std::tuple<Tensor, Tensor, Tensor> query_pool_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets,
-                                                  const OptionalTensor& mask, double scale) {
-  const QueryCall call(x, query, offsets, mask, scale);
+                                                  const OptionalTensor& mask, double scale,
+                                                  const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
+                                                  std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
+  const QueryCall call(x, query, offsets, mask, scale, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   Forward out(call, call.heads);
-  dispatch_storage(x.scalar_type(), [&]<typename T>() {
-    const auto in = call.ragged<T>();
-    out.pool(call.program<T>(in), in);
-  });
+  with_rows(call, nullptr, [&]<typename T>(const Ragged<T>& in) { out.pool(call.program<T>(in), in); });
   return {out.bag, out.scores, out.lse};
 }
 
 Tensor query_scores_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
-                        double scale) {
-  const QueryCall call(x, query, offsets, mask, scale);
+                        double scale, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
+                        std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
+  const QueryCall call(x, query, offsets, mask, scale, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   Tensor scores = call.empty({call.rows, call.heads});
-  dispatch_storage(x.scalar_type(), [&]<typename T>() {
-    const auto in = call.ragged<T>();
+  with_rows(call, nullptr, [&]<typename T>(const Ragged<T>& in) {
     pool_forward(call.program<T>(in), in, scores.mutable_data_ptr<acc_t<T>>(), NoPool());
   });
   return scores;
 }
 
-std::tuple<Tensor, Tensor> query_bwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets,
-                                     const OptionalTensor& mask, const OptionalTensor& bag, const Tensor& scores,
-                                     const OptionalTensor& lse, double scale, const OptionalTensor& grad_bag,
-                                     const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
-                                     std::array<bool, 2> needs) {
-  const QueryCall call(x, query, offsets, mask, scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(
+    const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
+    const OptionalTensor& bag, const Tensor& scores, const OptionalTensor& lse, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed, double scale,
+    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
+    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
+    std::array<bool, 4> needs) {
+  const QueryCall call(x, query, offsets, mask, scale, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   const PoolTensors pooled(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
-  Tensor grad_x = call.grad_x(needs[0]), grad_query = call.gradient(needs[1], query.sizes());
-  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+  RowGradients of_rows(call, needs[0], needs[2], needs[3]);
+  Tensor grad_query = call.gradient(needs[1], query.sizes());
+  with_rows(call, &of_rows, [&]<typename T>(const Ragged<T>& in) {
     using A = acc_t<T>;
-    const auto in = call.ragged<T>();
     auto score = call.program<T>(in);
     if (needs[1]) score.products.prepare_gradient();
-    pool_backward<T>(score, nullptr, in, pooled.typed<A>(), data_if<T>(needs[0], grad_x), in.chunks());
+    pool_backward<T>(score, nullptr, in, pooled.typed<A>(), in.chunks());
     if (!needs[1]) return;
     const auto g = pooled.typed<A>();
     if (call.bag_stride > 0) score.products.gradient_of_bags(grad_query.mutable_data_ptr<A>(), &g);
     else score.products.gradient(grad_query.mutable_data_ptr<A>(), &g);
   });
   if (needs[1]) grad_query = (scale == 1. ? grad_query : grad_query.mul_(scale)).to(query.scalar_type());
-  return {grad_x, grad_query};
+  return {of_rows.x, grad_query, of_rows.typed_weight(call), of_rows.typed_bias(call)};
 }
 
 // --- loss_attention_pool
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss_attention_pool_fwd(const Tensor& x, const Tensor& weight,
-                                                                   const OptionalTensor& bias,
-                                                                   const OptionalTensor& offsets,
-                                                                   const OptionalTensor& mask) {
-  const ClassCall call(x, weight, bias, offsets, mask);
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_attention_pool_fwd(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
+    const OptionalTensor& mask, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
+    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
+  const ClassCall call(x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   Forward out(call, 1);
   Tensor logits = call.empty({call.rows, call.classes});
   if (mask) logits.fill_(kDead<double>);  // tiles without a real row are passed over
-  dispatch_storage(x.scalar_type(), [&]<typename T>() {
-    const auto in = call.ragged<T>();
+  with_rows(call, nullptr, [&]<typename T>(const Ragged<T>& in) {
     out.pool(LogSumExpScore<T>(in, call.queries<acc_t<T>>(), logits.mutable_data_ptr<acc_t<T>>(), nullptr), in);
   });
   return {out.bag, out.scores, out.lse, logits};
 }
 
-std::tuple<Tensor, Tensor, Tensor> loss_attention_pool_bwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_bwd(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
     const OptionalTensor& mask, const Tensor& bag, const Tensor& scores, const Tensor& lse, const Tensor& logits,
+    const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
+    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
     const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
-    const OptionalTensor& grad_logits, std::array<bool, 3> needs) {
-  const ClassCall call(x, weight, bias, offsets, mask);
+    const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
+  const ClassCall call(x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   const PoolTensors pooled(call, 1, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   const Tensor l = call.take(logits, "logits", {call.rows, call.classes}),
                g = call.take(grad_logits, "grad_logits", {call.rows, call.classes});
-  Tensor grad_x = call.grad_x(needs[0]), grad_weight = call.gradient(needs[1], call.weight.sizes()),
+  RowGradients of_rows(call, needs[0], needs[3], needs[4]);
+  Tensor grad_weight = call.gradient(needs[1], call.weight.sizes()),
          grad_bias = call.gradient(needs[2], {call.classes});
-  dispatch_storage(x.scalar_type(), [&]<typename T>() {
+  with_rows(call, &of_rows, [&]<typename T>(const Ragged<T>& in) {
     using A = acc_t<T>;
-    const auto in = call.ragged<T>();
     LogSumExpScore<T> score(in, call.queries<A>(), const_cast<A*>(l.const_data_ptr<A>()), data_or_null<A>(g));
     if (needs[1] || needs[2]) score.classes().prepare_gradient();
-    pool_backward<T>(score, nullptr, in, pooled.typed<A>(), data_if<T>(needs[0], grad_x), in.chunks());
+    pool_backward<T>(score, nullptr, in, pooled.typed<A>(), in.chunks());
     if (needs[1]) score.classes().gradient(grad_weight.mutable_data_ptr<A>(), nullptr);
     if (needs[2]) score.classes().shift_gradient(grad_bias.mutable_data_ptr<A>());
   });
   if (needs[1]) grad_weight = grad_weight.to(weight.scalar_type());
   if (needs[2]) grad_bias = grad_bias.to(bias->scalar_type());
-  return {grad_x, grad_weight, grad_bias};
+  return {of_rows.x, grad_weight, grad_bias, of_rows.typed_weight(call), of_rows.typed_bias(call)};
 }
 
 TORCH_LIBRARY_IMPL(milkernels, CPU, m) {

@@ -1,0 +1,271 @@
+#include "embed.h"
+
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/tanh_backward.h>
+#include <ATen/ops/threshold_backward.h>
+
+#include "dropout.h"
+#include "layer.h"
+
+namespace milkernels {
+namespace {
+
+// T: in what x is stored; E: of the products; H: in what rows are made.
+template <typename T, typename E, typename H>
+class EmbedSource final : public EmbeddedRows<H> {
+ public:
+  using A = acc_t<E>;
+  using V = Vectorized<A>;
+
+  EmbedSource(const Call& call, RowGradients* gradients)
+      : x_(call.ragged<T>()), layer_(call.embedding.template layer<E>(x_.width)), dropout_(call.embedding.dropout),
+        // The derivative of a ReLU and its dropout can be read off what came out.
+        keeps_slopes_(call.embedding.activation != Activation::kRelu), gradients_(gradients) {
+    if (!has_gradient()) return;
+    slices_.emplace(x_.rows, gradients->need_weight ? layer_.sums_size() : layer_.columns());
+    if (gradients->need_x) {
+      layer_.prepare_input_gradient();
+      advise_huge_pages(gradients->x.mutable_data_ptr<T>(), x_.rows * x_.width * int64_t(sizeof(T)));
+    }
+  }
+
+  std::unique_ptr<typename Source<H>::Worker> worker(int64_t rows) const override {
+    return std::make_unique<Worker>(*this, rows);
+  }
+  bool has_gradient() const override { return gradients_ != nullptr && gradients_->any(); }
+  int64_t slices() const override { return slices_ ? slices_->count() : std::numeric_limits<int64_t>::max(); }
+
+  void finish() override {
+    if (!has_gradient()) return;
+    const auto sums = sums_of(slices_->reduce());
+    if (gradients_->need_weight) {
+      std::copy_n(sums.weight, layer_.out() * layer_.in(), gradients_->weight.mutable_data_ptr<A>());
+    }
+    if (gradients_->need_bias) std::copy_n(sums.bias, layer_.out(), gradients_->bias.mutable_data_ptr<A>());
+  }
+
+ private:
+  struct Worker final : Source<H>::Worker {
+    const EmbedSource& p;
+    MatrixUnits matrix_units;
+    Buffer<E> staged, left, transposed, paired;
+    Buffer<H> made;
+    Buffer<A> block, keep, slopes;
+    Matrix<E> x{};
+
+    Worker(const EmbedSource& p, int64_t rows)
+        : p(p), staged(p.layer_.planes() * rows * p.layer_.depth()),
+          left(p.has_gradient() ? p.layer_.planes() * rows * p.layer_.columns() : 0),
+          transposed(p.needs_weight() ? p.layer_.planes() * rows * p.layer_.columns() : 0),
+          paired(p.needs_weight() && Matrix<E>::kRowsTogether > 1 ? p.layer_.planes() * rows * p.layer_.depth() : 0),
+          made(rows * p.layer_.columns()), block(kBlock * kBlock), keep(p.dropout_ ? kBlock * kBlock : 0),
+          slopes(p.has_gradient() && p.keeps_slopes_ ? rows * p.layer_.columns() : 0) {}
+
+    Tile<H> rows(const Tile<H>& tile) override { return p.make(tile, *this); }
+    void backward(const Tile<H>& unit, const H* grad_rows, int64_t slice) override {
+      p.backward(unit, grad_rows, slice, *this);
+    }
+    void nothing(const Tile<H>& unit) override {
+      if (T* const grad_x = p.grad_x()) std::fill_n(grad_x + unit.first * p.x_.width, unit.rows * p.x_.width, T(0));
+    }
+  };
+
+  bool needs_weight() const { return gradients_ != nullptr && gradients_->need_weight; }
+  T* grad_x() const { return gradients_ ? data_if<T>(gradients_->need_x, gradients_->x) : nullptr; }
+  typename Layer<E>::Sums sums_of(A* p) const {
+    return gradients_->need_weight ? layer_.sums(p) : typename Layer<E>::Sums{nullptr, p};
+  }
+
+  Tile<H> make(const Tile<H>& tile, Worker& s) const {
+    const int64_t rows = round_up(tile.rows, kRowMultiple), columns = layer_.columns();
+    const auto from = x_.tile(tile.first, tile.rows);
+    s.x = stage(from.x, from.ld, tile.mask, tile.rows, rows, x_.width, layer_.depth(), layer_.planes(), s.staged.get());
+    layer_.for_blocks(s.x, rows, s.block.get(), [&](int64_t t, int64_t c, int64_t count, const A* bias) {
+      if (dropout_) {
+        dropout_factors(dropout_, {DropoutBranch::kEmbedding}, tile.first + t, count, c, kBlock, s.keep.get(), kBlock);
+      }
+      A* const slopes = has_gradient() && keeps_slopes_ ? s.slopes.get() + t * columns + c : nullptr;
+      with_activation(layer_.activation(), [&](auto f) {
+        activate<decltype(f)::value>(s.block.get(), bias, s.keep.get(), count, s.made.get() + t * columns + c, slopes);
+      });
+    });
+    return {s.made.get(), columns, tile.width, tile.first, tile.rows, tile.mask};
+  }
+
+  // A block of products becomes rows and, where slopes is not null, the derivatives of these.
+  template <Activation F>
+  void activate(const A* block, const A* bias, const A* keep, int64_t count, H* made, A* slopes) const {
+    const int64_t ld = layer_.columns();
+    const V zero(A(0));
+    const auto dropped = [&](V v, const A* factor) {
+      const V k = V::loadu(factor);
+      return V::blendv(v * k, zero, k == zero);  // selected away, it may be infinite
+    };
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t j = 0; j < kBlock; j += Pair<H>::width) {
+        V made_of[2];
+        for (int i = 0; i < 2; ++i) {
+          const int64_t at = j + i * V::size();
+          const V a = V::loadu(block + r * kBlock + at) + V::loadu(bias + at);
+          V h = gate<F, false, A>(a, zero);
+          if (dropout_) h = dropped(h, keep + r * kBlock + at);
+          made_of[i] = h;
+          if (slopes == nullptr) continue;
+          V slope = gate_grad<F, false, A>(a, zero).da;
+          if (dropout_) slope = slope * V::loadu(keep + r * kBlock + at);
+          slope.store(slopes + r * ld + at);
+        }
+        Pair<H>{made_of[0], made_of[1]}.store(made + r * ld + j);
+      }
+    }
+  }
+
+  void backward(const Tile<H>& unit, const H* grad_rows, int64_t slice, Worker& s) const {
+    const int64_t rows = round_up(unit.rows, kRowMultiple), columns = layer_.columns();
+    const int planes = layer_.planes();
+    const bool first = slices_->start(slice);
+    const auto sums = sums_of(slices_->at(slice));
+    if (first) std::fill_n(sums.bias, columns, A(0));
+    const Matrix<E> left{s.left.get(), columns, rows * columns};
+    for (int64_t c = 0; c < columns; c += kBlock) {
+      gradient_of_products(unit, grad_rows, rows, c, s, sums.bias + c);
+    }
+    if (needs_weight()) {
+      add_outer_products<E>(left, columns, s.x, x_.width, rows, planes, !first, s.transposed.get(), s.paired.get(),
+                            sums.weight);
+    }
+    if (T* const to = grad_x()) {
+      layer_.input_gradient(left, rows, s.block.get(), [&](int64_t r, int64_t column, int64_t count, const A* part) {
+        if (r >= unit.rows) return;
+        T* const out = to + (unit.first + r) * x_.width + column;
+        if (is_real(unit.mask, r)) convert_row(part, out, count);
+        else std::fill_n(out, count, T(0));
+      });
+    }
+  }
+
+  // Columns [c, c + kBlock) of the gradient of W x + b, and their sums for the bias.
+  void gradient_of_products(const Tile<H>& unit, const H* grad_rows, int64_t rows, int64_t c, Worker& s,
+                            A* bias) const {
+    const int64_t columns = layer_.columns(), wide = std::min(kBlock, unit.width - c);
+    const V scale(static_cast<A>(dropout_.scale)), zero(A(0));
+    A values[kBlock] = {}, sum[kBlock] = {};  // of this unit: long running sums lose digits
+    for (int64_t r = 0; r < rows; ++r) {
+      E* const to = s.left.get() + r * columns + c;
+      if (r >= unit.rows || !is_real(unit.mask, r)) {
+        for (int p = 0; p < layer_.planes(); ++p) std::fill_n(to + p * rows * columns, kBlock, E(0));
+        continue;
+      }
+      for_steps<Pair<H>::width>(std::max<int64_t>(wide, 0), [&](int64_t j, auto step) {
+        auto g = load_pair(grad_rows + r * unit.width + c + j, step);
+        if (keeps_slopes_) {
+          const auto slope = load_pair(s.slopes.get() + r * columns + c + j, step);
+          g = {g.lo * slope.lo, g.hi * slope.hi};
+        } else {  // NaN has the slope of what is positive, as in PyTorch
+          const auto h = load_pair(s.made.get() + r * columns + c + j, step);
+          g = {V::blendv(g.lo * scale, zero, h.lo <= zero), V::blendv(g.hi * scale, zero, h.hi <= zero)};
+        }
+        const Pair<A> value{g.lo, g.hi};
+        store_pair(value, values + j, step);
+        const auto so_far = load_pair(sum + j, step);
+        store_pair(Pair<A>{so_far.lo + g.lo, so_far.hi + g.hi}, sum + j, step);
+      });
+      write_elements(values, to, kBlock, layer_.planes(), rows * columns);
+    }
+    for (int64_t j = 0; j < kBlock; ++j) bias[j] += sum[j];
+  }
+
+  Ragged<T> x_;
+  Layer<E> layer_;
+  Dropout dropout_;
+  bool keeps_slopes_;
+  RowGradients* gradients_;
+  mutable std::optional<Slices<A>> slices_;  // a slice is written by one thread at a time
+};
+
+}  // namespace
+
+template <typename H>
+std::unique_ptr<EmbeddedRows<H>> embedded_rows(const Call& call, RowGradients* gradients) {
+  std::unique_ptr<EmbeddedRows<H>> rows;
+  const auto make = [&]<typename T, typename E>() {
+    // Of these pairs, H goes with one element type only.
+    if constexpr (std::is_same_v<acc_t<T>, acc_t<H>> && (std::is_same_v<H, E> || std::is_same_v<H, acc_t<E>>)) {
+      rows = std::make_unique<EmbedSource<T, E, H>>(call, gradients);
+    }
+  };
+  dispatch_products(call.x.scalar_type(), call.embedding.planes, make);
+  TORCH_INTERNAL_ASSERT(rows != nullptr);
+  return rows;
+}
+template std::unique_ptr<EmbeddedRows<double>> embedded_rows(const Call&, RowGradients*);
+template std::unique_ptr<EmbeddedRows<float>> embedded_rows(const Call&, RowGradients*);
+template std::unique_ptr<EmbeddedRows<BFloat16>> embedded_rows(const Call&, RowGradients*);
+
+SomeRows::SomeRows(const Call& call, const Tensor& indices)
+    : call_(call), indices_(indices.contiguous()), dead_((indices_ < 0).unsqueeze(1)) {
+  const int64_t n = indices_.numel();
+  x_ = call.rows == 0 ? at::zeros({n, call.x.size(1)}, call.x.options().dtype(call.acc))
+                      : call.x.index_select(0, indices_.clamp_min(0)).to(call.acc).masked_fill_(dead_, 0.);
+  rows = x_;
+  const Embedding& e = call.embedding;
+  if (!e) return;
+  z_ = x_.mm(e.weight.t());
+  if (e.bias.defined()) z_.add_(e.bias);
+  switch (e.activation) {
+    case Activation::kTanh: y_ = z_.tanh(); break;
+    case Activation::kRelu: y_ = z_.relu(); break;
+    case Activation::kGelu: y_ = at::gelu(z_); break;
+    default: y_ = z_;
+  }
+  rows = y_;
+  if (e.dropout) {
+    keep_ = at::empty_like(y_);
+    const auto fill = [&]<typename A>() {
+      const int64_t* const row = indices_.const_data_ptr<int64_t>();
+      const int64_t padded = round_up(call.width, 8);  // units come in groups of eight
+      std::vector<A> factors(padded);
+      for (int64_t i = 0; i < n; ++i) {
+        dropout_factors(e.dropout, {DropoutBranch::kEmbedding}, std::max<int64_t>(row[i], 0), 1, 0, padded,
+                        factors.data(), padded);
+        std::copy_n(factors.data(), call.width, keep_.mutable_data_ptr<A>() + i * call.width);
+      }
+    };
+    if (call.acc == at::kDouble) fill.template operator()<double>();
+    else fill.template operator()<float>();
+    rows = (y_ * keep_).masked_fill_(keep_ == 0, 0.);
+  }
+  rows = rows.masked_fill(dead_, 0.);
+}
+
+void SomeRows::backward(const Tensor& grad_rows, RowGradients& gradients) const {
+  const Embedding& e = call_.embedding;
+  Tensor g = grad_rows;
+  if (e) {
+    g = g.masked_fill(dead_, 0.);
+    if (e.dropout) g = g * keep_;
+    switch (e.activation) {
+      case Activation::kTanh: g = at::tanh_backward(g, y_); break;
+      case Activation::kRelu: g = at::threshold_backward(g, y_, 0.); break;
+      case Activation::kGelu: g = at::gelu_backward(g, z_); break;
+      default: break;
+    }
+    if (gradients.need_weight) gradients.weight.addmm_(g.t(), x_);
+    if (gradients.need_bias) gradients.bias.add_(g.sum(0));
+    if (gradients.need_x) g = g.mm(e.weight);
+  }
+  if (!gradients.need_x) return;
+  g = g.contiguous();
+  const int64_t* const row = indices_.const_data_ptr<int64_t>();
+  const int64_t width = call_.x.size(1);
+  dispatch_storage(call_.x.scalar_type(), [&]<typename T>() {
+    using A = acc_t<T>;
+    T* const to = gradients.x.mutable_data_ptr<T>();
+    for (int64_t i = 0; i < indices_.numel(); ++i) {
+      if (row[i] >= 0) add_to_row(to + row[i] * width, g.const_data_ptr<A>() + i * width, A(1), width);
+    }
+  });
+}
+
+}  // namespace milkernels

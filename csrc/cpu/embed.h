@@ -1,0 +1,86 @@
+// The instance stage: the layer in front of an aggregator, h_i = drop(act(W x_i + b)), as the rows that an op sees. They
+// are made for a tile at a time, in the forward and again in the backward, and never stored.
+#pragma once
+
+#include "call.h"
+
+namespace milkernels {
+
+// The gradients of what an op's rows are made of: x and, where there is an embedding, its weight and bias. Those that
+// nobody needs are empty tensors.
+struct RowGradients {
+  RowGradients(const Call& call, bool need_x, bool need_weight, bool need_bias)
+      : need_x(need_x), need_weight(need_weight), need_bias(need_bias), x(call.grad_x(need_x)),
+        weight(call.gradient(need_weight, call.embedding.weight_sizes())),
+        bias(call.gradient(need_bias, {call.width})) {}
+  bool any() const { return need_x || need_weight || need_bias; }
+  void zero() {
+    for (Tensor* const t : {&x, &weight, &bias}) t->zero_();
+  }
+  void add(const RowGradients& other) {
+    x.add_(other.x), weight.add_(other.weight), bias.add_(other.bias);
+  }
+  // Those of weight and bias in the types of these.
+  Tensor typed_weight(const Call& call) const { return need_weight ? weight.to(call.embedding.weight_type) : weight; }
+  Tensor typed_bias(const Call& call) const { return need_bias ? bias.to(call.embedding.bias_type) : bias; }
+
+  bool need_x, need_weight, need_bias;
+  Tensor x, weight, bias;
+};
+
+// The embedding of a call as a source of rows of type H.
+template <typename H>
+struct EmbeddedRows : Source<H> {
+  virtual void finish() = 0;  // after a backward: writes the gradients of weight and bias
+};
+template <typename H>
+std::unique_ptr<EmbeddedRows<H>> embedded_rows(const Call& call, RowGradients* gradients);
+
+// f(in), a Ragged<T>: the rows as the op sees them. `gradients` (or null) are those that a backward fills.
+template <typename F>
+void with_rows(const Call& call, RowGradients* gradients, const F& f) {
+  if (!call.embedding) {
+    dispatch_storage(call.x.scalar_type(), [&]<typename T>() {
+      auto in = call.ragged<T>();
+      if (gradients != nullptr) in.grad_x = data_if<T>(gradients->need_x, gradients->x);
+      f(in);
+    });
+    return;
+  }
+  const auto run = [&]<typename H>() {
+    const auto source = embedded_rows<H>(call, gradients);
+    f(Ragged<H>{nullptr, 0, call.width, call.rows, data_or_null<bool>(call.mask), call.offsets, source.get()});
+    if (gradients != nullptr) source->finish();
+  };
+  switch (call.embedding.rows_type(call.acc)) {
+    case at::kDouble: return run.template operator()<double>();
+    case at::kFloat: return run.template operator()<float>();
+    default: return run.template operator()<BFloat16>();
+  }
+}
+
+// The same as f.template operator()<T, E>(in), E the element type of products with the rows; `planes` as in
+// dispatch_products.
+template <typename F>
+void with_products(const Call& call, int planes, RowGradients* gradients, const F& f) {
+  with_rows(call, gradients, [&]<typename T>(const Ragged<T>& in) {
+    with_element<T>(planes, [&]<typename E>() { f.template operator()<T, E>(in); });
+  });
+}
+
+// A few of the rows that an op sees, for PyTorch's own small products, and the way back to what they are made of.
+class SomeRows {
+ public:
+  // `indices` [n] are rows of x, or -1: none, and zeros here.
+  SomeRows(const Call& call, const Tensor& indices);
+  // Adds to the gradients, from that of the rows [n, call.width].
+  void backward(const Tensor& grad_rows, RowGradients& gradients) const;
+
+  Tensor rows;  // [n, call.width], in the accumulation type
+
+ private:
+  const Call& call_;
+  Tensor indices_, dead_, x_, z_, y_, keep_;  // what the rows are made of; z_ and y_ around the activation
+};
+
+}  // namespace milkernels
