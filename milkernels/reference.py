@@ -44,9 +44,10 @@ def _accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.promote_types(result_dtype(*tensors), torch.float32)
 
 
-def _product_dtype(x: Tensor, acc: torch.dtype, compute_dtype: torch.dtype | None) -> torch.dtype:
-    """The type of products with ``x``: its own, or that of autocast; float64 where anything is."""
-    return acc if acc == torch.float64 else compute_dtype or x.dtype
+def _types(compute_dtype: torch.dtype | None, x: Tensor, *others: Tensor | None) -> tuple[torch.dtype, torch.dtype]:
+    """Of accumulation, and of products with ``x``: its own, or that of autocast; float64 where anything is."""
+    acc = _accumulation_dtype(x, *others)
+    return acc, acc if acc == torch.float64 else compute_dtype or x.dtype
 
 
 def _without_autocast(fn):
@@ -213,15 +214,20 @@ def _column(dead: Tensor, head: int) -> Tensor:
     return dead if dead.shape[1] == 1 else dead[:, head : head + 1]
 
 
-class _Trilinear(torch.autograd.Function):
+class _Formula(torch.autograd.Function):
     generate_vmap_rule = True
+
+    @classmethod
+    def of(cls, *inputs):
+        # A compiler differentiates the formula itself and decides what to keep.
+        return (cls.forward if torch.compiler.is_compiling() else cls.apply)(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:4])
 
 
-class _Pool(_Trilinear):
+class _Pool(_Formula):
     forward = staticmethod(_pool_formula)
 
     @staticmethod
@@ -232,7 +238,7 @@ class _Pool(_Trilinear):
         return grad_x, _Score.apply(x, grad, dead, index) if need_weights else None, None, None, None
 
 
-class _Score(_Trilinear):
+class _Score(_Formula):
     forward = staticmethod(_score_formula)
 
     @staticmethod
@@ -243,7 +249,7 @@ class _Score(_Trilinear):
         return grad_x, _Pool.apply(x, grad, dead, index, query.shape[0]) if need_query else None, None, None
 
 
-class _Expand(_Trilinear):
+class _Expand(_Formula):
     forward = staticmethod(_expand_formula)
 
     @staticmethod
@@ -255,8 +261,7 @@ class _Expand(_Trilinear):
         return grad_weights, grad_query, None, None, None
 
 
-class _ZeroDead(torch.autograd.Function):
-    generate_vmap_rule = True
+class _ZeroDead(_Formula):
     forward = staticmethod(_zero_dead)
 
     @staticmethod
@@ -266,17 +271,6 @@ class _ZeroDead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return _ZeroDead.apply(grad, *ctx.saved_tensors), None
-
-
-def _pool(x: Tensor, weights: Tensor, dead: Tensor | None, segments: _Segments) -> Tensor:
-    # A compiler differentiates the formula itself and decides what to keep.
-    pool = _pool_formula if torch.compiler.is_compiling() else _Pool.apply
-    return pool(x, weights, dead, segments.index, segments.num_bags)
-
-
-def _score(x: Tensor, query: Tensor, dead: Tensor | None, index: Tensor | None) -> Tensor:
-    score = _score_formula if torch.compiler.is_compiling() else _Score.apply
-    return score(x, query, dead, index)
 
 
 # Selection, softmax, linear layers
@@ -297,7 +291,7 @@ def _without_masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """``x`` with masked rows set to 0, so that no product, value or gradient sees what they hold."""
     if mask is None:
         return x
-    return (_zero_dead if torch.compiler.is_compiling() else _ZeroDead.apply)(x, ~mask[:, None])
+    return _ZeroDead.of(x, ~mask[:, None])
 
 
 def _masked_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -321,7 +315,7 @@ def _exp(scores: Tensor, segments: _Segments) -> tuple[Tensor, Tensor, Tensor, T
 def _softmax_pool(x: Tensor, scores: Tensor, segments: _Segments) -> tuple[Tensor, Tensor]:
     """``(bag, lse)`` in the accumulation type, in which ``scores`` come."""
     dead, e, z, lse = _exp(scores, segments)
-    return _pool(x, e, dead, segments) / z[:, :, None], lse
+    return _Pool.of(x, e, dead, segments.index, segments.num_bags) / z[:, :, None], lse
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, product: torch.dtype, acc: torch.dtype) -> Tensor:
@@ -393,8 +387,7 @@ def _dropout(h: Tensor, p: float, seed: Tensor | None, branch: int, rows: Tensor
 @_without_autocast
 def embedded(x, mask, weight, bias, seed, activation, dropout_p, compute_dtype, rows=None):
     """The instance stage, ``drop(act(W x + b))``, in the type of products; ``rows`` says which ones ``x`` holds."""
-    acc = _accumulation_dtype(x, weight, bias)
-    product = _product_dtype(x, acc, compute_dtype)
+    acc, product = _types(compute_dtype, x, weight, bias)
     h = ACTIVATIONS[activation](_linear(_without_masked(x, mask), weight, bias, product, acc))
     return _dropout(h, dropout_p, seed, DROP_EMBEDDING, rows).to(product)
 
@@ -413,8 +406,7 @@ def attention_scores(
     x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, mask, seed, activation, dropout_p, compute_dtype
 ):
     """``w (act(V x + b_V) * sigmoid(U x + b_U)) + c``; without U the sigmoid is left out."""
-    acc = _accumulation_dtype(x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    product = _product_dtype(x, acc, compute_dtype)
+    acc, product = _types(compute_dtype, x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
     x = _without_masked(x, mask)
     gate = ACTIVATIONS[activation](_linear(x, v_weight, v_bias, product, acc))
     gate = _dropout(gate, dropout_p, seed, DROP_ACTIVATION)
@@ -439,7 +431,7 @@ def query_scores(x, query, offsets, mask, scale):
     query = query.to(_accumulation_dtype(x, query))
     shared = query.ndim == 2
     index = None if shared else _Segments(offsets, x).index
-    scores = _score(x, query[None] if shared else query, _dead_rows(mask), index)
+    scores = _Score.of(x, query[None] if shared else query, _dead_rows(mask), index)
     return _masked_scores(scores * scale, mask)
 
 
@@ -457,14 +449,14 @@ def weighted_pool(x, weights, offsets, mask):
     dead = _dead_rows(mask)
     weights = weights.to(_accumulation_dtype(x, weights))
     weights = weights if dead is None else weights.masked_fill(dead, 0)
-    return _pool(x, weights, dead, _Segments(offsets, x)).to(x.dtype)
+    segments = _Segments(offsets, x)
+    return _Pool.of(x, weights, dead, segments.index, segments.num_bags).to(x.dtype)
 
 
 @_without_autocast
 def instance_max(x, weight, bias, offsets, mask, compute_dtype):
     """``(values, indices, logits)``: the largest logit of each bag and class, and the row that has it."""
-    acc = _accumulation_dtype(x, weight, bias)
-    product = _product_dtype(x, acc, compute_dtype)
+    acc, product = _types(compute_dtype, x, weight, bias)
     logits = _masked_scores(_linear(_without_masked(x, mask), weight, bias, product, acc), mask)
     indices = _Segments(offsets, x).first_max(logits, logits == -_INF)
     return _gather(logits, indices, -_INF), indices, logits
@@ -478,8 +470,7 @@ def dsmil_pool(x, instance_logits, query, value, offsets, mask, seed, v_dropout_
     (v_weight, v_bias, v_activation), ``x`` itself where v_weight is None.
     """
     q_weight, q_bias, q2_weight, q2_bias = query
-    acc = _accumulation_dtype(x, instance_logits, *query, *value[:2])
-    product = _product_dtype(x, acc, compute_dtype)
+    acc, product = _types(compute_dtype, x, instance_logits, *query, *value[:2])
     segments, dead = _Segments(offsets, x), _dead_rows(mask)
     logits = _masked_scores(instance_logits, mask)
     critical = segments.first_max(logits, logits == -_INF)
@@ -487,7 +478,7 @@ def dsmil_pool(x, instance_logits, query, value, offsets, mask, seed, v_dropout_
     if q2_weight is None:
         # Absorbed: <Wq x + bq, q> = <x, Wq^T q> + <bq, q>.
         q = _linear(instances, q_weight, q_bias, acc, acc)
-        scores = _score(x, q @ q_weight.to(acc), dead, segments.index)
+        scores = _Score.of(x, q @ q_weight.to(acc), dead, segments.index)
         if q_bias is not None:
             scores = scores + segments.to_rows(q @ q_bias.to(acc))
     else:
@@ -496,7 +487,7 @@ def dsmil_pool(x, instance_logits, query, value, offsets, mask, seed, v_dropout_
             hidden = torch.relu(_linear(rows, q_weight, q_bias, product, acc))
             return torch.tanh(_linear(hidden, q2_weight, q2_bias, product, acc))
 
-        scores = _score(mlp(_without_masked(x, mask)), mlp(instances), dead, segments.index)
+        scores = _Score.of(mlp(_without_masked(x, mask)), mlp(instances), dead, segments.index)
     if scale is None:
         scale = (q_weight if q2_weight is None else q2_weight).shape[0] ** -0.5
     scores = _masked_scores(scores * scale, mask).masked_fill(segments.to_rows(critical < 0), -_INF)
@@ -529,8 +520,7 @@ def _value_pool(x, scores, segments, mask, v_weight, v_bias, v_activation, produ
 @_without_autocast
 def loss_attention_pool(x, weight, bias, offsets, mask, compute_dtype):
     """``(bag, scores, lse, logits)``: the score of an instance is the log-sum-exp of its class logits."""
-    acc = _accumulation_dtype(x, weight, bias)
-    product = _product_dtype(x, acc, compute_dtype)
+    acc, product = _types(compute_dtype, x, weight, bias)
     logits = _linear(_without_masked(x, mask), weight, bias, product, acc)
     scores = _masked_scores(logits.logsumexp(1, keepdim=True), mask)
     bag, lse = _softmax_pool(x, scores, _Segments(offsets, x))
@@ -544,7 +534,8 @@ def mean_pool(x, offsets, mask):
     ones = x.new_ones((x.shape[0], 1), dtype=_accumulation_dtype(x))
     dead = _dead_rows(mask)
     count = segments.sum(ones if dead is None else ones.masked_fill(dead, 0))
-    return (_pool(x, ones, dead, segments)[:, 0] / count.clamp(min=1)).to(x.dtype)
+    total = _Pool.of(x, ones, dead, segments.index, segments.num_bags)[:, 0]
+    return (total / count.clamp(min=1)).to(x.dtype)
 
 
 def max_pool(x, offsets, mask):
@@ -574,9 +565,7 @@ def topk_instances(scores, k, offsets, largest, mask):
     segments = _Segments(offsets, scores)
     scores = _masked_scores(scores, mask)
     dead = scores == -_INF
-    index = segments.index
-    if index is None:
-        index = torch.zeros(segments.num_rows, dtype=torch.int64, device=scores.device)
+    index = torch.zeros_like(scores[:, 0], dtype=torch.int64) if segments.index is None else segments.index
     # Stable sorts, the least significant key first: by score, then the dead after the alive, then by bag.
     order = torch.argsort(scores.detach(), dim=0, descending=largest, stable=True)
     key = (2 * index[:, None] + dead).gather(0, order)
