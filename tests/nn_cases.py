@@ -9,7 +9,7 @@ from milkernels import Bags, nn
 NAN = float("nan")
 LENGTHS = (4, 0, 1, 7)
 EMPTY = 1
-B, N, L, D, K, C, Q = len(LENGTHS), sum(LENGTHS), 6, 5, 2, 3, 4
+B, N, L, D, K, C, Q, E = len(LENGTHS), sum(LENGTHS), 6, 5, 2, 3, 4, 7
 VALUE = {"value": "relu", "value_dim": 5}
 
 
@@ -26,6 +26,19 @@ class Scored(torch.nn.Module):
         return self.pool(x, rows.nan_to_num() @ self.weight.T, offsets, mask)
 
 
+class Embedded(torch.nn.Module):
+    """A pooling that is handed the layer in front of it."""
+
+    def __init__(self, pool, activation="relu", **factory):
+        super().__init__()
+        self.linear, self.pool = torch.nn.Linear(L, pool.in_dim, **factory), pool
+        self.activation = activation
+
+    def forward(self, x, offsets=None, mask=None, **options):
+        embed = (self.linear.weight, self.linear.bias, self.activation)
+        return self.pool(x, offsets, mask, embed=embed, **options)
+
+
 MAKERS = {
     "attention": lambda **f: nn.AttentionPool(L, D, K, **f),
     "attention-plain": lambda **f: nn.AttentionPool(L, D, gated=False, activation="relu", bias=False, **f),
@@ -34,6 +47,9 @@ MAKERS = {
     "dsmil-linear": lambda **f: nn.DSMIL(L, C, Q, nonlinear_query=False, value="linear", scale=1.0, **f),
     "dsmil-relu": lambda **f: nn.DSMIL(L, C, Q, **VALUE, **f),
     "loss-attention": lambda **f: nn.LossAttention(L, C, **f),
+    "embedded-attention": lambda **f: Embedded(nn.AttentionPool(E, D, K, **f), **f),
+    "embedded-dsmil": lambda **f: Embedded(nn.DSMIL(E, C, Q, **VALUE, **f), "tanh", **f),
+    "embedded-loss-attention": lambda **f: Embedded(nn.LossAttention(E, C, **f), **f),
     "mean": lambda **f: nn.MeanPool(),
     "max": lambda **f: nn.MaxPool(),
     "abmil": lambda **f: nn.ABMIL(L, C, 8, D, K, **f),

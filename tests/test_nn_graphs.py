@@ -28,7 +28,7 @@ from milkernels import nn
 # Graphs
 
 
-@pytest.mark.parametrize("name", ["softmax", "dsmil-relu", "dsmil-model", "loss-attention-model"])
+@pytest.mark.parametrize("name", ["softmax", "dsmil-relu", "embedded-attention", "dsmil-model", "loss-attention-model"])
 @pytest.mark.parametrize("form", ["bags", "padded"])
 def test_compile(name, form):
     torch._dynamo.reset()
@@ -148,8 +148,20 @@ def test_forward_refuses_what_is_not_bags(name):
 
 @pytest.mark.parametrize("name", [n for n in MAKERS if n not in ("softmax", "mean", "max")])
 def test_forward_refuses_another_width(name):
-    with pytest.raises(ValueError, match=r"x must have in_dim=6 features; got shape \(12, 5\)"):
+    match = r"x must have in_dim=6 features; got shape \(12, 5\)"
+    if name.startswith("embedded"):
+        match = r"embed.weight must be \[any, 5\]; got shape \(7, 6\)"
+    with pytest.raises(ValueError, match=match):
         make(name)(make_bags().values[:, 1:])
+
+
+@pytest.mark.parametrize("pool", [nn.AttentionPool(L), nn.DSMIL(L), nn.LossAttention(L, C)])
+def test_pools_refuse_an_embedding_of_another_width(pool):
+    x = make_bags(dtype=torch.float32).values
+    with pytest.raises(ValueError, match=r"weight must be \[any, 5\]; got shape \(\d+, 6\)"):
+        pool(x, embed=(torch.zeros(5, L),))
+    with pytest.raises(TypeError, match="embed must be an InstanceEmbedding.*got Linear"):
+        pool(x, embed=torch.nn.Linear(L, L))
 
 
 def test_softmax_pool_refuses_scores_that_do_not_fit():

@@ -20,6 +20,10 @@ row per instance has one per row of the flattened batch, padding included.
 >>> ABMIL(512, num_classes=3)(bags).logits.shape
 torch.Size([2, 3])
 
+**Embedding.**  `AttentionPool`, `DSMIL` and `LossAttention` take ``embed``, an `InstanceEmbedding`, as their ops do:
+the layer in front of them, whose width is their ``in_dim`` then and whose ``dropout_p`` acts as given.  The models hand
+the last Linear, ReLU and Dropout of their ``embed`` over so; where one of these was replaced or has hooks they call it.
+
 **Parameters** are created and initialised as those of ``torch.nn.Linear``, and ``device`` and ``dtype`` mean the same.
 **Dropout** acts in training mode only; its seeds come from PyTorch's default generator, so ``manual_seed`` repeats it.
 **Errors** are TypeError and ValueError that name the argument and the value got.  Constructors raise them for a size

@@ -6,9 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as _globals
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from milkernels import classical, functional, results
 from milkernels.arguments import check_choice, check_count, check_share, checked_mask
+from milkernels.embedding import InstanceEmbedding
 from milkernels.nn.pools import DSMIL, AttentionPool, Instances, LossAttention, ragged
 
 Dims = int | Sequence[int] | None
@@ -69,6 +72,49 @@ def _embed(embed: nn.Sequential, x, offsets, mask, in_dim: int) -> tuple[Tensor,
     return embed(values), offsets, mask
 
 
+def _pooled(pool: nn.Module, embed: nn.Module, x, offsets, mask, in_dim: int):
+    """What ``pool`` makes of the embedded bags.  The last layer of the embedding is handed to it, where calling that
+    layer would do no more than its parameters say: then its output is never stored."""
+    stage = _stage(embed) if _is_plain(pool, AttentionPool, DSMIL, LossAttention) else None
+    if stage is None:
+        return pool(*_embed(embed, x, offsets, mask, in_dim))
+    values, offsets, mask = ragged(x, offsets, mask, in_dim)
+    before = list(embed)[:-3]
+    if before:
+        values, mask = _cleared(values, mask)
+    for layer in before:
+        values = layer(values)
+    return pool(values, offsets, mask, embed=stage)
+
+
+def _stage(embed: nn.Module) -> InstanceEmbedding | None:
+    """Its last Linear, ReLU and Dropout as the instance stage of an op; None where they are not just these."""
+    if not _is_plain(embed, nn.Sequential) or len(embed) < 3 or _global_hooks():
+        return None
+    linear, relu, dropout = list(embed)[-3:]
+    if not (_is_plain(linear, nn.Linear) and _is_plain(relu, nn.ReLU) and _is_plain(dropout, nn.Dropout)):
+        return None
+    if not linear._parameters.keys() >= {"weight", "bias"} or is_traceable_wrapper_subclass(linear.weight):
+        return None  # computed before each call, or sharded or quantized
+    return InstanceEmbedding(linear.weight, linear.bias, "relu", dropout.p if dropout.training else 0.0)
+
+
+def _is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Calling the module runs the forward of one of these classes and no hook; parametrizations, adapters and quantized
+    layers are of other classes."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) in kinds and not hooks and "forward" not in module.__dict__
+
+
+def _global_hooks() -> bool:
+    return bool(
+        _globals._global_forward_hooks
+        or _globals._global_forward_pre_hooks
+        or _globals._global_backward_hooks
+        or _globals._global_backward_pre_hooks
+    )
+
+
 def _cleared(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Zeros in masked rows: a linear layer's weight gradient multiplies all rows by theirs, which is 0 there; 0 * NaN
     is NaN."""
@@ -88,7 +134,7 @@ class ABMIL(nn.Module):
         in_dim: features of an instance.
         num_classes: C.
         embed_dim: of the embedding, a linear layer and ReLU, or several of them in turn; None pools the instances as
-            they are.
+            they are.  The last one is handed to the pooling as its ``embed``: compiled kernels do not store its output.
         hidden_dim, heads, gated, activation: as in `AttentionPool`; the bag vectors of all heads are concatenated.
         dropout: of the embedding and of the attention's hidden units, as in CLAM, in [0, 1].
 
@@ -119,7 +165,7 @@ class ABMIL(nn.Module):
         self.classifier = nn.Linear(heads * width, num_classes, **factory)
 
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> Prediction:
-        pooled = self.attention(*_embed(self.embed, x, offsets, mask, self.in_dim))
+        pooled = _pooled(self.attention, self.embed, x, offsets, mask, self.in_dim)
         return Prediction(self.classifier(pooled.bag.flatten(1)), pooled)
 
 
@@ -166,7 +212,7 @@ class DSMILModel(nn.Module):
         self.classifier = nn.Conv1d(num_classes, num_classes, self.streams.value_dim, **factory)
 
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> DSMILPrediction:
-        pooled = self.streams(*_embed(self.embed, x, offsets, mask, self.in_dim))
+        pooled = _pooled(self.streams, self.embed, x, offsets, mask, self.in_dim)
         bag_logits = self.classifier(pooled.bag).squeeze(2)
         logits = self.lambda_ * pooled.values + (1 - self.lambda_) * bag_logits
         logits = torch.where(pooled.critical < 0, bag_logits, logits)
@@ -184,7 +230,8 @@ class LossAttentionModel(nn.Module):
     Args:
         in_dim: features of an instance.
         num_classes: C.
-        hidden_dims: of the embedding, a linear layer and ReLU each; empty takes the instances as they are.
+        hidden_dims: of the embedding, a linear layer and ReLU each; empty takes the instances as they are.  The last
+            one is handed to the pooling, as in `ABMIL`.
         dropout: after each layer of the embedding, in [0, 1]; only with one.
         factory: device and dtype.
 
@@ -200,7 +247,7 @@ class LossAttentionModel(nn.Module):
         self.attention = LossAttention(width, num_classes, **factory)
 
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> Prediction:
-        pooled = self.attention(*_embed(self.embed, x, offsets, mask, self.in_dim))
+        pooled = _pooled(self.attention, self.embed, x, offsets, mask, self.in_dim)
         logits = F.linear(pooled.bag[:, 0], self.attention.weight, self.attention.bias)
         return Prediction(logits, pooled)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from milkernels import functional, results
 from milkernels.arguments import check_choice, check_count, check_instances, check_number, check_share
 from milkernels.bags import Bags
+from milkernels.embedding import Embed
 from milkernels.reference import ACTIVATIONS
 
 Instances = Tensor | Bags
@@ -56,6 +57,12 @@ def _per_row(name: str, t: Tensor, x: Instances) -> Tensor:
 
 class _Linears(nn.Module):
     """A module with parameters of linear layers: ``<prefix>weight [out, in]``, ``<prefix>bias [out]`` or None."""
+
+    in_dim: int
+
+    def _width(self, embed: Embed) -> int | None:
+        """Features that the instances have to have; None where those of their embedding count, which the op checks."""
+        return self.in_dim if embed is None else None
 
     def _add_linear(self, prefix: str, in_dim: int, out_dim: int, bias: bool, **factory) -> None:
         weight = nn.Parameter(torch.empty(out_dim, in_dim, **factory))
@@ -128,16 +135,22 @@ class AttentionPool(_Linears):
         self.reset_parameters()
 
     def forward(
-        self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None, *, seed: Seed = None
+        self,
+        x: Instances,
+        offsets: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        embed: Embed = None,
+        seed: Seed = None,
     ) -> results.Pooled:
         """``Pooled(bag [B, K, L], scores [N, K], lse [B, K])``; ``seed`` fixes what dropout drops."""
-        values, offsets, mask = ragged(x, offsets, mask, self.in_dim)
+        values, offsets, mask = ragged(x, offsets, mask, self._width(embed))
         pool, gate = functional.attention_pool, ()
         if self.gated:
             pool, gate = functional.gated_attention_pool, (self.u_weight, self.u_bias)
         parameters = (self.v_weight, self.v_bias, *gate, self.w_weight, self.w_bias)
-        dropout = {"dropout_p": self.dropout if self.training else 0.0, "seed": seed}
-        return pool(values, *parameters, offsets, activation=self.activation, mask=mask, **dropout)
+        options = {"dropout_p": self.dropout if self.training else 0.0, "seed": seed, "embed": embed, "mask": mask}
+        return pool(values, *parameters, offsets, activation=self.activation, **options)
 
     def extra_repr(self) -> str:
         sizes = ("in_dim", "hidden_dim", "heads")
@@ -220,12 +233,18 @@ class DSMIL(_Linears):
         self.reset_parameters()
 
     def forward(
-        self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None, *, seed: Seed = None
+        self,
+        x: Instances,
+        offsets: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        embed: Embed = None,
+        seed: Seed = None,
     ) -> results.DSMIL:
         """``DSMIL(bag [B, C, Lv], scores [N, C], lse, critical, values [B, C], logits [N, C])``; ``seed`` fixes what
         dropout drops."""
-        values, offsets, mask = ragged(x, offsets, mask, self.in_dim)
-        options = {"seed": seed, "scale": self.scale, "mask": mask}
+        values, offsets, mask = ragged(x, offsets, mask, self._width(embed))
+        options = {"seed": seed, "embed": embed, "scale": self.scale, "mask": mask}
         if self.nonlinear_query:
             options |= {"q2_weight": self.q2_weight, "q2_bias": self.q2_bias}
         if self.value:
@@ -263,11 +282,19 @@ class LossAttention(_Linears):
         self.reset_parameters()
 
     def forward(
-        self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Instances,
+        offsets: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        embed: Embed = None,
+        seed: Seed = None,
     ) -> results.LossAttentionPooled:
-        """``LossAttentionPooled(bag [B, 1, L], scores [N, 1], lse [B, 1], logits [N, C])``."""
-        values, offsets, mask = ragged(x, offsets, mask, self.in_dim)
-        return functional.loss_attention_pool(values, self.weight, self.bias, offsets, mask=mask)
+        """``LossAttentionPooled(bag [B, 1, L], scores [N, 1], lse [B, 1], logits [N, C])``; ``seed`` fixes what the
+        dropout of ``embed`` drops."""
+        values, offsets, mask = ragged(x, offsets, mask, self._width(embed))
+        options = {"seed": seed, "embed": embed, "mask": mask}
+        return functional.loss_attention_pool(values, self.weight, self.bias, offsets, **options)
 
     def extra_repr(self) -> str:
         return f"{self._describe('in_dim', 'num_classes')}, bias={self.bias is not None}"
