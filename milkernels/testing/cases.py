@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milkernels.testing.formulas import OneBag, Tensors
-from milkernels.testing.inputs import ROWWISE, Inputs, Shape, features_of
+from milkernels.testing.formulas import OneBag, Tensors, embedded, embedding_dropout, of_embedded
+from milkernels.testing.inputs import ROWWISE, Inputs, Shape, features_of, keep_masks
+from milkernels.testing.philox import keep_scale
 
 MODES = ("fwd", "step", "frozen")  # forward; forward and backward; the same when x needs no gradient
 _PER_INSTANCE = frozenset({"scores", "logits", "weights"})  # outputs of N rows; the others have one row per bag
@@ -61,11 +62,16 @@ class OpCase:
     forward_flops: Flops = _no_flops  # products that the backward does not differentiate
     reads: tuple[int, int] = (1, 1)  # passes over x in the forward and in the backward
     columns: tuple[int, int] = (1, 1)  # tensors like the scores, [N, heads], moved in the forward and in the backward
+    embeds: int = 0  # how often the forward goes over the rows to embed them; 0: it takes them as they are
     zero_gradients: Callable[[Inputs], tuple[str, ...]] = lambda inputs: ()  # 0 in exact arithmetic
     tags: frozenset[str] = frozenset()
 
     def __post_init__(self):
         object.__setattr__(self, "op", self.op or self.name)
+
+    def inner(self, shape: Shape) -> Shape:
+        """What the op sees behind the layer in front of it, if there is one: instances half as wide, as in CLAM."""
+        return replace(shape, dim=max(1, shape.dim // 2)) if self.embeds else shape
 
     def modes(self) -> tuple[str, ...]:
         """The modes in which there is something to compute: an op without parameters has nothing to train."""
@@ -99,13 +105,14 @@ class OpCase:
         options = {**self.options, **options}
         instances = self.leading == "x"
         x = features_of(features, shape, randn) if instances else randn(shape.instances, shape.heads)
-        parameters, fixed = self.parameters(shape, randn), self.fixed(shape, randn)
+        inner = self.inner(shape)
+        parameters, fixed = self.parameters(inner, randn), self.fixed(inner, randn)
+        if self.embeds:
+            parameters |= linear("e_", inner.dim, shape.dim, randn)
         if self.winners:
-            plant = _plant_largest_logits if self.winners == "weight" else _plant_largest_entries
-            target = {"x": x, **parameters, **fixed}[self.winners]
-            plant(x, target, _real_rows(shape, mask, x.device), options.get("k", 1))
+            self._plant(x, parameters | fixed, _real_rows(shape, mask, x.device), options)
         per_instance = self.primary in _PER_INSTANCE
-        size = (shape.instances, shape.heads) if per_instance else (shape.bags, *self.primary_row(shape, options))
+        size = (shape.instances, shape.heads) if per_instance else (shape.bags, *self.primary_row(inner, options))
         inputs = Inputs(
             x=x.to(dtype),
             parameters={name: t.to(parameter_dtype or dtype) for name, t in parameters.items()},
@@ -119,6 +126,14 @@ class OpCase:
         )
         inputs.parameters |= {n: t.to(parameter_dtype or dtype) for n, t in self.derived(inputs).items()}
         return inputs
+
+    def _plant(self, x: Tensor, tensors: Tensors, bags: list[Tensor], options: Mapping[str, Any]) -> None:
+        if self.embeds:
+            _plant_largest_embedded_logits(x, tensors, bags, options)
+        elif self.winners == "weight":
+            _plant_largest_logits(x, tensors["weight"], bags, options.get("k", 1))
+        else:
+            _plant_largest_entries(x, {"x": x, **tensors}[self.winners], bags, options.get("k", 1))
 
     def prefix(self, inputs: Inputs, instances: int) -> Inputs:
         """The same inputs cut to their first rows; the last bag may be cut short, later bags are gone."""
@@ -148,9 +163,9 @@ class OpCase:
 
         if self.compose is not None:
             return self.compose(inputs, backend)
-        tensors = inputs.parameters | inputs.fixed
+        tensors, options = arguments_of(inputs)
         arguments = [tensors[name] for name in self.positional]
-        keywords = {n: t for n, t in tensors.items() if n not in self.positional} | inputs.options
+        keywords = {n: t for n, t in tensors.items() if n not in self.positional} | options
         if self.takes_offsets:
             keywords["offsets"] = inputs.offsets
         result = getattr(milkernels, self.op)(inputs.x, *arguments, mask=inputs.mask, backend=backend, **keywords)
@@ -176,13 +191,19 @@ class OpCase:
         return full
 
     def flops(self, shape: Shape, mode: str) -> int:
-        """Matrix arithmetic under the memory promise: the backward computes hidden units again."""
-        hidden, heads = self.hidden_flops(shape), self.head_flops(shape)
-        forward = hidden + heads + self.forward_flops(shape)
+        """Matrix arithmetic under the memory promise: the backward computes hidden units and embeddings again."""
+        inner = self.inner(shape)
+        hidden, heads = self.hidden_flops(inner), self.head_flops(inner)
+        embedding = 2 * shape.instances * shape.dim * inner.dim if self.embeds else 0
+        forward = hidden + heads + self.forward_flops(inner) + self.embeds * embedding
         if mode == "fwd":
             return forward
         into_x = int(mode == "step")
-        return forward + (2 + into_x) * hidden + (1 + into_x) * heads
+        into_h = 1 if self.embeds else into_x  # an embedding is trained, frozen or not
+        backward = (2 + into_h) * hidden + (1 + into_h) * heads
+        if hidden or heads:  # a maximum is differentiated in its few rows
+            backward += (2 + into_x) * embedding
+        return forward + backward
 
     def bytes(self, shape: Shape, dtype: torch.dtype, mode: str) -> int:
         """Traffic to main memory: the passes over x, its gradient, and what is like the scores."""
@@ -191,6 +212,36 @@ class OpCase:
         if mode == "fwd":
             return x * self.reads[0] + column * self.columns[0]
         return x * (sum(self.reads) + int(mode == "step")) + column * sum(self.columns)
+
+
+def linear(prefix: str, out_dim: int, in_dim: int, randn: Callable[..., Tensor]) -> Tensors:
+    return {f"{prefix}weight": randn(out_dim, in_dim) / math.sqrt(in_dim), f"{prefix}bias": randn(out_dim) / 10}
+
+
+def arguments_of(inputs: Inputs) -> tuple[Tensors, dict[str, Any]]:
+    """Tensors and options as the public function takes them: those of the embedding together."""
+    import milkernels
+
+    tensors, options = inputs.parameters | inputs.fixed, dict(inputs.options)
+    if "e_weight" in tensors:
+        layer = (tensors.pop("e_weight"), tensors.pop("e_bias"), "relu", embedding_dropout(options))
+        options |= {"embed": milkernels.InstanceEmbedding(*layer)}
+        options.pop("e_dropout_p", None)
+    return tensors, options
+
+
+def embedding_case(case: OpCase, name: str, *, passes: int = 1) -> OpCase:
+    """The same op with a layer in front of it, trained with it; all its dropout is one option."""
+    dropout = case.dropout or "e_dropout_p"
+    return replace(
+        case,
+        name=name,
+        one_bag=of_embedded(case.one_bag),
+        alternatives={use: of_embedded(one_bag) for use, one_bag in case.alternatives.items()},
+        options={**case.options, dropout: 0.0, "seed": 0},
+        dropout=dropout,
+        embeds=passes,
+    )
 
 
 def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -243,6 +294,28 @@ def _plant_largest_logits(x: Tensor, weight: Tensor, bags: list[Tensor], count: 
         for rows in _winning_rows(len(real), len(weight), count, x.device).T:
             missing = logits.amax(dim=0) + 1 - logits[rows, classes]
             x.index_add_(0, real[rows], missing.unsqueeze(1) * towards)
+
+
+def _plant_largest_embedded_logits(x: Tensor, tensors: Tensors, bags: list[Tensor], options: Mapping[str, Any]) -> None:
+    """Each class has a unit of the embedding that no other class sees; its winner is a row in which that is kept."""
+    weight, keep = tensors["weight"], keep_masks(tensors, options, len(x), x.device)
+    kept = keep.get("keep_embedding", x.new_ones(len(x), weight.shape[1], dtype=torch.bool))
+    scale = keep_scale(embedding_dropout(options)) if keep else 1.0
+    units = torch.arange(len(weight), device=x.device) % weight.shape[1]
+    weight[:, units] = torch.eye(len(weight), device=x.device)
+    towards = torch.linalg.pinv(tensors["e_weight"]).T  # row u moves the input of unit u alone
+    for real in filter(len, bags):
+        rest = {name: mask[real] for name, mask in keep.items()}
+        h = embedded(x[real], tensors | rest, options)
+        logits = h @ weight.T
+        for c, unit in enumerate(units.tolist()):
+            found = kept[real, unit].nonzero()[:, 0]
+            if len(found) == 0:
+                continue
+            row = found[(7 * c + len(found) // 2) % len(found)]
+            now = tensors["e_weight"][unit] @ x[real[row]] + tensors["e_bias"][unit]
+            missing = (logits[:, c].amax() + 1 - logits[row, c]) / scale
+            x[real[row]] += (now.relu() + missing - now) * towards[unit]
 
 
 def _plant_largest_entries(x: Tensor, target: Tensor, bags: list[Tensor], count: int) -> None:

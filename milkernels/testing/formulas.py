@@ -6,7 +6,7 @@ return there is in ``milkernels.functional``.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,23 @@ def _dropped(h: Tensor, t: Tensors, p: float, name: str) -> Tensor:
     if p == 0.0:
         return h
     return h * t[name].to(h.dtype) * keep_scale(p) if name in t else F.dropout(h, p)
+
+
+def embedding_dropout(options: Mapping[str, Any]) -> float:
+    """The embedding's share of dropped units: its own, or that of all dropout there is."""
+    return options.get("e_dropout_p", options.get("dropout_p", 0.0))
+
+
+def embedded(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensor:
+    """The layer in front of the aggregator, where there is one: Linear, ReLU, Dropout."""
+    if "e_weight" not in t:
+        return x
+    return _dropped(relu(F.linear(x, t["e_weight"], t["e_bias"])), t, embedding_dropout(options), "keep_embedding")
+
+
+def of_embedded(one_bag: OneBag) -> OneBag:
+    """The formula behind that layer."""
+    return lambda x, t, options: one_bag(embedded(x, t, options), t, options)
 
 
 def attention_scores_eager(x: Tensor, t: Tensors, options: dict[str, Any]) -> Tensors:

@@ -13,8 +13,14 @@ from milkernels.testing.philox import dropout_keep
 
 FEATURES = ("relu", "noise")
 ROWWISE = frozenset({"scores", "weights", "instance_logits"})  # inputs with one row per instance, besides x
-# What an option drops: (name of the mask, branch of the counter)
-_DROPS = {"dropout_p": (("keep_activation", 0), ("keep_sigmoid", 1)), "v_dropout_p": (("keep_value", 2),)}
+# What is dropped: (option, name of the mask, branch of the counter, parameter and which of its sizes counts units)
+_DROPS = (
+    ("dropout_p", "keep_activation", 0, "v_weight", 0),
+    ("dropout_p", "keep_sigmoid", 1, "u_weight", 0),
+    ("v_dropout_p", "keep_value", 2, "v_weight", 1),
+    ("dropout_p", "keep_embedding", 3, "e_weight", 0),
+    ("e_dropout_p", "keep_embedding", 3, "e_weight", 0),
+)
 
 
 @dataclass(frozen=True)
@@ -128,18 +134,25 @@ class Inputs:
 
     def with_keep(self) -> "Inputs":
         """The same inputs with the kernels' dropout mask spelled out, so that eager drops the same units."""
-        keep = dict(self.keep)
-        for option, masks in _DROPS.items():
-            p = self.options.get(option, 0.0)
-            if p == 0.0 or self.keep:
-                continue
-            units = self.parameters["v_weight"].shape[option == "v_dropout_p"]  # V's input, or its output
-            drawn = {name: dropout_keep(self.options["seed"], len(self.x), units, b, p) for name, b in masks}
-            keep |= {name: mask.to(self.x.device) for name, mask in drawn.items()}
-        return replace(self, keep=keep)
+        if self.keep:
+            return self
+        return replace(self, keep=keep_masks(self.parameters, self.options, len(self.x), self.x.device))
 
     def bounds(self) -> list[tuple[int, int]]:
         return list(itertools.pairwise(itertools.accumulate(self.lengths, initial=0)))
+
+
+def keep_masks(
+    parameters: Mapping[str, Tensor], options: Mapping[str, Any], rows: int, device: torch.device
+) -> dict[str, Tensor]:
+    """The units that the kernels keep, by the names under which formulas know them."""
+    keep = {}
+    for option, name, branch, parameter, dim in _DROPS:
+        p = options.get(option, 0.0)
+        if p and parameter in parameters:
+            units = parameters[parameter].shape[dim]
+            keep[name] = dropout_keep(options["seed"], rows, units, branch, p).to(device)
+    return keep
 
 
 def features_of(features: str | Tensor, shape: Shape, randn: Callable[..., Tensor]) -> Tensor:

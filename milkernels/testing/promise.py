@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from milkernels.testing.cases import OpCase
-from milkernels.testing.formulas import kink
+from milkernels.testing.formulas import embedded, kink
 from milkernels.testing.inputs import Inputs
 
 _KINK = 8  # roundings, of the root mean square, that a product of some hundred terms may be off by
@@ -111,9 +111,10 @@ def kinks(case: OpCase, inputs: Inputs, mode: str = "step") -> dict[str, float]:
 def _summands(inputs: Inputs, results: Mapping[str, Tensor]) -> float:
     """A shift of the scores cancels: its gradient sums terms a_i x_il g_l to 0.  Their absolute sum."""
     total = 0.0
+    x = embedded(inputs.x, inputs.rows(0, len(inputs.x)), inputs.options)
     for (start, end), g in zip(inputs.bounds(), inputs.cotangent, strict=True):
         weights = torch.softmax(results["scores"][start:end], dim=0)
-        total += float((weights * (inputs.x[start:end].abs() @ g.abs().T)).nan_to_num().sum())
+        total += float((weights * (x[start:end].abs() @ g.abs().T)).nan_to_num().sum())
     return total
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from milkernels.testing import formulas
-from milkernels.testing.cases import Factory, Flops, OpCase, bag_logsumexp
+from milkernels.testing.cases import Factory, Flops, OpCase, arguments_of, bag_logsumexp, embedding_case, linear
 from milkernels.testing.formulas import Tensors
 from milkernels.testing.inputs import Inputs, Shape
 
@@ -20,16 +20,12 @@ def _vectors(count: int) -> Flops:
     return lambda s: 2 * s.instances * s.dim * s.heads * count
 
 
-def _linear(prefix: str, out_dim: int, in_dim: int, randn: Randn) -> Tensors:
-    return {f"{prefix}weight": randn(out_dim, in_dim) / math.sqrt(in_dim), f"{prefix}bias": randn(out_dim) / 10}
-
-
 def _per_instance(name: str) -> Factory:
     return lambda shape, randn: {name: randn(shape.instances, shape.heads)}
 
 
 def _classifier(shape: Shape, randn: Randn) -> Tensors:
-    return _linear("", shape.heads, shape.dim, randn)
+    return linear("", shape.heads, shape.dim, randn)
 
 
 # Attention
@@ -39,7 +35,7 @@ def _attention_parameters(gated: bool) -> Factory:
     def make(shape: Shape, randn: Randn) -> Tensors:
         made = {}
         for prefix in ("v_", "u_") if gated else ("v_",):
-            made |= _linear(prefix, shape.hidden, shape.dim, randn)
+            made |= linear(prefix, shape.hidden, shape.dim, randn)
         # Twice the size that keeps the variance: the weights of a bag should differ visibly.
         made["w_weight"] = 2 * randn(shape.heads, shape.hidden) / math.sqrt(shape.hidden)
         made["w_bias"] = randn(shape.heads) / 10
@@ -94,10 +90,10 @@ def _query(name: str, *, per_bag: bool) -> OpCase:
 def _dsmil_parameters(mlp: bool, classifier: bool) -> Factory:
     def make(shape: Shape, randn: Randn) -> Tensors:
         made = _classifier(shape, randn) if classifier else {}
-        made |= _linear("q_", shape.hidden, shape.dim, randn)
+        made |= linear("q_", shape.hidden, shape.dim, randn)
         if mlp:
-            return made | _linear("q2_", shape.hidden, shape.hidden, randn)
-        return made | _linear("v_", shape.dim, shape.dim, randn)
+            return made | linear("q2_", shape.hidden, shape.hidden, randn)
+        return made | linear("v_", shape.dim, shape.dim, randn)
 
     return make
 
@@ -105,9 +101,9 @@ def _dsmil_parameters(mlp: bool, classifier: bool) -> Factory:
 def _both_streams(inputs: Inputs, backend: str | None) -> Tensors:
     import milkernels
 
-    both = milkernels.dsmil(
-        inputs.x, **inputs.parameters, **inputs.options, offsets=inputs.offsets, mask=inputs.mask, backend=backend
-    )
+    tensors, options = arguments_of(inputs)
+    bags = {"offsets": inputs.offsets, "mask": inputs.mask}
+    both = milkernels.dsmil(inputs.x, **tensors, **options, **bags, backend=backend)
     # A training step goes through both, as DSMIL's two losses do.
     return {**both._asdict(), "streams": torch.cat([both.bag.flatten(1), both.values], dim=1)}
 
@@ -286,4 +282,10 @@ _ALL = (
         columns=(0, 0),
     ),
 )
-CASES: dict[str, OpCase] = {case.name: case for case in _ALL}
+_PLAIN = {case.name: case for case in _ALL}
+_EMBEDDED = (
+    *(embedding_case(_PLAIN[op], f"{op}_embed") for op in ("gated_attention_pool", "query_pool", "instance_max")),
+    embedding_case(_PLAIN["dsmil_mlp"], "dsmil_mlp_embed", passes=2),  # which instance is critical, and the scores
+    embedding_case(_PLAIN["loss_attention_pool"], "loss_attention_pool_embed"),
+)
+CASES: dict[str, OpCase] = {case.name: case for case in (*_ALL, *_EMBEDDED)}
