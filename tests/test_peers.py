@@ -14,7 +14,7 @@ from milkernels.bench.contenders import REGISTRY, Unavailable
 from milkernels.testing import CASES, Shape, evaluate, float64_reference
 
 LENGTHS = (40, 1, 9, 130)
-ATTENTION = ("attention_pool", "gated_attention_pool")
+ATTENTION = ("attention_pool", "gated_attention_pool", "gated_attention_pool_embed")
 ONE_HEAD = ("torchmil", "pyg")
 MANY_HEADS = ("padded", "pyg-segment", "segment-reduce", "scatter", "jagged", "accumulate")
 SEGMENTS = ("pyg-segment", "segment-reduce", "scatter")
@@ -123,6 +123,13 @@ def test_peers_without_a_mask_say_so(name):
 def test_peers_refuse_other_ops(name):
     with pytest.raises(Unavailable):
         prepared(name, "dsmil", heads=2)
+
+
+def test_a_layer_in_front_of_another_op_is_nobodys():
+    for name in ("query_pool_embed", "dsmil_mlp_embed", "instance_max_embed", "loss_attention_pool_embed"):
+        inputs = CASES[name].inputs(Shape(LENGTHS, dim=24, hidden=16, heads=2))
+        formulas = [f"eager-{formula}" for formula in CASES[name].alternatives]
+        assert contenders.default_contenders(CASES[name], inputs) == ["eager", *formulas, "compile"]
 
 
 def test_torchmil_has_no_dropout():

@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     )
     shape = p.add_argument_group("shape")
     shape.add_argument("--instances", type=positive, default=100_000)
-    shape.add_argument("--dim", type=positive, default=512)
+    shape.add_argument("--dim", type=positive, default=512, help="of an instance (512); its embedding has half as many")
     shape.add_argument("--hidden", type=positive, help="default: 128 for DSMIL, else 256")
     shape.add_argument("--heads", type=positive, help="or classes; default: 2 or 4 where the op has classes, else 1")
     bags = shape.add_mutually_exclusive_group()

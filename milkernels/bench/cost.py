@@ -182,6 +182,7 @@ def _launches_of(case: OpCase) -> dict[str, dict[str, int]]:
     extras = {
         "bags": case.takes_offsets,
         "shared": "query" in made and not case.bagwise,
+        "embed": bool(case.embeds),
         "gated": "u_weight" in made,
         "mlp": "q2_weight" in made,
         "value": case.op.startswith("dsmil") and "v_weight" in made,

@@ -10,7 +10,8 @@ from milkernels.testing import CASES, even_lengths, skewed_lengths, small_length
 PRESETS = ("quick", "full")
 INSTANCES = 100_000
 DIM, HIDDEN = 512, 256
-GATED = "gated_attention_pool"
+GATED, EMBEDDED = "gated_attention_pool", "gated_attention_pool_embed"
+CLAM = 1024  # width of its features, that it embeds in half as many
 MAIN = ("dsmil", "dsmil_mlp", "loss_attention_pool", "softmax_pool", "query_pool")
 MEMORY = 4 << 30  # that the largest bag has to do with
 SCALES = {FLOAT32: (1_000, 10_000, 100_000, 300_000, 1_000_000), BFLOAT16: (10_000, 100_000, 1_000_000, 4_000_000)}
@@ -59,6 +60,8 @@ def _attention(dtypes: Sequence[str]) -> Iterator[Unit]:
             "attention_pool", (INSTANCES,), DIM, "eager compile native", dtype=dtype, modes=two, budget=18, **about
         )
         yield _unit(GATED, (INSTANCES,), 1024, "eager compile native", dtype=dtype, modes=two, budget=24.0, **about)
+    for dtype in dtypes:
+        yield _unit(EMBEDDED, (INSTANCES,), CLAM, "eager compile accumulate native", dtype=dtype, budget=36.0, **about)
 
 
 def _ops(dtypes: Sequence[str]) -> Iterator[Unit]:

@@ -49,8 +49,10 @@ def guess_seconds(contender: Contender, case: OpCase, inputs: Inputs, mode: str)
 
 
 def _float64_bytes(inputs: Inputs, case: OpCase, mode: str) -> int:
-    hidden = max((t.shape[0] for name, t in inputs.parameters.items() if name.endswith("weight")), default=0)
-    per_instance = 2 * inputs.x.shape[1] + 6 * hidden if mode != "fwd" else inputs.x.shape[1] + 4 * hidden
+    sizes = {name: t.shape[0] for name, t in inputs.parameters.items() if name.endswith("weight")}
+    embedding = sizes.pop("e_weight", 0)
+    hidden, width = max(sizes.values(), default=0), inputs.x.shape[1]
+    per_instance = 2 * width + 6 * (hidden + embedding) if mode != "fwd" else width + 4 * (hidden + embedding)
     return 8 * len(inputs.x) * per_instance
 
 

@@ -10,6 +10,7 @@ SIZES = tuple((dim, hidden) for hidden in (256, 128, 384) for dim in (1024, 512,
 HEADLINE_SIZES = ((1024, 256), (512, 256), (1536, 384))
 SCALES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 GIGABYTE = 1 << 30
+EMBEDDED = "gated_attention_pool_embed"
 _CALLED = ("gated_attention_pool", "attention_pool", "softmax_pool", "loss_attention_pool", "dsmil", "dsmil_mlp")
 CALL_ROWS = (2, 8192)  # launches, and nothing but launches; kernels that serve large bags only
 
@@ -47,6 +48,7 @@ def _headlines() -> Iterator[Unit]:
         yield _attention("gated_attention_scores", size, 1, BFLOAT16, modes=("fwd",), headline=True)
     yield _unit(gated, SMALL_BAGS, 1024, f"{ragged} native", modes=("step", "fwd"), headline=True)
     yield _attention(gated, HEADLINE_SIZES[0], 1, FLOAT32, headline=True)
+    yield _attention(EMBEDDED, HEADLINE_SIZES[0], 1, BFLOAT16, contenders="eager triton", headline=True)
     yield _unit(gated, (1_000_000,), 512, "eager triton", modes=("step", "frozen", "fwd"), headline=True)
 
 
@@ -71,6 +73,7 @@ def _compiled() -> Iterator[Unit]:
     for lengths in (SLIDES, SMALL_BAGS):
         yield _unit(gated, lengths, 1024, both, modes=("step",), **ragged)
     yield _attention(gated, HEADLINE_SIZES[0], 1, FLOAT32, modes=("step",), **options)
+    yield _attention(EMBEDDED, HEADLINE_SIZES[0], 1, BFLOAT16, modes=("frozen", "fwd"), **options)
 
 
 def _rest() -> Iterator[Unit]:
@@ -78,6 +81,10 @@ def _rest() -> Iterator[Unit]:
     for op in ("dsmil_mlp", "dsmil", "loss_attention_pool", "softmax_pool", "query_pool"):
         yield _unit(op, (INSTANCES,), 1024, "eager triton native")
     yield _unit(gated, TINY_BAGS, 512, "eager triton native", hidden=128, modes=("step", "fwd"))
+    yield _unit(EMBEDDED, SLIDES, 1024, "eager padded triton reference", modes=("frozen", "fwd"))
+    yield _attention(EMBEDDED, HEADLINE_SIZES[0], 1, FLOAT32, contenders="eager triton")
+    for op in ("dsmil_mlp_embed", "loss_attention_pool_embed", "query_pool_embed"):
+        yield _unit(op, (INSTANCES,), 1024, "eager triton")
     yield _attention(gated, HEADLINE_SIZES[0], 1, FLOAT32, precision="high", contenders="eager triton fused")
     yield _attention(gated, HEADLINE_SIZES[0], 1, FLOAT16)
     for op in ("dsmil", "loss_attention_pool", "softmax_pool"):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from milkernels.bench import cuda
 from milkernels.testing import Inputs, OpCase
-from milkernels.testing.formulas import attention_scores_eager, softmax_pool_eager
+from milkernels.testing.formulas import attention_scores_eager, embedded, softmax_pool_eager
 
 Compute = Callable[[Inputs], dict[str, Tensor]]
 Prepared = tuple[Compute, Inputs]
@@ -36,6 +36,11 @@ def available_memory(device: torch.device | str = "cpu") -> int:
 
 def _is_attention_pool(case: OpCase) -> bool:
     return "attention" in case.tags and case.takes_offsets
+
+
+def _behind(inputs: Inputs) -> Inputs:
+    """What an aggregator gets: the instances, or what the layer in front of it makes of all of them."""
+    return replace(inputs, x=embedded(inputs.x, inputs.parameters, inputs.options))
 
 
 def _scores(case: OpCase, inputs: Inputs) -> Tensor:
@@ -71,7 +76,7 @@ def _must_fit(inputs: Inputs, numbers: int, what: str) -> None:
 def _batch(inputs: Inputs) -> Inputs:
     """What a DataLoader that pads hands over: ``x [B, M, L]`` and ``mask [B, M]``."""
     dim, device = inputs.x.shape[1], inputs.x.device
-    hidden = sum(t.shape[0] for name, t in inputs.parameters.items() if name in ("v_weight", "u_weight"))
+    hidden = sum(t.shape[0] for name, t in inputs.parameters.items() if name in ("v_weight", "u_weight", "e_weight"))
     _must_fit(inputs, 2 * dim + 4 * hidden, "the padded batch and its temporaries")
     longest = max(inputs.lengths)
     inside = torch.arange(longest, device=device) < _lengths(inputs).unsqueeze(1)
@@ -90,6 +95,7 @@ def refuses_padded(case: OpCase, inputs: Inputs) -> str:
 
 def padded(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
     def compute(i: Inputs) -> dict[str, Tensor]:
+        i = _behind(i)
         scores = attention_scores_eager(i.x, i.parameters, i.options)["scores"]
         weights = torch.softmax(scores.masked_fill(~i.mask.unsqueeze(-1), -math.inf), dim=1)
         return {"bag": torch.bmm(weights.transpose(1, 2), i.x)}
@@ -118,7 +124,7 @@ def torchmil(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
         linear.weight, linear.bias = inputs.parameters[f"{prefix}_weight"], inputs.parameters[f"{prefix}_bias"]
 
     def compute(i: Inputs) -> dict[str, Tensor]:
-        return {"bag": pool(i.x, i.mask).unsqueeze(1)}
+        return {"bag": pool(_behind(i).x, i.mask).unsqueeze(1)}
 
     return compute, _batch(inputs)
 
@@ -150,7 +156,7 @@ def pyg(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
     aggregate = AttentionalAggregation(_Gate(inputs))
 
     def compute(i: Inputs) -> dict[str, Tensor]:
-        return {"bag": aggregate(i.x, index, dim_size=len(i.lengths)).unsqueeze(1)}
+        return {"bag": aggregate(_behind(i).x, index, dim_size=len(i.lengths)).unsqueeze(1)}
 
     return compute, inputs
 
@@ -175,6 +181,7 @@ def _by_segments(
     def compute(i: Inputs) -> dict[str, Tensor]:
         if case.name in _REDUCED:
             return {case.primary: reduce(i.x, _REDUCED[case.name])}
+        i = _behind(i)
         weights = softmax(_scores(case, i))
         return {"bag": reduce(weights.unsqueeze(2) * i.x.unsqueeze(1), "sum")}
 
@@ -235,7 +242,7 @@ def jagged(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
         return torch.nested.nested_tensor_from_jagged(t, offsets, min_seqlen=shortest, max_seqlen=longest)
 
     def compute(i: Inputs) -> dict[str, Tensor]:
-        x = nested(i.x)
+        x = nested(_behind(i).x)
         if case.name == "mean_pool":
             return {"bag": x.mean(dim=1)}
         scores = nested(i.parameters["scores"]) if "scores" in i.parameters else _scores(case, replace(i, x=x))
@@ -271,7 +278,7 @@ def accumulate(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
     def compute(i: Inputs) -> dict[str, Tensor]:
         if not case.takes_offsets:
             return {"scores": scores_of(i, i.x, 0)}
-        starts = [start for start, _ in i.bounds()]
+        i, starts = _behind(i), [start for start, _ in i.bounds()]
         bags = zip(i.x.split(i.lengths), starts, strict=True)
         pooled = [softmax_pool_eager(x, {"scores": scores_of(i, x, start)}, {})["bag"] for x, start in bags]
         return {"bag": torch.stack(pooled)}

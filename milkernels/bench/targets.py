@@ -46,7 +46,8 @@ def _speed(unit: Unit, mode: str, row: dict, rows: Rows) -> Iterator[tuple[str, 
         elif op == "gated_attention_scores":
             yield "scores alone, share of the matrix rate", _SCORES, rate, True
     nbytes = shape.instances * shape.dim * DTYPES[unit.dtype].itemsize
-    if mode == "fwd" and nbytes >= GIGABYTE and unit.workload.case.hidden_flops(shape) == 0:
+    case = unit.workload.case
+    if mode == "fwd" and nbytes >= GIGABYTE and not case.embeds and case.hidden_flops(shape) == 0:
         share = row["bytes"] / row["median"] / row["limits"]["read_bandwidth"]
         goal = _NATIVE_BANDWIDTH if row["contender"] == "native" else _BANDWIDTH
         yield "share of the read bandwidth", goal, share, True

@@ -75,8 +75,9 @@ def describe(workload: Workload, dtype: str) -> str:
     s = workload.shape
     lengths = f"{s.instances}" if s.bags == 1 else f"{s.bags} of {min(s.lengths)}-{max(s.lengths)}"
     precision = "" if workload.precision == "highest" else f" precision {workload.precision}"
-    hidden = f" D{s.hidden}" if CASES[workload.op].hidden_flops(s) else ""
-    return f"{workload.op} {lengths} x {s.dim}{hidden} K{s.heads} {dtype}{precision}"
+    embedded = f" E{workload.case.inner(s).dim}" if workload.case.embeds else ""
+    hidden = f" D{s.hidden}" if workload.case.hidden_flops(s) else ""
+    return f"{workload.op} {lengths} x {s.dim}{embedded}{hidden} K{s.heads} {dtype}{precision}"
 
 
 def named(units: Iterable[Unit]) -> list[Unit]:

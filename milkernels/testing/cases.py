@@ -241,6 +241,7 @@ def embedding_case(case: OpCase, name: str, *, passes: int = 1) -> OpCase:
         options={**case.options, dropout: 0.0, "seed": 0},
         dropout=dropout,
         embeds=passes,
+        tags=case.tags - {"compiled"},  # which is for tests of the attention kernels alone
     )
 
 
