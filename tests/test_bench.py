@@ -10,10 +10,10 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("psutil")
 
-from milkernels.bench import alone, cli, contenders, gate, harness, memory, readme, report, roofline
+from milkernels.bench import alone, cli, contenders, gate, harness, memory, readme, report, roofline, units
 from milkernels.bench.contenders import Contender
 from milkernels.bench.workload import Workload, load_features
-from milkernels.testing import CASES, Shape, evaluate, formulas, kinks
+from milkernels.testing import CASES, MODES, Shape, evaluate, formulas, kinks
 
 TINY = ["--instances", "96", "--dim", "24", "--hidden", "16", "--budget", "0.1", "--no-memory", "--threads", "1"]
 SHAPE = Shape((9, 1, 40), dim=12, hidden=8, heads=2)
@@ -113,11 +113,23 @@ def test_every_formula_is_a_contender(tmp_path, capsys):
         ("--distribution", "skewed", "--bags", "4", "--padded"),
         ("--lengths", "7,30,1", "--dropout", "0.25"),
         ("--op", "dsmil_pool_relu", "--dropout", "0.25", "--dtype", "float32", "--contenders", "eager"),
+        ("--op", "gated_attention_pool_embed", "--lengths", "7,30,1", "--dropout", "0.25"),
+        ("--op", "dsmil_mlp_embed", "--dropout", "0.25", "--contenders", "eager"),
         ("--op", "topk_instances", "--lengths", "3,30", "--padded", "--contenders", "eager"),
         ("--dtype", "float64,float16"),
         ("--features", "noise", "--seed", "3"),
     ],
-    ids=["small", "padded", "dropout", "value-dropout", "scores", "other-types", "noise"],
+    ids=[
+        "small",
+        "padded",
+        "dropout",
+        "value-dropout",
+        "embedded",
+        "embedded-dropout",
+        "scores",
+        "other-types",
+        "noise",
+    ],
 )
 def test_shapes_and_options(shape, tmp_path, monkeypatch):
     monkeypatch.setattr(gate, "LUCK", 1e4)  # as above
@@ -323,6 +335,43 @@ def test_work_of_ops_bound_by_memory():
     assert work("instance_max", "step") == (vectors, 2 * x + column)
     assert work("max_pool", "step") == (0, 2 * x)
     assert work("segment_softmax", "fwd") == (0, 1000 * 2 * 2 + column)  # of scores, not of instances
+
+
+def test_work_behind_an_embedding():
+    shape, inner = Shape((1000,), dim=512, hidden=128, heads=2), Shape((1000,), dim=256, hidden=128, heads=2)
+    layer = 2 * 1000 * 512 * 256
+
+    def work(op):
+        return {mode: (CASES[op].flops(shape, mode), CASES[op].bytes(shape, torch.bfloat16, mode)) for mode in MODES}
+
+    def plain(op):
+        """What the op behind it has to do, which sends a gradient to the layer in every training."""
+        fwd, step = (CASES[op].flops(inner, mode) for mode in ("fwd", "step"))
+        return {"fwd": fwd, "step": step, "frozen": step}
+
+    for op, passes in (("gated_attention_pool", 1), ("query_pool", 1), ("dsmil_mlp", 2), ("loss_attention_pool", 1)):
+        assert {mode: flops for mode, (flops, _) in work(f"{op}_embed").items()} == {
+            "fwd": plain(op)["fwd"] + passes * layer,
+            "step": plain(op)["step"] + (passes + 3) * layer,
+            "frozen": plain(op)["frozen"] + (passes + 2) * layer,
+        }
+        assert {mode: nbytes for mode, (_, nbytes) in work(f"{op}_embed").items()} == {
+            mode: CASES[op].bytes(shape, torch.bfloat16, mode) for mode in MODES
+        }
+    # The gradient of a maximum is that of few rows.
+    vectors = CASES["instance_max"].flops(inner, "fwd")
+    assert {flops for flops, _ in work("instance_max_embed").values()} == {vectors + layer}
+
+
+def test_an_embedding_is_named():
+    shape = Shape((70,), dim=24, hidden=16)
+    assert units.describe(Workload("gated_attention_pool_embed", shape), "float32").endswith(
+        "70 x 24 E12 D16 K1 float32"
+    )
+    assert units.describe(Workload("query_pool_embed", shape), "float32").endswith("70 x 24 E12 K1 float32")
+    case = CASES["gated_attention_pool_embed"]
+    few = gate._float64_bytes(CASES["gated_attention_pool"].inputs(shape), case, "step")
+    assert gate._float64_bytes(case.inputs(shape), case, "step") == few + 8 * 70 * 6 * 12
 
 
 def test_peak_memory_of_a_child_process():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import milkernels
 from milkernels.testing import (
     CASES,
     PHILOX_VECTORS,
@@ -24,6 +25,7 @@ from milkernels.testing import (
     skewed_lengths,
     small_lengths,
 )
+from milkernels.testing.cases import arguments_of
 
 SHAPE = Shape((9, 1, 40), dim=12, hidden=8, heads=2)
 
@@ -168,18 +170,57 @@ def test_eager_is_what_the_op_computes(op, lengths, masked):
                 assert max(errors.values()) < 1e-10, (options, mode, errors)
 
 
+@pytest.mark.parametrize("dropped", [False, True], ids=["", "dropped"])
 @pytest.mark.parametrize("op", [op for op, case in CASES.items() if case.winners])
-def test_rounding_does_not_change_what_is_chosen(op):
+def test_rounding_does_not_change_what_is_chosen(op, dropped):
     case, shape = CASES[op], Shape((9, 1, 2, 400), dim=12, hidden=8, heads=2)
+    options = {case.dropout: 0.4} if dropped and case.dropout else {}
     mask = torch.arange(412) % 3 != 1
-    exact = case.call(case.inputs(shape, torch.float64, mask=mask), "reference")
+    exact = case.call(case.inputs(shape, torch.float64, mask=mask, **options), "reference")
     names = {"indices", "critical"} & set(exact)
     assert names
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        rounded = case.call(case.inputs(shape, dtype, mask=mask), "reference")
+        rounded = case.call(case.inputs(shape, dtype, mask=mask, **options), "reference")
         for name in names:
             assert torch.equal(rounded[name], exact[name]), (dtype, name)
             assert mask[exact[name].clamp(min=0)].all()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("op", ["instance_max_embed", "dsmil_mlp_embed"])
+def test_winners_behind_an_embedding_are_clear(op, p):
+    """By 1, but for what float32 rounded when they were planted, in some products of numbers below 100."""
+    case, shape, eps = CASES[op], Shape((60, 1, 340), dim=12, hidden=8, heads=3), torch.finfo(torch.float32).eps
+    inputs = case.inputs(shape, torch.float64, **{case.dropout: p})
+    logits = case.call(inputs, "reference")["logits"]
+    for start, end in inputs.bounds():
+        if end - start > 1:
+            first, second = logits[start:end].topk(2, dim=0).values
+            torch.testing.assert_close(first - second, torch.ones_like(first), rtol=0, atol=1e3 * eps)
+
+
+@pytest.mark.parametrize("op", [op for op, case in CASES.items() if case.embeds])
+def test_an_embedded_case_is_the_plain_one_behind_a_layer(op):
+    case, plain = CASES[op], CASES[op.removesuffix("_embed")]
+    inputs = case.inputs(SHAPE, torch.float64, **{case.dropout: 0.3})
+    assert inputs.x.shape == (50, 12) and inputs.parameters["e_weight"].shape == (6, 12)
+    tensors, options = arguments_of(inputs)
+    h = milkernels.embed_instances(inputs.x, options.pop("embed"), torch.arange(50), seed=options["seed"])
+    assert (h == 0).double().mean() > 0.3 and set(inputs.with_keep().keep) >= {"keep_embedding"}
+    if plain.dropout != case.dropout:
+        options.pop("seed")
+    expected = plain.call(replace(inputs, x=h, parameters=tensors, fixed={}, options=options), "reference")
+    for name, t in case.call(inputs, "reference").items():
+        torch.testing.assert_close(t, expected[name])
+
+
+def test_each_dropout_has_a_mask_of_its_own():
+    case = CASES["gated_attention_pool_embed"]
+    keep = case.inputs(Shape((300,), dim=32, hidden=16), dropout_p=0.25).with_keep().keep
+    assert set(keep) == {"keep_activation", "keep_sigmoid", "keep_embedding"}
+    assert {mask.shape for mask in keep.values()} == {(300, 16)}
+    masks = torch.stack([mask.flatten() for mask in keep.values()]).double()
+    assert (torch.corrcoef(masks) - torch.eye(3)).abs().max() < 0.06  # 4 deviations of independent ones
 
 
 def test_a_bag_with_a_query_of_its_own_can_be_cut():
