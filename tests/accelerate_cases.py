@@ -35,6 +35,8 @@ class Case:
     changed: dict[str, str]  # name of the module: what it is taken for
     chosen: Callable[[Any], Any] = lambda out: ()  # what is chosen, where indices are not among the outputs
     layer: str = ""  # one that is passed over
+    embedding: str = ""  # the Linear of the embedding that ops take
+    eager: tuple[str, ...] = ()  # calls that need all embedded instances, or are not fused
 
     def model(self, dtype=torch.float64, training=False) -> nn.Module:
         """In training no unit is dropped.  Scores are spread, ReLUs on one side of their kink, as far as is known."""
@@ -98,6 +100,15 @@ def most_and_least(k: int) -> Callable:
     return chosen
 
 
+CLAM_LOSS = {"loss": lambda m, t: m.compute_loss(LABELS, t["x"])}
+
+
+def attended_in_log(out):
+    """The same of MIL-Lab's, of its four."""
+    scores = out[1]["attention"] if isinstance(out, tuple) and "attention" in out[1] else torch.zeros(1, 8)
+    return [(sign * scores[0]).topk(4).indices.sort().values for sign in (1, -1)]
+
+
 def pool_calls(*tensors: str) -> dict[str, Call]:
     """Scores of padding are not compared: these return what they are, the fused -inf."""
 
@@ -125,6 +136,21 @@ def numbers(m, t):
 def features_at_real(m, t):
     bag, found = m.forward_features(t["x"], attn_mask=numbers(m, t), return_attention=True)
     return bag, found["attention"].squeeze(1)[HOLES]
+
+
+def clam_millab(label: int, **options) -> Call:
+    """Its training step; numbers in the log are tensors, as others are compared."""
+    options |= {"label": torch.tensor([label]), "loss_fn": nn.functional.cross_entropy}
+
+    def call(m, t):
+        results, log = m(t["x"], **options)
+        return results, {key: torch.as_tensor(value) for key, value in log.items()}
+
+    return call
+
+
+def encoder(**options) -> Call:
+    return lambda m, t: m({"features": t["x"]}, "cpu", **options)
 
 
 def multi_head_at_real(m, t):
@@ -167,7 +193,8 @@ SIZES = {"sizes": (L, E, D)}
 
 
 def _clam(make, k=4, **options) -> Case:
-    at, gated = f"attention_net.{2 if options.get('old') else 3}", options.get("gate", True)
+    start = options.pop("start", 0)  # of the last layer of the embedding
+    at, gated = f"attention_net.{start + (2 if options.get('old') else 3)}", options.get("gate", True)
     changed = {at: (GATED if gated else PLAIN) + " that returns x", "": "CLAM"}
     changed |= {} if gated else {f"{at}.module": PLAIN + ", sequential"}
     return Case(
@@ -177,7 +204,15 @@ def _clam(make, k=4, **options) -> Case:
         changed,
         most_and_least(k),
         f"{at}.attention_c" if gated else f"{at}.module.0",
+        f"attention_net.{start}",
     )
+
+
+def deep_clam(**options) -> nn.Module:
+    """One more layer in front."""
+    model = up.ClamSB(**options)
+    model.attention_net = nn.Sequential(*up.dense(L, L, activation=nn.Tanh, dropout=0.25), *model.attention_net)
+    return model
 
 
 def _milnet(classes=2, **options) -> Case:
@@ -192,8 +227,12 @@ def _milnet(classes=2, **options) -> Case:
     )
 
 
-def _pool(make, calls, changed, layer, inputs=BATCH) -> Case:
-    return Case(make, inputs, calls, changed, layer=layer)
+def _pool(make, calls, changed, layer, inputs=BATCH, **more) -> Case:
+    return Case(make, inputs, calls, changed, layer=layer, **more)
+
+
+def deep_extractor() -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(L), nn.Linear(L, L), nn.ReLU(), *up.dense(L, E, activation=nn.Tanh, dropout=0.2))
 
 
 def _torchmil_pool(**options) -> Case:
@@ -228,6 +267,7 @@ CASES = {
     "clam-sb": _clam(up.ClamSB, dropout=0.25),
     "clam-sb-plain-old": _clam(up.ClamSB, gate=False, old=True),
     "clam-sb-subtyping": _clam(up.ClamSB, dropout=0.25, subtyping=True, n_classes=3),
+    "clam-deep": _clam(deep_clam, dropout=0.25, start=3),
     "clam-mb": _clam(up.ClamMB, dropout=0.25, n_classes=3),
     "clam-mb-plain-subtyping": _clam(up.ClamMB, gate=False, subtyping=True),
     "attention": Case(
@@ -236,6 +276,7 @@ CASES = {
         {"plain": plain},
         {"": "attention MIL (AttentionDeepMIL)", "attention": PLAIN + ", sequential"},
         layer="attention.1",
+        embedding="feature_extractor_part2.0",
     ),
     "attention-gated": Case(
         lambda: up.GatedAttention(E, D, channels=3),
@@ -243,6 +284,7 @@ CASES = {
         {"plain": plain},
         {"": "attention MIL (AttentionDeepMIL)"},
         layer="attention_w",
+        embedding="feature_extractor_part2.0",
     ),
     "loss-attention": Case(
         lambda: up.LossAttention(E, channels=3),
@@ -250,6 +292,7 @@ CASES = {
         {"plain": plain},
         {"": "Loss-Attention"},
         layer="att_layer",
+        embedding="feature_extractor_part2.0",
     ),
     "dsmil": _milnet(dropout_v=0.2, passing_v=True),
     "dsmil-linear": _milnet(1, nonlinear=False),
@@ -320,14 +363,29 @@ CASES = {
     "torchmil-abmil": _pool(
         lambda: pad.ABMIL(L, D, gated=True),
         pool_calls("x") | {"loss": lambda m, t: m.compute_loss(LABELS, t["x"], REAL)},
-        {"pool": "attention pooling (torchmil)"},
+        {"pool": "attention pooling (torchmil)", "": "attention MIL (torchmil)"},
         "pool.act_gated",
+    ),
+    "torchmil-abmil-embedding": _pool(
+        lambda: pad.ABMIL(E, D, feat_ext=deep_extractor()),
+        pool_calls("x") | {"loss": lambda m, t: m.compute_loss(LABELS, t["x"], REAL)},
+        {"pool": "attention pooling (torchmil)", "": "attention MIL (torchmil)"},
+        "pool.fc2",
+        embedding="feat_ext.3",
     ),
     "torchmil-clam": _pool(
         lambda: pad.ClamTorchmil(L, D, k_sample=3, gated=True),
-        pool_calls("x") | {"loss": lambda m, t: m.compute_loss(LABELS, t["x"])},
+        pool_calls("x") | CLAM_LOSS,
         {"pool": "attention pooling (torchmil)", "": "CLAM (torchmil)"},
         "pool.fc2",
+    ),
+    "torchmil-clam-embedding": _pool(
+        lambda: pad.ClamTorchmil(E, D, k_sample=3, gated=True, feat_ext=up.dense(L, E, activation=nn.GELU)),
+        pool_calls("x") | CLAM_LOSS | {"embedded": lambda m, t: m(t["x"], return_emb=True)},
+        {"pool": "attention pooling (torchmil)", "": "CLAM (torchmil)"},
+        "pool.fc2",
+        embedding="feat_ext.0",
+        eager=("embedded",),
     ),
     "torchmil-camil": _pool(
         lambda: pad.CAMILAttentionPool(L, D),
@@ -359,17 +417,30 @@ CASES = {
         lambda out: out[-1].reshape(3, 12).argmax(1),
         "v_nn.2",
     ),
+    "torchmil-dsmil-embedding": Case(
+        lambda: pad.DSMIL(E, D, feat_ext=nn.Linear(L, E)),
+        BATCH,
+        {name: DSMIL_CALLS[name] for name in ("all", "mask")},
+        {"": "DSMIL (torchmil)"},
+        lambda out: out[-1].reshape(3, 12).argmax(1),
+        "inst_classifier",
+        embedding="feat_ext",
+    ),
     "millab-abmil": _pool(
         lambda: pad.MILLabABMIL(L, E, 0.25, D),
         MILLAB_CALLS,
         {"global_attn": GATED, "": "attention MIL (MIL-Lab)"},
         "global_attn.attention_c",
+        embedding="patch_embed.0",
+        eager=("attention",),
     ),
     "millab-abmil-plain": _pool(
-        lambda: pad.MILLabABMIL(L, E, 0.25, D, gate=False),
+        lambda: pad.MILLabABMIL(L, E, 0.25, D, gate=False, layers=2),
         MILLAB_CALLS,
         {"global_attn": PLAIN, "": "attention MIL (MIL-Lab)", "global_attn.module": PLAIN + ", sequential"},
         "global_attn.module.1",
+        embedding="patch_embed.3",
+        eager=("attention",),
     ),
     "millab-dsmil": Case(
         lambda: pad.MILLabDSMIL(L, E, D, 0.2, 3),
@@ -382,13 +453,31 @@ CASES = {
         {"b_classifier": "DSMIL, second stream (MIL-Lab)", "": "DSMIL, both streams (MIL-Lab)"},
         lambda out: out[1]["instance_classes"].argmax(1) if "instance_classes" in out[1] else (),
         "i_classifier.inst_classifier",
+        embedding="patch_embed.0",
     ),
     "millab-clam": Case(
-        lambda: pad.MILLabCLAM(L, E, 0.25, True, D),
+        lambda: pad.MILLabCLAM(L, E, 0.25, True, D, k=4),
         {"x": (1, N, L)},
-        {"plain": plain, "features": lambda m, t: m.forward_features(t["x"], return_attention=False)},
+        {
+            "plain": clam_millab(1),
+            "slide": clam_millab(0, return_slide_feats=True),
+            "features": lambda m, t: m.forward_features(t["x"]),
+            "no scores": lambda m, t: m.forward_features(t["x"], return_attention=False),
+        },
         {"global_attn": GATED, "": "CLAM (MIL-Lab)"},
+        attended_in_log,
         layer="global_attn.attention_b.0",
+        embedding="patch_embed.0",
+        eager=("features", "no scores"),
+    ),
+    "millab-clam-subtyping": Case(
+        lambda: pad.MILLabCLAM(L, E, 0.25, False, D, 3, layers=2, k=4),
+        {"x": (1, N, L)},
+        {"plain": clam_millab(2)},
+        {"global_attn": PLAIN, "global_attn.module": PLAIN + ", sequential", "": "CLAM (MIL-Lab)"},
+        attended_in_log,
+        layer="global_attn.module.0",
+        embedding="patch_embed.3",
     ),
     "millab-wrapper": _pool(
         lambda: pad.Captured(pad.MILLabABMIL(L, E, 0.25, D)),
@@ -408,12 +497,24 @@ CASES = {
         {"": "multi-head attention MIL (TRIDENT)"},
         "branching_layers.1",
     ),
+    "trident-encoder": _pool(
+        lambda: pad.SlideEncoder(L, D, 3, 0.1),
+        {"plain": encoder(), "scores": encoder(return_raw_attention=True)},
+        {
+            "model.image_pooler": "multi-head attention MIL (TRIDENT)",
+            "": "attention MIL (TRIDENT's slide encoder)",
+        },
+        "model.image_pooler.gating_layers.1.0",
+        embedding="model.pre_attention_layers.0",
+    ),
     "slideflow": Case(
         lambda: pad.SlideflowMIL(L, 2, E, hidden=D),
         BATCH,
         SLIDEFLOW_CALLS,
         {"": "attention MIL (slideflow)", "attention": PLAIN + ", sequential"},
         layer="attention.2",
+        embedding="encoder.0",
+        eager=("attention", "scores", "uncertainty", "one instance"),
     ),
     "slideflow-temperature": Case(
         lambda: pad.SlideflowMIL(L, 2, E, hidden=D, temperature=2.0),

@@ -53,10 +53,10 @@ class AttentionPool(nn.Module):
 class ABMIL(nn.Module):
     """The prediction ``[B]``, and if asked the scores."""
 
-    def __init__(self, in_dim=None, att_dim=128, att_act="tanh", gated=False):
+    def __init__(self, in_dim=None, att_dim=128, att_act="tanh", gated=False, feat_ext=None):
         super().__init__()
         self.criterion = nn.BCEWithLogitsLoss()
-        self.feat_ext = nn.Identity()
+        self.feat_ext = feat_ext or nn.Identity()
         self.pool = AttentionPool(in_dim, att_dim, att_act, gated)
         self.classifier = LazyLinear(in_dim, 1)
 
@@ -77,10 +77,10 @@ class ABMIL(nn.Module):
 class DSMIL(nn.Module):
     """The prediction ``[B]``, and if asked the weights ``[B, M, 1]`` and the instance logits ``[B, M]``."""
 
-    def __init__(self, in_dim, att_dim=128, nonlinear_q=False, nonlinear_v=False, dropout=0.0):
+    def __init__(self, in_dim, att_dim=128, nonlinear_q=False, nonlinear_v=False, dropout=0.0, feat_ext=None):
         super().__init__()
         self.criterion = nn.BCEWithLogitsLoss()
-        self.feat_ext = nn.Identity()
+        self.feat_ext = feat_ext or nn.Identity()
         self.q_nn = nn.Linear(in_dim, att_dim)
         if nonlinear_q:
             self.q_nn = nn.Sequential(self.q_nn, nn.ReLU(), nn.Linear(att_dim, att_dim), nn.Tanh())
@@ -110,10 +110,10 @@ class DSMIL(nn.Module):
 class ClamTorchmil(nn.Module):
     """CLAM_SB: the instance losses know masks, and are called without."""
 
-    def __init__(self, in_dim=None, att_dim=128, att_act="tanh", k_sample=10, gated=False):
+    def __init__(self, in_dim=None, att_dim=128, att_act="tanh", k_sample=10, gated=False, feat_ext=None):
         super().__init__()
         self.criterion = nn.BCEWithLogitsLoss()
-        self.feat_ext = nn.Identity()
+        self.feat_ext = feat_ext or nn.Identity()
         self.k_sample = k_sample
         self.pool = AttentionPool(in_dim, att_dim, att_act, gated)
         self.classifier = LazyLinear(in_dim, 1)
@@ -200,6 +200,14 @@ class GlobalGatedAttention(nn.Module):
         return self.attention_c(self.attention_a(x) * self.attention_b(x))
 
 
+def perceptron(in_dim, embed_dim, layers, dropout):
+    """``Linear, ReLU`` at the end, with Dropout between layers.  All share one ReLU."""
+    relu, made = nn.ReLU(), []
+    for i in range(layers):
+        made += [nn.Linear(embed_dim if i else in_dim, embed_dim), relu, nn.Dropout(dropout)]
+    return nn.Sequential(*made[:-1])
+
+
 def hidden_from_padding(scores, attn_mask, dim):
     """The mask is of numbers; what it leaves out is far below the rest, not -inf."""
     if attn_mask is None:
@@ -210,9 +218,9 @@ def hidden_from_padding(scores, attn_mask, dim):
 class MILLabABMIL(nn.Module):
     """``(results, log)`` of its forward; ``(bag, {"attention": scores [B, K, M]})`` of its features."""
 
-    def __init__(self, in_dim=1024, embed_dim=512, dropout=0.25, attn_dim=384, gate=True, num_classes=2):
+    def __init__(self, in_dim=1024, embed_dim=512, dropout=0.25, attn_dim=384, gate=True, num_classes=2, layers=1):
         super().__init__()
-        self.patch_embed = dense(in_dim, embed_dim, activation=nn.ReLU)
+        self.patch_embed = perceptron(in_dim, embed_dim, layers, dropout)
         self.global_attn = (GlobalGatedAttention if gate else GlobalAttention)(embed_dim, attn_dim, dropout)
         self.classifier = nn.Linear(embed_dim, num_classes)
 
@@ -283,12 +291,18 @@ class MILLabDSMIL(nn.Module):
 
 
 class MILLabCLAM(nn.Module):
-    """One bag ``[1, M, L]``: ``(bag, {"instance_feats": ..., "attention": scores [1, M]})``."""
+    """One bag ``[1, M, L]``: ``(results, log)`` of its forward, ``(bag, {"instance_feats": ..., "attention": scores
+    [1, M]})`` of its features."""
 
-    def __init__(self, in_dim=1024, embed_dim=512, dropout=0.25, gate=True, attention_dim=384, num_classes=2):
+    bag_weight = 0.7
+
+    def __init__(
+        self, in_dim=1024, embed_dim=512, dropout=0.25, gate=True, attention_dim=384, num_classes=2, layers=1, k=8
+    ):
         super().__init__()
-        self.k_sample, self.subtyping = 8, False
-        self.patch_embed = dense(in_dim, embed_dim, activation=nn.ReLU)
+        self.k_sample, self.subtyping = k, num_classes > 2
+        self.instance_loss_fn = nn.CrossEntropyLoss()
+        self.patch_embed = perceptron(in_dim, embed_dim, layers, dropout)
         self.global_attn = (GlobalGatedAttention if gate else GlobalAttention)(embed_dim, attention_dim, dropout)
         self.classifier = nn.Linear(embed_dim, num_classes)
         self.instance_classifiers = nn.ModuleList([nn.Linear(embed_dim, 2) for _ in range(num_classes)])
@@ -303,9 +317,45 @@ class MILLabCLAM(nn.Module):
         found = {"instance_feats": h} | ({"attention": scores} if return_attention else {})
         return scores.softmax(-1) @ h, found
 
-    def forward(self, h, return_attention=True):
+    def forward_head(self, h):
+        return self.classifier(h)
+
+    def _check_inputs(self, features, loss_fn, label):
+        if label is None or loss_fn is None or (features.ndim == 3 and len(features) > 1):
+            raise ValueError("one bag, its label and a loss are needed")
+
+    def inst_eval(self, A, h, classifier, signs=(1, -1)):
+        chosen = torch.cat([torch.topk(sign * A, self.k_sample, dim=1).indices[-1] for sign in signs])
+        targets = torch.tensor([int(len(signs) == 2 and sign > 0) for sign in signs]).repeat_interleave(self.k_sample)
+        logits = classifier(h[chosen])
+        return self.instance_loss_fn(logits, targets), logits.argmax(1), targets
+
+    def inst_eval_out(self, A, h, classifier):
+        return self.inst_eval(A, h, classifier, signs=(1,))
+
+    def forward_instance_heads(self, h, attention_scores, label=None):
+        total = 0.0
+        for c, classifier in enumerate(self.instance_classifiers):
+            if c == int(label):
+                total = total + self.inst_eval(attention_scores, h, classifier)[0]
+            elif self.subtyping:
+                total = total + self.inst_eval_out(attention_scores, h, classifier)[0]
+        return total / (len(self.instance_classifiers) if self.subtyping else 1)
+
+    def compute_total_loss(self, logits, label, loss_fn, inst_loss):
+        return loss_fn(logits, label) * self.bag_weight + (1 - self.bag_weight) * inst_loss
+
+    def forward(
+        self, h, label=None, loss_fn=None, attn_mask=None, return_attention=True, return_slide_feats=None
+    ):  # it takes a mask and has no use for it
+        self._check_inputs(h, loss_fn, label)
         features, found = self.forward_features(h, return_attention=return_attention)
-        return {"logits": self.classifier(features)}, found
+        logits, attention = self.forward_head(features), found["attention"]
+        inst_loss = self.forward_instance_heads(found["instance_feats"], attention, label)
+        loss = self.compute_total_loss(logits, label, loss_fn, inst_loss)
+        log = {"instance_loss": inst_loss.item(), "cls_loss": loss_fn(logits, label).item(), "loss": loss.item()}
+        log |= {"attention": attention} | ({"slide_feats": features} if return_slide_feats else {})
+        return {"logits": logits, "loss": loss}, log
 
 
 class Captured(nn.Module):
@@ -353,6 +403,23 @@ class MultiHead(nn.Module):
         if self.n_heads > 1:
             bag = self.condensing_layer(bag)
         return bag, torch.stack(scores, 1).permute(0, 3, 1, 2)
+
+
+class SlideEncoder(nn.Module):
+    """TRIDENT's ABMILSlideEncoder: the bag ``[B, L]``, and if asked the scores ``[B, 1, heads, M]``."""
+
+    def __init__(self, width=1024, head_dim=512, n_heads=8, dropout=0.0, gated=True, dropped=0.1):
+        super().__init__()
+        layers = {"pre_attention_layers": dense(width, width, activation=nn.GELU, dropout=dropped)}
+        layers["image_pooler"] = MultiHead(width, head_dim, n_heads, dropout, 1, gated)
+        layers["post_attention_layers"] = dense(width, width, activation=nn.GELU, dropout=dropped)
+        self.model = nn.ModuleDict(layers)
+
+    def forward(self, batch, device="cuda", return_raw_attention=False):
+        h = self.model["pre_attention_layers"](batch["features"].to(device))
+        bag, scores = self.model["image_pooler"](h)
+        bag = self.model["post_attention_layers"](bag.squeeze(1))
+        return (bag, scores) if return_raw_attention else bag
 
 
 class SlideflowMIL(nn.Module):

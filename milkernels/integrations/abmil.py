@@ -6,29 +6,36 @@ import torch
 from torch import Tensor, nn
 
 from milkernels import functional as F
-from milkernels.integrations.engine import Structure, has
+from milkernels.integrations.engine import Structure, has, structure_of
 from milkernels.integrations.layers import (
     Branch,
+    Embedding,
     Gate,
     activation,
     branch,
     check_plain,
+    embedding,
     exactly,
     gate_of,
     linear,
     padded,
     refuse,
     scorer,
-    their_dtype,
 )
 from milkernels.integrations.proof import Example, Inputs
 from milkernels.integrations.scores import GATED, PLAIN, proven_gate
 
 
-def embedded_images(module: nn.Module, x: Tensor) -> Tensor:
-    """The instances of one bag ``[1, N, ...]``, by an extractor of convolutions, flattened, and a linear layer."""
-    h = module.feature_extractor_part1(x.squeeze(0))
-    return module.feature_extractor_part2(h.reshape(-1, flat_features(module)))
+def image_embedding(module: nn.Module) -> Embedding:
+    """The linear layers behind an extractor of convolutions."""
+    if not isinstance(module.feature_extractor_part2[0], nn.Linear):
+        refuse("feature_extractor_part2 does not start with a Linear")
+    return embedding(module.feature_extractor_part2)
+
+
+def image_features(module: nn.Module, x: Tensor) -> Tensor:
+    """What these take, of the images of one bag ``[1, N, ...]``."""
+    return module.feature_extractor_part1(x.squeeze(0)).reshape(-1, flat_features(module))
 
 
 def flat_features(module: nn.Module) -> int:
@@ -51,16 +58,15 @@ class AttentionDeepMIL(Structure):
         return network and has(module, "feature_extractor_part1", "feature_extractor_part2", "classifier")
 
     def parts(self, module: nn.Module) -> Gate:
-        if not isinstance(module.feature_extractor_part2[0], nn.Linear):
-            refuse("feature_extractor_part2 does not start with a Linear")
+        front = image_embedding(module)
         if not has(module, "attention_w"):
-            return scorer("attention", module.attention)
+            return scorer("attention", module.attention).behind(front)
         v, u = branch("attention_V", module.attention_V), branch("attention_U", module.attention_U)
-        return gate_of(v, u, linear("attention_w", module.attention_w))
+        return gate_of(v, u, linear("attention_w", module.attention_w)).behind(front)
 
     def forward(self, module, gate, x):
-        h = embedded_images(module, x)
-        pooled, dtype = gate.pool(h), their_dtype(h, *gate[:6])
+        h = gate.embedding(image_features(module, x))
+        pooled, dtype = gate.pool(h), gate.dtype(h)
         probability = module.classifier(pooled.bag[0].to(dtype))
         weights = F.attention_weights(pooled).to(dtype).T
         return probability, torch.ge(probability, 0.5).float(), weights
@@ -74,19 +80,19 @@ class MILLabABMIL(Structure):
 
     name = "attention MIL (MIL-Lab)"
     methods = {"forward_features": ("h", "attn_mask", "return_attention")}
-    opaque = ("patch_embed",)
+    embedding = "patch_embed"
 
     def looks_like(self, module: nn.Module) -> bool:
         return has(module, "patch_embed", "global_attn") and not has(module, "instance_classifiers")
 
     def parts(self, module: nn.Module) -> Gate:
-        return proven_gate("global_attn", module.global_attn, PLAIN, GATED)
+        return proven_gate("global_attn", module.global_attn, PLAIN, GATED).behind(embedding(module.patch_embed))
 
     def forward_features(self, module, gate, h, attn_mask=None, return_attention=True):
         if h.ndim != 3:
             return NotImplemented
-        h = module.patch_embed(h)
-        pooled, dtype = gate.pool(*padded(h, attn_mask)), their_dtype(h, *gate[:6])
+        h = gate.embedding(h)
+        pooled, dtype = gate.pool(*padded(h, attn_mask)), gate.dtype(h)
         scores = pooled.scores.to(dtype).reshape(*h.shape[:2], gate.heads).transpose(1, 2)
         return pooled.bag.to(dtype).squeeze(1), {"attention": scores if return_attention else None}
 
@@ -120,18 +126,60 @@ class MultiHeadABMIL(Structure):
     def forward(self, module, gate, features, attn_mask=None):
         if features.ndim != 3 or (attn_mask is not None and attn_mask.shape != features.shape[:2]):
             return NotImplemented
-        pooled, dtype = gate.pool(*padded(features, attn_mask)), their_dtype(features, *gate[:6])
-        heads = len(module.attention_heads)
-        bag = pooled.bag.to(dtype).unflatten(1, (heads, -1)).transpose(1, 2).flatten(2)
-        if module.n_heads > 1:
-            bag = module.condensing_layer(bag)
-        scores = pooled.scores.to(dtype).reshape(*features.shape[:2], heads, -1)
-        return bag, scores.permute(0, 3, 2, 1)
+        return pooled_heads(module, gate, features, attn_mask)
 
     def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
         x, mask = inputs.padded(gate.in_dim)
         yield Example("forward", (x,))
         yield Example("forward", (x,), {"attn_mask": mask}, mask)
+
+
+def pooled_heads(module: nn.Module, gate: Gate, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``(bags [B, branches, L], scores [B, branches, heads, M])``."""
+    pooled, dtype = gate.pool(*padded(x, mask)), gate.dtype(x)
+    heads = len(module.attention_heads)
+    bag = pooled.bag.to(dtype).unflatten(1, (heads, -1)).transpose(1, 2).flatten(2)
+    if module.n_heads > 1:
+        bag = module.condensing_layer(bag)
+    scores = pooled.scores.to(dtype).reshape(*x.shape[:2], heads, -1)
+    return bag, scores.permute(0, 3, 2, 1)
+
+
+class SlideEncoder(Structure):
+    """TRIDENT's ABMILSlideEncoder: an embedding, the pooling of many heads, and layers of the bag."""
+
+    name = "attention MIL (TRIDENT's slide encoder)"
+    methods = {"forward": ("batch", "device", "return_raw_attention")}
+    embedding = "model.pre_attention_layers"
+
+    def looks_like(self, module: nn.Module) -> bool:
+        layers = ("pre_attention_layers", "image_pooler", "post_attention_layers")
+        return has(module, "model") and has(module.model, *layers)
+
+    def parts(self, module: nn.Module) -> Gate:
+        pooler = module.model.image_pooler
+        if structure_of(pooler) is not MULTI_HEAD:
+            refuse(f"image_pooler is not known to be {MULTI_HEAD.name}")
+        check_plain("image_pooler", pooler)
+        return MULTI_HEAD.parts(pooler).behind(embedding(module.model.pre_attention_layers))
+
+    def bags(self, name, given):
+        """On another device, to which it moves them, there are never too few."""
+        on_cpu = torch.device(given.get("device", "cuda")).type == "cpu"
+        return given["batch"]["features"] if on_cpu else None
+
+    def forward(self, module, gate, batch, device="cuda", return_raw_attention=False):
+        x = batch["features"].to(device)
+        if x.ndim != 3 or gate.heads != len(module.model.image_pooler.attention_heads):
+            return NotImplemented  # more than one branch
+        bag, scores = pooled_heads(module.model.image_pooler, gate, gate.embedding(x))
+        bag = module.model.post_attention_layers(bag.squeeze(1))
+        return (bag, scores) if return_raw_attention else bag
+
+    def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
+        batch = {"features": inputs.padded(gate.in_dim)[0]}
+        yield Example("forward", (batch, inputs.device))
+        yield Example("forward", (batch, inputs.device), {"return_raw_attention": True})
 
 
 def _one_branch(name: str, branches: list[Branch]) -> Branch:
@@ -184,7 +232,7 @@ class TorchmilPool(Structure):
     def forward(self, module, gate, X, mask=None, return_att=False):
         if X.ndim != 3:
             return NotImplemented
-        pooled, dtype = gate.pool(*padded(X, mask)), their_dtype(X, *gate[:6])
+        pooled, dtype = gate.pool(*padded(X, mask)), gate.dtype(X)
         bag = pooled.bag[:, 0].to(dtype)
         return (bag, pooled.scores.to(dtype).reshape(X.shape[:2])) if return_att else bag
 
@@ -192,6 +240,51 @@ class TorchmilPool(Structure):
         x, mask = inputs.padded(gate.in_dim)
         yield Example("forward", (x,))
         yield Example("forward", (x,), {"mask": mask, "return_att": True}, mask)
+
+
+class TorchmilABMIL(Structure):
+    """ABMIL of torchmil: an embedding in front of its pooling."""
+
+    name = "attention MIL (torchmil)"
+    methods = {"forward": ("X", "mask", "return_att")}
+    embedding = "feat_ext"
+
+    def looks_like(self, module: nn.Module) -> bool:
+        return set(module._modules) - {"criterion"} == {"feat_ext", "pool", "classifier"}
+
+    def parts(self, module: nn.Module) -> Gate:
+        check_plain("pool", module.pool)
+        return torchmil_gate(module)
+
+    def instances(self, x: Tensor) -> int:
+        return x.shape[:2].numel()
+
+    def forward(self, module, gate, X, mask=None, return_att=False):
+        if X.ndim < 3:
+            return NotImplemented
+        predicted, scores = torchmil_prediction(module, gate, gate.embedding(X), mask)
+        return (predicted, scores) if return_att else predicted
+
+    def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
+        x, mask = inputs.padded(gate.in_dim)
+        yield Example("forward", (x,))
+        yield Example("forward", (x,), {"mask": mask, "return_att": True}, mask)
+
+
+def torchmil_gate(module: nn.Module) -> Gate:
+    """Of a model with feat_ext in front of a pool."""
+    if structure_of(module.pool) is not TORCHMIL_POOL:
+        refuse(f"pool is not known to be {TORCHMIL_POOL.name}")
+    return TORCHMIL_POOL.parts(module.pool).behind(embedding(module.feat_ext))
+
+
+def torchmil_prediction(
+    module: nn.Module, gate: Gate, x: Tensor, mask: Tensor | None, seed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``(predictions [B], scores [B, M])``."""
+    pooled, dtype = gate.pool(*padded(x, mask), seed=seed), gate.dtype(x)
+    predicted = module.classifier(pooled.bag[:, 0].to(dtype)).squeeze(-1)
+    return predicted, pooled.scores.to(dtype).reshape(x.shape[:2])
 
 
 class CAMILPool(Structure):
@@ -209,7 +302,7 @@ class CAMILPool(Structure):
     def forward(self, module, gate, T, M, mask=None, return_att=False):
         if T.ndim != 3 or M.ndim != 3 or T.shape[:2] != M.shape[:2]:
             return NotImplemented
-        (rows, offsets, mask), dtype = padded(T, mask), their_dtype(T, *gate[:6])
+        (rows, offsets, mask), dtype = padded(T, mask), gate.dtype(T)
         scores = gate.scores(rows, mask)
         bag = F.softmax_pool(padded(M, None)[0], scores, offsets, mask=mask).bag[:, 0].to(dtype)
         return (bag, scores.to(dtype).reshape(T.shape[:2])) if return_att else bag
@@ -253,7 +346,7 @@ class WeightsLayer(Structure):
         if x.ndim != 2:
             return NotImplemented
         scores = gate.scores(x)
-        return (F.segment_softmax(scores) if isNorm else scores).to(their_dtype(x, *gate[:6])).T
+        return (F.segment_softmax(scores) if isNorm else scores).to(gate.dtype(x)).T
 
     def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
         yield Example("forward", (inputs.bag(gate.in_dim),))
@@ -274,7 +367,7 @@ class PoolingLayer(Structure):
 
     def forward(self, module, gate, features):
         x = features.reshape(-1, gate.in_dim)
-        pooled, dtype = gate.pool(x), their_dtype(x, *gate[:6])
+        pooled, dtype = gate.pool(x), gate.dtype(x)
         return F.attention_weights(pooled).to(dtype).T, pooled.bag[0].to(dtype)
 
     def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
@@ -282,6 +375,7 @@ class PoolingLayer(Structure):
         yield Example("forward", (inputs.bag(gate.in_dim, 2, 5),))
 
 
-TORCHMIL_POOL = TorchmilPool()
+TORCHMIL_POOL, MULTI_HEAD = TorchmilPool(), MultiHeadABMIL()
 LAYERS = (WeightsLayer(), PoolingLayer())
-STRUCTURES = LAYERS + (AttentionDeepMIL(), MILLabABMIL(), MultiHeadABMIL(), TORCHMIL_POOL, CAMILPool())
+STRUCTURES = LAYERS + (AttentionDeepMIL(), MILLabABMIL(), MULTI_HEAD, SlideEncoder())
+STRUCTURES += (TORCHMIL_POOL, TorchmilABMIL(), CAMILPool())

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from milkernels import functional as F
 from milkernels.integrations.engine import Structure, has, structure_of
 from milkernels.integrations.layers import (
+    Embedding,
     activation,
     check_plain,
     children,
     dropout,
+    embedding,
     exactly,
     linear,
     padded,
@@ -56,17 +58,20 @@ def value(name: str, module: nn.Module) -> dict[str, Any]:
 class _Parts(NamedTuple):
     stream: dict[str, Any]  # arguments of dsmil_pool and dsmil
     classifier: tuple[Tensor, Tensor | None] | None = None  # of instances
+    embedding: Embedding = Embedding()
 
     @property
     def dim(self) -> int:
-        return self.stream["q_weight"].shape[1]
+        """Of what the ops take."""
+        embed = self.embedding.embed
+        return (self.stream["q_weight"] if embed is None else embed.weight).shape[1]
 
     def dtype(self, x: Tensor):
-        return their_dtype(x, self.stream["q_weight"])
+        return their_dtype(x, self.stream["q_weight"], *self.embedding.parameters)
 
     def both(self, x: Tensor, offsets: Tensor | None = None, mask: Tensor | None = None) -> F.DSMIL:
         weight, bias = self.classifier
-        return F.dsmil(x, weight, bias, offsets=offsets, mask=mask, **self.stream)
+        return F.dsmil(x, weight, bias, offsets=offsets, mask=mask, embed=self.embedding.embed, **self.stream)
 
 
 def _second_stream(module: nn.Module) -> _Parts:
@@ -152,7 +157,7 @@ class TorchmilDSMIL(Structure):
     name = "DSMIL (torchmil)"
     methods = {"forward": ("X", "mask", "return_att", "return_inst_pred")}
     few = FEW
-    opaque = ("feat_ext",)
+    embedding = "feat_ext"
     note = PADDING
 
     def looks_like(self, module: nn.Module) -> bool:
@@ -160,10 +165,13 @@ class TorchmilDSMIL(Structure):
 
     def parts(self, module: nn.Module) -> _Parts:
         stream = query("q_nn", module.q_nn) | value("v_nn", module.v_nn)
-        return _Parts(stream, linear("inst_classifier", module.inst_classifier))
+        return _Parts(stream, linear("inst_classifier", module.inst_classifier), embedding(module.feat_ext))
+
+    def instances(self, x: Tensor) -> int:
+        return x.shape[:2].numel()
 
     def forward(self, module, parts, X, mask=None, return_att=False, return_inst_pred=False):
-        X = module.feat_ext(X)
+        X = parts.embedding(X)
         if not return_inst_pred:  # parameters that nothing depends on have no gradient, rather than one of zeros
             parts = parts._replace(classifier=tuple(p if p is None else p.detach() for p in parts.classifier))
         pooled, dtype = parts.both(*padded(X, mask)), parts.dtype(X)
@@ -217,7 +225,7 @@ class MILLabDSMIL(Structure):
     name = "DSMIL, both streams (MIL-Lab)"
     methods = {"forward_features": ("h", "attn_mask", "return_attention")}
     few = FEW
-    opaque = ("patch_embed",)
+    embedding = "patch_embed"
     note = PADDING
 
     def looks_like(self, module: nn.Module) -> bool:
@@ -231,12 +239,13 @@ class MILLabDSMIL(Structure):
         if structure_of(module.b_classifier) is not MILLAB_SECOND_STREAM:
             refuse("b_classifier is not known to be the second stream of MIL-Lab's DSMIL")
         classifier = linear("i_classifier.inst_classifier", module.i_classifier.inst_classifier)
-        return MILLAB_SECOND_STREAM.parts(module.b_classifier)._replace(classifier=classifier)
+        parts = MILLAB_SECOND_STREAM.parts(module.b_classifier)
+        return parts._replace(classifier=classifier, embedding=embedding(module.patch_embed))
 
     def forward_features(self, module, parts, h, attn_mask=None, return_attention=False):
         if h.ndim != 3:
             return NotImplemented
-        h = module.patch_embed(h)
+        h = parts.embedding(h)
         (x, offsets, mask), dtype = padded(h, attn_mask), parts.dtype(h)
         pooled = parts.both(x, offsets, mask)
         found = {"instance_classes": _rows(pooled.logits, h).to(dtype)}

@@ -11,7 +11,7 @@ import functools
 import inspect
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +34,7 @@ class Structure:
     name: ClassVar[str]
     methods: ClassVar[dict[str, tuple[str, ...]]]  # each replaced method, and the arguments it must take
     opaque: ClassVar[tuple[str, ...]] = ()  # submodules that are called as they are: nothing is asked of them
+    embedding: ClassVar[str] = ""  # a submodule in front, of which only the last layer is more than called
     note: ClassVar[str] = ""  # where what is returned differs from the original on purpose
     few: ClassVar[tuple[int, int]] = (1000, 8000)  # instances below which eager is faster: in a forward, with gradients
 
@@ -45,8 +46,12 @@ class Structure:
         """The parameters and options of what is fused away.  Raises ``Unfusable`` where they cannot be had."""
         raise NotImplementedError
 
+    def bags(self, name: str, given: Mapping[str, Any]) -> Any:
+        """The instances among the arguments of a method; what is no tensor is never too few."""
+        return given.get(self.methods[name][0])
+
     def instances(self, x: Tensor) -> int:
-        """How many there are in the first argument of a fused method."""
+        """How many there are in the bags."""
         return x.shape[:-1].numel()
 
     def examples(self, module: nn.Module, parts: Any, inputs: proof.Inputs) -> Iterable[proof.Example]:
@@ -85,7 +90,7 @@ def _are_few(structure: Structure, name: str, module: nn.Module, args: tuple, kw
     """Whether the original is faster and does the same: few instances, all real, on a CPU, in a type that it takes."""
     minimum, takes = type(module)._milkernels_minimum, structure.methods[name]
     given = dict(zip(takes, args, strict=False)) | kwargs
-    x = given.get(takes[0])
+    x = structure.bags(name, given)
     if minimum == 0 or torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.device.type != "cpu":
         return False
     if any(given.get(mask) is not None for mask in _MASKS):

@@ -5,6 +5,7 @@ after a model was accelerated (a hook for a heat map, pruning, an adapter), so i
 ``Unfusable`` is raised with the reason, and the model's own forward runs.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from milkernels import functional as F
 from milkernels import reference
 from milkernels.bags import Bags
+from milkernels.embedding import InstanceEmbedding, compute_dtype_of, embed_instances
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ACTIVATIONS = {nn.Tanh: "tanh", nn.ReLU: "relu", nn.Identity: "identity"}
@@ -49,7 +51,9 @@ def check_global_hooks() -> None:
 def check_tensors(*values: Any) -> None:
     """None of them is a tensor around others: sharded, quantized, nested."""
     for value in values:
-        if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
+        if isinstance(value, Mapping):
+            check_tensors(*value.values())
+        elif isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
             refuse(f"there is a tensor of type {type(value).__name__}")
 
 
@@ -86,6 +90,67 @@ def children(name: str, module: nn.Module) -> list[nn.Module]:
     return list(module)
 
 
+class Embedding(NamedTuple):
+    """What is in front of an aggregator: layers that are called as they are, then the one that its ops take."""
+
+    called: Sequence[nn.Module] = ()
+    embed: InstanceEmbedding | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the ops take beside ``embed``."""
+        for layer in self.called:
+            x = layer(x)
+        return x
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        return () if self.embed is None else self.embed[:2]
+
+
+def embedding(*layers: nn.Module) -> Embedding:
+    """Of layers that follow each other, or of one Sequential, that end in ``Linear[, activation][, Dropout]``.
+
+    Nothing is refused: where the end is anything else, or more than it seems, all of them are called as they are.
+    """
+    inner = layers
+    try:
+        if len(layers) == 1 and original_class(layers[0]) is nn.Sequential:
+            inner = children("the embedding", layers[0])
+        start, embed = _last_layer(inner)
+    except Unfusable:
+        return Embedding(layers)
+    return Embedding(layers) if embed is None else Embedding(inner[:start], embed)
+
+
+def without_called(module: nn.Module) -> nn.Module:
+    """An embedding without its layers that are called as they are: what they take is not known."""
+    called, embed = embedding(module)
+    if embed is None:
+        return nn.Identity()
+    return nn.Sequential(*list(module)[len(called) :]) if called else module
+
+
+def _last_layer(layers: Sequence[nn.Module]) -> tuple[int, InstanceEmbedding | None]:
+    """Where it starts, and what it is: ``Linear[, activation][, Dropout]``, or ``Linear, Dropout, ReLU``."""
+    start, act, p = len(layers), "identity", 0.0
+
+    def ends_with(*types: type) -> bool:
+        return start > 0 and isinstance(layers[start - 1], types)
+
+    if behind := ends_with(nn.Dropout):
+        start -= 1
+        p = dropout("the Dropout", layers[start])
+    if ends_with(*_ACTIVATIONS, nn.GELU):
+        start -= 1
+        act = activation("the activation", layers[start])
+    if act == "relu" and not behind and ends_with(nn.Dropout):  # which commutes with a ReLU
+        start -= 1
+        p = dropout("the Dropout", layers[start])
+    if not ends_with(nn.Linear):
+        return start, None
+    return start - 1, InstanceEmbedding(*linear("the Linear", layers[start - 1]), act, p)
+
+
 class Branch(NamedTuple):
     """``drop(act(W x + b))``."""
 
@@ -120,17 +185,26 @@ class Gate(NamedTuple):
     w_bias: Tensor | None
     activation: str
     dropout_p: float
+    embedding: Embedding = Embedding()
 
     @property
     def in_dim(self) -> int:
-        return self.v_weight.shape[1]
+        """Of what its ops take, which is embedded by them."""
+        embed = self.embedding.embed
+        return (self.v_weight if embed is None else embed.weight).shape[1]
 
     @property
     def heads(self) -> int:
         return self.w_weight.shape[0]
 
+    def behind(self, embedding: Embedding) -> "Gate":
+        return self._replace(embedding=embedding)
+
+    def dtype(self, x: Tensor) -> torch.dtype:
+        return their_dtype(x, *self[:6], *self.embedding.parameters)
+
     def _arguments(self) -> tuple[Any, Any, tuple, dict]:
-        options = {"activation": self.activation, "dropout_p": self.dropout_p}
+        options = {"activation": self.activation, "dropout_p": self.dropout_p, "embed": self.embedding.embed}
         if self.u_weight is None:
             return F.attention_scores, F.attention_pool, self[:2] + self[4:6], options
         return F.gated_attention_scores, F.gated_attention_pool, self[:6], options
@@ -139,9 +213,18 @@ class Gate(NamedTuple):
         op, _, parameters, options = self._arguments()
         return op(x, *parameters, mask=mask, **options)
 
-    def pool(self, x: Tensor, offsets: Tensor | None = None, mask: Tensor | None = None) -> F.Pooled:
+    def pool(self, x: Tensor, offsets: Tensor | None = None, mask: Tensor | None = None, seed=None) -> F.Pooled:
         _, op, parameters, options = self._arguments()
-        return op(x, *parameters, offsets, mask=mask, **options)
+        return op(x, *parameters, offsets, mask=mask, seed=seed, **options)
+
+    def seed(self, x: Tensor) -> Tensor | None:
+        """Of a pooling whose embedded instances something else reads as well: the same units are dropped there."""
+        drops = self.embedding.embed is not None and self.embedding.embed.dropout_p > 0
+        return torch.randint(2**63 - 1, (1,), device=x.device) if drops else None
+
+    def instances(self, x: Tensor, rows: Tensor, seed: Tensor | None) -> Tensor:
+        """``h[rows]`` of what a pooling with this seed had, in the type of eager layers."""
+        return embed_instances(x, self.embedding.embed, rows, seed=seed).to(self.dtype(x))
 
 
 def gate_of(v: Branch, u: Branch | None, w: tuple[Tensor, Tensor | None]) -> Gate:
@@ -174,7 +257,7 @@ def is_score_network(module: nn.Module) -> bool:
 
 def their_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
     """The type in which eager layers with these parameters return: that of autocast, or the promoted one."""
-    return reference.autocast_dtype(x) or reference.result_dtype(x, *parameters)
+    return compute_dtype_of(x) or reference.result_dtype(x, *parameters)
 
 
 def padded(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

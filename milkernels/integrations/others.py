@@ -8,10 +8,27 @@ import torch
 from torch import Tensor, nn
 
 from milkernels import functional as F
-from milkernels.integrations.abmil import embedded_images, flat_features
+from milkernels.integrations.abmil import flat_features, image_embedding, image_features
 from milkernels.integrations.engine import Structure, has
-from milkernels.integrations.layers import Gate, Unfusable, check_plain, linear, padded, refuse, scorer, their_dtype
+from milkernels.integrations.layers import (
+    Embedding,
+    Gate,
+    Unfusable,
+    check_plain,
+    embedding,
+    linear,
+    padded,
+    refuse,
+    scorer,
+    their_dtype,
+)
 from milkernels.integrations.proof import Example, Inputs
+
+
+class _BagClassifier(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+    embedding: Embedding
 
 
 class LossAttention(Structure):
@@ -28,17 +45,17 @@ class LossAttention(Structure):
     def looks_like(self, module: nn.Module) -> bool:
         return has(module, "feature_extractor_part1", "feature_extractor_part2", "att_layer", "linear")
 
-    def parts(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    def parts(self, module: nn.Module) -> _BagClassifier:
         check_plain("att_layer", module.att_layer)
-        if not isinstance(module.feature_extractor_part2[0], nn.Linear):
-            refuse("feature_extractor_part2 does not start with a Linear")
-        return linear("linear", module.linear)
+        return _BagClassifier(*linear("linear", module.linear), image_embedding(module))
 
     def forward(self, module, parts, x, flag=1):
         if flag != 1:
             return NotImplemented
-        h = embedded_images(module, x)
-        pooled, dtype = F.loss_attention_pool(h, *parts), their_dtype(h, *parts)
+        weight, bias, front = parts
+        h = front(image_features(module, x))
+        pooled = F.loss_attention_pool(h, weight, bias, embed=front.embed)
+        dtype = their_dtype(h, weight, bias, *front.parameters)
         weights = F.attention_weights(pooled).to(dtype).squeeze()
         return module.linear(pooled.bag[0].to(dtype)), pooled.logits.to(dtype), weights
 
@@ -54,21 +71,23 @@ class AttentionMIL(Structure):
         "forward": ("bags", "lens", "return_attention", "uq", "uq_softmax"),
         "_masked_attention_scores": ("embeddings", "lens", "apply_softmax"),
     }
-    opaque = ("encoder",)
+    embedding = "encoder"
 
     def looks_like(self, module: nn.Module) -> bool:
         return has(module, "encoder", "attention", "head") and hasattr(module, "temperature")
 
     def parts(self, module: nn.Module) -> Gate:
         gate = scorer("attention", module.attention)
-        return gate if gate.heads == 1 else refuse(f"attention has {gate.heads} outputs, not 1")
+        if gate.heads != 1:
+            refuse(f"attention has {gate.heads} outputs, not 1")
+        return gate.behind(embedding(module.encoder))
 
     def forward(self, module, gate, bags, lens, *, return_attention=False, uq=False, uq_softmax=True):
         # One instance: the scores are returned, not their softmax.  A gate by quantile looks at the scores first.
         if module.attention_gate or uq or bags.ndim != 3 or bags.shape[1] < 2 or bags.shape[0] != lens.shape[0]:
             return NotImplemented
-        h = module.encoder(bags)
-        dtype, scale = their_dtype(h, *gate[:6]), 1 / module.temperature
+        h = gate.embedding(bags)
+        dtype, scale = gate.dtype(h), 1 / module.temperature
         gate = gate._replace(
             w_weight=gate.w_weight * scale, w_bias=None if gate.w_bias is None else gate.w_bias * scale
         )
@@ -80,18 +99,18 @@ class AttentionMIL(Structure):
         return prediction, F.attention_weights(pooled, offsets).to(dtype).unflatten(0, h.shape[:2])
 
     def _masked_attention_scores(self, module, gate, embeddings, lens, *, apply_softmax=True):
-        dtype = their_dtype(embeddings, *gate[:6])
+        gate = gate.behind(Embedding())
         rows, offsets, mask = padded(embeddings, _mask(embeddings, lens))
         scores = gate.scores(rows, mask)
         if apply_softmax:
             scores = F.segment_softmax(scores, offsets, mask=mask)
-        return scores.to(dtype).unflatten(0, embeddings.shape[:2])
+        return scores.to(gate.dtype(embeddings)).unflatten(0, embeddings.shape[:2])
 
     def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
-        x, mask = inputs.padded(gate.in_dim)
-        lens = mask.sum(1)
+        h, mask = inputs.padded(gate.behind(Embedding()).in_dim)
+        x, lens = inputs.padded(gate.in_dim)[0], mask.sum(1)
         for softmax in (False, True):
-            yield Example("_masked_attention_scores", (x, lens), {"apply_softmax": softmax}, mask)
+            yield Example("_masked_attention_scores", (h, lens), {"apply_softmax": softmax}, mask)
         if not module.attention_gate:
             yield Example("forward", (x, lens))
             yield Example("forward", (x, lens), {"return_attention": True}, mask)
@@ -139,7 +158,7 @@ class AttentionalAggregation(Structure):
         elif module.nn is not None:
             values = module.nn(x)
         if parts.gate is not None and values is x:
-            return parts.gate.pool(x, offsets).bag[:, 0].to(their_dtype(x, *parts.gate[:6]))
+            return parts.gate.pool(x, offsets).bag[:, 0].to(parts.gate.dtype(x))
         if parts.gate is not None:
             scores = parts.gate.scores(x)
         elif module.gate_mlp is not None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from milkernels.integrations.layers import Unfusable, refuse
+from milkernels.integrations.layers import Unfusable, refuse, without_called
 
 ROWS = 23  # of a bag, and of the longest in a padded batch
 LENGTHS = (ROWS, ROWS - 6)
@@ -52,7 +52,7 @@ def difference(module: nn.Module, structure: Any) -> str | None:
         refuse("it has no floating parameters with values")
     devices = [parameter.device] if parameter.is_cuda else []
     has_float64 = parameter.device.type in ("cpu", "cuda")
-    with torch.random.fork_rng(devices), torch.no_grad(), mode(module, False), _without(module, structure.opaque):
+    with torch.random.fork_rng(devices), torch.no_grad(), mode(module, False), _without(module, structure):
         structure.parts(module)  # why it cannot be fused says more than why it cannot be copied
         try:
             wide = copy.deepcopy(module).to(parameter.device if has_float64 else "cpu", torch.float64)
@@ -169,15 +169,15 @@ def mode(module: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Without submodules that are called as they are, a feature extractor say: what they take is not known."""
+def _without(module: nn.Module, structure: Any) -> Iterator[None]:
+    """Without what is called as it is, a feature extractor say: what it takes is not known."""
     taken = []
-    for path in names:
+    for path in filter(None, (*structure.opaque, structure.embedding)):
         parent, _, name = path.rpartition(".")
         modules = module.get_submodule(parent)._modules
         if modules.get(name) is not None:
             taken.append((modules, name, modules[name]))
-            modules[name] = nn.Identity()
+            modules[name] = without_called(modules[name]) if path == structure.embedding else nn.Identity()
     try:
         yield
     finally:

@@ -16,7 +16,6 @@ from milkernels.integrations.layers import (
     original_class,
     refuse,
     scorer,
-    their_dtype,
 )
 from milkernels.integrations.proof import Example, Inputs
 
@@ -26,7 +25,7 @@ _MOST_HEADS = 32  # more outputs than this are a classifier's, and better served
 def eager_scores(gate: Gate, x: Tensor) -> Tensor:
     """``[..., L]`` to ``[..., K]`` in the type that eager layers return."""
     scores = gate.scores(x.flatten(0, -2))
-    return scores.to(their_dtype(x, *gate[:6])).reshape(*x.shape[:-1], gate.heads)
+    return scores.to(gate.dtype(x)).reshape(*x.shape[:-1], gate.heads)
 
 
 class ScoreNetwork(Structure):
