@@ -90,12 +90,14 @@ CLAM_CALLS = {
 
 
 def most_and_least(k: int) -> Callable:
-    """Instances that are attended most and least, as a set."""
+    """Instances that are attended most and least, as a set, and how many of them have a number of their own: equal
+    ones, in a half type, may be chosen in any order."""
 
     def chosen(out):
         if isinstance(out, Tensor):
             return ()
-        return [(sign * out[3]).topk(k).indices.sort(1).values for sign in (1, -1)]
+        ends = [(sign * out[3].softmax(1)).topk(k) for sign in (1, -1)]
+        return [t for values, rows in ends for t in (rows.sort(1).values, values.diff().count_nonzero())]
 
     return chosen
 
@@ -139,12 +141,13 @@ def features_at_real(m, t):
 
 
 def clam_millab(label: int, **options) -> Call:
-    """Its training step; numbers in the log are tensors, as others are compared."""
+    """Its training step; numbers of the log as tensors in the type that they had."""
     options |= {"label": torch.tensor([label]), "loss_fn": nn.functional.cross_entropy}
 
     def call(m, t):
         results, log = m(t["x"], **options)
-        return results, {key: torch.as_tensor(value) for key, value in log.items()}
+        numbers = {key: results["loss"].new_tensor(v) for key, v in log.items() if isinstance(v, float)}
+        return results, log | numbers
 
     return call
 
@@ -498,7 +501,7 @@ CASES = {
         "branching_layers.1",
     ),
     "trident-encoder": _pool(
-        lambda: pad.SlideEncoder(L, D, 3, 0.1),
+        lambda: pad.SlideEncoder(L, D, 2, 0.1),
         {"plain": encoder(), "scores": encoder(return_raw_attention=True)},
         {
             "model.image_pooler": "multi-head attention MIL (TRIDENT)",

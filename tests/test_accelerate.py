@@ -57,7 +57,7 @@ def decided(case, out) -> list:
 def clear_draws(case, call, model, exact, dtype, count):
     """Inputs for which a rounding or two decide nothing: which instances are chosen, which class is predicted."""
     found = []
-    for seed in range(60):
+    for seed in range(200):
         draws = [case.draw(seed, dtype, change) for change in (0.0, 4 * torch.finfo(dtype).eps)]
         choices = [decided(case, call(model, draw)) for draw in draws]
         wide = {name: t.detach().double().requires_grad_() for name, t in draws[0].items()}
@@ -120,7 +120,8 @@ def test_float64(case, training):
 # Dropout
 
 DROPPED = ("clam-net-gated", "clam-sb", "clam-mb", "dsmil", "torchmil-dsmil-nonlinear", "millab-abmil-plain")
-DROPPED += ("millab-abmil", "millab-dsmil", "trident", "trident-branches")
+DROPPED += ("millab-abmil", "millab-dsmil", "trident", "trident-branches", "trident-encoder", "millab-clam")
+DROPPED += ("clam-deep", "loss-attention", "torchmil-abmil-embedding")
 
 
 @pytest.mark.parametrize("name", DROPPED)
@@ -269,15 +270,18 @@ def rows_of_slideflow(m, x, mask):
     return [predicted], [(weights, 0.0), (m.calculate_attention(x, lens, apply_softmax=False), -torch.inf)]
 
 
-NAN_IS_EMBEDDED = ("millab-abmil", "millab-dsmil", "slideflow")  # by layers of the model, before its pooling
+NAN_IS_EMBEDDED = ("torchmil-abmil-embedding", "slideflow")  # by layers of the model, before its pooling
 PADDED = {
     "torchmil-pool": rows_of_pool,
     "torchmil-pool-gelu-gated": rows_of_pool,
     "torchmil-abmil": rows_of_pool,
+    "torchmil-abmil-embedding": rows_of_pool,
     "torchmil-clam": rows_of_pool,
+    "torchmil-clam-embedding": rows_of_pool,
     "torchmil-camil-gated": rows_of_camil,
     "torchmil-dsmil": rows_of_dsmil,
     "torchmil-dsmil-nonlinear": rows_of_dsmil,
+    "torchmil-dsmil-embedding": rows_of_dsmil,
     "millab-abmil": rows_of_millab_abmil,
     "millab-dsmil": rows_of_millab_dsmil,
     "trident": rows_of_trident,
@@ -341,9 +345,10 @@ def test_padding_is_as_if_absent(name, mask, poison):
             torch.testing.assert_close(got, alone, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["torchmil-clam", "torchmil-clam-embedding"])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_instance_losses_of_clam_are_those_of_each_bag(mask):
-    case = CASES["torchmil-clam"]
+def test_instance_losses_of_clam_are_those_of_each_bag(name, mask):
+    case = CASES[name]
     model = case.model()
     x = torch.where(mask[..., None], case.draw(0)["x"].detach(), NAN)
     alone = [model.compute_loss(LABELS[i, None], x[i, real][None]) for i, real in enumerate(mask) if real.any()]

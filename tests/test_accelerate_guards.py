@@ -22,7 +22,8 @@ pytestmark = needs_extension
 ONE_OF_EACH = (
     "clam-net clam-sb clam-mb attention attention-gated loss-attention dsmil dsmil-linear dtfd hi-ml-gated pyg pyg-mlp "
     "torchmil-pool-gelu-gated torchmil-clam torchmil-camil-gated torchmil-dsmil-nonlinear millab-abmil millab-dsmil "
-    "millab-clam trident slideflow"
+    "millab-clam trident slideflow clam-deep millab-clam-subtyping trident-encoder torchmil-abmil-embedding "
+    "torchmil-clam-embedding torchmil-dsmil-embedding"
 )
 EACH = {name: CASES[name] for name in ONE_OF_EACH.split()}
 every_structure = pytest.mark.parametrize("case", EACH.values(), ids=EACH)
@@ -325,7 +326,10 @@ def test_the_model_inside_a_wrapper_alone(monkeypatch):
 
 LAZY = {
     "pool": (lambda: pad.AttentionPool(None, D, gated=True), {"": "attention pooling (torchmil)"}),
-    "abmil": (lambda: pad.ABMIL(None, D), {"pool": "attention pooling (torchmil)"}),
+    "abmil": (
+        lambda: pad.ABMIL(None, D),
+        {"": "attention MIL (torchmil)", "pool": "attention pooling (torchmil)"},
+    ),
 }
 
 
@@ -395,7 +399,8 @@ def test_restored_while_waiting():
 
 COMPILED = (
     "clam-net-gated clam-sb attention attention-gated loss-attention dsmil torchmil-pool torchmil-dsmil-nonlinear "
-    "torchmil-abmil millab-abmil trident"
+    "torchmil-abmil millab-abmil trident clam-deep torchmil-abmil-embedding torchmil-clam-embedding millab-dsmil "
+    "trident-encoder"
 )
 
 

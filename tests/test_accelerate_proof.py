@@ -238,6 +238,10 @@ LARGE = {
     "torchmil-dsmil": lambda: pad.DSMIL(WIDTH, HIDDEN, True),
     "millab": lambda: no_embedding(pad.MILLabABMIL(WIDTH, WIDTH, 0.2, HIDDEN), "patch_embed"),
     "trident": lambda: pad.MultiHead(WIDTH, HIDDEN // 2, 2, 0.1, gated=True),
+    "clam-sb, embedding": lambda: up.ClamSB(sizes=SIZES, dropout=0.25, old=True),
+    "torchmil, embedding": lambda: pad.ABMIL(HIDDEN, HIDDEN, feat_ext=up.dense(*SIZES[1:], activation=nn.ReLU)),
+    "torchmil-dsmil, embedding": lambda: pad.DSMIL(WIDTH, HIDDEN, feat_ext=nn.Linear(WIDTH, WIDTH)),
+    "millab, embedding": lambda: pad.MILLabABMIL(WIDTH, WIDTH, 0.2, HIDDEN),
 }
 
 
@@ -246,7 +250,7 @@ def test_no_temporary_has_all_instances(name):
     """Forward and backward of the parameters, units dropped: not one tensor of the size of the hidden units, of which
     the original has several at once."""
     model = LARGE[name]().train()
-    padded = isinstance(model, pad.AttentionPool | pad.DSMIL | pad.MILLabABMIL | pad.MultiHead)
+    padded = isinstance(model, pad.AttentionPool | pad.ABMIL | pad.DSMIL | pad.MILLabABMIL | pad.MultiHead)
     x = torch.randn(2, ROWS // 2, WIDTH) if padded else torch.randn(ROWS, WIDTH)
 
     def training_step(m):

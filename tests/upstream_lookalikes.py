@@ -82,6 +82,14 @@ class Flattened(up.Attention):
         return probability, (probability >= 0.5).float(), weights
 
 
+class OtherInstances(up.ClamSB):
+    """Learns from those in the middle as well."""
+
+    def inst_eval(self, A, h, classifier):
+        loss, *rest = super().inst_eval(A, h, classifier)
+        return (loss + h.mean(), *rest)
+
+
 class SumOfHeads(pad.MultiHead):
     def forward(self, features, attn_mask=None):
         bag, scores = super().forward(features, attn_mask)
@@ -154,6 +162,10 @@ def _halved_instance_loss(m, out):
     return (*out[:4], found | {"instance_loss": found["instance_loss"] / 2}) if "instance_loss" in found else out
 
 
+def _one_more(m, out):
+    return (out[0] + 1, *out[1:]) if isinstance(out, tuple) else out + 1
+
+
 def _halved_losses(m, out):
     return out[0], {name: loss / 2 for name, loss in out[1].items()}
 
@@ -224,6 +236,7 @@ LOOK_ALIKES = {
     "clam, another instance loss": LookAlike(
         lambda: clam(returning(up.ClamMB, _halved_instance_loss)), OTHER.format(""), **CLAM_LOSS
     ),
+    "clam, instance losses of other instances": LookAlike(lambda: clam(OtherInstances), OTHER.format(""), **CLAM_LOSS),
     "attention, flattened": LookAlike(Flattened, "fused, raised RuntimeError", IMAGES),
     "attention, another order": LookAlike(
         lambda: returning(up.GatedAttention, _swapped)(E, D, channels=3), r"not float32\[1, 1\]", IMAGES
@@ -285,8 +298,24 @@ LOOK_ALIKES = {
         lambda: returning(pad.MILLabCLAM, lambda m, out: (out[0] / 2, out[1]), "forward_features")(L, E, 0.2, True, D),
         OTHER.format("1, 20"),
         {"x": (1, 30, L)},
+        lambda m, t: m.forward_features(t["x"]),
     ),
     "trident, mean of scores": LookAlike(lambda: SumOfHeads(L, D, 2), OTHER.format("2, 1, 2, 23"), BATCH),
+    "trident, an encoder that adds": LookAlike(
+        lambda: returning(pad.SlideEncoder, _one_more)(L, D, 2),
+        OTHER.format("2, 24"),
+        BATCH,
+        lambda m, t: m({"features": t["x"]}, "cpu"),
+    ),
+    "trident, an encoder with branches": LookAlike(
+        lambda: with_layer(pad.SlideEncoder(L, D, 2), "model.image_pooler", lambda _: pad.MultiHead(L, D, 2, 0.1, 3)),
+        "forward raised|forward is not fused",
+        BATCH,
+        lambda m, t: m.model["image_pooler"](t["x"]),
+    ),
+    "torchmil, abmil of a mean": LookAlike(
+        lambda: returning(pad.ABMIL, _one_more)(E, D, feat_ext=nn.Linear(L, E)), OTHER.format("2"), BATCH
+    ),
     "slideflow, a longer bag": LookAlike(
         lambda: LengthsInclude(L, 2, E, hidden=D),
         r"_masked_attention_scores\(apply_softmax\) returns other values",

@@ -18,6 +18,7 @@ from milkernels.integrations.layers import (
     exactly,
     gate_of,
     linear,
+    masked_dtype,
     padded,
     refuse,
     scorer,
@@ -93,7 +94,7 @@ class MILLabABMIL(Structure):
             return NotImplemented
         h = gate.embedding(h)
         pooled, dtype = gate.pool(*padded(h, attn_mask)), gate.dtype(h)
-        scores = pooled.scores.to(dtype).reshape(*h.shape[:2], gate.heads).transpose(1, 2)
+        scores = pooled.scores.to(masked_dtype(dtype, attn_mask)).reshape(*h.shape[:2], gate.heads).transpose(1, 2)
         return pooled.bag.to(dtype).squeeze(1), {"attention": scores if return_attention else None}
 
     def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
@@ -141,7 +142,7 @@ def pooled_heads(module: nn.Module, gate: Gate, x: Tensor, mask: Tensor | None =
     bag = pooled.bag.to(dtype).unflatten(1, (heads, -1)).transpose(1, 2).flatten(2)
     if module.n_heads > 1:
         bag = module.condensing_layer(bag)
-    scores = pooled.scores.to(dtype).reshape(*x.shape[:2], heads, -1)
+    scores = pooled.scores.to(dtype).reshape(*x.shape[:2], heads, gate.heads // heads)
     return bag, scores.permute(0, 3, 2, 1)
 
 

@@ -16,6 +16,7 @@ from milkernels.integrations.layers import (
     embedding,
     exactly,
     linear,
+    masked_dtype,
     padded,
     refuse,
     their_dtype,
@@ -211,7 +212,7 @@ class MILLabBClassifier(Structure):
         (x, offsets, mask), dtype = padded(h, attn_mask), parts.dtype(h)
         pooled = F.dsmil_pool(x, c.flatten(0, 1), offsets=offsets, mask=mask, **parts.stream)
         weights = F.attention_weights(pooled, offsets)
-        return module.norm(pooled.bag.to(dtype)), _rows(weights, h).to(dtype)
+        return module.norm(pooled.bag.to(dtype)), _rows(weights, h).to(masked_dtype(dtype, attn_mask))
 
     def examples(self, module: nn.Module, parts: _Parts, inputs: Inputs) -> Iterable[Example]:
         (x, mask), c = inputs.padded(parts.dim), inputs.padded(3)[0]
@@ -250,7 +251,7 @@ class MILLabDSMIL(Structure):
         pooled = parts.both(x, offsets, mask)
         found = {"instance_classes": _rows(pooled.logits, h).to(dtype)}
         if return_attention:
-            found["attention"] = _rows(F.attention_weights(pooled, offsets), h).to(dtype)
+            found["attention"] = _rows(F.attention_weights(pooled, offsets), h).to(masked_dtype(dtype, attn_mask))
         return module.b_classifier.norm(pooled.bag.to(dtype)), found
 
     def examples(self, module: nn.Module, parts: _Parts, inputs: Inputs) -> Iterable[Example]:

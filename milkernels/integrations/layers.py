@@ -260,6 +260,11 @@ def their_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
     return compute_dtype_of(x) or reference.result_dtype(x, *parameters)
 
 
+def masked_dtype(dtype: torch.dtype, mask: Tensor | None) -> torch.dtype:
+    """That of scores to which MIL-Lab has added its mask, of numbers."""
+    return dtype if mask is None else torch.promote_types(dtype, mask.dtype)
+
+
 def padded(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """A padded batch ``[B, M, L]`` and its mask ``[B, M]`` as ragged bags: rows, offsets, mask."""
     bags = Bags.from_padded(x, mask)
