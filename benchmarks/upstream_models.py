@@ -494,17 +494,41 @@ _MIL_LAB = (
 )
 
 
+_TRIDENT_POOLING = "trident/slide_encoder_models/model_zoo/reusable_blocks/ABMIL.py"
+
+
 def _trident(heads: int, workloads: tuple[str, ...]) -> Model:
-    file = "trident/slide_encoder_models/model_zoo/reusable_blocks/ABMIL.py"
     return Model(
         "trident",
         f"ABMIL, gated, heads: {heads}",
-        lambda source: source.file(file).ABMIL(n_heads=heads, gated=True),
+        lambda source: source.file(_TRIDENT_POOLING).ABMIL(n_heads=heads, gated=True),
         forward=lambda m, d: m(d.x, d.mask),
         loss=lambda m, d: m(d.x, d.mask)[0].sum(),
         dim=1024,
         workloads=workloads,
     )
+
+
+def _trident_encoder(source: Source) -> nn.Module:
+    """Without the rest of the package, which reads slides."""
+    pooling, files = source.file(_TRIDENT_POOLING), ModuleType("trident.IO")
+    files.get_weights_path = files.get_dir = None
+    stand_ins = {"trident.IO": files, _TRIDENT_POOLING.removesuffix(".py").replace("/", "."): pooling}
+    theirs = source.file("trident/slide_encoder_models/load.py", stand_ins=stand_ins)
+    with _importing(source.path, (), stand_ins):  # its constructor imports as well
+        return theirs.ABMILSlideEncoder(
+            freeze=False, input_feature_dim=1024, n_heads=1, head_dim=512, dropout=0.0, gated=True
+        )
+
+
+_SLIDE_ENCODER = Model(
+    "trident",
+    "ABMILSlideEncoder",
+    _trident_encoder,
+    forward=lambda m, d: m({"features": d.x}, device="cpu"),
+    loss=lambda m, d: m({"features": d.x}, device="cpu").sum(),
+    dim=1024,
+)
 
 
 _SLIDEFLOW = Model(
@@ -542,6 +566,7 @@ MODELS = (
     *_MIL_LAB,
     _trident(1, ("bag", "batch")),
     _trident(8, ("bag",)),  # eight heads of a padded batch take more memory than a workstation has
+    _SLIDE_ENCODER,
     _SLIDEFLOW,
     _PYG,
 )

@@ -99,3 +99,13 @@ def test_numbers_that_are_none(number, error):
     with pytest.raises(error, match=f"min_instances .*got {number if error is ValueError else type(number).__name__}"):
         milkernels.accelerate(model, min_instances=number)
     assert type(model) is up.AttnNetGated
+
+
+def test_the_loss_of_torchmils_clam_counts_instances_not_labels(monkeypatch):
+    model = pad.ClamTorchmil(WIDTH, 4, k_sample=2, feat_ext=up.dense(WIDTH, WIDTH, activation=torch.nn.ReLU))
+    assert len(milkernels.accelerate(model, min_instances=20).changed) == 2
+    calls, labels, x = counted(monkeypatch), torch.tensor([0, 1]), torch.randn(2, 10, WIDTH)
+    for rows, mask, names in ((9, None, []), (10, None, ["attention_pool"]), (9, torch.ones(2, 9), ["attention_pool"])):
+        calls.clear()
+        model.compute_loss(labels, x[:, :rows], mask)
+        assert calls == names
