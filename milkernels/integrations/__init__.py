@@ -47,6 +47,10 @@ def accelerate(model: nn.Module, *, min_instances: int | None = None) -> Report:
     model is touched.  Whenever a layer that is passed over has hooks, a computed weight (pruning, weight_norm,
     parametrizations), another type than was proven, or dropout that no op has, the module's own method runs.
 
+    The last ``Linear[, activation][, Dropout]`` of an embedding in front goes into the op, so that embedded instances
+    are not stored, and features may be stored in half.  Layers before it, an embedding that is anything else or whose
+    last layer has hooks or a computed weight, and one whose instances are returned, are called as they are.
+
     Args:
         model: any module; the recognised ones among it and its submodules are changed.
         min_instances: calls with fewer, and no mask, take the module's own methods, which are faster for a few

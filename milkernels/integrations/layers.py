@@ -2,7 +2,7 @@
 
 A layer may be passed over only while calling it would do what its parameters say and nothing else.  That can change
 after a model was accelerated (a hook for a heat map, pruning, an adapter), so it is looked at on every call:
-``Unfusable`` is raised with the reason, and the model's own forward runs.
+``Unfusable`` is raised with the reason, and the model's own forward runs; an embedding in front is called as it is.
 """
 
 from collections.abc import Mapping, Sequence
