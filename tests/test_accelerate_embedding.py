@@ -8,7 +8,7 @@ import torch
 import upstream_models as up
 import upstream_padded as pad
 from accelerate_cases import CASES, HOLES, LABELS, D, E, L, N, accelerated, cotangent, flat, kind, results, step
-from op_cases import needs_extension, threads
+from op_cases import threads
 from test_accelerate_guards import CHANGES, KINDS
 from torch import nn
 
@@ -16,7 +16,6 @@ import milkernels
 from milkernels import InstanceEmbedding, embed_instances, functional
 from milkernels.integrations import layers
 
-pytestmark = needs_extension
 EMBEDDED = {name: case for name, case in CASES.items() if case.embedding}
 every_embedding = pytest.mark.parametrize("case", EMBEDDED.values(), ids=EMBEDDED)
 OPS = ("attention_pool", "gated_attention_pool", "attention_scores", "gated_attention_scores", "dsmil")
