@@ -98,7 +98,7 @@ class AttentionScore final : public Score<T> {
 
     Worker(const AttentionScore& p, int64_t rows, bool backward)
         : program(p), staged(p.planes_ * rows * p.packed_.depth()),
-          right(backward && Matrix<E>::kRowsTogether > 1 ? p.planes_ * rows * p.packed_.depth() : 0),
+          right(backward ? p.planes_ * rows * kBlock : 0),
           grad(backward ? p.planes_ * rows * p.columns() : 0), grad_t(backward ? p.planes_ * rows * p.columns() : 0),
           block(kBlock * kBlock), keep(kBlock * kBlock) {}
     void scores(const Tile<T>& tile, A* scores) override { program.forward(tile, scores, *this); }

@@ -49,7 +49,7 @@ class EmbedSource final : public EmbeddedRows<H> {
   struct Worker final : Source<H>::Worker {
     const EmbedSource& p;
     MatrixUnits matrix_units;
-    Buffer<E> staged, left, transposed, paired;
+    Buffer<E> staged, left, transposed, panel;
     Buffer<H> made;
     Buffer<A> block, keep, slopes;
     Matrix<E> x{};
@@ -58,7 +58,7 @@ class EmbedSource final : public EmbeddedRows<H> {
         : p(p), staged(p.layer_.planes() * rows * p.layer_.depth()),
           left(p.has_gradient() ? p.layer_.planes() * rows * p.layer_.columns() : 0),
           transposed(p.needs_weight() ? p.layer_.planes() * rows * p.layer_.columns() : 0),
-          paired(p.needs_weight() && Matrix<E>::kRowsTogether > 1 ? p.layer_.planes() * rows * p.layer_.depth() : 0),
+          panel(p.needs_weight() ? p.layer_.planes() * rows * kBlock : 0),
           made(rows * p.layer_.columns()), block(kBlock * kBlock), keep(p.dropout_ ? kBlock * kBlock : 0),
           slopes(p.has_gradient() && p.keeps_slopes_ ? rows * p.layer_.columns() : 0) {}
 
@@ -132,7 +132,7 @@ class EmbedSource final : public EmbeddedRows<H> {
       gradient_of_products(unit, grad_rows, rows, c, s, sums.bias + c);
     }
     if (needs_weight()) {
-      add_outer_products<E>(left, columns, s.x, x_.width, rows, planes, !first, s.transposed.get(), s.paired.get(),
+      add_outer_products<E>(left, columns, s.x, x_.width, rows, planes, !first, s.transposed.get(), s.panel.get(),
                             sums.weight);
     }
     if (T* const to = grad_x()) {

@@ -42,9 +42,9 @@ class Layer {
   // f(row, column, rows, bias) for every block of x W^T, which `block` [rows, kBlock] then holds, without the bias.
   template <typename F>
   void for_blocks(const Matrix<E>& x, int64_t rows, A* block, const F& f) const {
-    for (int64_t t = 0; t < rows; t += kBlock) {
-      const int64_t count = std::min(kBlock, rows - t);
-      for (int64_t c = 0; c < columns(); c += kBlock) {
+    for (int64_t c = 0; c < columns(); c += kBlock) {  // the weights are read once for all rows
+      for (int64_t t = 0; t < rows; t += kBlock) {
+        const int64_t count = std::min(kBlock, rows - t);
         product<E>(count, kBlock, depth(), x.rows_from(t), packed_.block(c / kBlock), planes_, block, kBlock, false);
         f(t, c, count, bias_.data() + c);
       }
@@ -84,10 +84,10 @@ class Layer {
 
   // Scratch of one thread.
   struct Backward {
-    Buffer<E> grad, transposed, paired;  // [planes, rows, columns()] and, for pairs, [planes, rows, depth]
+    Buffer<E> grad, transposed, panel;  // [planes, rows, columns()], and of stage_right
     Backward(const Layer& l, int64_t rows)
         : grad(std::is_same_v<A, E> ? 0 : l.planes_ * rows * l.columns()), transposed(l.planes_ * rows * l.columns()),
-          paired(Matrix<E>::kRowsTogether > 1 ? l.planes_ * rows * l.depth() : 0) {}
+          panel(l.planes_ * rows * kBlock) {}
   };
 
   // grad [rows, columns()] is that of y and becomes that of z; adds to the sums (`first`: starts them).
@@ -111,7 +111,7 @@ class Layer {
       left = {s.grad.get(), columns(), rows * columns()};
       write_elements(grad, s.grad.get(), rows * columns(), planes_, left.plane_stride);
     }
-    add_outer_products<E>(left, columns(), x, in_, rows, planes_, !first, s.transposed.get(), s.paired.get(),
+    add_outer_products<E>(left, columns(), x, in_, rows, planes_, !first, s.transposed.get(), s.panel.get(),
                           sums.weight);
     return left;
   }

@@ -252,39 +252,43 @@ inline Matrix<E> stage(const T* x, int64_t ld, const bool* mask, int64_t rows, i
   return {buffer, depth, plane_stride};
 }
 
-// Rows staged by `stage` as the right operand: float and double as they are, BFloat16 with rows in pairs.
+// Columns [first, first + width) of rows staged by `stage`, at most kBlock, as a right operand: close together, which
+// products over many rows are faster with, BFloat16 with rows in pairs. `panel` holds planes * rows * kBlock.
 template <typename E>
-inline Matrix<E> stage_right(Matrix<E> a, int64_t rows, int64_t width, int planes, E* buffer) {
-  if constexpr (!std::is_same_v<E, BFloat16>) {
-    return a;
-  } else {
-    for (int p = 0; p < planes; ++p) {
+inline Matrix<E> stage_right(Matrix<E> a, int64_t rows, int64_t first, int64_t width, int planes, E* panel) {
+  for (int p = 0; p < planes; ++p) {
+    const E* const from = a.data + p * a.plane_stride + first;
+    E* const to = panel + p * rows * kBlock;
+    if constexpr (!std::is_same_v<E, BFloat16>) {
+      for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * a.ld, width, to + r * kBlock);
+    } else {
       for (int64_t r = 0; r < rows; r += 2) {
-        const auto* const even = reinterpret_cast<const uint16_t*>(a.data + p * a.plane_stride + r * a.ld);
-        auto* const to = reinterpret_cast<uint32_t*>(buffer + (p * rows + r) * width);
-        for (int64_t i = 0; i < width; ++i) to[i] = even[i] | uint32_t{even[a.ld + i]} << 16;
+        const auto* const even = reinterpret_cast<const uint16_t*>(from + r * a.ld);
+        auto* const pairs = reinterpret_cast<uint32_t*>(to + r * kBlock);
+        for (int64_t i = 0; i < width; ++i) pairs[i] = even[i] | uint32_t{even[a.ld + i]} << 16;
       }
     }
-    return {buffer, width, rows * width};
   }
+  return {panel, kBlock, rows * kBlock};
 }
 
-// sum [columns, width] = or += left^T right over `rows`; `columns` is a multiple of kBlock. `transposed` and `paired`
-// are scratch of planes * rows * columns and, where rows of a right operand come in pairs, planes * rows * depth of
-// `right`.
+// sum [columns, width] = or += left^T right over `rows`; `columns` is a multiple of kBlock. `transposed` and `panel` are
+// scratch of planes * rows * columns and planes * rows * kBlock.
 template <typename E>
 inline void add_outer_products(Matrix<E> left, int64_t columns, Matrix<E> right, int64_t width, int64_t rows,
-                               int planes, bool add, E* transposed, E* paired, acc_t<E>* sum) {
+                               int planes, bool add, E* transposed, E* panel, acc_t<E>* sum) {
+  constexpr int64_t kColumns = 2 * kBlock;  // of left together
   const int64_t stride = rows * columns;
   for (int p = 0; p < planes; ++p) {
     transpose(left.data + p * left.plane_stride, left.ld, rows, columns, transposed + p * stride, rows);
   }
   const Matrix<E> a{transposed, rows, stride};
-  const auto b = stage_right(right, rows, width, planes, paired);
   for (int64_t l = 0; l < width; l += kBlock) {
-    for (int64_t c = 0; c < columns; c += kBlock) {
-      product<E>(kBlock, std::min(kBlock, width - l), rows, a.rows_from(c), b.columns_from(l), planes,
-                 sum + c * width + l, width, add);
+    const int64_t wide = std::min(kBlock, width - l);
+    const auto b = stage_right(right, rows, l, wide, planes, panel);
+    for (int64_t c = 0; c < columns; c += kColumns) {
+      product<E>(std::min(kColumns, columns - c), wide, rows, a.rows_from(c), b, planes, sum + c * width + l, width,
+                 add);
     }
   }
 }

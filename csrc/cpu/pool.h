@@ -91,16 +91,25 @@ struct Ragged {
   }
 };
 
-// The rows of tiles, one after another.
+// The rows of tiles of a chunk, one after another: those of a source are made for the rest of the chunk at once.
 template <typename T>
 class Reader {
  public:
-  Reader(const Ragged<T>& in, int64_t rows) : worker_(in.source ? in.source->worker(rows) : nullptr) {}
-  Tile<T> operator()(const Tile<T>& tile) const { return worker_ ? worker_->rows(tile) : tile; }
+  explicit Reader(const Ragged<T>& in) : in_(&in), worker_(in.source ? in.source->worker(in.chunk()) : nullptr) {}
+  Tile<T> operator()(const Tile<T>& tile) {
+    if (!worker_) return tile;
+    if (tile.first < held_.first || tile.first + tile.rows > held_.first + held_.rows) {
+      const int64_t end = std::min(in_->rows, (tile.first / in_->chunk() + 1) * in_->chunk());
+      held_ = worker_->rows(in_->tile(tile.first, end - tile.first));
+    }
+    return held_.part(tile.first - held_.first, tile.rows);
+  }
   typename Source<T>::Worker* source() const { return worker_.get(); }
 
  private:
+  const Ragged<T>* in_;
   std::unique_ptr<typename Source<T>::Worker> worker_;
+  Tile<T> held_{};
 };
 
 // work(tile, worker) for every tile; the tiles of a chunk go to one thread, in order.
@@ -383,7 +392,7 @@ void pool_forward(const Score<T>& score, const Ragged<T>& in, acc_t<T>* scores, 
   using A = acc_t<T>;
   const int64_t heads = score.heads();
   const auto make_worker = [&] {
-    return std::tuple(Reader<T>(in, kBlock), score.forward_worker(), reduction.worker());
+    return std::tuple(Reader<T>(in), score.forward_worker(), reduction.worker());
   };
   for_tiles(in, make_worker, [&](const Tile<T>& tile, auto& worker) {
     A* const out = scores + tile.first * heads;

@@ -264,7 +264,7 @@ void pool_backward(const Score<T>& score, const Stage<T>* stage, const Ragged<T>
   };
   const auto make_worker = [&] {
     const int64_t staged = stage ? kChunk : 0;
-    return Worker{Reader<T>(in, kChunk),
+    return Worker{Reader<T>(in),
                   score.backward_worker(),
                   stage ? stage->worker(kChunk) : nullptr,
                   typename ScoreGradients<T>::Worker(heads),
