@@ -28,7 +28,8 @@ _GRID = (2**31 - 1, 65535, 65535)  # CUDA's limits
 
 @dataclass(frozen=True)
 class Usage:
-    """How an op is called. ``extras`` name what is given besides (see `_GIVEN_WITH`) and options."""
+    """How an op is called. ``extras`` name what is given besides (see `_GIVEN_WITH`) and options; with "embed", or
+    "embed-" and an activation, rows twice as wide as ``L`` are embedded first."""
 
     op: str
     dtype: str = "bf16"  # of the rows; "bf16/fp32": of the rows and of the parameters
@@ -50,6 +51,12 @@ class Usage:
 
     def __contains__(self, extra: str) -> bool:
         return extra in self.extras
+
+    @property
+    def embedding(self) -> str | None:
+        """Its activation."""
+        found = next((extra for extra in self.extras if extra.startswith("embed")), None)
+        return found and (found.removeprefix("embed").lstrip("-") or "relu")
 
 
 @dataclass
@@ -274,16 +281,18 @@ class _Counting(TorchDispatchMode):
 # Calls of ops, from what `ops` declares
 
 _SHAPES = {
-    **{"x": "NL", "given": "NK", "scores": "NK", "weights": "NK", "instance_logits": "NK", "lse": "BK"},
+    **{"x": "NI", "given": "NK", "scores": "NK", "weights": "NK", "instance_logits": "NK", "lse": "BK"},
     **{"query": "KL", "weight": "KL", "bias": "K", "offsets": "O", "mask": "N", "seed": "1"},
     **{"v_weight": "DL", "v_bias": "D", "u_weight": "DL", "u_bias": "D", "w_weight": "KD", "w_bias": "K"},
     **{"q_weight": "DL", "q_bias": "D", "q2_weight": "DD", "q2_bias": "D"},
+    **{"e_weight": "LI", "e_bias": "L", "e_seed": "1"},
 }
 _GIVEN_WITH = {
     **{"u_weight": "gated", "u_bias": "gated", "q2_weight": "mlp", "q2_bias": "mlp"},
     **{"offsets": "bags", "mask": "mask", "seed": "drop"},
+    **{"e_weight": "embed", "e_bias": "embed", "e_seed": "embed"},
 }
-_TYPES = {"offsets": torch.int64, "seed": torch.int64, "mask": torch.bool}
+_TYPES = {"offsets": torch.int64, "seed": torch.int64, "e_seed": torch.int64, "mask": torch.bool}
 _ROWWISE = ("x", "given", "scores", "weights", "instance_logits")
 _ACTIVATIONS = ("tanh", "relu", "gelu", "identity")
 
@@ -297,6 +306,7 @@ def _inputs(use: Usage, op: ops.Forward) -> dict:
         shapes["query"] = "BKL"
     bags = use.B if "bags" in use else 1
     sizes = {"N": use.N, "L": use.L, "D": use.D, "K": use.K, "B": bags, "O": bags + 1, "1": 1}
+    sizes["I"] = 2 * use.L if use.embedding else use.L
     dtype, _, of_parameters = use.dtype.partition("/")
     parameter_type = DTYPES[of_parameters or dtype]
     types = (
@@ -309,9 +319,12 @@ def _inputs(use: Usage, op: ops.Forward) -> dict:
         **{"scale": None if op.name.startswith("dsmil") else 0.05},
         **{"compute_dtype": torch.bfloat16 if "autocast" in use else None},
     }
+    options |= {"e_activation": use.embedding, "e_dropout_p": options["dropout_p"] if use.embedding else 0.0}
+    options["e_dtype"] = options["compute_dtype"] if use.embedding else None
+    given = ("", *use.extras, *(["embed"] if use.embedding else []))
 
     def absent(name: str) -> bool:
-        return given_with.get(name, "") not in ("", *use.extras) or (name.endswith("bias") and "nobias" in use)
+        return given_with.get(name, "") not in given or (name.endswith("bias") and "nobias" in use)
 
     def value(declaration: str):
         name = declaration.split()[-1]

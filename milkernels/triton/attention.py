@@ -7,9 +7,26 @@ import triton.language as tl
 from torch import Tensor
 
 from milkernels.triton import fused, pool, rows, split, tuning
-from milkernels.triton.call import Call, Products, ceil_div, launch, power_of_two, product_dtype
+from milkernels.triton.call import (
+    Call,
+    Products,
+    ceil_div,
+    dropout_bits,
+    dropout_of,
+    launch,
+    power_of_two,
+    product_dtype,
+)
 from milkernels.triton.common import activate, activation_gradient, dropout_factors, kept, kernel, sigmoid
-from milkernels.triton.gradients import PoolGradients, in_their_types, largest, power_of_two_scale
+from milkernels.triton.embedding import embedding_of
+from milkernels.triton.gradients import (
+    PoolGradients,
+    RowGradients,
+    add_scaled,
+    in_their_types,
+    largest,
+    power_of_two_scale,
+)
 
 
 @kernel
@@ -131,11 +148,11 @@ def gate_backward(
 class _Attention(Call):
     """The parameters as kernels take them: V over U in the type of products, the rest in that of accumulation."""
 
-    def __init__(self, x, parameters, offsets, mask, seed, activation, dropout_p, compute_dtype):
-        super().__init__(x, offsets, mask)
+    def __init__(self, x, parameters, offsets, mask, seed, activation, dropout_p, compute_dtype, *embed):
+        super().__init__(x, offsets, mask, embedding_of(x, *embed))
         v_weight, v_bias, u_weight, u_bias, w_weight, w_bias = parameters
         self.gated, self.activation = u_weight is not None, activation
-        self.type = product_dtype(x, compute_dtype)
+        self.type = product_dtype(self.dtype, compute_dtype)
         weights = [v_weight, u_weight] if self.gated else [v_weight]
         self.weight = torch.cat([w.to(self.type) for w in weights]) if self.gated else v_weight.to(self.type)
         self.weight = self.weight.contiguous()
@@ -151,58 +168,75 @@ class _Attention(Call):
         self.fused = plan.scores == "fused" and fused.serves(self)
         if self.fused:
             self.weight = fused.prepared(self.weight)
-        by_parts = plan.products == "split" and split.serves(self.type) and not self.fused
-        self.products = split.SplitProducts(self.weight) if by_parts else Products(self.weight)
+        self.products = Products(self.weight) if self.fused else split.products_of(self.weight, plan)
 
     @property
     def units(self) -> int:
         return self.weight.shape[0]
 
-    def rows_of(self, block: slice, workspace: bool) -> Tensor:
-        """The slice of x for products; a copy where its type is another, or masked rows may hold anything."""
-        if workspace or self.x.dtype != self.type:
-            return rows.staged(self, self.x[block], block, self.type)
-        return self.x[block]
+    def workspace(self) -> int | None:
+        """Bytes per row of the forward; None where it has none."""
+        converted = self.width * self.type.itemsize if self.type != self.dtype else 0
+        if self.fused:
+            return converted or None
+        return self.units * self.type.itemsize + converted + self.products.bytes_per_row
+
+    def gradient_workspace(self, direct: bool, need_x: bool) -> int:
+        """Of the backward, where it is not the embedding that has it."""
+        size, embedded = self.type.itemsize, self.embedding is not None
+        aside = self.width * self.acc.itemsize if need_x and not direct and not embedded else 0
+        copied = (self.mask is not None and not embedded) or self.type != self.dtype
+        return self.units * size + aside + self.products.bytes_per_row + (self.width * size if copied else 0)
+
+    def scale(self, ds: Tensor) -> Tensor | None:
+        """What gradients of units are multiplied by in float16, from those of scores."""
+        if self.type != torch.float16:
+            return None
+        return power_of_two_scale(largest(ds) * self.w.abs().nan_to_num(0, 0, 0).sum(0).amax(), self.headroom())
 
     def headroom(self) -> int:
         """Bits by which a unit's gradient may exceed its score's: factors of dropout, and what a gate multiplies."""
-        share = max((1 << 16) - self.dropout[1], 1)  # that is kept
-        factor = 17 - share.bit_length()
+        factor = dropout_bits(self.dropout[1])
         return factor * (2 if self.gated else 1) + (6 if self.gated and self.activation != "tanh" else 0)
 
     def options(self) -> dict:
         return {"GATED": self.gated, "ACTIVATION": self.activation}
 
 
-def dropout_of(seed: Tensor | None, p: float) -> tuple[Tensor | None, int]:
-    """``(seed, threshold)``: a unit is dropped if its 16 bits are below the threshold; no seed, no dropout."""
-    threshold = int(p * 65536 + 0.5)
-    return (None, 0) if seed is None or threshold == 0 else (seed, threshold)
-
-
-def _scores(call: _Attention) -> Tensor:
-    if call.fused:
-        return fused.scores(call)
+def _scores(call: _Attention, partials: pool.Partials | None = None) -> Tensor:
+    """Scores [N, K], -inf for masked rows; ``partials`` pools the rows slice by slice."""
     out = call.empty(call.rows, call.heads)
-    heads = power_of_two(call.heads)
+    score = fused.scores if call.fused else _scores_on_chunks
+    for block in call.slices(call.workspace()):
+        values = call.rows_at(block).values
+        score(call, rows.operand(call, values, block, call.type, clean=False), block, out)
+        if partials is not None:
+            partials.add(values, out, block, call.mask)
+        values = None  # before those of the next slice
+    return out
+
+
+def _scores_on_chunks(call: _Attention, x: Tensor, block: slice, out: Tensor) -> None:
+    """Writes those of a slice, whose rows x holds, into ``out`` [N, K]."""
     seed, threshold = call.dropout
     units = min(max(power_of_two(call.hidden), 16), 64)
-    size = torch.finfo(call.type).bits // 8
-    converted = call.width * size if call.type != call.x.dtype else 0
-    for block in call.blocks(call.units * size + converted + call.products.bytes_per_row):
-        z = call.products.forward(call.rows_of(block, False))
-        launch(
-            gate_scores, (ceil_div(block.stop - block.start, 32),),
-            z, call.bias, call.w, call.w_bias, call.mask, seed, out, block.start, block.stop, call.hidden,
-            threshold, BN=32, BD=units, K=call.heads, BK=heads, num_warps=4, **call.options(),
-        )  # fmt: skip
-    return out
+    launch(
+        gate_scores, (ceil_div(block.stop - block.start, 32),),
+        call.products.forward(x), call.bias, call.w, call.w_bias, call.mask, seed, out, block.start, block.stop,
+        call.hidden, threshold, BN=32, BD=units, K=call.heads, BK=power_of_two(call.heads), num_warps=4,
+        **call.options(),
+    )  # fmt: skip
 
 
 def attention_pool_fwd(x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, offsets, mask, *options):
     call = _Attention(x, (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias), offsets, mask, *options)
-    scores = _scores(call)
-    bag, lse = pool.softmax_pool(call, call.x, scores)
+    partials = pool.Partials(call, call.heads, call.width)
+    if call.embedding is None:
+        scores = _scores(call)
+        partials.add(call.x, scores, mask=call.mask)
+    else:
+        scores = _scores(call, partials)
+    bag, lse = partials.result()
     return bag, scores, lse
 
 
@@ -212,56 +246,46 @@ def attention_scores_fwd(x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias
 
 
 def attention_bwd(
-    x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, offsets, mask, seed, bag, scores, lse, activation,
-    dropout_p, compute_dtype, grad_bag, grad_scores, grad_lse, needs,
+    x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, offsets, mask, seed, bag, scores, lse,
+    e_weight, e_bias, e_seed, activation, dropout_p, compute_dtype, e_activation, e_dropout_p, e_dtype,
+    grad_bag, grad_scores, grad_lse, needs,
 ):  # fmt: skip
     parameters = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    call = _Attention(x, parameters, offsets, mask, seed, activation, dropout_p, compute_dtype)
-    gradients = PoolGradients(call, call.x, scores, bag, grad_bag, grad_scores, grad_lse, weights=needs[0])
+    embed = (e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
+    call = _Attention(x, parameters, offsets, mask, seed, activation, dropout_p, compute_dtype, *embed)
+    embedded, sink = call.embedding is not None, RowGradients(call, needs)
+    pooled = None if embedded else call.x
+    gradients = PoolGradients(call, pooled, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.wanted)
     ds, D, K = gradients.scores, call.hidden, call.heads
 
-    grad_x = call.x.new_empty(call.x.shape) if needs[0] else None
     need_weight = needs[1] or needs[3]
     grad_weight = call.zeros(call.units, call.width) if need_weight else None
-    pooled = gradients.weights, gradients.bag_of(gradients.weights)
+    terms = gradients.weights, gradients.bag_of(gradients.weights)
     sums = call.zeros(K + 2, D)
-    scale = None
-    if call.type == torch.float16:
-        bound = largest(ds) * call.w.abs().nan_to_num(0, 0, 0).sum(0).amax()
-        scale = power_of_two_scale(bound, call.headroom())
-    size = torch.finfo(call.type).bits // 8
+    scale = None if embedded else call.scale(ds)
     # Products that need neither another type nor a scale are written where the gradient of x will be.
-    direct = needs[0] and call.type == call.x.dtype and scale is None
-    aside = call.width * call.acc.itemsize if needs[0] and not direct else 0
-    per_row = call.units * size + aside + call.products.bytes_per_row
-    copied = call.mask is not None or call.type != call.x.dtype
-    for block in call.blocks(per_row + (call.width * size if copied else 0)) if any(needs) else ():
-        x_rows = call.rows_of(block, call.mask is not None)
-        gradients_of_products = fused.gradients_of_products if call.fused else _gradients_of_products
+    direct = needs[0] and not embedded and call.type == call.x.dtype and scale is None
+    gradients_of_products = fused.gradients_of_products if call.fused else _gradients_of_products
+    for at in sink.slices(call.gradient_workspace(direct, needs[0])) if any(needs) else ():
+        block = at.which
+        if embedded:
+            gradients.add(at.values, block)
+            scale = call.scale(ds[block])
+        x_rows = rows.operand(call, at.values, block, call.type, clean=not embedded)
         z, part = gradients_of_products(call, x_rows, block, ds, scale)
         sums += part.sum(0)
         if need_weight:
-            grad_weight += call.products.of_weight(z, x_rows)
+            add_scaled(grad_weight, call.products.of_weight(z, x_rows), scale)
         if direct:
-            call.products.of_rows(z, grad_x[block])
-        elif needs[0]:
-            inverse = None if scale is None else 1 / scale
-            rows.expand(call, grad_x, *pooled, product=call.products.of_rows(z), scale=inverse, rows=block)
-        x_rows = z = None  # before those of the next block
+            call.products.of_rows(z, sink.x[block])
+        elif sink.wanted:
+            sink.add(at, *terms, product=call.products.of_rows(z), scale=None if scale is None else 1 / scale)
+        at = x_rows = z = None  # before those of the next slice
     if direct and gradients.weights is not None:
-        rows.expand(call, grad_x, *pooled, product=grad_x)
-    if need_weight and scale is not None:
-        grad_weight /= scale
-    found = (
-        grad_x,
-        None if grad_weight is None else grad_weight[:D],
-        sums[K],
-        None if grad_weight is None else grad_weight[D:],
-        sums[K + 1],
-        sums[:K],
-        ds.sum(0),
-    )
-    return in_their_types(call, (x, *parameters), found, needs)
+        rows.expand(call, sink.x, *terms, product=sink.x)
+    of_v, of_u = (None, None) if grad_weight is None else (grad_weight[:D], grad_weight[D:])
+    found = (sink.x, of_v, sums[K], of_u, sums[K + 1], sums[:K], ds.sum(0), sink.weight, sink.bias)
+    return in_their_types(call, (x, *parameters, e_weight, e_bias), found, needs)
 
 
 _SUMMED_ROWS = 64  # by one program of gate_backward

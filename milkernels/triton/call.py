@@ -3,13 +3,17 @@
 Nothing here waits for the device or reads from it, so every op can be captured in a CUDA graph.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from milkernels import bags
+
+if TYPE_CHECKING:
+    from milkernels.triton.embedding import Embedding
 
 # Of row chunks between two kernels, in bytes: large enough that launches hide, small enough to stay in the L2 of a
 # data-centre GPU, and under the 64 MB that DESIGN allows.
@@ -39,21 +43,47 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def product_dtype(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
-    return x.dtype if x.dtype == torch.float64 or compute_dtype is None else compute_dtype
+def product_dtype(dtype: torch.dtype, compute_dtype: torch.dtype | None) -> torch.dtype:
+    """Of products with rows of that type, where autocast may ask for another."""
+    return dtype if dtype == torch.float64 or compute_dtype is None else compute_dtype
+
+
+def dropout_of(seed: Tensor | None, p: float) -> tuple[Tensor | None, int]:
+    """``(seed, threshold)``: a unit is dropped if its 16 bits are below the threshold; no seed, no dropout."""
+    threshold = int(p * 65536 + 0.5)
+    return (None, 0) if seed is None or threshold == 0 else (seed, threshold)
+
+
+def dropout_bits(threshold: int) -> int:
+    """By which what is kept grows, at most."""
+    return 17 - max((1 << 16) - threshold, 1).bit_length()
+
+
+@dataclass
+class Rows:
+    """Some rows as an op sees them, and what the gradient of embedded ones goes back through."""
+
+    which: slice | Tensor  # their numbers; there is no row -1
+    values: Tensor
+    x: Tensor | None = None  # what is embedded, in the type of products
+    argument: Tensor | None = None  # of the activation, as `Embedding` keeps it
 
 
 @dataclass
 class Call:
-    """Rows ``x [N, L]`` in bags. ``offsets`` None is one bag, ``mask`` is bool [N] or None."""
+    """Rows ``x [N, L]`` in bags, or their embedding [N, E]. ``offsets`` None is one bag, ``mask`` bool [N] or None."""
 
     x: Tensor
     offsets: Tensor | None
     mask: Tensor | None
+    embedding: "Embedding | None" = None
 
     def __post_init__(self):
         self.x = self.x if self.x.stride(1) == 1 and self.x.stride(0) >= self.x.shape[1] else self.x.contiguous()
-        self.rows, self.width = self.x.shape
+        self.rows = self.x.shape[0]
+        self.width, self.dtype = self.x.shape[1], self.x.dtype  # of rows as the op sees them
+        if self.embedding is not None:
+            self.width, self.dtype = self.embedding.width, self.embedding.type
         self.bags = 1 if self.offsets is None else self.offsets.shape[0] - 1
         self.offsets = None if self.offsets is None else self.offsets.contiguous()
         self.mask = None if self.mask is None else self.mask.contiguous().view(torch.uint8)
@@ -90,6 +120,18 @@ class Call:
     def whole(self) -> slice:
         return slice(0, self.rows)
 
+    def rows_at(self, block: slice, *, keep: bool = False) -> Rows:
+        """A slice of rows as the op sees them; ``keep`` what their gradient goes back through."""
+        if self.embedding is None:
+            return Rows(block, self.x[block])
+        return self.embedding.of_slice(self, block, keep)
+
+    def slices(self, bytes_per_row: int | None = None) -> Iterable[slice]:
+        """Of rows, whose workspace stays within bounds; where there is none, all of them at once."""
+        if self.embedding is not None:
+            return self.blocks((bytes_per_row or 0) + self.embedding.bytes_per_row(self))
+        return [self.whole] if bytes_per_row is None else self.blocks(bytes_per_row)
+
     def blocks(self, bytes_per_row: int) -> Iterator[slice]:
         """Even slices of rows, of whole chunks, whose workspace stays within bounds."""
         chunks = ceil_div(self.rows, self.chunk)
@@ -119,9 +161,9 @@ class Products:
         self.weight = weight
         self.acc = accumulation_dtype(weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x W^T``, in their type."""
-        return product(x, self.weight.t())
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """``x W^T``, in their type or in that of accumulation."""
+        return product(x, self.weight.t(), dtype)
 
     def of_rows(self, z: Tensor, out: Tensor | None = None) -> Tensor:
         """``z W`` in the accumulation type, or in ``out``, which has the type of z."""

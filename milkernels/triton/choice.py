@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from milkernels.triton import pool
+from milkernels.triton import pool, rows
 from milkernels.triton.call import Call, ceil_div, launch
 from milkernels.triton.common import bag_rows, kernel, real_rows, segment, slots_of
-from milkernels.triton.gradients import alive, in_their_types
+from milkernels.triton.embedding import embedding_of
+from milkernels.triton.gradients import RowGradients, alive, in_their_types
 from milkernels.triton.pooling import class_logits, linear_gradients
 
 _NONE = tl.constexpr(1 << 62)  # later than any row
@@ -97,27 +98,6 @@ def scatter(INDICES, G, OUT, count, columns, k, stride, rows, ADD: tl.constexpr,
 
 
 @kernel
-def add_rows(INDICES, V, OUT, stride, rows, L, C: tl.constexpr, BL: tl.constexpr):
-    """OUT[indices[b, c]] += v[b, c]: the classes of a bag may have chosen one row, bags never do."""
-    bag = tl.cast(tl.program_id(0), tl.int64)
-    column = tl.program_id(1) * BL + tl.arange(0, BL)
-    inside = column < L
-    for c in range(C):
-        row = tl.load(INDICES + bag * C + c)
-        seen = row < 0
-        for before in range(c):
-            seen = seen | (tl.load(INDICES + bag * C + before) == row)
-        if (not seen) & (row < rows):
-            at = OUT + row * stride + column
-            total = tl.load(at, mask=inside, other=0.0).to(V.dtype.element_ty)
-            for other in range(c, C):
-                same = tl.load(INDICES + bag * C + other) == row
-                v = tl.load(V + (bag * C + other) * L + column, mask=inside, other=0.0)
-                total += tl.where(same, v, 0.0)
-            tl.store(at, total.to(OUT.dtype.element_ty), mask=inside)
-
-
-@kernel
 def sort_keys(X, MASK, OFFSETS, KEYS, bags, rows, x_stride, LARGEST: tl.constexpr, R: tl.constexpr, BN: tl.constexpr):
     """KEYS [K, N]: bag, dead or not, then (but of float64) a number that orders as the scores do, NaN above all."""
     k = tl.program_id(1)
@@ -184,58 +164,41 @@ def put(indices: Tensor, values: Tensor, out: Tensor, k: int = 1, *, add: bool =
     )  # fmt: skip
 
 
-def add_to_rows(indices: Tensor, vectors: Tensor, out: Tensor) -> None:
-    """``out[indices[b, c]] += vectors[b, c]``, vectors [B, C, L] in the accumulation type."""
-    (bags, classes), L = indices.shape, out.shape[1]
-    launch(
-        add_rows, (bags, ceil_div(L, 256)), indices, vectors.contiguous(), out, out.stride(0), out.shape[0], L,
-        C=classes, BL=256, num_warps=4,
-    )  # fmt: skip
-
-
 # The ops
 
 
-def instance_max_fwd(x, weight, bias, offsets, mask):
-    call = Call(x, offsets, mask)
+def instance_max_fwd(x, weight, bias, offsets, mask, *embed):
+    call = Call(x, offsets, mask, embedding_of(x, *embed))
     logits = class_logits(call, weight, bias)
     return *first_max(call, logits, dead=True, empty=float("-inf")), logits
 
 
-def instance_max_bwd(x, weight, bias, offsets, mask, indices, logits, grad_values, grad_logits, needs):
-    call = Call(x, offsets, mask)
-    return in_their_types(
-        call,
-        (x, weight, bias),
-        instance_max_gradients(call, weight, indices, logits, grad_values, grad_logits, needs),
-        needs,
-    )
+def instance_max_bwd(
+    x, weight, bias, offsets, mask, indices, logits, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype,
+    grad_values, grad_logits, needs,
+):  # fmt: skip
+    call = Call(x, offsets, mask, embedding_of(x, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype))
+    sink = RowGradients(call, needs)
+    of_layer = instance_max_gradients(call, weight, indices, logits, grad_values, grad_logits, needs[1:3], sink)
+    found = (sink.of_x(), *of_layer, sink.weight, sink.bias)
+    return in_their_types(call, (x, weight, bias, e_weight, e_bias), found, needs)
 
 
-def instance_max_gradients(call: Call, weight, indices, logits, grad_values, grad_logits, needs, onto=None):
-    """Those of x, W and b; that of x is added to ``onto`` if given. Few rows have one, unless the logits do."""
+def instance_max_gradients(call: Call, weight, indices, logits, grad_values, grad_logits, needs, sink, chosen=None):
+    """Those of W and b; that of the rows is added to ``sink``. Few rows have one, unless the logits do; ``chosen`` are
+    these few where they are at hand."""
     indices = indices.contiguous()
     grad_values = call.take(grad_values)
     if grad_logits is not None:
         of_logits = alive(call.take(grad_logits), logits)
         if grad_values is not None:
             put(indices, grad_values, of_logits, add=True)
-        return linear_gradients(call, weight, of_logits, None, needs, onto)
-    chosen = call.take(gather_rows(call, indices))
+        return linear_gradients(call, weight, of_logits, None, needs[0], sink)
+    chosen = chosen or rows.gathered(call, indices)
     g = grad_values.masked_fill(indices < 0, 0)[:, :, None]
-    grad_x = onto
-    if needs[0]:
-        grad_x = torch.zeros_like(call.x, memory_format=torch.contiguous_format) if onto is None else onto
-        add_to_rows(indices, g * call.take(weight), grad_x)
-    return grad_x, (g * chosen).sum(0) if needs[1] else None, g.sum((0, 2)) if needs[2] else None
-
-
-def gather_rows(call: Call, indices: Tensor) -> Tensor:
-    """``x[indices]`` [B, C, L], 0 for -1."""
-    if call.rows == 0:
-        return call.x.new_zeros((*indices.shape, call.width))
-    found = call.x.index_select(0, indices.clamp(0, call.rows - 1).flatten()).unflatten(0, indices.shape)
-    return found.masked_fill((indices < 0)[:, :, None], 0)
+    if sink.wanted:
+        sink.add_gathered(chosen, g * call.take(weight))
+    return (g * chosen.values).sum(0) if needs[0] else None, g.sum((0, 2)) if needs[1] else None
 
 
 def max_pool_fwd(x, offsets, mask):

@@ -2,27 +2,35 @@
 
 What is linear never meets the instances: <Wq x + bq, q> = <x, Wq^T q> + <bq, q>, so a linear query is one vector for
 each bag and class, and V sum_i a_i x_i = sum_i a_i V x_i. An MLP query and a value with an activation or dropout are
-computed on slices of rows, again in the backward. The few critical instances are PyTorch's own small products.
+computed on slices of rows, again in the backward, as an embedding in front of everything is. The few critical
+instances are PyTorch's own small products.
 """
 
 import torch
 from torch import Tensor
 
 from milkernels.triton import pool, rows
-from milkernels.triton.attention import dropout_of
-from milkernels.triton.call import Call, product, product_dtype
-from milkernels.triton.choice import add_to_rows, first_max, gather_rows, instance_max_gradients
-from milkernels.triton.gradients import PoolGradients, alive, in_their_types, largest, power_of_two_scale
+from milkernels.triton.call import Call, Rows, dropout_of, product, product_dtype
+from milkernels.triton.choice import first_max, instance_max_gradients
+from milkernels.triton.embedding import embedding_of
+from milkernels.triton.gradients import (
+    PoolGradients,
+    RowGradients,
+    alive,
+    in_their_types,
+    largest,
+    power_of_two_scale,
+)
 from milkernels.triton.pooling import class_logits, masked, pool_by_products, pool_by_products_backward
 
 _DEAD = float("-inf")
 
 
 class _DSMIL(Call):
-    def __init__(self, x, parameters, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype):
-        super().__init__(x, offsets, mask)
+    def __init__(self, x, parameters, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, *embed):
+        super().__init__(x, offsets, mask, embedding_of(x, *embed))
         self.q, self.q_bias, self.q2, self.q2_bias, self.v, self.v_bias = (self.take(p) for p in parameters)
-        self.type = product_dtype(x, compute_dtype)
+        self.type = product_dtype(self.dtype, compute_dtype)
         self.activation = v_activation or "identity"
         self.dropout = dropout_of(seed, v_dropout_p)
         self.mlp = self.q2 is not None
@@ -35,22 +43,18 @@ class _DSMIL(Call):
     def pooled_width(self) -> int:
         return self.v.shape[0] if self.layered else self.width
 
-    def row_blocks(self, *, of_query: bool, of_value: bool, gradient: bool):
-        """Slices of rows whose workspace is bounded: activations of the query and the value, and their gradients."""
+    def workspace(self, *, of_query: bool, of_value: bool, gradient: bool) -> int:
+        """Bytes per row: activations of the query and the value, and their gradients."""
         size, acc = self.type.itemsize, self.acc.itemsize
-        copied = self.type != self.x.dtype or (gradient and self.mask is not None)
+        copied = self.type != self.dtype or (gradient and self.mask is not None and self.embedding is None)
         per_row = self.width * size * (copied + (self.dropout[0] is not None))
         units = (self.q.shape[0] + self.q2.shape[0] if of_query else 0) + (self.pooled_width if of_value else 0)
         per_row += units * (2 * (size + acc) if gradient else size + acc)
         per_row += self.width * acc * (of_query + of_value) if gradient else 0
-        return self.blocks(max(per_row, 1))
+        return max(per_row, 1)
 
-    def rows_of(self, block: slice, *, clean: bool) -> Tensor:
-        """The slice of x for products; a copy where the type is another, or masked rows are in the way of sums."""
-        x = self.x[block]
-        if self.type != x.dtype or (clean and self.mask is not None):
-            return rows.staged(self, x, block, self.type)
-        return x
+    def operand(self, x: Tensor, block: slice, *, clean: bool) -> Tensor:
+        return rows.operand(self, x, block, self.type, clean=clean and self.embedding is None)
 
     def layer(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``W x + b`` in the accumulation type; ``x`` has that of products."""
@@ -62,13 +66,13 @@ class _DSMIL(Call):
         hidden = self.layer(x, self.q, self.q_bias).relu_().to(self.type)
         return hidden, self.layer(hidden, self.q2, self.q2_bias).tanh_()
 
-    def value_rows(self, block: slice, *, clean: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``(input, what is pooled, its argument or value)`` of a staged value; the last one is for its derivative."""
+    def value_rows(self, x: Tensor, block: slice, *, clean: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``(input, what is pooled, its argument or value)`` of a staged value of the slice's rows, which ``x`` holds;
+        the last one is for its derivative."""
         if self.dropout[0] is not None:
-            dtype = self.type if self.layered else self.x.dtype
-            x = rows.staged(self, self.x[block], block, dtype, dropout=self.dropout)
+            x = rows.staged(self, x, block, self.type if self.layered else self.dtype, dropout=self.dropout)
         else:
-            x = self.rows_of(block, clean=clean)
+            x = self.operand(x, block, clean=clean)
         if not self.layered:
             return x, x, None
         z = self.layer(x, self.v, self.v_bias)
@@ -82,9 +86,9 @@ class _CriticalQueries:
     """The queries of the critical instances, computed here so that the gradient flows through both uses of q."""
 
     def __init__(self, call: _DSMIL, critical: Tensor):
-        self.call, self.critical = call, critical
+        self.call, self.chosen = call, rows.gathered(call, critical)
         self.dead = critical < 0
-        self.x = call.take(gather_rows(call, critical))
+        self.x = self.chosen.values
         self.z = _linear(self.x, call.q, call.q_bias)
         self.hidden = self.z.relu()
         self.query = _linear(self.hidden, call.q2, call.q2_bias).tanh() if call.mlp else self.z
@@ -142,15 +146,18 @@ def _second_stream(call: _DSMIL, critical: Tensor):
     if not call.mlp and not call.staged:
         bag, scores, lse = pool_by_products(call, queries.vectors.contiguous(), queries.shift)
     else:
-        if not call.mlp:
+        if not call.mlp and call.embedding is None:
             rows.products(call, call.x, queries.vectors, shift=queries.shift, fill=_DEAD, out=scores)
         partials = pool.Partials(call, C, call.pooled_width)
-        for block in call.row_blocks(of_query=call.mlp, of_value=call.staged, gradient=False):
+        for block in call.slices(call.workspace(of_query=call.mlp, of_value=call.staged, gradient=False)):
+            values = scored = call.rows_at(block).values
             if call.mlp:
-                _, query = call.query_rows(call.rows_of(block, clean=False))
-                rows.products(call, query, queries.vectors, shift=queries.shift, fill=_DEAD, rows=block, out=scores)
-            pooled = call.value_rows(block, clean=False)[1] if call.staged else call.x[block]
+                _, scored = call.query_rows(call.operand(values, block, clean=False))
+            if call.mlp or call.embedding is not None:
+                rows.products(call, scored, queries.vectors, shift=queries.shift, fill=_DEAD, rows=block, out=scores)
+            pooled = call.value_rows(values, block, clean=False)[1] if call.staged else values
             partials.add(pooled, scores, block, call.mask)
+            values = scored = pooled = None  # before those of the next slice
         bag, lse = partials.result()
     pooled = call.empty(0)
     if call.folded:
@@ -159,20 +166,24 @@ def _second_stream(call: _DSMIL, critical: Tensor):
 
 
 def dsmil_pool_bwd(
-    x, q, q_bias, q2, q2_bias, v, v_bias, offsets, mask, seed, bag, scores, lse, critical, pooled, v_activation,
-    v_dropout_p, scale, compute_dtype, grad_bag, grad_scores, grad_lse, needs,
+    x, q, q_bias, q2, q2_bias, v, v_bias, offsets, mask, seed, bag, scores, lse, critical, pooled, e_weight, e_bias,
+    e_seed, v_activation, v_dropout_p, scale, compute_dtype, e_activation, e_dropout_p, e_dtype,
+    grad_bag, grad_scores, grad_lse, needs,
 ):  # fmt: skip
     parameters = (q, q_bias, q2, q2_bias, v, v_bias)
-    call = _DSMIL(x, parameters, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype)
-    found = _second_stream_backward(call, bag, scores, lse, critical, pooled, grad_bag, grad_scores, grad_lse, needs[0])
-    return _in_order(call, (x, *parameters), found, needs)
+    embed = (e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
+    call = _DSMIL(x, parameters, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, *embed)
+    critical, sink = critical.contiguous(), RowGradients(call, needs)
+    queries = _CriticalQueries(call, critical)
+    found = _second_stream_backward(queries, bag, scores, lse, pooled, grad_bag, grad_scores, grad_lse, sink)
+    return _in_order(call, (x, *parameters, e_weight, e_bias), found, needs, sink)
 
 
-_NAMES = ("x", "q", "q_bias", "q2", "q2_bias", "v", "v_bias")
+_NAMES = ("q", "q_bias", "q2", "q2_bias", "v", "v_bias")
 
 
-def _in_order(call: Call, inputs, found: dict[str, Tensor], needs, names=_NAMES) -> tuple[Tensor, ...]:
-    gradients = [found.get(name) for name in names]
+def _in_order(call: Call, inputs, found: dict[str, Tensor], needs, sink: RowGradients, names=_NAMES):
+    gradients = [sink.of_x(), *(found.get(name) for name in names), sink.weight, sink.bias]
     gradients = [
         torch.zeros_like(like) if need and gradient is None else gradient
         for like, gradient, need in zip(inputs, gradients, needs, strict=True)
@@ -181,11 +192,10 @@ def _in_order(call: Call, inputs, found: dict[str, Tensor], needs, names=_NAMES)
 
 
 def _second_stream_backward(
-    call, bag, scores, lse, critical, pooled, grad_bag, grad_scores, grad_lse, need_x
+    queries, bag, scores, lse, pooled, grad_bag, grad_scores, grad_lse, sink
 ) -> dict[str, Tensor]:
-    """The gradients by name."""
-    critical, found = critical.contiguous(), {}
-    queries = _CriticalQueries(call, critical)
+    """The gradients of the parameters by name; that of the rows is added to ``sink``."""
+    call, found = queries.call, {}
     grad_bag = call.take(grad_bag)
     if call.folded and grad_bag is not None:
         grad_bag = grad_bag.masked_fill((lse == _DEAD)[..., None], 0)
@@ -203,70 +213,64 @@ def _second_stream_backward(
 
     if grad_bag is None and ds is None and dlse is None:
         return {}
-    grad_x = call.x.new_empty(call.x.shape) if need_x else None
-    backward = _Backward(call, queries, scores, bag, grad_bag, ds, dlse, grad_x, found)
-    of_rows = queries.backward(backward.run(), grad_shift, found)
-    if need_x:
-        add_to_rows(critical, of_rows, grad_x)
-        found["x"] = grad_x
+    backward = _Backward(call, queries, scores, bag, grad_bag, ds, dlse, sink, found)
+    sink.add_gathered(queries.chosen, queries.backward(backward.run(), grad_shift, found))
     return found
 
 
 class _Backward:
     """Of scores and pooling, over the rows: at once where both are linear in x, else slice by slice."""
 
-    def __init__(self, call: _DSMIL, queries, scores, bag, grad_bag, ds, dlse, grad_x, found):
-        self.call, self.queries, self.grad_x, self.found = call, queries, grad_x, found
-        # Rows of x that a linear query scores are read once for all of it.
-        pooled = call.x if call.mlp and not call.staged else None
-        need_weights = grad_x is not None or call.layered
-        self.pool = PoolGradients(call, pooled, scores, bag, grad_bag, ds, dlse, weights=need_weights)
+    def __init__(self, call: _DSMIL, queries, scores, bag, grad_bag, ds, dlse, sink, found):
+        self.call, self.queries, self.sink, self.found = call, queries, sink, found
+        # Rows that lie in x are read once for all of it, where neither a value nor a query is made of them.
+        self.at_once = call.embedding is None
+        pooled = call.x if self.at_once and call.mlp and not call.staged else None
+        self.pool = PoolGradients(call, pooled, scores, bag, grad_bag, ds, dlse, weights=sink.wanted or call.layered)
         self.values = call.staged and grad_bag is not None
 
     def run(self) -> Tensor:
-        """The gradient of the queries' vectors [B, C, Q or L]; those of x and of the layers are written and added."""
+        """The gradient of the queries' vectors [B, C, Q or L]; those of the rows and of the layers are added."""
         call = self.call
         if not call.mlp and not call.staged:
-            return pool_by_products_backward(call, self.pool, self.queries.vectors.contiguous(), self.grad_x)
-        if call.mlp:
-            of_vectors = pool.Partials(call, self.pool.given.shape[1], call.q2.shape[0], softmax=False)
-        for block in call.row_blocks(of_query=call.mlp, of_value=call.staged, gradient=True):
-            part = self._value(block) if call.staged else None
+            return pool_by_products_backward(call, self.pool, self.queries.vectors.contiguous(), self.sink)
+        of_vectors = pool.Partials(call, self.pool.given.shape[1], self.queries.vectors.shape[2], softmax=False)
+        for at in self.sink.slices(call.workspace(of_query=call.mlp, of_value=call.staged, gradient=True)):
+            part = self._value(at) if call.staged else None
+            if not call.staged and not self.at_once:
+                self.pool.add(at.values, at.which)
             if call.mlp:
-                part = self._query(block, of_vectors, part)
-            self._rows_of_x(block, part)
-        return of_vectors.result()[0] if call.mlp else pool.weighted_sums(call, call.x, self.pool.scores)
+                part = self._query(at, of_vectors, part)
+            elif not self.at_once:
+                of_vectors.add(at.values, self.pool.scores, at.which, call.mask)
+            weights = None if call.staged else self.pool.weights
+            linear = (None, None) if call.mlp else (self.pool.scores, self.queries.vectors)
+            self.sink.add(at, weights, self.pool.bag_of(weights), *linear, product=part)
+            at = part = None  # before the next slice
+        if not call.mlp and self.at_once:
+            of_vectors.add(call.x, self.pool.scores, mask=call.mask)
+        return of_vectors.result()[0]
 
-    def _rows_of_x(self, block: slice, part: Tensor | None) -> None:
-        """Writes the gradient of x: what came through layers, that of the bag and that of a linear query."""
-        if self.grad_x is None:
-            return
-        weights = None if self.call.staged else self.pool.weights
-        linear = (None, None) if self.call.mlp else (self.pool.scores, self.queries.vectors)
-        rows.expand(
-            self.call, self.grad_x, weights, self.pool.bag_of(weights), *linear, product=part, rows=block
-        )  # fmt: skip
-
-    def _value(self, block: slice) -> Tensor | None:
-        """Through the value: its parameters' gradients are added; returns that of the rows of x, if wanted."""
-        call, count = self.call, block.stop - block.start
-        x, values, argument = call.value_rows(block, clean=True)
+    def _value(self, at: Rows) -> Tensor | None:
+        """Through the value: its parameters' gradients are added; returns that of the rows, if wanted."""
+        call, block = self.call, at.which
+        x, values, argument = call.value_rows(at.values, block, clean=True)
         self.pool.add(values, block)
         if not self.values:
             return None
-        grad = call.empty(count, call.pooled_width)
+        grad = call.empty(block.stop - block.start, call.pooled_width)
         rows.expand(call, grad, self.pool.weights, self.pool.bag, rows=block)
         if call.layered:
             rows.staged(call, grad, block, call.acc, z=argument, activation=call.activation, out=grad)
-            grad = self._through(grad, x, call.v, "v", self.grad_x is not None)
-        if self.grad_x is not None and call.dropout[0] is not None:
+            grad = self._through(grad, x, call.v, "v", self.sink.wanted)
+        if self.sink.wanted and call.dropout[0] is not None:
             rows.staged(call, grad, block, call.acc, dropout=call.dropout, out=grad)
         return grad
 
-    def _query(self, block: slice, of_vectors: pool.Partials, onto: Tensor | None) -> Tensor | None:
+    def _query(self, at: Rows, of_vectors: pool.Partials, onto: Tensor | None) -> Tensor | None:
         """Through the MLP query, likewise; ``onto`` is added."""
-        call = self.call
-        x = call.rows_of(block, clean=True)
+        call, block = self.call, at.which
+        x = call.operand(at.values, block, clean=True)
         hidden, query = call.query_rows(x)
         of_vectors.add(query, self.pool.scores, block, call.mask)
         grad = call.empty(block.stop - block.start, call.q2.shape[0])
@@ -274,7 +278,7 @@ class _Backward:
         rows.staged(call, grad, block, call.acc, z=query, activation="tanh", out=grad)
         grad = self._through(grad, hidden, call.q2, "q2", True)
         rows.staged(call, grad, block, call.acc, z=hidden, activation="relu", out=grad)
-        grad = self._through(grad, x, call.q, "q", self.grad_x is not None)
+        grad = self._through(grad, x, call.q, "q", self.sink.wanted)
         return grad if onto is None or grad is None else grad.add_(onto)
 
     def _through(self, grad: Tensor, x: Tensor, weight: Tensor, name: str, wanted: bool) -> Tensor | None:
@@ -307,15 +311,18 @@ def dsmil_fwd(x, weight, bias, q, q_bias, q2, q2_bias, v, v_bias, offsets, mask,
 
 def dsmil_bwd(
     x, weight, bias, q, q_bias, q2, q2_bias, v, v_bias, offsets, mask, seed, bag, scores, lse, critical, logits, pooled,
-    v_activation, v_dropout_p, scale, compute_dtype, grad_bag, grad_scores, grad_lse, grad_values, grad_logits, needs,
+    e_weight, e_bias, e_seed, v_activation, v_dropout_p, scale, compute_dtype, e_activation, e_dropout_p, e_dtype,
+    grad_bag, grad_scores, grad_lse, grad_values, grad_logits, needs,
 ):  # fmt: skip
     parameters = (q, q_bias, q2, q2_bias, v, v_bias)
-    call = _DSMIL(x, parameters, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype)
-    found = _second_stream_backward(call, bag, scores, lse, critical, pooled, grad_bag, grad_scores, grad_lse, needs[0])
+    embed = (e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
+    call = _DSMIL(x, parameters, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, *embed)
+    critical, sink = critical.contiguous(), RowGradients(call, needs)
+    queries = _CriticalQueries(call, critical)
+    found = _second_stream_backward(queries, bag, scores, lse, pooled, grad_bag, grad_scores, grad_lse, sink)
     if grad_values is not None or grad_logits is not None:
-        names = ("x", "weight", "bias")
-        first = instance_max_gradients(
-            call, weight, critical, logits, grad_values, grad_logits, needs[:3], found.get("x")
+        found["weight"], found["bias"] = instance_max_gradients(
+            call, weight, critical, logits, grad_values, grad_logits, needs[1:3], sink, queries.chosen
         )
-        found |= {name: gradient for name, gradient in zip(names, first, strict=True) if gradient is not None}
-    return _in_order(call, (x, weight, bias, *parameters), found, needs, ("x", "weight", "bias", *_NAMES[1:]))
+    inputs = (x, weight, bias, *parameters, e_weight, e_bias)
+    return _in_order(call, inputs, found, needs, sink, ("weight", "bias", *_NAMES))

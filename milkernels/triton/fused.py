@@ -112,12 +112,12 @@ def _unit_rows(WEIGHT, rows, column, L, EVEN: tl.constexpr, BL: tl.constexpr):
 
 @kernel
 def score_tiles(
-    X, WEIGHT, BIAS, W, W_BIAS, MASK, SEED, OUT, first, count, rows, L, D, x_stride, threshold,
+    X, WEIGHT, BIAS, W, W_BIAS, MASK, SEED, OUT, first, count, L, D, x_stride, threshold,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     TMA: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """OUT [chunks of BD units, rows, K]: what a chunk adds to the scores of the rows from `first` on, `count` of which
+    """OUT [chunks of BD units, count, K]: what a chunk adds to the scores of the rows from `first` on, `count` of which
     are in X. WEIGHT is V over U. A program goes through tiles; those of the same rows stand together, to meet in L2."""
     tl.assume(L > 0)  # else ptxas may serialise the products, for the sake of no product at all
     WIDE: tl.constexpr = 2 if GATED else 1
@@ -164,7 +164,7 @@ def score_tiles(
         if MASK is not None:
             real = tl.load(MASK + instance, mask=r < count, other=0) != 0
             score = tl.where(real[:, None], score, float("-inf"))
-        at = (tl.cast(chunk, tl.int64) * rows + instance)[:, None] * K + k[None, :]
+        at = (tl.cast(chunk, tl.int64) * count + r)[:, None] * K + k[None, :]
         tl.store(OUT + at, score, mask=(r < count)[:, None] & (k < K)[None, :])
 
 
@@ -321,30 +321,28 @@ def as_tf32(t: Tensor) -> Tensor:
     return high - (high - t)
 
 
-def scores(call) -> Tensor:
-    """Scores [N, K], -inf for masked rows."""
-    if call.rows == 0:
-        return call.empty(0, call.heads)
-    # Rows in the type of products are read where they lie, all of them at once.
-    direct = call.x.dtype == call.type
-    options = _options(call, call.x if direct else None, forward=True)
+def scores(call, x: Tensor, block: slice, out: Tensor) -> None:
+    """Writes those of a slice, whose rows x holds, into ``out`` [N, K]; -inf for masked rows."""
+    count = block.stop - block.start
+    if count == 0:
+        return
+    options = _options(call, x, forward=True)
     chunks = ceil_div(call.hidden, options["BD"])
-    out = call.empty(chunks, call.rows, call.heads)
+    of_chunks = out[block] if chunks == 1 else call.empty(chunks, count, call.heads)
+    x_tiles, weight = x, call.weight
+    if options["TMA"]:
+        x_tiles = _described(x, options["BN"], options["BL"])
+        weight = weight.view(-1, call.hidden, call.width)
+        weight = _described(weight, weight.shape[0], options["BD"], options["BL"])
+    programs = min(tuning.multiprocessors(x.device), ceil_div(count, options["BN"]) * chunks)
     seed, threshold = call.dropout
-    for block in [call.whole] if direct else call.blocks(call.width * call.type.itemsize):
-        x, count = call.rows_of(block, False), block.stop - block.start
-        x_tiles, weight = x, call.weight
-        if options["TMA"]:
-            x_tiles = _described(x, options["BN"], options["BL"])
-            weight = weight.view(-1, call.hidden, call.width)
-            weight = _described(weight, weight.shape[0], options["BD"], options["BL"])
-        programs = min(tuning.multiprocessors(x.device), ceil_div(count, options["BN"]) * chunks)
-        launch(
-            score_tiles, (programs,),
-            x_tiles, weight, call.bias, call.w, call.w_bias, call.mask, seed, out, block.start, count, call.rows,
-            call.width, call.hidden, x.stride(0), threshold, BK=power_of_two(call.heads), **options,
-        )  # fmt: skip
-    return out[0] if chunks == 1 else out.sum(0)
+    launch(
+        score_tiles, (programs,),
+        x_tiles, weight, call.bias, call.w, call.w_bias, call.mask, seed, of_chunks, block.start, count,
+        call.width, call.hidden, x.stride(0), threshold, BK=power_of_two(call.heads), **options,
+    )  # fmt: skip
+    if chunks > 1:
+        torch.sum(of_chunks, 0, out=out[block])
 
 
 def gradients_of_products(call, x: Tensor, block: slice, ds: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -374,12 +372,11 @@ def _described(t: Tensor, *tile: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(t, list(tile))
 
 
-def _options(call, x: Tensor | None, *, forward: bool) -> dict:
-    """The variant of a kernel and its tile; x is None where rows come in a workspace, without gaps between them."""
+def _options(call, x: Tensor, *, forward: bool) -> dict:
+    """The variant of a kernel and its tile."""
     itemsize = call.type.itemsize
-    aligned = call.width * itemsize % 16 == 0 and call.weight.data_ptr() % 16 == 0
-    if x is not None:
-        aligned = aligned and x.data_ptr() % 16 == 0 and x.stride(0) * itemsize % 16 == 0
+    aligned = call.width * itemsize % 16 == 0 and x.stride(0) * itemsize % 16 == 0
+    aligned = aligned and call.weight.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0
     tma = aligned and tuning.large_tiles(call.x.device)
     tile = (_large_tile if tma else _small_tile)(call, forward)
     nvidia = tuning.target(call.x.device)[0] == "cuda"

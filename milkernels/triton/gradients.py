@@ -1,10 +1,13 @@
-"""The backward of a softmax pooling, which every op that pools shares, and gradients in the types of their inputs."""
+"""The backward of a softmax pooling, which every op that pools shares; where the gradient of rows goes; and gradients
+in the types of their inputs."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from milkernels.triton import pool, rows
-from milkernels.triton.call import Call
+from milkernels.triton.call import Call, Rows
 
 
 class PoolGradients:
@@ -43,17 +46,15 @@ class PoolGradients:
             out=self.scores, weights=self.weights, rows=block,
         )  # fmt: skip
 
-    def of_vectors(self, x: Tensor, sums: Tensor | None = None) -> Tensor:
-        """``sum_i gradient[i, k] x_i`` [B, K, L], the gradient of vectors that scores are products with; ``sums`` are
-        those of ``x - centre`` if they are known.
+    def of_vectors(self, sums: Tensor) -> Tensor:
+        """``sum_i gradient[i, k] x_i`` [B, K, L], the gradient of vectors that scores are products with, from the sums
+        of ``x - centre``.
 
         The gradients of a bag's scores sum to that of its lse and those of the scores themselves: what rounding makes
         of them beyond that is an error that all rows share, and is large where features have a mean.
         """
         if self.centre is None:
-            return pool.weighted_sums(self.call, x, self.scores)
-        if sums is None:
-            sums = pool.weighted_sums(self.call, x, self.scores, self.centre)
+            return sums
         total = self.grad_lse
         if self.grad_scores is not None:
             given = pool.column_sums(self.call, alive(self.grad_scores, self.given))
@@ -70,6 +71,90 @@ class PoolGradients:
 
     def bag_of(self, weights: Tensor | None) -> Tensor | None:
         return None if weights is None else self.bag
+
+
+class RowGradients:
+    """Where the gradient of the rows goes: to those of x; or through their embedding, slice by slice, to its weight,
+    its bias and x. ``needs`` are those of an op, of x first and of the embedding last."""
+
+    def __init__(self, call: Call, needs):
+        self.call, (need_x, *_, need_weight, need_bias) = call, needs
+        self.x = call.x.new_empty(call.x.shape) if need_x else None
+        self.weight = call.zeros(call.width, call.x.shape[1]) if need_weight else None
+        self.bias = call.zeros(call.width) if need_bias else None
+        self.wanted = need_x or need_weight or need_bias
+        self.written = False  # x, all of it: what comes then is added
+
+    def slices(self, bytes_per_row: int | None = None) -> Iterator[Rows]:
+        """The rows, once, as `Call.slices` cuts them; none of a slice should be left when the next one comes."""
+        if self.call.embedding is not None:
+            aside = self.call.embedding.gradient_bytes_per_row(self.call, self.x is not None) if self.wanted else 0
+            bytes_per_row = (bytes_per_row or 0) + aside
+        for block in self.call.slices(bytes_per_row):
+            yield self.call.rows_at(block, keep=self.wanted)
+        self.written = True
+
+    def add(self, at: Rows, *terms, product=None, scale=None) -> None:
+        """The gradient of a slice of rows, as `rows.expand` takes it. Embedded ones, and a product, are overwritten."""
+        call, block = self.call, at.which
+        if not self.wanted:
+            return
+        if call.embedding is None:
+            product = self.x[block] if self.written else product
+            rows.expand(call, self.x, *terms, product=product, scale=scale, rows=block)
+            return
+        grad = call.empty(block.stop - block.start, call.width) if product is None else product
+        rows.expand(call, grad, *terms, product=product, scale=scale, rows=block)
+        z, scale = self._through(at, grad)
+        if self.x is None:
+            return
+        products, out = call.embedding.products, self.x[block]
+        if self.written:
+            of_x = products.of_rows(z)
+            out.add_(of_x if scale is None else of_x.div_(scale))
+        elif call.embedding.direct(call):
+            products.of_rows(z, out)
+        else:
+            rows.expand(call, out, product=products.of_rows(z), scale=None if scale is None else 1 / scale, rows=block)
+
+    def add_gathered(self, at: Rows, grad: Tensor) -> None:
+        """That of rows that `rows.gathered` has found, [B, C, width]."""
+        if not self.wanted or self.call.rows == 0:
+            return
+        if self.call.embedding is not None:
+            z, scale = self._through(at, grad.flatten(0, 1).contiguous())
+            if self.x is None:
+                return
+            of_x = self.call.embedding.products.of_rows(z)
+            grad = (of_x if scale is None else of_x.div_(scale)).unflatten(0, at.which.shape)
+        rows.add_to_rows(at.which, grad, self.of_x())
+
+    def of_x(self) -> Tensor | None:
+        """The gradient of x so far."""
+        if self.x is not None and not self.written:
+            self.x.zero_()
+            self.written = True
+        return self.x
+
+    def _through(self, at: Rows, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Through the activation, with what that adds to the gradients of the weight and the bias."""
+        embedding, scale = self.call.embedding, None
+        if embedding.type == torch.float16:
+            scale = power_of_two_scale(largest(grad), embedding.headroom())
+        z, of_bias = embedding.gradient_of_products(self.call, at, grad, scale)
+        if self.bias is not None:
+            self.bias += of_bias
+        if self.weight is not None:
+            add_scaled(self.weight, embedding.products.of_weight(z, at.x), scale)
+        return z, scale
+
+
+def add_scaled(total: Tensor, part: Tensor, scale: Tensor | None) -> None:
+    """Adds a part that is so many times too large."""
+    if scale is None:
+        total += part
+    else:
+        total.addcdiv_(part, scale)
 
 
 def _centred(bag: Tensor, grad_bag: Tensor) -> tuple[Tensor, Tensor]:

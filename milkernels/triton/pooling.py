@@ -1,10 +1,14 @@
 """Pooling by scores that are given or come from a query, by weights, by the mean; Loss-Attention; softmax weights."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from milkernels.triton import pool, rows, single_pass
-from milkernels.triton.call import Call
-from milkernels.triton.gradients import PoolGradients, alive, in_their_types
+from milkernels.triton.call import Call, Rows
+from milkernels.triton.embedding import embedding_of
+from milkernels.triton.gradients import PoolGradients, RowGradients, alive, in_their_types
 
 _DEAD = float("-inf")
 
@@ -29,16 +33,11 @@ def softmax_pool_bwd(x, offsets, mask, bag, scores, lse, grad_bag, grad_scores, 
     grad_x = None
     if needs[0]:
         grad_x = x.new_empty(x.shape)
-        _pooled_rows(call, grad_x, gradients)
+        if gradients.weights is None:
+            grad_x.zero_()
+        else:
+            rows.expand(call, grad_x, gradients.weights, gradients.bag)
     return in_their_types(call, (x, scores), (grad_x, gradients.scores), needs)
-
-
-def _pooled_rows(call: Call, grad_x: Tensor, gradients: PoolGradients, *others) -> None:
-    """The gradient of rows: weight times that of their bag, and weights and vectors of a score program."""
-    if gradients.weights is None and not others:
-        grad_x.zero_()
-    else:
-        rows.expand(call, grad_x, gradients.weights, gradients.bag_of(gradients.weights), *others)
 
 
 def weighted_pool_fwd(x, weights, offsets, mask):
@@ -85,13 +84,21 @@ def _query(call: Call, query: Tensor, scale: float) -> Tensor:
     return (call.take(query) * scale).contiguous()
 
 
-def query_scores_fwd(x, query, offsets, mask, scale):
-    call = Call(x, offsets, mask)
-    return rows.products(call, call.x, _query(call, query, scale), fill=_DEAD)
+def query_scores_fwd(x, query, offsets, mask, scale, *embed):
+    call = Call(x, offsets, mask, embedding_of(x, *embed))
+    return row_products(call, _query(call, query, scale), None)
 
 
-def query_pool_fwd(x, query, offsets, mask, scale):
-    call = Call(x, offsets, mask)
+def row_products(call: Call, vectors: Tensor, shift: Tensor | None) -> Tensor:
+    """``<x_i, vectors[b, k]> + shift[b, k]`` [N, K], -inf where masked."""
+    out = call.empty(call.rows, vectors.shape[-2])
+    for block in call.slices():
+        rows.products(call, call.rows_at(block).values, vectors, shift=shift, fill=_DEAD, rows=block, out=out)
+    return out
+
+
+def query_pool_fwd(x, query, offsets, mask, scale, *embed):
+    call = Call(x, offsets, mask, embedding_of(x, *embed))
     return pool_by_products(call, _query(call, query, scale), None)
 
 
@@ -100,51 +107,70 @@ def pool_by_products(call: Call, vectors: Tensor, shift: Tensor | None):
     pooled = single_pass.score_pool(call, vectors, shift, classes=False)
     if pooled is not None:
         return pooled[:3]
-    scores = rows.products(call, call.x, vectors, shift=shift, fill=_DEAD)
-    bag, lse = pool.softmax_pool(call, call.x, scores)
+    scores = call.empty(call.rows, vectors.shape[-2])
+    partials = pool.Partials(call, vectors.shape[-2], call.width)
+    for block in call.slices():
+        values = call.rows_at(block).values
+        rows.products(call, values, vectors, shift=shift, fill=_DEAD, rows=block, out=scores)
+        partials.add(values, scores, block, call.mask)
+        values = None  # before those of the next slice
+    bag, lse = partials.result()
     return bag, scores, lse
 
 
-def pool_by_products_backward(call: Call, gradients: PoolGradients, vectors: Tensor, grad_x: Tensor | None) -> Tensor:
-    """Writes the gradient of the rows, if wanted; returns that of the vectors [B, K, L]."""
+def pool_by_products_backward(call: Call, gradients: PoolGradients, vectors: Tensor, sink: RowGradients) -> Tensor:
+    """Adds to the gradient of the rows; returns that of the vectors [B, K, L]."""
     sums = None
     if gradients.bag is not None:
-        sums = single_pass.score_pool_backward(call, gradients, vectors, grad_x)
+        sums = single_pass.score_pool_backward(call, gradients, vectors, sink)
     if sums is not None:
-        return gradients.of_vectors(call.x, sums[0])
-    gradients.add(call.x, call.whole)
-    if grad_x is not None:
-        _pooled_rows(call, grad_x, gradients, gradients.scores, vectors)
-    return gradients.of_vectors(call.x)
+        return gradients.of_vectors(sums[0])
+    partials = pool.Partials(call, vectors.shape[-2], call.width, softmax=False)
+    for at in sink.slices():
+        gradients.add(at.values, at.which)
+        partials.add(at.values, gradients.scores, at.which, call.mask, gradients.centre)
+        sink.add(at, gradients.weights, gradients.bag_of(gradients.weights), gradients.scores, vectors)
+        at = None  # before the next slice
+    return gradients.of_vectors(partials.result()[0])
 
 
-def query_bwd(x, query, offsets, mask, bag, scores, lse, scale, grad_bag, grad_scores, grad_lse, needs):
-    call = Call(x, offsets, mask)
-    gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=needs[0])
-    grad_x = x.new_empty(x.shape) if needs[0] else None
-    grad_query = pool_by_products_backward(call, gradients, _query(call, query, scale), grad_x) * scale
+def query_bwd(
+    x, query, offsets, mask, bag, scores, lse, e_weight, e_bias, e_seed, scale, e_activation, e_dropout_p, e_dtype,
+    grad_bag, grad_scores, grad_lse, needs,
+):  # fmt: skip
+    call = Call(x, offsets, mask, embedding_of(x, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype))
+    sink = RowGradients(call, needs)
+    gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.wanted)
+    grad_query = pool_by_products_backward(call, gradients, _query(call, query, scale), sink) * scale
     grad_query = grad_query.sum(0) if query.dim() == 2 else grad_query
-    return in_their_types(call, (x, query), (grad_x, grad_query), needs)
+    found = (sink.x, grad_query, sink.weight, sink.bias)
+    return in_their_types(call, (x, query, e_weight, e_bias), found, needs)
 
 
 # Loss-Attention (Shi et al. 2020)
 
 
-def loss_attention_pool_fwd(x, weight, bias, offsets, mask):
-    call = Call(x, offsets, mask)
-    shift = _per_bag(call, bias)
-    pooled = single_pass.score_pool(call, call.take(weight), shift, classes=True)
+def loss_attention_pool_fwd(x, weight, bias, offsets, mask, *embed):
+    call = Call(x, offsets, mask, embedding_of(x, *embed))
+    vectors, shift = call.take(weight), _per_bag(call, bias)
+    pooled = single_pass.score_pool(call, vectors, shift, classes=True)
     if pooled is not None:
         return pooled
-    logits = class_logits(call, weight, bias)
-    scores = logits.logsumexp(1, keepdim=True)
-    bag, lse = pool.softmax_pool(call, call.x, scores)
+    logits, scores = call.empty(call.rows, vectors.shape[0]), call.empty(call.rows, 1)
+    partials = pool.Partials(call, 1, call.width)
+    for block in call.slices():
+        values = call.rows_at(block).values
+        rows.products(call, values, vectors, shift=shift, fill=_DEAD, rows=block, out=logits)
+        torch.logsumexp(logits[block], 1, keepdim=True, out=scores[block])
+        partials.add(values, scores, block, call.mask)
+        values = None  # before those of the next slice
+    bag, lse = partials.result()
     return bag, scores, lse, logits
 
 
 def class_logits(call: Call, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``W x_i + b`` [N, C], -inf where masked."""
-    return rows.products(call, call.x, call.take(weight), shift=_per_bag(call, bias), fill=_DEAD)
+    return row_products(call, call.take(weight), _per_bag(call, bias))
 
 
 def _per_bag(call: Call, bias: Tensor | None) -> Tensor | None:
@@ -152,36 +178,54 @@ def _per_bag(call: Call, bias: Tensor | None) -> Tensor | None:
 
 
 def loss_attention_pool_bwd(
-    x, weight, bias, offsets, mask, bag, scores, lse, logits, grad_bag, grad_scores, grad_lse, grad_logits, needs
-):
-    call = Call(x, offsets, mask)
-    gradients = None
+    x, weight, bias, offsets, mask, bag, scores, lse, logits, e_weight, e_bias, e_seed, e_activation, e_dropout_p,
+    e_dtype, grad_bag, grad_scores, grad_lse, grad_logits, needs,
+):  # fmt: skip
+    call = Call(x, offsets, mask, embedding_of(x, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype))
+    sink, gradients = RowGradients(call, needs), None
+    inputs = (x, weight, bias, e_weight, e_bias)
     if grad_bag is not None or grad_scores is not None or grad_lse is not None:
-        gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=needs[0])
-        grad_x = x.new_empty(x.shape) if needs[0] else None
+        gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.wanted)
         found = single_pass.score_pool_backward(
-            call, gradients, call.take(weight), grad_x, logits, call.take(grad_logits)
+            call, gradients, call.take(weight), sink, logits, call.take(grad_logits)
         )
         if found is not None:
-            return in_their_types(call, (x, weight, bias), (grad_x, *(part.sum(0) for part in found)), needs)
-        gradients.add(call.x, call.whole)
+            return in_their_types(call, inputs, (sink.x, *(part.sum(0) for part in found), None, None), needs)
     of_logits = call.zeros(*logits.shape) if grad_logits is None else alive(call.take(grad_logits), logits)
-    if gradients is not None:
-        shares = (logits - scores).exp()
-        of_logits = of_logits + alive(gradients.scores * shares, logits)
-    return in_their_types(call, (x, weight, bias), linear_gradients(call, weight, of_logits, gradients, needs), needs)
+
+    def through_scores(at: Rows) -> None:
+        block = at.which
+        gradients.add(at.values, block)
+        shares = (logits[block] - scores[block]).exp()
+        of_logits[block].add_(alive(gradients.scores[block] * shares, logits[block]))
+
+    before = None if gradients is None else through_scores
+    of_layer = linear_gradients(call, weight, of_logits, gradients, needs[1], sink, before)
+    return in_their_types(call, inputs, (sink.of_x(), *of_layer, sink.weight, sink.bias), needs)
 
 
-def linear_gradients(call: Call, weight, of_logits: Tensor, gradients: PoolGradients | None, needs, onto=None):
-    """Those of x, W and b from the gradient [N, C] of ``W x + b``; to x that of a pooling is added, or ``onto``."""
-    grad_x = grad_weight = None
-    if needs[0]:
-        grad_x = call.x.new_empty(call.x.shape) if onto is None else onto
-        pooled = (None, None) if gradients is None else (gradients.weights, gradients.bag_of(gradients.weights))
-        rows.expand(call, grad_x, *pooled, of_logits, call.take(weight), product=onto)
-    if needs[1]:
-        grad_weight = pool.weighted_sums(call, call.x, of_logits).sum(0)
-    return grad_x, grad_weight, of_logits.sum(0)
+def linear_gradients(
+    call: Call,
+    weight: Tensor,
+    of_logits: Tensor,
+    gradients: PoolGradients | None,
+    need_weight: bool,
+    sink: RowGradients,
+    before: Callable[[Rows], None] | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    """Those of W and b from the gradient [N, C] of ``W x + b``, which ``before`` completes for a slice of rows; that of
+    the rows, with a pooling's if given, is added to ``sink``."""
+    weights = None if gradients is None else gradients.weights
+    pooled = (None, None) if weights is None else (weights, gradients.bag)
+    partials = pool.Partials(call, of_logits.shape[1], call.width, softmax=False) if need_weight else None
+    for at in sink.slices():
+        if before is not None:
+            before(at)
+        if need_weight:
+            partials.add(at.values, of_logits, at.which, call.mask)
+        sink.add(at, *pooled, of_logits, call.take(weight))
+        at = None  # before the next slice
+    return partials.result()[0].sum(0) if need_weight else None, of_logits.sum(0)
 
 
 # Softmax weights

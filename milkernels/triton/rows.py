@@ -4,10 +4,12 @@ With the sums of ``pool`` these are the three derivatives of  sum_ik weight[i,k]
 op and its backward are made.
 """
 
+from dataclasses import replace
+
 import triton.language as tl
 from torch import Tensor
 
-from milkernels.triton.call import Call, ceil_div, launch, power_of_two
+from milkernels.triton.call import Call, Rows, ceil_div, launch, power_of_two
 from milkernels.triton.common import activation_gradient, dropout_factors, kernel, real_rows, segment
 from milkernels.triton.pool import row_tile
 
@@ -181,6 +183,27 @@ def stage_rows(
     tl.store(OUT + (r - first)[:, None] * L + c[None, :], x.to(OUT.dtype.element_ty), mask=inside)
 
 
+@kernel
+def add_rows(INDICES, V, OUT, stride, rows, L, C: tl.constexpr, BL: tl.constexpr):
+    """OUT[indices[b, c]] += v[b, c]: the classes of a bag may have chosen one row, bags never do."""
+    bag = tl.cast(tl.program_id(0), tl.int64)
+    column = tl.program_id(1) * BL + tl.arange(0, BL)
+    inside = column < L
+    for c in range(C):
+        row = tl.load(INDICES + bag * C + c)
+        seen = row < 0
+        for before in range(c):
+            seen = seen | (tl.load(INDICES + bag * C + before) == row)
+        if (not seen) & (row < rows):
+            at = OUT + row * stride + column
+            total = tl.load(at, mask=inside, other=0.0).to(V.dtype.element_ty)
+            for other in range(c, C):
+                same = tl.load(INDICES + bag * C + other) == row
+                v = tl.load(V + (bag * C + other) * L + column, mask=inside, other=0.0)
+                total += tl.where(same, v, 0.0)
+            tl.store(at, total.to(OUT.dtype.element_ty), mask=inside)
+
+
 # Launches
 
 
@@ -274,3 +297,33 @@ def staged(
         ACTIVATION=activation, BN=16, BL=block, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def operand(call: Call, x: Tensor, block: slice, dtype, *, clean: bool) -> Tensor:
+    """The slice's rows, which ``x`` holds, for products: a copy where the type is another, or masked rows, which may
+    hold anything, are in the way of sums."""
+    return staged(call, x, block, dtype) if x.dtype != dtype or (clean and call.mask is not None) else x
+
+
+# Few rows
+
+
+def gathered(call: Call, indices: Tensor) -> Rows:
+    """Rows by their numbers [B, C], 0 for -1: values [B, C, width] in the accumulation type."""
+    if call.rows == 0:
+        return Rows(indices, call.zeros(*indices.shape, call.width))
+    flat = indices.flatten()
+    found = call.x.index_select(0, flat.clamp(0, call.rows - 1)).masked_fill((flat < 0)[:, None], 0)
+    if call.embedding is None:
+        return Rows(indices, call.take(found).unflatten(0, indices.shape))
+    found = call.embedding.of_rows(call, found.to(call.embedding.type), indices, keep=True)
+    return replace(found, values=call.take(found.values).unflatten(0, indices.shape))
+
+
+def add_to_rows(indices: Tensor, vectors: Tensor, out: Tensor) -> None:
+    """``out[indices[b, c]] += vectors[b, c]``, vectors [B, C, L] in the accumulation type."""
+    (bags, classes), L = indices.shape, out.shape[1]
+    launch(
+        add_rows, (bags, ceil_div(L, 256)), indices, vectors.contiguous(), out, out.stride(0), out.shape[0], L,
+        C=classes, BL=256, num_warps=4,
+    )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from milkernels.triton import pool
 from milkernels.triton.call import Call, launch, power_of_two
 from milkernels.triton.common import finite_or_zero, kernel, real_rows, segment
-from milkernels.triton.gradients import PoolGradients
+from milkernels.triton.gradients import PoolGradients, RowGradients
 
 
 @kernel
@@ -172,7 +172,9 @@ def score_and_pool_backward(
 
 def tile(call: Call, vectors: int, kept: int, tiles: int) -> dict[str, int] | None:
     """A tile of whole rows, of which ``tiles`` are alive at once, beside vectors of which ``kept`` numbers each stay in
-    registers for a column; None where they do not fit."""
+    registers for a column; None where they do not fit, or rows come slice by slice."""
+    if call.embedding is not None:
+        return None
     columns = max(power_of_two(call.width), 16)
     lane = 16 // call.x.element_size()
     warps = min(max(columns // (32 * lane), 1), 8)
@@ -209,9 +211,9 @@ def _stride(vectors: Tensor) -> int:
 
 
 def score_pool_backward(
-    call: Call, gradients: PoolGradients, vectors: Tensor, grad_x: Tensor | None, logits=None, grad_logits=None
+    call: Call, gradients: PoolGradients, vectors: Tensor, sink: RowGradients, logits=None, grad_logits=None
 ):
-    """``(sums [B, J, L], sums of coefficients [B, J] of classes)``; writes ``grad_x`` if given. None: too large.
+    """``(sums [B, J, L], sums of coefficients [B, J] of classes)``; the gradient of x is written. None: too large.
 
     For queries the sums are of rows less the centre, which `PoolGradients.of_vectors` adds again.
     """
@@ -226,8 +228,9 @@ def score_pool_backward(
             score_and_pool_backward, (call.slots_in(call.whole),),
             call.x, vectors, gradients.given, logits, gradients.bag, gradients.centre, gradients.shift,
             *gradients.terms, gradients.grad_lse, gradients.grad_scores, grad_logits, call.mask, call.offsets,
-            grad_x, partials.sum, biases,
+            sink.x, partials.sum, biases,
             call.bags, call.rows, call.x.stride(0), call.width, call.width, _stride(vectors),
             J=J, CLASSES=classes, R=call.chunk, NS=2, **shape,
         )  # fmt: skip
+    sink.written = True
     return partials.result()[0], None if biases is None else pool.merged_sums(call, biases)

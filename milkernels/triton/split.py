@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from milkernels.triton import tuning
 from milkernels.triton.call import Products, ceil_div, launch, power_of_two, product
 from milkernels.triton.common import kernel
 
@@ -35,6 +36,11 @@ def serves(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
 
 
+def products_of(weight: Tensor, plan: tuning.Plan) -> Products:
+    """As the plan has them, where they can be so."""
+    return SplitProducts(weight) if plan.products == "split" and serves(weight.dtype) else Products(weight)
+
+
 class SplitProducts(Products):
     """The three products of `Products`, for float32."""
 
@@ -50,7 +56,7 @@ class SplitProducts(Products):
     def _along(self):
         return _stacked(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return _by_weight(split(x), self._across)
 
     def of_rows(self, z: Tensor, out: Tensor | None = None) -> Tensor:

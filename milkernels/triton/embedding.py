@@ -1,0 +1,185 @@
+"""The instance stage, ``h = drop(act(W x + b))``: the library's product on a slice of rows and a kernel for the rest,
+both again in the backward, so that no more than a slice of h is ever there."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from milkernels.triton import rows, split, tuning
+from milkernels.triton.call import (
+    Call,
+    Rows,
+    accumulation_dtype,
+    ceil_div,
+    dropout_bits,
+    dropout_of,
+    launch,
+    power_of_two,
+    product_dtype,
+)
+from milkernels.triton.common import activate, activation_gradient, dropout_factors, kept, kernel, tanh_slope
+
+
+@triton.jit
+def _numbers(INDEX, MASK, i, first, count):
+    """The numbers of rows i of a slice that begins at `first`, or the ones given; and which of these are real."""
+    if INDEX is not None:
+        r = tl.load(INDEX + i, mask=i < count, other=-1)
+        alive = r >= 0
+    else:
+        r = i + first
+        alive = i < count
+        if MASK is not None:
+            alive = alive & (tl.load(MASK + r, mask=alive, other=0) != 0)
+    return r, alive
+
+
+@kernel
+def embed_rows(
+    Z, BIAS, INDEX, MASK, SEED, OUT, first, count, E, threshold,
+    ACTIVATION: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """OUT, which may be Z: drop(act(Z + bias)), dropped out in branch 3; 0 for masked rows and where INDEX is -1."""
+    A: tl.constexpr = tl.float64 if Z.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    unit = tl.program_id(1) * BE
+    e = unit + tl.arange(0, BE)
+    inside = (i < count)[:, None] & (e < E)[None, :]
+    r, alive = _numbers(INDEX, MASK, i, first, count)
+    at = i[:, None] * E + e[None, :]
+    z = tl.load(Z + at, mask=inside, other=0.0).to(A)
+    if BIAS is not None:
+        z += tl.load(BIAS + e, mask=e < E, other=0.0)[None, :]
+    h = activate(z, ACTIVATION)
+    if SEED is not None:
+        h = kept(h, dropout_factors(SEED, r, unit, threshold, 3, BE, A))
+    tl.store(OUT + at, tl.where(alive[:, None], h, 0.0).to(OUT.dtype.element_ty), mask=inside)
+
+
+@kernel
+def embed_gradients(
+    G, ARGUMENT, BIAS, INDEX, MASK, SEED, SCALE, OUT, SUMS, first, count, E, threshold,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """OUT, which may be ARGUMENT: from the gradient G of h that of Z, times SCALE; into SUMS [programs, E] what these
+    rows add to that of the bias. ARGUMENT is what `Embedding` keeps of them: Z or h."""
+    A: tl.constexpr = SUMS.dtype.element_ty
+    unit = tl.program_id(1) * BE
+    e = unit + tl.arange(0, BE)
+    begin = tl.program_id(0).to(tl.int64) * ROWS
+    sums = tl.zeros([BE], A)
+    grad_scale = tl.cast(1.0, A)
+    if SCALE is not None:
+        grad_scale = tl.load(SCALE)
+    for row in tl.range(begin, tl.minimum(begin + ROWS, count), BN):
+        i = row + tl.arange(0, BN)
+        inside = (i < count)[:, None] & (e < E)[None, :]
+        r, alive = _numbers(INDEX, MASK, i, first, count)
+        at = i[:, None] * E + e[None, :]
+        g = tl.load(G + at, mask=inside, other=0.0)
+        a = tl.load(ARGUMENT + at, mask=inside, other=0.0).to(A)
+        if ACTIVATION == "relu":
+            # h is 0 where a unit is off or dropped; NaN stays.
+            g = tl.where(a > 0, g * (tl.cast(65536, A) / tl.cast(tl.maximum(65536 - threshold, 1), A)), a * 0.0)
+        else:
+            if ACTIVATION != "identity":
+                if BIAS is not None:
+                    a += tl.load(BIAS + e, mask=e < E, other=0.0)[None, :]
+                slope = tanh_slope(a) if ACTIVATION == "tanh" else activation_gradient(a, a, ACTIVATION)
+                g = g * slope
+            if SEED is not None:
+                g = kept(g, dropout_factors(SEED, r, unit, threshold, 3, BE, A))
+        g = tl.where(alive[:, None], g, 0.0)
+        sums += tl.sum(g, axis=0)
+        tl.store(OUT + at, (g * grad_scale).to(OUT.dtype.element_ty), mask=inside)
+    tl.store(SUMS + tl.program_id(0) * E + e, sums, mask=e < E)
+
+
+_SUMMED_ROWS = 64  # by one program of embed_gradients
+
+
+class Embedding:
+    """The layer of a call. ``x W^T`` is rounded with the bias only, as h: of half types it comes in float32. What is
+    kept of rows for their gradient is that, or with an activation whose derivative h tells as well, h."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, seed, activation: str, dropout_p: float, dtype):
+        self.type, self.acc = product_dtype(x.dtype, dtype), accumulation_dtype(x)
+        self.width = weight.shape[0]
+        plan = tuning.plan(x.device, self.type, x.shape[1], self.width)
+        self.products = split.products_of(weight.to(self.type).contiguous(), plan)
+        self.bias = None if bias is None else bias.to(self.acc).contiguous()
+        self.dropout, self.activation = dropout_of(seed, dropout_p), activation
+        self.keeps_product = activation in ("tanh", "gelu")
+
+    def bytes_per_row(self, call: Call) -> int:
+        """Of workspace, for h."""
+        copied = call.x.shape[1] if call.x.dtype != self.type else 0
+        wide = self.width * self.acc.itemsize if self.type != self.acc else 0
+        return (self.width + copied) * self.type.itemsize + wide + self.products.bytes_per_row
+
+    def gradient_bytes_per_row(self, call: Call, need_x: bool) -> int:
+        """Of workspace, for the gradient of h besides."""
+        size, acc, L = self.type.itemsize, self.acc.itemsize, call.x.shape[1]
+        copied = L * size if call.mask is not None and call.x.dtype == self.type else 0
+        aside = L * acc if need_x and not self.direct(call) else 0
+        apart = size if self.keeps_product and self.type == self.acc else 0
+        return self.width * (acc + apart) + copied + aside
+
+    def direct(self, call: Call) -> bool:
+        """Whether products with W are gradients of x as they are."""
+        return self.type == call.x.dtype and self.type != torch.float16
+
+    def of_slice(self, call: Call, block: slice, keep: bool) -> Rows:
+        x = rows.operand(call, call.x[block], block, self.type, clean=keep)
+        return self.of_rows(call, x, block, keep=keep)
+
+    def of_rows(self, call: Call, x: Tensor, which: slice | Tensor, *, keep: bool) -> Rows:
+        """The embedding [n, E] of rows ``x`` in the type of products."""
+        z = self.products.forward(x, self.acc)
+        apart = self.type != self.acc or (keep and self.keeps_product)
+        h = torch.empty_like(z, dtype=self.type) if apart else z
+        seed, threshold = self.dropout
+        first, index = _places(which)
+        units = self._units()
+        launch(
+            embed_rows, (ceil_div(x.shape[0], 16), ceil_div(self.width, units)),
+            z, self.bias, index, call.mask, seed, h, first, x.shape[0], self.width, threshold,
+            ACTIVATION=self.activation, BN=16, BE=units, num_warps=4,
+        )  # fmt: skip
+        return Rows(which, h, x, z if self.keeps_product else h) if keep else Rows(which, h)
+
+    def gradient_of_products(self, call: Call, at: Rows, grad: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``(z, sums [E])`` from the gradient of h: that of ``x W^T``, in the type of products and times the scale, and
+        that of the bias. The rows of a slice are overwritten."""
+        z = at.values if isinstance(at.which, slice) else torch.empty_like(at.argument, dtype=self.type)
+        count, units = grad.shape[0], self._units()
+        programs = ceil_div(count, _SUMMED_ROWS)
+        sums = call.empty(programs, self.width)
+        seed, threshold = self.dropout
+        first, index = _places(at.which)
+        launch(
+            embed_gradients, (programs, ceil_div(self.width, units)),
+            grad, at.argument, self.bias, index, call.mask, seed, scale, z, sums, first, count, self.width, threshold,
+            ACTIVATION=self.activation, ROWS=_SUMMED_ROWS, BN=16, BE=units, num_warps=4,
+        )  # fmt: skip
+        return z, sums.sum(0)
+
+    def headroom(self) -> int:
+        """Bits by which the gradient of z may exceed that of h."""
+        return dropout_bits(self.dropout[1]) + (self.activation == "gelu")
+
+    def _units(self) -> int:
+        return min(max(power_of_two(self.width), 16), 128)
+
+
+def embedding_of(
+    x: Tensor, weight=None, bias=None, seed=None, activation=None, dropout_p=0.0, dtype=None
+) -> Embedding | None:
+    """From the arguments of an op; None where it has no instance stage."""
+    return None if weight is None else Embedding(x, weight, bias, seed, activation, dropout_p, dtype)
+
+
+def _places(which: slice | Tensor) -> tuple[int, Tensor | None]:
+    """``(first row, None)`` or ``(0, numbers)``, as kernels take them."""
+    return (which.start, None) if isinstance(which, slice) else (0, which.flatten())
