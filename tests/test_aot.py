@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from milkernels import triton
+from milkernels import ops, triton
 
 pytestmark = pytest.mark.skipif(triton.load_error() is not None, reason=f"{triton.load_error()}")
 
@@ -68,6 +68,20 @@ def test_host_code_waits_for_nothing(op, extras):
     """On tensors that hold nothing: what reads them raises an error. So every op can be captured in a CUDA graph."""
     forward, _ = launches(op, extras, dtype="fp32", K=2)
     assert forward.kernels
+
+
+@pytest.mark.parametrize("extras", ["embed", "embed-gelu bags mask grads gated drop mlp value relu", "embed nobias"])
+@pytest.mark.parametrize("op", sorted(ops.EMBEDDED))
+def test_embedded_instances_are_never_all_there(op, extras):
+    """A million of them; nor is anything else of their size, but the gradient of x where it is asked for."""
+    sizes = {"dtype": "fp32", "N": 1_000_000, "L": 64, "D": 32, "K": 2}
+    from milkernels.triton import call
+
+    for x_too in (False, True):
+        both = launches(op, extras if x_too else f"{extras} frozen", **sizes)
+        large = [size for part in both for size in part.allocated if size > call.WORKSPACE]
+        assert large == [1_000_000 * 128 * 4] * x_too
+        assert "embed_rows" in {launch.name for launch in both[0].kernels}
 
 
 @pytest.mark.parametrize(

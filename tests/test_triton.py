@@ -4,6 +4,7 @@ A launch costs milliseconds here for each program, so sizes are the smallest tha
 On a GPU, test_gpu.py does the same and more.
 """
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -32,8 +33,11 @@ ODD = {"L": 37, "D": 41, "K": 2, "C": 2, "Q2": 9, "V": 33}
 FIVE = {"L": 20, "D": 18, "K": 5, "C": 5, "Q2": 17, "V": 7}  # more heads than share a read
 
 SERVED = {name: case for name, case in CASES.items() if case.kernel in triton.OPS}
+EMBEDDED = {name: case for name, case in SERVED.items() if case.embed is not None}
 every_kernel = pytest.mark.parametrize("case", SERVED.values(), ids=SERVED)
-one_of_each = pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
+# A case of each op, and one on embedded instances of each that takes them.
+one_of_each = pytest.mark.parametrize("case", (PLAIN | EMBEDDED).values(), ids=PLAIN | EMBEDDED)
+embedded = pytest.mark.parametrize("case", EMBEDDED.values(), ids=EMBEDDED)
 
 
 def served(*names: str):
@@ -66,7 +70,7 @@ def test_oracle(case, lengths, index, masked, sizes):
     close(run(case, tensors, offsets, mask), step(case.truth, tensors, offsets, mask))
 
 
-@one_of_each
+@served(*PLAIN)
 def test_many_rows(case):
     """Segments of 256 rows; masked ones, and bags that cross them."""
     mask = some_mask(sum(LONG))
@@ -76,7 +80,10 @@ def test_many_rows(case):
     close(run(case, tensors, offsets, mask), step(case.truth, tensors, offsets, mask))
 
 
-@served("gated_attention_pool", "gated_attention_scores", "dsmil_pool-mlp-q-relu-v", "dsmil_pool-linear-v-dropout")
+@served(
+    *("gated_attention_pool", "gated_attention_scores", "dsmil_pool-mlp-q-relu-v", "dsmil_pool-linear-v-dropout"),
+    *(name for name in EMBEDDED if name != "gated_attention_pool-embed-dropout"),  # it has scales besides, below
+)
 def test_rows_in_several_slices(case, monkeypatch):
     """A workspace that holds one segment: what is one slice of rows elsewhere is as many as there are segments."""
     lengths, mask = (70, 0, 5, 130), some_mask(205)
@@ -88,7 +95,10 @@ def test_rows_in_several_slices(case, monkeypatch):
     close(run(case, tensors, offsets, mask), whole)
 
 
-@one_of_each
+@served(
+    *(*PLAIN, "attention_pool-embed-gelu", "query_pool-embed-dropout", "instance_max-embed-dropout"),
+    *("loss_attention_pool-embed", "dsmil-embed-mlp-q-relu-v"),
+)
 def test_some_gradients_only(case):
     """Of any of the outputs; and for each input alone, as where features or parameters are frozen."""
     lengths, mask = (30, 5), torch.arange(35) % 4 > 0
@@ -157,7 +167,10 @@ def triton_tuning():
     return tuning
 
 
-@served("gated_attention_pool", "dsmil_pool-mlp-q-relu-v")
+@served(
+    *("gated_attention_pool", "dsmil_pool-mlp-q-relu-v"),
+    *("gated_attention_pool-embed-dropout", "dsmil_pool-embed"),
+)
 def test_float16_gradients_do_not_underflow(case):
     """Of a loss that is small the gradients are as exact as of one that is not; parameters are float32 here, so that
     they can hold them."""
@@ -174,11 +187,24 @@ def test_float16_gradients_do_not_underflow(case):
         assert (b * 2.0**40 - a).norm() <= 1e-3 * a.norm(), name
 
 
-@served("gated_attention_pool", "gated_attention_pool-dropout", "attention_pool-gelu-dropout")
+@served("gated_attention_pool-embed-dropout", "dsmil-embed-mlp-q-relu-v")
+def test_float16_slices_have_scales_of_their_own(case, monkeypatch):
+    from milkernels.triton import call
+
+    monkeypatch.setattr(call, "WORKSPACE", 1)
+    kept = op_cases.promise(case, "triton", torch.float16, lengths=(70, 5, 60), seeds=2, **FIVE)
+    assert kept.ok, kept.broken()
+
+
+@served(
+    *("gated_attention_pool", "gated_attention_pool-dropout", "attention_pool-gelu-dropout"),
+    "gated_attention_pool-embed-dropout",
+)
 def test_float16_gradients_do_not_overflow(case):
     """Nine units of ten are dropped, the others count tenfold, twice where there is a gate; and features are large."""
     options = case.options | ({"dropout_p": 0.9} if case.dropped() else {})
-    case = dataclasses.replace(case, options=options)
+    embed = case.embed and case.embed | {"dropout_p": 0.9}
+    case = dataclasses.replace(case, options=options, embed=embed)
     tensors = case.make((60,), torch.float16, relu=True, **ODD)
     tensors["x"].data.mul_(30)
     for name, t in run(case, tensors, None).items():
@@ -188,7 +214,8 @@ def test_float16_gradients_do_not_overflow(case):
 @every_kernel
 def test_autocast(case):
     """No output and no gradient is worse than twice the reference's there, and types are the same."""
-    lengths, runs = (70, 5), []
+    # In more bags where one row may have nearly all the weight of one, and its error would be all that is compared.
+    lengths, runs = (30, 5, 25, 7, 20) if case.op == "loss_attention_pool" else (70, 5), []
     offsets = offsets_of(lengths)
     for seed in range(2):
         tensors = case.make(lengths, torch.float32, seed, relu=True, **FIVE)
@@ -218,11 +245,48 @@ def test_masked_rows_do_not_leak(case, dtype):
     op_cases.check_masked_rows_do_not_leak(case, "triton", RAGGED, offsets, mask, poison, dtype, **ODD)
 
 
-@pytest.mark.parametrize("poison", [NAN, INF], ids=str)
-@one_of_each
+@pytest.mark.parametrize(
+    "case, poison",
+    [
+        pytest.param(case, poison, id=f"{name}-{poison}")
+        for name, case in (PLAIN | EMBEDDED).items()
+        for poison in ((NAN, INF) if name in PLAIN else (NAN,))
+    ],
+)
 def test_nan_stays_in_its_bag(case, poison):
     lengths, row = (60, 6, 70, 0, 30), 65
     op_cases.check_nan_stays_in_its_bag(case, "triton", lengths, 1, row, torch.float32, poison, **ODD)
+
+
+@embedded
+def test_embedding_without_a_gradient(case):
+    """What an op has to learn alone: no gradient of embedded instances is made for it, and it is the same."""
+    tensors, offsets = case.make((70, 5), torch.float32, **ODD), offsets_of((70, 5))
+    whole = run(case, tensors, offsets)
+    learned = [name for name in case.tensors if name not in ("x", "e_weight", "e_bias")]
+    frozen = {name: t.detach().requires_grad_(name in learned) for name, t in tensors.items()}
+    with recorded_launches() as launched:
+        got = run(case, frozen, offsets)
+    assert "embed_rows" in launched and "embed_gradients" not in launched
+    same_bits(got, {name: whole[name] for name in got})
+
+
+@contextlib.contextmanager
+def recorded_launches():
+    """The names of the kernels launched within the block, in order."""
+    from milkernels.triton import call
+
+    names, launch = [], call._run
+
+    def run(kernel, *rest):
+        names.append(kernel.fn.__name__)
+        launch(kernel, *rest)
+
+    call._run = run
+    try:
+        yield names
+    finally:
+        call._run = launch
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0), (1,), None], ids=str)
@@ -233,7 +297,7 @@ def test_hardly_anything(case, lengths):
     close(run(case, tensors, offsets), run(case, tensors, offsets, backend="reference"))
 
 
-@one_of_each
+@served(*PLAIN, "attention_pool-embed-gelu")
 def test_layouts(case):
     """Rows inside wider ones, and every second row, of whatever is given."""
     lengths = (40, 0, 30)
@@ -286,14 +350,20 @@ class _unchecked:
         self.module.check_offsets = self.check
 
 
-@served("gated_attention_pool", "dsmil_pool", "dsmil-mlp-q-relu-v", "instance_max", "max_pool")
+@served(
+    *("gated_attention_pool", "dsmil_pool", "dsmil-mlp-q-relu-v", "instance_max", "max_pool"),
+    "gated_attention_pool-embed-dropout",
+)
 def test_same_bits_again(case):
     tensors, offsets = case.make(RAGGED, torch.float32, **FIVE), offsets_of(RAGGED)
     same_bits(run(case, tensors, offsets), run(case, tensors, offsets))
 
 
 @pytest.mark.skipif(native.load_error() is not None, reason=f"no extension: {native.load_error()}")
-@served("attention_pool-gelu-dropout", "gated_attention_pool-dropout", "dsmil_pool-relu-v-dropout")
+@served(
+    *("attention_pool-gelu-dropout", "gated_attention_pool-dropout", "dsmil_pool-relu-v-dropout"),
+    *("query_pool-embed-dropout", "instance_max-embed-dropout"),
+)
 def test_dropout_is_that_of_the_cpu_kernels(case):
     """One unit that is dropped on one side only would be far off."""
     tensors, offsets = case.make((133,), **(ODD | {"D": 70, "L": 70})), None
@@ -385,14 +455,14 @@ def test_every_op_has_a_kernel():
 # As torch.library ops
 
 
-@one_of_each
+@served(*PLAIN, "query_pool-embed-dropout", "dsmil_pool-embed")
 def test_opcheck(case):
     for calls in recorded(case, "triton"):
         for op, args, kwargs in calls:
             torch.library.opcheck(op, detached(args), kwargs)
 
 
-@served("gated_attention_pool-dropout", "dsmil", "loss_attention_pool", "topk_instances")
+@served("gated_attention_pool-dropout", "dsmil", "loss_attention_pool", "topk_instances", "attention_pool-embed-gelu")
 def test_compile_fullgraph(case):
     """One graph for two sizes, forward and backward, with the numbers of eager."""
     compute = torch.compile(case.ours("triton"), fullgraph=True, dynamic=True, backend="aot_eager")

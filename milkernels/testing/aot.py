@@ -84,6 +84,17 @@ attention_pool      fp16       1536  384  4  gated fused
 attention_pool      fp16       1000  200  1  gated fused mask
 attention_scores    bf16/fp32  1024  256  1  gated fused
 attention_pool      fp32       1024  256  1  gated fused tf32
+attention_pool      bf16        512  256  1  gated embed
+attention_pool      fp16        512  256  1  gated embed-gelu bags mask drop
+attention_pool      fp32        512  128  2  embed drop split frozen
+attention_pool      bf16        512  256  1  gated embed fused drop
+attention_scores    bf16/fp32   512  128  1  gated embed-tanh autocast
+query_pool          fp32        500    1  2  embed bags mask grads
+query_scores        fp64        512    1  1  embed-identity drop
+instance_max        fp16        512    1  2  embed drop bags
+dsmil_pool          bf16        512  128  2  embed value relu mask
+dsmil               fp32        512  128  1  embed mlp autocast drop grads
+loss_attention_pool bf16        512    1  2  embed-identity bags
 attention_pool      fp32       1024  256  1  gated split
 dsmil_pool          fp32       1024  128  1  mlp value relu split
 """

@@ -78,16 +78,19 @@ class Launch:
 
 @dataclass
 class Record:
-    """What a block of host code launched: kernels in order, and the library's operations by name."""
+    """What a block of host code launched: kernels in order, and the library's operations by name; and the bytes of each
+    tensor that it allocated."""
 
     kernels: list[Launch] = field(default_factory=list)
     library: Counter = field(default_factory=Counter)
+    allocated: list[int] = field(default_factory=list)
 
     def __sub__(self, earlier: "Record") -> "Record":
-        return Record(self.kernels[len(earlier.kernels) :], self.library - earlier.library)
+        kernels, allocated = self.kernels[len(earlier.kernels) :], self.allocated[len(earlier.allocated) :]
+        return Record(kernels, self.library - earlier.library, allocated)
 
     def copy(self) -> "Record":
-        return Record(list(self.kernels), Counter(self.library))
+        return Record(list(self.kernels), Counter(self.library), list(self.allocated))
 
     @property
     def total(self) -> int:
@@ -122,7 +125,7 @@ def standin(target=None) -> Iterator[Record]:
             contextlib.nullcontext() if target is None else _active(target),
             fake_tensor.FakeTensorMode(),
             mock.patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
-            _Counting(record.library),
+            _Counting(record),
             _Fake(),
         ):
             stack.enter_context(patch)
@@ -259,22 +262,24 @@ _WITHOUT_DEVICE = {
 
 
 class _Counting(TorchDispatchMode):
-    """Operations of the library that run on the device: all but views and allocations."""
+    """Operations of the library that run on the device: all but views and allocations; and the size of these."""
 
     FREE = frozenset({"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view"})
 
-    def __init__(self, counts: Counter):
+    def __init__(self, record: Record):
         super().__init__()
-        self.counts = counts
+        self.record = record
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
         if func.namespace == "aten" and not func.is_view and name not in self.FREE:
-            self.counts[name] += 1
+            self.record.library[name] += 1
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and t.device.type != "cuda" or "pin_memory" in name:
                 raise RuntimeError(f"{name} moves data between host and device")
+            if isinstance(t, Tensor) and not func.is_view and not func._schema.is_mutable:
+                self.record.allocated.append(t.numel() * t.itemsize)
         return out
 
 

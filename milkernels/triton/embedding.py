@@ -97,6 +97,7 @@ def embed_gradients(
 
 
 _SUMMED_ROWS = 64  # by one program of embed_gradients
+_TILE = {"BN": 32, "num_warps": 8}
 
 
 class Embedding:
@@ -119,12 +120,11 @@ class Embedding:
         return (self.width + copied) * self.type.itemsize + wide + self.products.bytes_per_row
 
     def gradient_bytes_per_row(self, call: Call, need_x: bool) -> int:
-        """Of workspace, for the gradient of h besides."""
+        """Of workspace besides, for the gradient of h, which takes the place of the product if that is not kept."""
         size, acc, L = self.type.itemsize, self.acc.itemsize, call.x.shape[1]
         copied = L * size if call.mask is not None and call.x.dtype == self.type else 0
         aside = L * acc if need_x and not self.direct(call) else 0
-        apart = size if self.keeps_product and self.type == self.acc else 0
-        return self.width * (acc + apart) + copied + aside
+        return self.width * acc * (self.keeps_product + (self.type == self.acc)) + copied + aside
 
     def direct(self, call: Call) -> bool:
         """Whether products with W are gradients of x as they are."""
@@ -143,9 +143,9 @@ class Embedding:
         first, index = _places(which)
         units = self._units()
         launch(
-            embed_rows, (ceil_div(x.shape[0], 16), ceil_div(self.width, units)),
+            embed_rows, (ceil_div(x.shape[0], _TILE["BN"]), ceil_div(self.width, units)),
             z, self.bias, index, call.mask, seed, h, first, x.shape[0], self.width, threshold,
-            ACTIVATION=self.activation, BN=16, BE=units, num_warps=4,
+            ACTIVATION=self.activation, BE=units, **_TILE,
         )  # fmt: skip
         return Rows(which, h, x, z if self.keeps_product else h) if keep else Rows(which, h)
 
@@ -161,7 +161,7 @@ class Embedding:
         launch(
             embed_gradients, (programs, ceil_div(self.width, units)),
             grad, at.argument, self.bias, index, call.mask, seed, scale, z, sums, first, count, self.width, threshold,
-            ACTIVATION=self.activation, ROWS=_SUMMED_ROWS, BN=16, BE=units, num_warps=4,
+            ACTIVATION=self.activation, ROWS=_SUMMED_ROWS, BE=units, **_TILE,
         )  # fmt: skip
         return z, sums.sum(0)
 
