@@ -1,12 +1,11 @@
 // attention_pool, attention_scores and their backward on a GPU, in one of two ways. Rows go through in slices: products
-// with V and U by the library into a workspace, kernels for gate and scores behind them, then the pooling. Or, where
-// there is little to do, one kernel does all of it.
+// with V and U by the library into a workspace, kernels for gate and scores behind them, then the pooling, slice by slice
+// too where rows are embedded. Or, where there is little to do, one kernel does all of it.
 #include <torch/library.h>
 
 #include <string_view>
 #include <tuple>
 
-#include "layers.h"
 #include "pooling.h"
 #include "small_attention.h"
 
@@ -24,9 +23,9 @@ class AttentionCall : public Call {
  public:
   AttentionCall(const Tensor& x, const Parameters& p, const OptionalTensor& offsets, const OptionalTensor& mask,
                 const OptionalTensor& seed, std::string_view activation, double dropout_p,
-                std::optional<ScalarType> compute_dtype)
-      : Call(x, offsets, mask), gated(p.u_weight.has_value()), type(product_type(*this, compute_dtype)),
-        activation_(activation_of(activation)), dropout_(*this, seed, dropout_p) {
+                std::optional<ScalarType> compute_dtype, const EmbeddingArguments& embedding)
+      : Call(x, offsets, mask, embedding), gated(p.u_weight.has_value()), type(product_type(row_type(), compute_dtype)),
+        activation_(activation_of(activation)), dropout_(x, seed, dropout_p) {
     TORCH_CHECK_VALUE(p.v_weight.dim() == 2 && p.w_weight.dim() == 2, "v_weight and w_weight must be 2-D; got ",
                       p.v_weight.sizes(), " and ", p.w_weight.sizes());
     hidden = p.v_weight.size(0), heads = p.w_weight.size(0);
@@ -70,9 +69,7 @@ class AttentionCall : public Call {
     return (17 - bits) * (gated ? 2 : 1) + (gated && activation_ != Activation::kTanh ? 6 : 0);
   }
 
-  Tensor rows_in(int64_t first, int64_t count, bool clean) const {
-    return rows_for_products(*this, first, count, type, clean);
-  }
+  bool same_type() const { return type == row_type(); }
 
   bool gated;
   ScalarType type;  // of products
@@ -97,7 +94,7 @@ constexpr int64_t kSmallHeads = 16, kSmallWidth = 8192;
 
 // By shapes and types alone.
 bool is_small(const AttentionCall& call) {
-  if (call.type != call.x.scalar_type() || call.heads > kSmallHeads || call.width > kSmallWidth) return false;
+  if (call.embedding || !call.same_type() || call.heads > kSmallHeads || call.width > kSmallWidth) return false;
   // The backward's workspace: gradients of products, and a copy of x without masked rows.
   if (call.rows > workspace / (call.units() + call.width) / call.x.element_size()) return false;
   if (!forced.empty()) return forced == "small";
@@ -108,14 +105,18 @@ bool is_small(const AttentionCall& call) {
 
 // --- Forward
 
-void scores_in_slices(const AttentionCall& call, const Tensor& scores) {
+// And what is pooled by them, if anything is.
+void scores_in_slices(const AttentionCall& call, const Tensor& scores, Sums* pooled = nullptr) {
   const Tensor weight = call.projection();
-  const int64_t size = weight.element_size(), converted = call.type == call.x.scalar_type() ? 0 : call.width * size;
-  call.in_slices(call.units() * size + converted, [&](int64_t first, int64_t count) {
-    const Tensor z = product(call.rows_in(first, count, false), weight.t(), call.type);
+  const int64_t size = weight.element_size(), converted = call.same_type() ? 0 : call.width * size;
+  const int64_t bytes = call.units() * size + converted + bytes_of_instance(call, false);
+  call.in_slices(bytes, [&](int64_t first, int64_t count) {
+    const Slice slice = instances(call, first, count, false);
+    const Tensor z = product(rows_for_products(call, slice, call.type, false), weight.t(), call.type);
     dispatch(call.type, [&]<typename E>() {
       gate_scores(call.gate_rows<E>(z, first), data<acc_t<E>>(scores), call.stream());
     });
+    if (pooled != nullptr) pooled->add(slice.x, first, scores);
   });
 }
 
@@ -137,9 +138,17 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_fwd(
     const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& u_weight,
     const OptionalTensor& u_bias, const Tensor& w_weight, const OptionalTensor& w_bias, const OptionalTensor& offsets,
     const OptionalTensor& mask, const OptionalTensor& seed, std::string_view activation, double dropout_p,
-    std::optional<ScalarType> compute_dtype) {
+    std::optional<ScalarType> compute_dtype, const OptionalTensor& e_weight, const OptionalTensor& e_bias,
+    const OptionalTensor& e_seed, std::optional<c10::string_view> e_activation, double e_dropout_p,
+    std::optional<ScalarType> e_dtype) {
   AttentionCall call(x, {v_weight, v_bias, u_weight, u_bias, w_weight, w_bias}, offsets, mask, seed, activation,
-                     dropout_p, compute_dtype);
+                     dropout_p, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+  if (call.embedding) {
+    const Tensor scores = call.empty({call.rows, call.heads});
+    Sums pooled(call, call.chunked(), call.heads, call.width, Scoring::kGiven);
+    scores_in_slices(call, scores, &pooled);
+    return {pooled.bag, scores, pooled.lse};
+  }
   Forward out(call, call.heads);
   if (!forward_at_once(call, out.scores, out.bag, out.lse)) {
     scores_in_slices(call, out.scores);
@@ -152,9 +161,12 @@ Tensor attention_scores_fwd(const Tensor& x, const Tensor& v_weight, const Optio
                             const OptionalTensor& u_weight, const OptionalTensor& u_bias, const Tensor& w_weight,
                             const OptionalTensor& w_bias, const OptionalTensor& offsets, const OptionalTensor& mask,
                             const OptionalTensor& seed, std::string_view activation, double dropout_p,
-                            std::optional<ScalarType> compute_dtype) {
+                            std::optional<ScalarType> compute_dtype, const OptionalTensor& e_weight,
+                            const OptionalTensor& e_bias, const OptionalTensor& e_seed,
+                            std::optional<c10::string_view> e_activation, double e_dropout_p,
+                            std::optional<ScalarType> e_dtype) {
   AttentionCall call(x, {v_weight, v_bias, u_weight, u_bias, w_weight, w_bias}, offsets, mask, seed, activation,
-                     dropout_p, compute_dtype);
+                     dropout_p, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   const Tensor scores = call.empty({call.rows, call.heads});
   if (!forward_at_once(call, scores, {}, {})) scores_in_slices(call, scores);
   return scores;
@@ -162,32 +174,37 @@ Tensor attention_scores_fwd(const Tensor& x, const Tensor& v_weight, const Optio
 
 // --- Backward
 
-// The gradients of x (undefined where nobody needs it), of V over U (the same), and the sums [heads + 2, hidden] that
-// are those of w and of the biases of V and U.
+// The gradient of V over U (undefined where nobody needs it), and the sums [heads + 2, hidden] that are those of w and of
+// the biases of V and U.
 struct Found {
-  Tensor grad_x, weight, sums;
+  Tensor weight, sums;
 };
 
-Found backward_in_slices(const AttentionCall& call, const PoolGradients& gradients, bool need_x, bool need_weight) {
+// What gradients of a slice's products are multiplied by in float16; undefined in other types. `size` bounds what a
+// unit's gradient is of its score's.
+Tensor scale_of(const AttentionCall& call, const Tensor& of_scores, const Tensor& size) {
+  return call.type == at::kHalf ? power_of_two_scale(largest(of_scores) * size, call.headroom()) : Tensor();
+}
+
+Found backward_in_slices(const AttentionCall& call, PoolGradients& gradients, RowGradients& rows, bool need_weight) {
   const int64_t D = call.hidden, K = call.heads;
-  const Tensor weight = call.projection();
-  const bool pooled = gradients.weights.defined(), same_type = call.type == call.x.scalar_type();
+  const Tensor weight = call.projection(), bound = call.w.abs().nan_to_num(0, 0, 0).sum(0).amax();
+  const bool pooled = gradients.weights.defined(), half = call.type == at::kHalf;
+  if (!call.embedding) gradients.add({call.x, 0, call.rows});
   Found found;
-  if (need_x) found.grad_x = call.grad_x(true);
   if (need_weight) found.weight = at::zeros({call.units(), call.width}, call.w.options());
   found.sums = at::zeros({K + 2, D}, call.w.options());
-  Tensor scale, inverse;
-  if (call.type == at::kHalf) {
-    const Tensor bound = largest(gradients.scores) * call.w.abs().nan_to_num(0, 0, 0).sum(0).amax();
-    scale = power_of_two_scale(bound, call.headroom());
-    inverse = scale.reciprocal();
-  }
   // Products that need neither another type nor a scale are written where the gradient of x will be.
-  const bool direct = same_type && !scale.defined() && (call.type == call.acc || !pooled);
-  const int64_t size = weight.element_size(), aside = need_x && !direct ? call.width * call.w.element_size() : 0;
-  const int64_t copied = call.mask.defined() || !same_type ? call.width * size : 0;
-  call.in_slices(call.units() * size + aside + copied, [&](int64_t first, int64_t count) {
-    const Tensor x = call.rows_in(first, count, true), z = product(x, weight.t(), call.type);
+  const bool direct = !call.embedding && call.same_type() && !half && (call.type == call.acc || !pooled);
+  const int64_t size = weight.element_size();
+  const int64_t aside = rows.wanted() && !direct && !call.embedding ? call.width * call.w.element_size() : 0;
+  const int64_t copied = (call.mask.defined() && !call.embedding) || !call.same_type() ? call.width * size : 0;
+  const int64_t bytes = call.units() * size + aside + copied + bytes_of_instance(call, true);
+  call.in_slices(bytes, [&](int64_t first, int64_t count) {
+    const Slice slice = instances(call, first, count, true);
+    if (call.embedding) gradients.add(slice);
+    const Tensor x = rows_for_products(call, slice, call.type, true), z = product(x, weight.t(), call.type);
+    const Tensor scale = scale_of(call, gradients.scores.narrow(0, first, count), bound);
     const Tensor sums = call.empty({ceil_div(count, int64_t{kSummedRows}), K + 2, D});
     dispatch(call.type, [&]<typename E>() {
       using A = acc_t<E>;
@@ -195,25 +212,26 @@ Found backward_in_slices(const AttentionCall& call, const PoolGradients& gradien
                     call.stream());
     });
     found.sums += sums.sum(0);
-    if (need_weight) found.weight += product(z.t(), x, call.acc);
-    if (!need_x) return;
-    const Tensor grad_x = found.grad_x.narrow(0, first, count);
-    if (direct) product_into(grad_x, z, weight);
-    else expand(call, grad_x, first, gradients.term(), {}, product(z, weight, call.acc), inverse);
+    const Tensor inverse = half ? scale.reciprocal() : Tensor();
+    if (need_weight) {
+      const Tensor part = product(z.t(), x, call.acc);
+      found.weight += half ? part * inverse : part;
+    }
+    if (!rows.wanted()) return;
+    if (direct) product_into(rows.x.narrow(0, first, count), z, weight);
+    else rows.write(slice, gradients.term(), {}, product(z, weight, call.acc), inverse);
   });
-  if (need_x && direct && pooled) expand(call, found.grad_x, 0, gradients.term(), {}, found.grad_x);
-  if (need_weight && scale.defined()) found.weight *= inverse;
+  if (rows.wanted() && direct && pooled) expand(call, rows.x, 0, gradients.term(), {}, rows.x);
   return found;
 }
 
 // The same in one kernel behind that of the pooling, and the library's product for V and U; false where it is not for
 // this call.
-bool backward_at_once(AttentionCall& call, const PooledTensors& of, bool need_x, bool need_weight, Found& found,
-                      Tensor& ds) {
+bool backward_at_once(AttentionCall& call, const PooledTensors& of, const RowGradients& rows, bool need_weight,
+                      Found& found, Tensor& ds) {
   if (!is_small(call) || call.type == at::kHalf) return false;  // float16 needs a scale
   const int64_t D = call.hidden, K = call.heads;
   const bool pooled = of.grad_bag.defined();
-  found.grad_x = need_x ? call.grad_x(true) : Tensor();
   found.sums = call.empty({ceil_div(call.rows, int64_t{kSmallRows}), K + 2, D});
   const Tensor dz = at::empty({call.rows, call.units()}, call.x.options());
   ds = call.empty({call.rows, K});
@@ -222,14 +240,15 @@ bool backward_at_once(AttentionCall& call, const PooledTensors& of, bool need_x,
       return false;
     } else {
       using A = acc_t<T>;
-      SmallBackward<T> p{call.small<T>(), data<A>(ds), data<T>(dz), data<A>(found.sums), data<T>(found.grad_x), pooled};
+      SmallBackward<T> p{call.small<T>(), data<A>(ds), data<T>(dz), data<A>(found.sums),
+                         data_if<T>(rows.wanted(), rows.x), pooled};
       if (!fits(p)) return false;
       if (!pooled) {
         PoolGradients gradients(call, of, false);
         gradients.add({call.x, 0, call.rows});
         ds = gradients.scores.contiguous();
         p.ds = data<A>(ds);
-      } else if (!Backward{of, Scoring::kGiven, {}, {}, {}, found.grad_x, ds}.run(call)) {
+      } else if (!Backward{of, Scoring::kGiven, {}, {}, {}, rows.x, ds}.run(call)) {
         return false;
       }
       small_backward(p, call.stream());
@@ -238,49 +257,50 @@ bool backward_at_once(AttentionCall& call, const PooledTensors& of, bool need_x,
   });
   if (!done) return false;
   found.sums = found.sums.sum(0);
-  if (need_weight) found.weight = product(dz.t(), call.rows_in(0, call.rows, true), call.acc);
+  if (need_weight) found.weight = product(dz.t(), rows_for_products(call, {call.x, 0, call.rows}, call.type, true), call.acc);
   return true;
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients attention_bwd(
     const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& u_weight,
     const OptionalTensor& u_bias, const Tensor& w_weight, const OptionalTensor& w_bias, const OptionalTensor& offsets,
     const OptionalTensor& mask, const OptionalTensor& seed, const OptionalTensor& bag, const Tensor& scores,
-    const OptionalTensor& lse, std::string_view activation, double dropout_p, std::optional<ScalarType> compute_dtype,
-    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
-    std::array<bool, 7> needs) {
+    const OptionalTensor& lse, const OptionalTensor& e_weight, const OptionalTensor& e_bias,
+    const OptionalTensor& e_seed, std::string_view activation, double dropout_p,
+    std::optional<ScalarType> compute_dtype, std::optional<c10::string_view> e_activation, double e_dropout_p,
+    std::optional<ScalarType> e_dtype, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
+    const OptionalTensor& grad_lse, std::array<bool, 9> needs) {
   AttentionCall call(x, {v_weight, v_bias, u_weight, u_bias, w_weight, w_bias}, offsets, mask, seed, activation,
-                     dropout_p, compute_dtype);
+                     dropout_p, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   const int64_t K = call.heads, D = call.hidden;
   const PooledTensors of(call, K, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   const bool need_weight = needs[1] || needs[3];
+  RowGradients rows(call, needs[0], needs[7], needs[8]);
   Found found;
   Tensor ds;
-  if (!backward_at_once(call, of, needs[0], need_weight, found, ds)) {
-    PoolGradients gradients(call, of, needs[0]);
-    gradients.add({call.x, 0, call.rows});
-    found = backward_in_slices(call, gradients, needs[0], need_weight);
+  if (!backward_at_once(call, of, rows, need_weight, found, ds)) {
+    PoolGradients gradients(call, of, rows.wanted());
+    found = backward_in_slices(call, gradients, rows, need_weight);
     ds = gradients.scores;
   }
   const auto part = [](const Tensor& t, int64_t first, int64_t count) {
     return t.defined() ? t.narrow(0, first, count) : t;
   };
-  const std::array<Tensor, 7> all{found.grad_x,
-                                  part(found.weight, 0, D),
+  const std::array<Tensor, 6> all{part(found.weight, 0, D),
                                   found.sums[K],
                                   call.gated ? part(found.weight, D, D) : Tensor(),
                                   found.sums[K + 1],
                                   part(found.sums, 0, K),
                                   ds.sum(0)};
-  const std::array<OptionalTensor, 7> like{x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias};
-  std::array<Tensor, 7> own;
-  for (int i = 0; i < 7; ++i) {
+  const std::array<OptionalTensor, 6> like{v_weight, v_bias, u_weight, u_bias, w_weight, w_bias};
+  std::array<Tensor, 6> own;
+  for (int i = 0; i < 6; ++i) {
     // In memory of its own.
-    own[i] = !needs[i] ? call.grad_x(false) : all[i].to(like[i]->scalar_type(), false, /*copy=*/i > 0);
+    own[i] = needs[i + 1] ? all[i].to(like[i]->scalar_type(), false, /*copy=*/true) : call.grad_x(false);
   }
-  return std::tuple_cat(own);
+  return std::tuple_cat(std::make_tuple(rows.x), own, rows.parameters());
 }
 
 TORCH_LIBRARY_IMPL(milkernels, MILKERNELS_DEVICE_KEY, m) {

@@ -10,9 +10,9 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
-#include <optional>
-
+#include "embedding.h"
 #include "pool.h"
+#include "stage.h"
 
 // The dispatch key of the ops: kernels that are emulated run on tensors of the CPU.
 #ifdef MILKERNELS_EMULATED
@@ -22,10 +22,6 @@
 #endif
 
 namespace milkernels {
-
-using at::ScalarType;
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // f<T>() for the type of the rows, as kernels know it.
 template <typename F>
@@ -64,12 +60,27 @@ constexpr int64_t kWholeBag = 1024;    // block's: one launch for all of them
 // data-centre GPU.
 inline int64_t workspace = 32 << 20;  // tests make it small
 
+// Rows of a call as an op sees them: of x, embedded, or others in their place.
+struct Slice {
+  Tensor x;              // [count, any], of row `first` on
+  int64_t first, count;
+  Tensor places = {};    // int64 [count]: the rows that these are instead, none at all where outside of x
+  // What the backward of embedded rows needs: rows of x as they went into the product, masked ones 0, and what the
+  // derivative of the activation is taken at.
+  Tensor input = {}, argument = {};
+};
+
 class Call {
  public:
-  Call(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask)
+  Call(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask,
+       const EmbeddingArguments& embedding = {})
       : x(rows_of(x)), acc(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat), rows(x.size(0)),
         width(x.size(1)), guard_(x) {
     TORCH_CHECK_VALUE(width > 0 && width <= (1 << 30), "x must have 1 to 2^30 columns; got ", x.sizes());
+    if (embedding.weight) {
+      this->embedding.emplace(this->x, embedding);
+      width = this->embedding->weight.size(0);
+    }
     if (offsets) {
       TORCH_CHECK_TYPE(offsets->scalar_type() == at::kInt || offsets->scalar_type() == at::kLong,
                        "offsets must be int32 or int64; got ", offsets->scalar_type());
@@ -114,6 +125,8 @@ class Call {
     for (int64_t first = 0; first < rows; first += step) f(first, std::min(step, rows - first));
   }
   int64_t slots() const { return ragged().slots(); }
+  // The bags for rows as they come: embedded ones slice by slice, those of x all at once.
+  Bags as_they_come() const { return embedding ? chunked() : ragged(); }
   template <typename T>
   Rows<T> typed() const {
     return rows_at<T>(x);
@@ -129,10 +142,17 @@ class Call {
     return {data<T>(t), stride, static_cast<int>(t.size(1)), copy};
   }
 
+  // Of rows as the op sees them.
+  ScalarType row_type() const { return embedding ? embedding->weight.scalar_type() : x.scalar_type(); }
+  // The numbers of a slice's rows.
+  RowNumbers numbers(const Slice& slice) const {
+    return {slice.first, slice.count, data<int64_t>(slice.places), rows, data<bool>(mask)};
+  }
+
   bool here(const Tensor& t) const { return t.device() == x.device(); }
   Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, x.options().dtype(acc)); }
   // A gradient to fill, in the type of x or of accumulation; an empty tensor where nobody needs it.
-  Tensor grad_x(bool need) const { return need ? at::empty({rows, width}, x.options()) : at::empty({0}, x.options()); }
+  Tensor grad_x(bool need) const { return need ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options()); }
   Tensor gradient(bool need, at::IntArrayRef sizes) const { return need ? empty(sizes) : empty({0}); }
 
   // A tensor of these sizes, contiguous and in the accumulation type; undefined where it is absent.
@@ -164,11 +184,13 @@ class Call {
   static cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
 #endif
 
-  Tensor x;        // rows of consecutive numbers
-  ScalarType acc;  // of scores, sums and gradients
-  int64_t rows, width, bags = 1;
+  Tensor x;              // rows of consecutive numbers
+  ScalarType acc;        // of scores, sums and gradients
+  int64_t rows, width;   // of what is scored and pooled: x, or its embedding
+  int64_t bags = 1;
   int shift = 0;
   Tensor offsets, mask;
+  std::optional<Embedding> embedding;
 
  private:
   static Tensor rows_of(const Tensor& x) {

@@ -65,7 +65,7 @@ std::pair<Tensor, Tensor> first_max(const Call& call, const Tensor& values, bool
 }
 
 Tensor gather_rows(const Call& call, const Tensor& indices) {
-  const Tensor out = at::empty({indices.size(0), indices.size(1), call.width}, call.x.options());
+  const Tensor out = at::empty({indices.size(0), indices.size(1), call.x.size(1)}, call.x.options());
   dispatch(call.x.scalar_type(), [&]<typename T>() {
     gather_rows(places_of(indices, call.rows), call.typed<T>(), data<T>(out), call.stream());
   });
@@ -81,83 +81,94 @@ void add_to_rows(const Call& call, const Tensor& indices, const Tensor& vectors,
 
 // --- instance_max
 
-std::tuple<Tensor, Tensor, Tensor> instance_max(const Call& call, const Tensor& weight, const Tensor& bias) {
+namespace {
+
+// All of it in one read of x, where its rows fit.
+bool instance_max_at_once(Call& call, const Tensor& weight, const Tensor& bias, const Tensor& values,
+                          const Tensor& indices, const Tensor& logits) {
+  if (call.embedding) return false;
   const int64_t C = weight.size(0);
-  const Tensor values = call.empty({call.bags, C}), indices = empty_indices(call, values.sizes());
-  const Tensor logits = call.empty({call.rows, C});
   const ChosenTensors partials(call, C);
-  const bool done = dispatch(call.x.scalar_type(), [&]<typename T>() {
+  return dispatch(call.x.scalar_type(), [&]<typename T>() {
     using A = acc_t<T>;
     return class_max(ClassMax<T>{call.typed<T>(), call.ragged(), data<A>(weight), data<A>(bias), static_cast<int>(C),
                                  data<A>(logits), partials.typed<A>(), data<A>(values), data<int64_t>(indices)},
                      call.stream());
   });
-  if (done) return {values, indices, logits};
-  products(call, {call.x, 0, call.rows}, weight, bias, kDead, logits);
-  const auto [largest, rows] = first_max(call, logits, true, kDead);
-  return {largest, rows, logits};
-}
-
-namespace {
-
-// Writes of_logits W into the rows of grad_x, or adds it.
-void expand_logits(const Call& call, const Tensor& of_logits, const Tensor& weight, const Tensor& grad_x, bool add) {
-  if (!add) return expand(call, grad_x, 0, {}, {of_logits, weight});
-  // What has the type of sums already is read where it stands.
-  if (grad_x.scalar_type() == call.acc) return expand(call, grad_x, 0, {}, {of_logits, weight}, grad_x);
-  call.in_slices(call.width * static_cast<int64_t>(of_logits.element_size()), [&](int64_t first, int64_t count) {
-    const Tensor rows = grad_x.narrow(0, first, count);
-    expand(call, rows, first, {}, {of_logits, weight}, rows.to(call.acc));
-  });
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> instance_max_gradients(Call& call, const Tensor& weight, const Tensor& indices,
-                                                          const Tensor& logits, const OptionalTensor& grad_values,
-                                                          const OptionalTensor& grad_logits, std::array<bool, 3> needs,
-                                                          const Tensor& onto) {
+std::tuple<Tensor, Tensor, Tensor> instance_max(Call& call, const Tensor& weight, const Tensor& bias) {
   const int64_t C = weight.size(0);
-  const Tensor rows = call.take_indices(indices, "indices", {call.bags, C}),
+  const Tensor values = call.empty({call.bags, C}), indices = empty_indices(call, values.sizes());
+  const Tensor logits = call.empty({call.rows, C});
+  if (instance_max_at_once(call, weight, bias, values, indices, logits)) return {values, indices, logits};
+  for_instances(call, false, [&](const Slice& slice) { products(call, slice, weight, bias, kDead, logits); });
+  const auto [largest, rows] = first_max(call, logits, true, kDead);
+  return {largest, rows, logits};
+}
+
+std::tuple<Tensor, Tensor> instance_max_gradients(Call& call, const Tensor& weight, const Tensor& indices,
+                                                  const Tensor& logits, const OptionalTensor& grad_values,
+                                                  const OptionalTensor& grad_logits, std::array<bool, 2> needs,
+                                                  RowGradients& rows, bool onto) {
+  const int64_t C = weight.size(0);
+  const Tensor chosen = call.take_indices(indices, "indices", {call.bags, C}),
                of_values = call.take(grad_values, "grad_values", {call.bags, C});
-  Tensor grad_x = needs[0] && onto.defined() ? onto : call.grad_x(needs[0]);
-  Tensor grad_weight = call.gradient(needs[1], {C, call.width}), grad_bias = call.gradient(needs[2], {C});
+  Tensor grad_weight = call.empty({0}), grad_bias = call.gradient(needs[1], {C});
   if (grad_logits) {
     const Tensor of_logits = alive(call.take(grad_logits, "grad_logits", {call.rows, C}),
                                    call.take(logits, "logits", {call.rows, C}));
-    if (of_values.defined()) put_at(call, rows, of_values, true, of_logits);
-    if (needs[0]) expand_logits(call, of_logits, weight, grad_x, onto.defined());
-    if (needs[1]) grad_weight = weighted_sums(call, call.x, of_logits, true).squeeze(0);
-    if (needs[2]) grad_bias = of_logits.sum(0);
-    return {grad_x, grad_weight, grad_bias};
+    if (of_values.defined()) put_at(call, chosen, of_values, true, of_logits);
+    std::optional<Sums> of_weight;
+    if (needs[0]) of_weight.emplace(call, call.one_bag(), C, call.width, Scoring::kWeights);
+    if (needs[0] || rows.wanted()) for_instances(call, true, [&](const Slice& slice) {
+      if (needs[0]) of_weight->add(slice.x, slice.first, of_logits);
+      if (!rows.wanted()) return;
+      if (onto) rows.add(slice, {of_logits, weight});
+      else rows.write(slice, {}, {of_logits, weight});
+    });
+    if (needs[0]) grad_weight = of_weight->bag.squeeze(0);
+    if (needs[1]) grad_bias = of_logits.sum(0);
+    return {grad_weight, grad_bias};
   }
   // Few rows have a gradient, and nothing else is read.
   TORCH_CHECK_VALUE(of_values.defined(), "neither values nor logits have a gradient");
-  const Tensor g = of_values.masked_fill(rows < 0, 0).unsqueeze(-1);
-  if (needs[0] && !onto.defined()) grad_x.zero_();
-  if (needs[0]) add_to_rows(call, rows, g * weight, grad_x);
-  if (needs[1]) grad_weight = (g * gather_rows(call, rows)).sum(0);
-  if (needs[2]) grad_bias = g.sum({0, 2});
-  return {grad_x, grad_weight, grad_bias};
+  const Tensor g = of_values.masked_fill(chosen < 0, 0).unsqueeze(-1);
+  const Slice few = instances_at(call, chosen);
+  if (!onto) rows.zero();
+  if (rows.wanted()) rows.add_at(few, g * weight);
+  if (needs[0]) grad_weight = (g * few.x.view({call.bags, C, call.width})).sum(0);
+  if (needs[1]) grad_bias = g.sum({0, 2});
+  return {grad_weight, grad_bias};
 }
 
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                                    const OptionalTensor& offsets, const OptionalTensor& mask) {
-  const ClassCall call(x, weight, bias, offsets, mask);
+                                                    const OptionalTensor& offsets, const OptionalTensor& mask,
+                                                    const OptionalTensor& e_weight, const OptionalTensor& e_bias,
+                                                    const OptionalTensor& e_seed,
+                                                    std::optional<c10::string_view> e_activation, double e_dropout_p,
+                                                    std::optional<ScalarType> e_dtype) {
+  ClassCall call(x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   return instance_max(call, call.weight, call.bias);
 }
 
-std::tuple<Tensor, Tensor, Tensor> instance_max_bwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                                    const OptionalTensor& offsets, const OptionalTensor& mask,
-                                                    const Tensor& indices, const Tensor& logits,
-                                                    const OptionalTensor& grad_values,
-                                                    const OptionalTensor& grad_logits, std::array<bool, 3> needs) {
-  ClassCall call(x, weight, bias, offsets, mask);
-  const auto [grad_x, grad_weight, grad_bias] =
-      instance_max_gradients(call, call.weight, indices, logits, grad_values, grad_logits, needs);
-  return {grad_x, grad_weight.to(weight.scalar_type()), bias ? grad_bias.to(bias->scalar_type()) : grad_bias};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_max_bwd(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
+    const OptionalTensor& mask, const Tensor& indices, const Tensor& logits, const OptionalTensor& e_weight,
+    const OptionalTensor& e_bias, const OptionalTensor& e_seed, std::optional<c10::string_view> e_activation,
+    double e_dropout_p, std::optional<ScalarType> e_dtype, const OptionalTensor& grad_values,
+    const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
+  ClassCall call(x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+  RowGradients rows(call, needs[0], needs[3], needs[4]);
+  const auto [grad_weight, grad_bias] = instance_max_gradients(call, call.weight, indices, logits, grad_values,
+                                                               grad_logits, {needs[1], needs[2]}, rows, false);
+  return std::tuple_cat(std::make_tuple(rows.x, grad_weight.to(weight.scalar_type()),
+                                        bias ? grad_bias.to(bias->scalar_type()) : grad_bias),
+                        rows.parameters());
 }
 
 // --- max_pool

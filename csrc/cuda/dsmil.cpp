@@ -10,7 +10,6 @@
 #include <tuple>
 
 #include "choice.h"
-#include "layers.h"
 #include "pooling.h"
 
 namespace milkernels {
@@ -34,10 +33,10 @@ class DSMILCall : public Call {
   DSMILCall(const Tensor& x, const std::array<OptionalTensor, kParameters>& given, const OptionalTensor& offsets,
             const OptionalTensor& mask, const OptionalTensor& seed,
             const std::optional<c10::string_view>& v_activation, double v_dropout_p, std::optional<double> scale,
-            std::optional<ScalarType> compute_dtype)
-      : Call(x, offsets, mask), type(product_type(*this, compute_dtype)),
+            std::optional<ScalarType> compute_dtype, const EmbeddingArguments& embedding)
+      : Call(x, offsets, mask, embedding), type(product_type(row_type(), compute_dtype)),
         activation(v_activation ? activation_of(*v_activation) : Activation::kIdentity),
-        dropout(*this, seed, v_dropout_p) {
+        dropout(x, seed, v_dropout_p) {
     const auto units = [&](Parameter i, const char* name) -> int64_t {
       if (!given[i]) return 0;
       TORCH_CHECK_VALUE(given[i]->dim() == 2 && given[i]->size(0) > 0, name, " must be 2-D and not empty; got ",
@@ -63,7 +62,7 @@ class DSMILCall : public Call {
   int64_t bytes_per_row(bool gradient) const {
     const int64_t units = (mlp ? parameters[kQ].size(0) + parameters[kQ2].size(0) : 0) + (staged ? pooled_width : 0);
     const int64_t numbers = units * (gradient ? 4 : 2) + width * (gradient ? 1 + mlp + staged : 1 + staged);
-    return numbers * static_cast<int64_t>(c10::elementSize(acc));
+    return numbers * static_cast<int64_t>(c10::elementSize(acc)) + bytes_of_instance(*this, gradient);
   }
 
   // W x + b in the accumulation type; x has that of products.
@@ -92,12 +91,11 @@ struct QueryRows {
 
 // The value of a slice's rows: what goes into V, what is pooled, and what its derivative is taken at.
 struct ValueRows {
-  ValueRows(const DSMILCall& call, int64_t first, int64_t count, bool clean) {
+  ValueRows(const DSMILCall& call, const Slice& slice, bool clean) {
     if (call.dropout) {
-      input = milkernels::staged(call, call.x.narrow(0, first, count), first,
-                                 call.layered ? call.type : call.x.scalar_type(), {call.dropout.typed()});
+      input = milkernels::staged(call, slice, call.layered ? call.type : call.row_type(), {call.dropout.typed()});
     } else {
-      input = rows_for_products(call, first, count, call.type, clean);
+      input = rows_for_products(call, slice, call.type, clean);
     }
     if (!call.layered) {
       pooled = input;
@@ -115,7 +113,8 @@ class CriticalQueries {
  public:
   // critical [bags, classes], -1 for a class without one: its scores are -inf.
   CriticalQueries(const DSMILCall& call, const Tensor& critical)
-      : dead(critical < 0), call_(call), x_(gather_rows(call, critical).to(call.acc)),
+      : dead(critical < 0), rows(instances_at(call, critical)), call_(call),
+        x_(rows.x.view({critical.size(0), critical.size(1), call.width}).to(call.acc)),
         z_(linear(x_, call[kQ], call[kQBias])) {
     if (call.mlp) hidden_ = z_.relu();
     query_ = call.mlp ? linear(hidden_, call[kQ2], call[kQ2Bias]).tanh_() : z_;
@@ -149,6 +148,7 @@ class CriticalQueries {
   }
 
   Tensor dead;     // [bags, classes]
+  Slice rows;      // the instances
   Tensor vectors;  // what instances, or their queries, are multiplied with, scale included: [bags, classes, L or Q2]
   Tensor shift;    // [bags, classes]
 
@@ -167,17 +167,17 @@ SecondStream second_stream(DSMILCall& call, const Tensor& critical) {
     std::tie(bag, scores, lse) = pool_by_products(call, queries.vectors, queries.shift);
   } else {
     scores = call.empty({call.rows, critical.size(1)});
-    if (!call.mlp) products(call, {call.x, 0, call.rows}, queries.vectors, queries.shift, kDead, scores);
     Sums sums(call, call.chunked(), critical.size(1), call.pooled_width, Scoring::kGiven);
     call.in_slices(call.bytes_per_row(false), [&](int64_t first, int64_t count) {
+      const Slice slice = instances(call, first, count, false);
       if (call.mlp) {
-        const QueryRows of(call, rows_for_products(call, first, count, call.type, false));
+        const QueryRows of(call, rows_for_products(call, slice, call.type, false));
         products(call, {of.query, first, count}, queries.vectors, queries.shift, kDead, scores);
+      } else {
+        products(call, slice, queries.vectors, queries.shift, kDead, scores);
       }
-      const Tensor x = call.x.narrow(0, first, count);
-      sums.add(call.staged ? ValueRows(call, first, count, false).pooled : x, first, scores);
+      sums.add(call.staged ? ValueRows(call, slice, false).pooled : slice.x, first, scores);
     });
-    if (call.rows == 0) sums.add(call.empty({0, call.pooled_width}), 0, scores);
     bag = sums.bag, lse = sums.lse;
   }
   if (call.folded) {
@@ -191,93 +191,81 @@ SecondStream second_stream(DSMILCall& call, const Tensor& critical) {
 // of the layers are added, that of x is written.
 class RowsBackward {
  public:
-  RowsBackward(DSMILCall& call, const CriticalQueries& queries, const PooledTensors& of, const Tensor& grad_x,
+  RowsBackward(DSMILCall& call, const CriticalQueries& queries, const PooledTensors& of, RowGradients& to,
                Parameters& grads)
-      : call_(call), queries_(queries), of_(of), grad_x_(grad_x), grads_(grads),
-        pool_(call, of, need_x() || call.layered) {}
+      : call_(call), queries_(queries), of_(of), to_(to), grads_(grads),
+        pool_(call, of, to.wanted() || call.layered) {}
 
   // The gradient of the queries' vectors.
   Tensor run() {
     const bool values = call_.staged && of_.grad_bag.defined();
-    std::optional<Sums> of_vectors;
-    if (call_.mlp) {
-      if (!call_.staged) pool_.add({call_.x, 0, call_.rows});
-      of_vectors.emplace(call_, call_.chunked(), of_.scores.size(1), call_[kQ2].size(0), Scoring::kWeights);
-    }
+    const int64_t width = call_.mlp ? call_[kQ2].size(0) : call_.width;
+    Sums of_vectors(call_, call_.chunked(), of_.scores.size(1), width, Scoring::kWeights);
     call_.in_slices(call_.bytes_per_row(true), [&](int64_t first, int64_t count) {
+      const Slice slice = instances(call_, first, count, true);
       Tensor part;
       if (call_.staged) {
-        const ValueRows rows(call_, first, count, true);
+        const ValueRows rows(call_, slice, true);
         pool_.add({rows.pooled, first, count});
-        if (values) part = through_value(rows, first, count);
+        if (values) part = through_value(rows, slice);
+      } else {
+        pool_.add(slice);
       }
       if (call_.mlp) {
-        const Tensor x = rows_for_products(call_, first, count, call_.type, true);
+        const Tensor x = rows_for_products(call_, slice, call_.type, true);
         const QueryRows rows(call_, x);
-        of_vectors->add(rows.query, first, pool_.scores);
-        const Tensor of_x = through_query(rows, x, first, count);
+        of_vectors.add(rows.query, first, pool_.scores);
+        const Tensor of_x = through_query(rows, x, slice);
         if (part.defined() && of_x.defined()) part.add_(of_x);
         else if (of_x.defined()) part = of_x;
+      } else {
+        of_vectors.add(slice.x, first, pool_.scores);
       }
-      if (need_x()) store(first, count, part);
+      if (!to_.wanted()) return;
+      // What came through layers, that of the bag, and that of a linear query.
+      to_.write(slice, call_.staged ? TermTensors{} : pool_.term(),
+                call_.mlp ? TermTensors{} : TermTensors{pool_.scores, queries_.vectors}, part);
     });
-    if (call_.mlp && call_.rows == 0) of_vectors->add(call_.empty({0, call_[kQ2].size(0)}), 0, pool_.scores);
-    return call_.mlp ? of_vectors->bag : weighted_sums(call_, call_.x, pool_.scores);
+    return of_vectors.bag;
   }
 
  private:
-  bool need_x() const { return grad_x_.numel() > 0; }
-
-  // What came through layers, that of the bag, and that of a linear query.
-  void store(int64_t first, int64_t count, const Tensor& part) {
-    expand(call_, grad_x_.narrow(0, first, count), first, call_.staged ? TermTensors{} : pool_.term(),
-           call_.mlp ? TermTensors{} : TermTensors{pool_.scores, queries_.vectors}, part);
-  }
-
-  Tensor expanded(int64_t count, int64_t width, int64_t first, const TermTensors& term) {
-    const Tensor out = call_.empty({count, width});
-    expand(call_, out, first, term, {});
+  Tensor expanded(const Slice& slice, int64_t width, const TermTensors& term) {
+    const Tensor out = call_.empty({slice.count, width});
+    expand(call_, out, slice.first, term, {});
     return out;
   }
-  Tensor derived(const Tensor& grad, int64_t first, const Tensor& z, Activation activation) {
-    return staged(call_, grad, first, call_.acc, {{}, z, activation});
+  Tensor derived(const Tensor& grad, const Slice& slice, const Tensor& z, Activation activation) {
+    return staged(call_, {grad, slice.first, slice.count}, call_.acc, {{}, z, activation});
   }
 
-  Tensor through_value(const ValueRows& rows, int64_t first, int64_t count) {
-    Tensor grad = expanded(count, call_.pooled_width, first, pool_.term());
+  Tensor through_value(const ValueRows& rows, const Slice& slice) {
+    Tensor grad = expanded(slice, call_.pooled_width, pool_.term());
     if (call_.layered) {
-      grad = through(derived(grad, first, rows.argument, call_.activation), rows.input, kV, need_x());
+      grad = through(derived(grad, slice, rows.argument, call_.activation), rows.input, kV, to_.wanted());
     }
-    if (need_x() && call_.dropout) grad = staged(call_, grad, first, call_.acc, {call_.dropout.typed()});
-    return grad;
+    if (!to_.wanted() || !call_.dropout) return grad;
+    return staged(call_, {grad, slice.first, slice.count}, call_.acc, {call_.dropout.typed()});
   }
 
-  Tensor through_query(const QueryRows& rows, const Tensor& x, int64_t first, int64_t count) {
-    Tensor grad = expanded(count, call_[kQ2].size(0), first, {pool_.scores, queries_.vectors});
-    grad = through(derived(grad, first, rows.query, Activation::kTanh), rows.hidden, kQ2, true);
-    return through(derived(grad, first, rows.first, Activation::kRelu), x, kQ, need_x());
+  Tensor through_query(const QueryRows& rows, const Tensor& x, const Slice& slice) {
+    Tensor grad = expanded(slice, call_[kQ2].size(0), {pool_.scores, queries_.vectors});
+    grad = through(derived(grad, slice, rows.query, Activation::kTanh), rows.hidden, kQ2, true);
+    return through(derived(grad, slice, rows.first, Activation::kRelu), x, kQ, to_.wanted());
   }
 
   // Through a layer  W x + b: adds the gradients of W and b, returns that of x if it is wanted.
   Tensor through(const Tensor& grad, const Tensor& x, Parameter weight, bool wanted) {
+    const LayerGradient layer(grad, call_.type);
     add_to(grads_[weight + 1], grad.sum(0));
-    Tensor scaled = grad, scale;
-    if (call_.type == at::kHalf) {
-      scale = power_of_two_scale(largest(grad));
-      scaled = grad * scale;
-    }
-    scaled = scaled.to(call_.type);
-    Tensor of_weight = product(scaled.t(), x, call_.acc);
-    add_to(grads_[weight], scale.defined() ? of_weight.div_(scale) : of_weight);
-    if (!wanted) return {};
-    Tensor of_x = product(scaled, call_[weight].to(call_.type), call_.acc);
-    return scale.defined() ? of_x.div_(scale) : of_x;
+    add_to(grads_[weight], layer.of_weight(x));
+    return wanted ? layer.of_x(call_[weight].to(call_.type)) : Tensor();
   }
 
   DSMILCall& call_;
   const CriticalQueries& queries_;
   const PooledTensors& of_;
-  const Tensor& grad_x_;
+  RowGradients& to_;
   Parameters& grads_;
   PoolGradients pool_;
 };
@@ -288,15 +276,15 @@ struct SecondStreamSaved {
   const OptionalTensor &grad_bag, &grad_scores, &grad_lse;
 };
 
-// Writes the gradient of x, if grad_x has any numbers; returns those of the parameters, undefined where there is none.
-Parameters second_stream_backward(DSMILCall& call, const SecondStreamSaved& saved, const Tensor& grad_x) {
+// Writes the gradient of the rows; returns those of the parameters, undefined where there is none.
+Parameters second_stream_backward(DSMILCall& call, const SecondStreamSaved& saved, RowGradients& rows) {
   TORCH_CHECK_VALUE(saved.critical.dim() == 2 && saved.critical.size(1) > 0, "critical must be [bags, any]; got ",
                     saved.critical.sizes());
   const int64_t C = saved.critical.size(1);
   const Tensor critical = call.take_indices(saved.critical, "critical", {call.bags, C});
   Parameters grads;
   if (!saved.grad_bag && !saved.grad_scores && !saved.grad_lse) {
-    if (grad_x.numel() > 0) grad_x.zero_();
+    rows.zero();
     return grads;
   }
   const CriticalQueries queries(call, critical);
@@ -318,10 +306,10 @@ Parameters second_stream_backward(DSMILCall& call, const SecondStreamSaved& save
     of_shift.masked_fill_(queries.dead, 0);
   }
   Tensor of_vectors;
-  if (!call.mlp && !call.staged) of_vectors = pool_by_products_backward(call, of, queries.vectors, grad_x, true);
-  else of_vectors = RowsBackward(call, queries, of, grad_x, grads).run();
+  if (!call.mlp && !call.staged) of_vectors = pool_by_products_backward(call, of, queries.vectors, rows, true);
+  else of_vectors = RowsBackward(call, queries, of, rows, grads).run();
   const Tensor of_rows = queries.backward(of_vectors, of_shift, grads);
-  if (grad_x.numel() > 0) add_to_rows(call, critical, of_rows, grad_x);
+  if (rows.wanted()) rows.add_at(queries.rows, of_rows);
   return grads;
 }
 
@@ -343,9 +331,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_pool_fwd(
     const OptionalTensor& q2_weight, const OptionalTensor& q2_bias, const OptionalTensor& v_weight,
     const OptionalTensor& v_bias, const OptionalTensor& offsets, const OptionalTensor& mask, const OptionalTensor& seed,
     std::optional<c10::string_view> v_activation, double v_dropout_p, std::optional<double> scale,
-    std::optional<ScalarType> compute_dtype) {
+    std::optional<ScalarType> compute_dtype, const OptionalTensor& e_weight, const OptionalTensor& e_bias,
+    const OptionalTensor& e_seed, std::optional<c10::string_view> e_activation, double e_dropout_p,
+    std::optional<ScalarType> e_dtype) {
   DSMILCall call(x, {q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias}, offsets, mask, seed, v_activation,
-                 v_dropout_p, scale, compute_dtype);
+                 v_dropout_p, scale, compute_dtype,
+                 {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   TORCH_CHECK_VALUE(instance_logits.dim() == 2 && instance_logits.size(1) > 0, "instance_logits must be [", call.rows,
                     ", any]; got ", instance_logits.sizes());
   Tensor logits = call.take(instance_logits, "instance_logits", {call.rows, instance_logits.size(1)});
@@ -354,20 +345,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_pool_fwd(
   return {bag, scores, lse, critical, pooled};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_pool_bwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_pool_bwd(
     const Tensor& x, const Tensor& q_weight, const OptionalTensor& q_bias, const OptionalTensor& q2_weight,
     const OptionalTensor& q2_bias, const OptionalTensor& v_weight, const OptionalTensor& v_bias,
     const OptionalTensor& offsets, const OptionalTensor& mask, const OptionalTensor& seed, const Tensor& bag,
     const Tensor& scores, const Tensor& lse, const Tensor& critical, const Tensor& pooled,
+    const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
     std::optional<c10::string_view> v_activation, double v_dropout_p, std::optional<double> scale,
-    std::optional<ScalarType> compute_dtype, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
-    const OptionalTensor& grad_lse, std::array<bool, 7> needs) {
+    std::optional<ScalarType> compute_dtype, std::optional<c10::string_view> e_activation, double e_dropout_p,
+    std::optional<ScalarType> e_dtype, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
+    const OptionalTensor& grad_lse, std::array<bool, 9> needs) {
   const std::array<OptionalTensor, kParameters> given{q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias};
-  DSMILCall call(x, given, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype);
-  const Tensor grad_x = call.grad_x(needs[0]);
-  const Parameters found = second_stream_backward(
-      call, {bag, scores, lse, critical, pooled, grad_bag, grad_scores, grad_lse}, grad_x);
-  return std::tuple_cat(std::make_tuple(grad_x), in_their_types(found, given, needs.data() + 1));
+  DSMILCall call(x, given, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype,
+                 {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+  RowGradients rows(call, needs[0], needs[7], needs[8]);
+  const Parameters found =
+      second_stream_backward(call, {bag, scores, lse, critical, pooled, grad_bag, grad_scores, grad_lse}, rows);
+  return std::tuple_cat(std::make_tuple(rows.x), in_their_types(found, given, needs.data() + 1), rows.parameters());
 }
 
 // --- both streams
@@ -377,9 +371,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_fwd(
     const OptionalTensor& q_bias, const OptionalTensor& q2_weight, const OptionalTensor& q2_bias,
     const OptionalTensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& offsets,
     const OptionalTensor& mask, const OptionalTensor& seed, std::optional<c10::string_view> v_activation,
-    double v_dropout_p, std::optional<double> scale, std::optional<ScalarType> compute_dtype) {
+    double v_dropout_p, std::optional<double> scale, std::optional<ScalarType> compute_dtype,
+    const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
+    std::optional<c10::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
   DSMILCall call(x, {q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias}, offsets, mask, seed, v_activation,
-                 v_dropout_p, scale, compute_dtype);
+                 v_dropout_p, scale, compute_dtype,
+                 {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0, "weight must be [any, ", call.width, "]; got ",
                     weight.sizes());
   const int64_t C = weight.size(0);
@@ -389,31 +386,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_fwd(
   return {bag, scores, lse, critical, values, logits, pooled};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_bwd(
+using BothStreams =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+BothStreams dsmil_bwd(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& q_weight,
     const OptionalTensor& q_bias, const OptionalTensor& q2_weight, const OptionalTensor& q2_bias,
     const OptionalTensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& offsets,
     const OptionalTensor& mask, const OptionalTensor& seed, const Tensor& bag, const Tensor& scores, const Tensor& lse,
-    const Tensor& critical, const Tensor& logits, const Tensor& pooled, std::optional<c10::string_view> v_activation,
+    const Tensor& critical, const Tensor& logits, const Tensor& pooled, const OptionalTensor& e_weight,
+    const OptionalTensor& e_bias, const OptionalTensor& e_seed, std::optional<c10::string_view> v_activation,
     double v_dropout_p, std::optional<double> scale, std::optional<ScalarType> compute_dtype,
+    std::optional<c10::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
     const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
-    const OptionalTensor& grad_values, const OptionalTensor& grad_logits, std::array<bool, 9> needs) {
+    const OptionalTensor& grad_values, const OptionalTensor& grad_logits, std::array<bool, 11> needs) {
   const std::array<OptionalTensor, kParameters> given{q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias};
-  DSMILCall call(x, given, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype);
+  DSMILCall call(x, given, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype,
+                 {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   const int64_t C = weight.size(0);
-  const Tensor grad_x = call.grad_x(needs[0]);
-  const Parameters found = second_stream_backward(
-      call, {bag, scores, lse, critical, pooled, grad_bag, grad_scores, grad_lse}, grad_x);
+  RowGradients rows(call, needs[0], needs[9], needs[10]);
+  const Parameters found =
+      second_stream_backward(call, {bag, scores, lse, critical, pooled, grad_bag, grad_scores, grad_lse}, rows);
   std::array<Tensor, 2> first;
   if (grad_values || grad_logits) {
-    const auto gradients = instance_max_gradients(
-        call, call.take(weight, "weight", {C, call.width}), call.take_indices(critical, "critical", {call.bags, C}),
-        call.take(logits, "logits", {call.rows, C}), grad_values, grad_logits, {needs[0], needs[1], needs[2]}, grad_x);
-    first = {std::get<1>(gradients), std::get<2>(gradients)};
+    std::tie(first[0], first[1]) = instance_max_gradients(
+        call, call.take(weight, "weight", {C, call.width}), critical, call.take(logits, "logits", {call.rows, C}),
+        grad_values, grad_logits, {needs[1], needs[2]}, rows, /*onto=*/true);
   }
-  return std::tuple_cat(std::make_tuple(grad_x),
+  return std::tuple_cat(std::make_tuple(rows.x),
                         in_their_types<2>(first, {weight, bias ? *bias : weight}, needs.data() + 1),
-                        in_their_types(found, given, needs.data() + 3));
+                        in_their_types(found, given, needs.data() + 3), rows.parameters());
 }
 
 TORCH_LIBRARY_IMPL(milkernels, MILKERNELS_DEVICE_KEY, m) {

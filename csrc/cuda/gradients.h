@@ -6,12 +6,6 @@
 
 namespace milkernels {
 
-// Rows of a call's x, or other rows in their place, as kernels take them.
-struct Slice {
-  const Tensor& x;       // [count, any], of row `first` on
-  int64_t first, count;
-};
-
 // 0 where a score or logit is -inf.
 inline Tensor alive(const Tensor& gradient, const Tensor& values) {
   return gradient.masked_fill(values == -std::numeric_limits<double>::infinity(), 0);
@@ -76,6 +70,7 @@ class Sums {
       const Partials<A> p = call.partials<A>(bags, heads, width);
       partials_ = {p.top, p.total, p.sum};
     });
+    if (call.rows == 0) add(call.empty({0, width}), 0, {});  // nobody will
   }
   // Rows [first, first + x's) that x holds, by weights or scores [N, heads], of all rows; null: each counts once.
   void add(const Tensor& x, int64_t first, const Tensor& weights) {
@@ -166,12 +161,11 @@ class PoolGradients {
     });
   }
 
-  // The gradient of vectors that scores are products with, sum_i gradient[i, k] x_i: [B, K, L].
+  // The gradient of vectors that scores are products with, from sum_i gradient[i, k] x_i: [B, K, L].
   //
   // The gradients of a bag's scores sum to that of its lse and those of the scores themselves: what rounding makes of
   // them beyond that is an error that all rows share, and is large where features have a mean.
-  Tensor of_vectors(const Tensor& x) {
-    const Tensor sums = weighted_sums(call_, x, scores);
+  Tensor of_vectors(const Tensor& sums) {
     if (!centre_.defined()) return sums;
     Tensor excess = -sums_of_columns(call_, scores);
     if (of_.grad_lse.defined()) excess.add_(of_.grad_lse.masked_fill(normal_ == 0, 0));  // no living row, no lse

@@ -1,45 +1,9 @@
 // Layers of instances: products by the library, in the type that a call wants them in, of rows that kernels prepare.
 #pragma once
 
-#include <string_view>
-
 #include "call.h"
-#include "stage.h"
 
 namespace milkernels {
-
-inline Activation activation_of(std::string_view name) {
-  if (name == "tanh") return Activation::kTanh;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  TORCH_CHECK_VALUE(name == "identity", "activation must be tanh, relu, gelu or identity; got ", name);
-  return Activation::kIdentity;
-}
-
-// In what the products of rows run.
-inline ScalarType product_type(const Call& call, std::optional<ScalarType> compute_dtype) {
-  const ScalarType type = call.acc == at::kDouble || !compute_dtype ? call.x.scalar_type() : *compute_dtype;
-  TORCH_CHECK_TYPE(type == at::kDouble || type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
-                   "compute_dtype must be float16, bfloat16 or float32; got ", type);
-  return type;
-}
-
-// What drops a share p of the units; holds the seed, which stays on the device.
-struct DropoutTensors {
-  DropoutTensors(const Call& call, const OptionalTensor& seed, double p) {
-    TORCH_CHECK_VALUE(p >= 0 && p <= 1, "the share that is dropped must be in [0, 1]; got ", p);
-    threshold = static_cast<uint32_t>(p * 65536 + 0.5);
-    if (threshold == 0) return;
-    TORCH_CHECK_VALUE(seed && seed->numel() == 1 && seed->scalar_type() == at::kLong && call.here(*seed),
-                      "dropout needs a seed: an int64 tensor of one element on ", call.x.device());
-    this->seed = *seed;
-  }
-  explicit operator bool() const { return seed.defined(); }
-  Dropped typed() const { return {data<int64_t>(seed), threshold}; }
-
-  Tensor seed;
-  uint32_t threshold;  // of 65536
-};
 
 // a b by the library, in `type`: half types accumulate in float32 and need not be rounded.
 inline Tensor product(const Tensor& a, const Tensor& b, ScalarType type) {
@@ -78,17 +42,18 @@ struct Staging {
   Dropped dropped = {};
   Tensor z = {};  // in the accumulation type
   Activation activation = Activation::kIdentity;
+  DropoutBranch branch = DropoutBranch::kValue;
 };
 
-// Rows [first, first + from's) of x, or others in their place, in `type`: masked ones 0, staged as asked.
-inline Tensor staged(const Call& call, const Tensor& from, int64_t first, ScalarType type, const Staging& how = {}) {
-  const Tensor out = at::empty({from.size(0), from.size(1)}, from.options().dtype(type));
-  dispatch(from.scalar_type(), [&]<typename T>() {
+// The rows of a slice in `type`: masked ones 0, staged as asked.
+inline Tensor staged(const Call& call, const Slice& slice, ScalarType type, const Staging& how = {}) {
+  const Tensor out = at::empty({slice.x.size(0), slice.x.size(1)}, slice.x.options().dtype(type));
+  dispatch(slice.x.scalar_type(), [&]<typename T>() {
     dispatch(type, [&]<typename E>() {
       if constexpr (std::is_same_v<acc_t<T>, acc_t<E>>) {
-        const Rows<T> rows = Call::rows_at<T>(from);
-        stage_rows(StageRows<T, E>{rows.x, rows.stride, first, from.size(0), rows.width, data<bool>(call.mask),
-                                   data<E>(out), how.dropped, data<acc_t<T>>(how.z), how.activation},
+        const Rows<T> rows = Call::rows_at<T>(slice.x);
+        stage_rows(StageRows<T, E>{call.numbers(slice), rows.x, rows.stride, rows.width, data<E>(out), how.dropped,
+                                   how.branch, data<acc_t<T>>(how.z), how.activation},
                    call.stream());
       }
     });
@@ -96,12 +61,33 @@ inline Tensor staged(const Call& call, const Tensor& from, int64_t first, Scalar
   return out;
 }
 
-// The slice's rows of x for products: a copy where their type is another, or where masked rows, which may hold anything,
-// must not be multiplied (`clean`).
-inline Tensor rows_for_products(const Call& call, int64_t first, int64_t count, ScalarType type, bool clean) {
-  const Tensor part = call.x.narrow(0, first, count);
-  const bool as_it_is = call.x.scalar_type() == type && !(clean && call.mask.defined());
-  return as_it_is ? part : staged(call, part, first, type);
+// A slice's rows for products: a copy where their type is another, or where masked rows of x, which may hold anything,
+// must not be multiplied (`clean`); embedded ones are 0.
+inline Tensor rows_for_products(const Call& call, const Slice& slice, ScalarType type, bool clean) {
+  const bool as_it_is = slice.x.scalar_type() == type && !(clean && call.mask.defined() && !slice.input.defined());
+  return as_it_is ? slice.x : staged(call, slice, type);
 }
+
+// The gradient of what a layer W x + b gives, in the type of its products: on its way to those of W and x.
+class LayerGradient {
+ public:
+  LayerGradient(const Tensor& grad, ScalarType type) : acc_(grad.scalar_type()) {
+    if (type == at::kHalf) scale_ = power_of_two_scale(largest(grad));
+    scaled_ = (scale_.defined() ? grad * scale_ : grad).to(type);
+  }
+  // In the accumulation type.
+  Tensor of_weight(const Tensor& x) const { return unscaled(product(scaled_.t(), x, acc_)); }
+  Tensor of_x(const Tensor& weight) const { return unscaled(product(scaled_, weight, acc_)); }
+  // Into `out`, in its type.
+  void write_of_x(const Tensor& weight, Tensor out) const {
+    if (scale_.defined() || out.scalar_type() != scaled_.scalar_type()) out.copy_(of_x(weight));
+    else product_into(out, scaled_, weight);
+  }
+
+ private:
+  Tensor unscaled(Tensor t) const { return scale_.defined() ? t.div_(scale_) : t; }
+  ScalarType acc_;
+  Tensor scaled_, scale_;
+};
 
 }  // namespace milkernels

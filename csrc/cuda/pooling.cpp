@@ -40,8 +40,8 @@ std::tuple<Tensor, Tensor> softmax_pool_bwd(const Tensor& x, const OptionalTenso
 class QueryCall : public Call {
  public:
   QueryCall(const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
-            double scale)
-      : Call(x, offsets, mask) {
+            double scale, const EmbeddingArguments& embedding)
+      : Call(x, offsets, mask, embedding) {
     const bool per_bag = query.dim() == 3;
     TORCH_CHECK_VALUE(per_bag || query.dim() == 2, "query must be 2-D or 3-D; got ", query.sizes());
     heads = query.size(-2);
@@ -55,83 +55,114 @@ class QueryCall : public Call {
 };
 
 std::tuple<Tensor, Tensor, Tensor> query_pool_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets,
-                                                  const OptionalTensor& mask, double scale) {
-  QueryCall call(x, query, offsets, mask, scale);
+                                                  const OptionalTensor& mask, double scale,
+                                                  const OptionalTensor& e_weight, const OptionalTensor& e_bias,
+                                                  const OptionalTensor& e_seed,
+                                                  std::optional<c10::string_view> e_activation, double e_dropout_p,
+                                                  std::optional<ScalarType> e_dtype) {
+  QueryCall call(x, query, offsets, mask, scale, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   return pool_by_products(call, call.scaled, {});
 }
 
 Tensor query_scores_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
-                        double scale) {
-  const QueryCall call(x, query, offsets, mask, scale);
+                        double scale, const OptionalTensor& e_weight, const OptionalTensor& e_bias,
+                        const OptionalTensor& e_seed, std::optional<c10::string_view> e_activation, double e_dropout_p,
+                        std::optional<ScalarType> e_dtype) {
+  const QueryCall call(x, query, offsets, mask, scale, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   Tensor scores = call.empty({call.rows, call.heads});
-  products(call, {call.x, 0, call.rows}, call.scaled, {}, kDead, scores);
+  for_instances(call, false, [&](const Slice& slice) { products(call, slice, call.scaled, {}, kDead, scores); });
   return scores;
 }
 
-std::tuple<Tensor, Tensor> query_bwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets,
-                                     const OptionalTensor& mask, const OptionalTensor& bag, const Tensor& scores,
-                                     const OptionalTensor& lse, double scale, const OptionalTensor& grad_bag,
-                                     const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
-                                     std::array<bool, 2> needs) {
-  QueryCall call(x, query, offsets, mask, scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(
+    const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
+    const OptionalTensor& bag, const Tensor& scores, const OptionalTensor& lse, const OptionalTensor& e_weight,
+    const OptionalTensor& e_bias, const OptionalTensor& e_seed, double scale,
+    std::optional<c10::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
+    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
+    std::array<bool, 4> needs) {
+  QueryCall call(x, query, offsets, mask, scale, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   const PooledTensors of(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
-  const Tensor grad_x = call.grad_x(needs[0]);
-  Tensor grad_query = pool_by_products_backward(call, of, call.scaled, grad_x, needs[1]);
-  if (!needs[1]) return {grad_x, call.empty({0})};
-  if (query.dim() == 2) grad_query = grad_query.sum(0);
-  return {grad_x, grad_query.mul_(scale).to(query.scalar_type())};
+  RowGradients rows(call, needs[0], needs[2], needs[3]);
+  Tensor grad_query = pool_by_products_backward(call, of, call.scaled, rows, needs[1]);
+  if (needs[1] && query.dim() == 2) grad_query = grad_query.sum(0);
+  grad_query = needs[1] ? grad_query.mul_(scale).to(query.scalar_type()) : call.empty({0});
+  return std::tuple_cat(std::make_tuple(rows.x, grad_query), rows.parameters());
 }
 
 // --- loss_attention_pool
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss_attention_pool_fwd(const Tensor& x, const Tensor& weight,
-                                                                   const OptionalTensor& bias,
-                                                                   const OptionalTensor& offsets,
-                                                                   const OptionalTensor& mask) {
-  ClassCall call(x, weight, bias, offsets, mask);
+using LossAttention = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // bag, scores, lse, logits
+
+LossAttention loss_attention_pool_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                      const OptionalTensor& offsets, const OptionalTensor& mask,
+                                      const OptionalTensor& e_weight, const OptionalTensor& e_bias,
+                                      const OptionalTensor& e_seed, std::optional<c10::string_view> e_activation,
+                                      double e_dropout_p, std::optional<ScalarType> e_dtype) {
+  ClassCall call(x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   const Forward out(call, 1);
   const Tensor logits = call.empty({call.rows, call.classes});
-  const bool done = dispatch(x.scalar_type(), [&]<typename T>() {
+  const bool done = !call.embedding && dispatch(x.scalar_type(), [&]<typename T>() {
     using A = acc_t<T>;
     auto p = out.arguments<T>(call, Scoring::kClasses);
     p.vectors = {data<A>(call.weight), static_cast<int>(call.classes), 0, data<A>(call.bias), 0};
     p.products = data<A>(logits);
     return pool_forward(p, call.stream());
   });
-  if (!done) {
-    products(call, {call.x, 0, call.rows}, call.weight, call.bias, kDead, logits);
-    out.pool_given(call, logits.logsumexp(1, true));
-  }
-  return {out.bag, out.scores, out.lse, logits};
+  if (done) return {out.bag, out.scores, out.lse, logits};
+  const auto pooled = pool_as_scored(call, out.scores, [&](const Slice& slice) {
+    products(call, slice, call.weight, call.bias, kDead, logits);
+    Tensor scores = out.scores.narrow(0, slice.first, slice.count);
+    at::logsumexp_out(scores, logits.narrow(0, slice.first, slice.count), 1, true);
+  });
+  return std::tuple_cat(pooled, std::make_tuple(logits));
 }
 
-std::tuple<Tensor, Tensor, Tensor> loss_attention_pool_bwd(
+// The gradients of weight and bias, in the accumulation type; those of the rows are written.
+std::tuple<Tensor, Tensor> loss_attention_in_slices(ClassCall& call, const PooledTensors& of, const Tensor& logits,
+                                                    const Tensor& grad_logits, bool need_weight, RowGradients& rows) {
+  PoolGradients gradients(call, of, rows.wanted());
+  const Tensor of_logits = call.empty(logits.sizes());
+  std::optional<Sums> of_weight;
+  if (need_weight) of_weight.emplace(call, call.one_bag(), call.classes, call.width, Scoring::kWeights);
+  for_instances(call, true, [&](const Slice& slice) {
+    const auto part = [&](const Tensor& t) { return t.narrow(0, slice.first, slice.count); };
+    gradients.add(slice);
+    const Tensor l = part(logits), of_slice = part(of_logits);
+    of_slice.copy_(alive(part(gradients.scores) * (l - part(of.scores)).exp(), l));
+    if (grad_logits.defined()) of_slice.add_(alive(part(grad_logits), l));
+    if (need_weight) of_weight->add(slice.x, slice.first, of_logits);
+    if (rows.wanted()) rows.write(slice, gradients.term(), {of_logits, call.weight});
+  });
+  return {need_weight ? of_weight->bag.squeeze(0) : Tensor(), of_logits.sum(0)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_bwd(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
     const OptionalTensor& mask, const Tensor& bag, const Tensor& scores, const Tensor& lse, const Tensor& logits,
+    const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
+    std::optional<c10::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
     const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
-    const OptionalTensor& grad_logits, std::array<bool, 3> needs) {
-  ClassCall call(x, weight, bias, offsets, mask);
+    const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
+  ClassCall call(x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   const PooledTensors of(call, 1, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   const Tensor l = call.take(logits, "logits", {call.rows, call.classes}),
                g = call.take(grad_logits, "grad_logits", {call.rows, call.classes});
   const bool sums = needs[1] || needs[2];
-  Tensor grad_x = call.grad_x(needs[0]), grad_weight = call.gradient(sums, {call.bags, call.classes, call.width}),
+  RowGradients rows(call, needs[0], needs[3], needs[4]);
+  Tensor grad_weight = call.gradient(sums, {call.bags, call.classes, call.width}),
          grad_bias = call.gradient(sums, {call.bags, call.classes});
-  if (Backward{of, Scoring::kClasses, call.weight, l, g, grad_x, {}, grad_weight, grad_bias}.run(call)) {
+  if (Backward{of, Scoring::kClasses, call.weight, l, g, rows.x, {}, grad_weight, grad_bias}.run(call)) {
     grad_weight = grad_weight.sum(0), grad_bias = grad_bias.sum(0);
   } else {
-    PoolGradients gradients(call, of, needs[0]);
-    gradients.add({call.x, 0, call.rows});
-    Tensor of_logits = alive(gradients.scores * (l - of.scores).exp(), l);
-    if (g.defined()) of_logits.add_(alive(g, l));
-    if (needs[0]) expand(call, grad_x, 0, gradients.term(), {of_logits, call.weight});
-    if (needs[1]) grad_weight = weighted_sums(call, call.x, of_logits, true).squeeze(0);
-    grad_bias = of_logits.sum(0);
+    std::tie(grad_weight, grad_bias) = loss_attention_in_slices(call, of, l, g, needs[1], rows);
   }
   const auto own = [&](bool need, const Tensor& t, const Tensor& like) {
     return need ? t.to(like.scalar_type()) : call.empty({0});
   };
-  return {grad_x, own(needs[1], grad_weight, weight), own(needs[2], grad_bias, bias ? *bias : weight)};
+  return std::tuple_cat(std::make_tuple(rows.x, own(needs[1], grad_weight, weight),
+                                        own(needs[2], grad_bias, bias ? *bias : weight)),
+                        rows.parameters());
 }
 
 // --- weighted_pool, mean_pool

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "gradients.h"
+#include "instances.h"
 
 namespace milkernels {
 
@@ -43,8 +43,8 @@ struct Forward {
   }
 };
 
-// The backward in one read of the rows; `vectors` are those of the scores. False where it does not fit, or no gradient
-// of the bag came back.
+// The backward in one read of the rows; `vectors` are those of the scores. False where it does not fit, no gradient of
+// the bag came back, or rows are embedded.
 struct Backward {
   const PooledTensors& of;
   Scoring scoring;
@@ -52,7 +52,7 @@ struct Backward {
   Tensor grad_x, grad_given, grad_vectors, grad_shift;  // where they are wanted
 
   bool run(Call& call) const {
-    if (!of.grad_bag.defined()) return false;
+    if (!of.grad_bag.defined() || call.embedding) return false;
     const int64_t K = of.scores.size(1), J = vectors.defined() ? vectors.size(-2) : 0;
     return dispatch(call.x.scalar_type(), [&]<typename T>() {
       using A = acc_t<T>;
@@ -84,8 +84,8 @@ struct Backward {
 class ClassCall : public Call {
  public:
   ClassCall(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
-            const OptionalTensor& mask)
-      : Call(x, offsets, mask) {
+            const OptionalTensor& mask, const EmbeddingArguments& embedding)
+      : Call(x, offsets, mask, embedding) {
     TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0, "weight must be [any, ", width, "]; got ",
                       weight.sizes());
     classes = weight.size(0);
@@ -96,33 +96,49 @@ class ClassCall : public Call {
   Tensor weight, bias;
 };
 
-// (bag, scores, lse) for the scores <x_i, vectors[b, k]> + shift[b, k]; vectors [B, K, L], or [K, L] for all bags.
+// (bag, scores, lse) of a softmax pooling of the rows as they come; score(slice) writes the scores of its rows into
+// `scores`.
+template <typename Score>
+std::tuple<Tensor, Tensor, Tensor> pool_as_scored(Call& call, const Tensor& scores, const Score& score) {
+  Sums sums(call, call.as_they_come(), scores.size(1), call.width, Scoring::kGiven);
+  for_instances(call, false, [&](const Slice& slice) {
+    score(slice);
+    sums.add(slice.x, slice.first, scores);
+  });
+  return {sums.bag, scores, sums.lse};
+}
+
+// The same for the scores <x_i, vectors[b, k]> + shift[b, k]; vectors [B, K, L], or [K, L] for all bags.
 inline std::tuple<Tensor, Tensor, Tensor> pool_by_products(Call& call, const Tensor& vectors, const Tensor& shift) {
   const int64_t K = vectors.size(-2);
   const Forward out(call, K);
-  const bool done = dispatch(call.x.scalar_type(), [&]<typename T>() {
+  const bool done = !call.embedding && dispatch(call.x.scalar_type(), [&]<typename T>() {
     using A = acc_t<T>;
     auto p = out.arguments<T>(call, Scoring::kQuery);
     p.vectors = {data<A>(vectors), static_cast<int>(K), vectors.dim() == 3 ? K * call.width : 0, data<A>(shift),
                  shift.defined() ? K : 0};
     return pool_forward(p, call.stream());
   });
-  if (!done) {
-    products(call, {call.x, 0, call.rows}, vectors, shift, kDead, out.scores);
-    out.pool_given(call, out.scores);
-  }
-  return {out.bag, out.scores, out.lse};
+  if (done) return {out.bag, out.scores, out.lse};
+  return pool_as_scored(call, out.scores, [&](const Slice& slice) {
+    products(call, slice, vectors, shift, kDead, out.scores);
+  });
 }
 
-// Writes the gradient of the rows, if grad_x has any; returns that of the vectors [B, K, L], if wanted.
-inline Tensor pool_by_products_backward(Call& call, const PooledTensors& of, const Tensor& vectors,
-                                        const Tensor& grad_x, bool wanted) {
+// Writes the gradient of the rows; returns that of the vectors [B, K, L], if wanted.
+inline Tensor pool_by_products_backward(Call& call, const PooledTensors& of, const Tensor& vectors, RowGradients& rows,
+                                        bool wanted) {
   const Tensor grad_vectors = wanted ? call.empty({call.bags, vectors.size(-2), call.width}) : Tensor();
-  if (Backward{of, Scoring::kQuery, vectors, {}, {}, grad_x, {}, grad_vectors}.run(call)) return grad_vectors;
-  PoolGradients gradients(call, of, grad_x.numel() > 0);
-  gradients.add({call.x, 0, call.rows});
-  if (grad_x.numel() > 0) expand(call, grad_x, 0, gradients.term(), {gradients.scores, vectors});
-  return wanted ? gradients.of_vectors(call.x) : Tensor();
+  if (Backward{of, Scoring::kQuery, vectors, {}, {}, rows.x, {}, grad_vectors}.run(call)) return grad_vectors;
+  PoolGradients gradients(call, of, rows.wanted());
+  std::optional<Sums> sums;
+  if (wanted) sums.emplace(call, call.as_they_come(), vectors.size(-2), call.width, Scoring::kWeights);
+  for_instances(call, true, [&](const Slice& slice) {
+    gradients.add(slice);
+    if (wanted) sums->add(slice.x, slice.first, gradients.scores);
+    if (rows.wanted()) rows.write(slice, gradients.term(), {gradients.scores, vectors});
+  });
+  return wanted ? gradients.of_vectors(sums->bag) : Tensor();
 }
 
 }  // namespace milkernels

@@ -5,39 +5,87 @@
 namespace milkernels {
 namespace {
 
-// Eight columns of a row for each thread.
+// The row of a thread, and the first of its eight columns.
+struct Place {
+  int64_t r;
+  int c;
+};
+__device__ inline Place place_of_thread(int width) {
+  const int across = ceil_div(width, kUnitsTogether);
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  return {i / across, static_cast<int>(i % across) * kUnitsTogether};
+}
+// Blocks for them.
+inline dim3 grid_of(int64_t count, int width) {
+  return dim3(static_cast<unsigned>(ceil_div(count * ceil_div(width, kUnitsTogether), int64_t{kThreads})));
+}
+
+// What is dropped is selected away: it may be infinite.
+template <typename A>
+__device__ inline void drop(A (&value)[kUnitsTogether], const Dropped& dropped, int64_t row, int c,
+                            DropoutBranch branch) {
+  if (dropped.seed == nullptr) return;
+  const unsigned kept = dropped.kept(row, c, branch);
+  const A scale = dropped.template scale<A>();
+#pragma unroll
+  for (int j = 0; j < kUnitsTogether; ++j) value[j] = kept >> j & 1 ? value[j] * scale : A(0);
+}
+
 template <typename T, typename E>
 __global__ void __launch_bounds__(kThreads) stage_kernel(StageRows<T, E> p) {
   using A = acc_t<T>;
-  const int across = ceil_div(p.width, kUnitsTogether);
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, r = i / across;
-  if (r >= p.count) return;
-  const int c = static_cast<int>(i % across) * kUnitsTogether;
+  const auto [r, c] = place_of_thread(p.width);
+  if (r >= p.numbers.count) return;
+  const int64_t row = p.numbers.at(r);
   A value[kUnitsTogether] = {};
-  if (p.mask == nullptr || p.mask[p.first + r]) load_columns(value, p.x + r * p.stride, c, p.width);
-  if (p.dropped.seed != nullptr) {
-    // What is dropped is selected away: it may be infinite.
-    const unsigned kept = p.dropped.kept(p.first + r, c, DropoutBranch::kValue);
-    const A scale = p.dropped.template scale<A>();
+  if (p.numbers.real(row)) {
+    load_columns(value, p.x + r * p.stride, c, p.width);
+    drop(value, p.dropped, row, c, p.branch);
+    if (p.z != nullptr) {
+      A z[kUnitsTogether];
+      load_columns(z, p.z + r * p.width, c, p.width);
 #pragma unroll
-    for (int j = 0; j < kUnitsTogether; ++j) value[j] = kept >> j & 1 ? value[j] * scale : A(0);
-  }
-  if (p.z != nullptr) {
-    A z[kUnitsTogether];
-    load_columns(z, p.z + r * p.width, c, p.width);
-#pragma unroll
-    for (int j = 0; j < kUnitsTogether; ++j) value[j] *= activation_gradient(z[j], z[j], p.activation);
+      for (int j = 0; j < kUnitsTogether; ++j) value[j] *= activation_gradient(z[j], z[j], p.activation);
+    }
   }
   store_columns(p.out + r * p.width, value, c, p.width);
+}
+
+template <typename E>
+__global__ void __launch_bounds__(kThreads) embed_kernel(EmbedRows<E> p) {
+  using A = acc_t<E>;
+  const auto [r, c] = place_of_thread(p.width);
+  if (r >= p.numbers.count) return;
+  const int64_t row = p.numbers.at(r);
+  A value[kUnitsTogether] = {}, argument[kUnitsTogether] = {};
+  if (p.numbers.real(row)) {
+    A bias[kUnitsTogether] = {};
+    load_columns(value, p.z + r * p.width, c, p.width);
+    if (p.bias != nullptr) load_columns(bias, p.bias, c, p.width);
+#pragma unroll
+    for (int j = 0; j < kUnitsTogether; ++j) {
+      const A z = value[j] + bias[j];
+      value[j] = activate(z, p.activation);
+      argument[j] = p.activation == Activation::kGelu ? z : value[j];
+    }
+    drop(value, p.dropped, row, c, DropoutBranch::kEmbedding);
+  }
+  store_columns(p.out + r * p.width, value, c, p.width);
+  if (p.gradient) store_columns(p.z + r * p.width, argument, c, p.width);
 }
 
 }  // namespace
 
 template <typename T, typename E>
 void stage_rows(const StageRows<T, E>& p, cudaStream_t stream) {
-  const int64_t vectors = p.count * ceil_div(p.width, kUnitsTogether);
-  if (vectors == 0) return;
-  launch<stage_kernel<T, E>>(dim3(static_cast<unsigned>(ceil_div(vectors, int64_t{kThreads}))), kThreads, 0, stream, p);
+  if (p.numbers.count == 0) return;
+  launch<stage_kernel<T, E>>(grid_of(p.numbers.count, p.width), kThreads, 0, stream, p);
+}
+
+template <typename E>
+void embed_rows(const EmbedRows<E>& p, cudaStream_t stream) {
+  if (p.numbers.count == 0) return;
+  launch<embed_kernel<E>>(grid_of(p.numbers.count, p.width), kThreads, 0, stream, p);
 }
 
 template void stage_rows(const StageRows<double, double>&, cudaStream_t);
@@ -49,5 +97,9 @@ MILKERNELS_STAGE(float)
 MILKERNELS_STAGE(bfloat16)
 MILKERNELS_STAGE(float16)
 #undef MILKERNELS_STAGE
+template void embed_rows(const EmbedRows<float>&, cudaStream_t);
+template void embed_rows(const EmbedRows<double>&, cudaStream_t);
+template void embed_rows(const EmbedRows<bfloat16>&, cudaStream_t);
+template void embed_rows(const EmbedRows<float16>&, cudaStream_t);
 
 }  // namespace milkernels

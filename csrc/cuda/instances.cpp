@@ -1,0 +1,110 @@
+#include "instances.h"
+
+#include "choice.h"
+
+namespace milkernels {
+namespace {
+
+// The embedding of rows of x in the type of products.
+Slice embedded(const Call& call, const Slice& rows, bool gradient) {
+  const Embedding& e = *call.embedding;
+  const Tensor z = product(rows.x, e.weight.t(), call.acc);
+  Slice out = rows;
+  out.x = at::empty({rows.count, call.width}, rows.x.options());
+  dispatch(rows.x.scalar_type(), [&]<typename E>() {
+    using A = acc_t<E>;
+    embed_rows(EmbedRows<E>{call.numbers(rows), data<A>(z), static_cast<int>(call.width), data<A>(e.bias), e.activation,
+                            e.dropout.typed(), data<E>(out.x), gradient},
+               call.stream());
+  });
+  if (gradient) out.input = rows.x, out.argument = z;
+  return out;
+}
+
+}  // namespace
+
+Slice instances(const Call& call, int64_t first, int64_t count, bool gradient) {
+  Slice rows{call.x.narrow(0, first, count), first, count};
+  if (!call.embedding) return rows;
+  rows.x = rows_for_products(call, rows, call.row_type(), gradient);
+  return embedded(call, rows, gradient);
+}
+
+Slice instances_at(const Call& call, const Tensor& indices) {
+  const Tensor x = gather_rows(call, indices).flatten(0, 1);
+  if (!call.embedding) return {x, 0, x.size(0), indices};
+  return embedded(call, {x.to(call.row_type()), 0, x.size(0), indices}, true);
+}
+
+int64_t bytes_of_instance(const Call& call, bool gradient) {
+  if (!call.embedding) return 0;
+  const auto size = [](ScalarType type) { return static_cast<int64_t>(c10::elementSize(type)); };
+  const int64_t of_sums = size(call.acc), of_rows = size(call.row_type()), in = call.x.size(1);
+  const bool copied = call.x.scalar_type() != call.row_type() || (gradient && call.mask.defined());
+  // x, products, rows; and their gradients, scaled for products, and that of x.
+  return (copied ? in * of_rows : 0) + call.width * (of_sums + of_rows) +
+         (gradient ? call.width * (2 * of_sums + of_rows) + in * of_sums : 0);
+}
+
+RowGradients::RowGradients(const Call& call, bool x, bool weight, bool bias) : x(call.grad_x(x)), call_(call) {
+  if (!call.embedding) return;
+  if (weight) weight_ = at::zeros(call.embedding->weight.sizes(), call.x.options().dtype(call.acc));
+  if (bias) bias_ = at::zeros({call.width}, call.x.options().dtype(call.acc));
+}
+
+// From the gradient of embedded rows, which is that of the activations.
+LayerGradient RowGradients::into_layer(const Slice& slice, const Tensor& grad) {
+  const Embedding& e = *call_.embedding;
+  Slice of_rows = slice;
+  of_rows.x = grad;
+  const Tensor of_products = staged(call_, of_rows, call_.acc,
+                                    {e.dropout.typed(), slice.argument, e.activation, DropoutBranch::kEmbedding});
+  if (bias_.defined()) bias_ += of_products.sum(0);
+  const LayerGradient layer(of_products, call_.row_type());
+  if (weight_.defined()) weight_ += layer.of_weight(slice.input);
+  return layer;
+}
+
+void RowGradients::write(const Slice& slice, const TermTensors& pooled, const TermTensors& scored,
+                         const Tensor& product, const Tensor& scale) {
+  const Tensor of_x = need_x() ? x.narrow(0, slice.first, slice.count) : Tensor();
+  if (!call_.embedding) return expand(call_, of_x, slice.first, pooled, scored, product, scale);
+  const Tensor grad = product.defined() ? product : call_.empty({slice.count, call_.width});
+  expand(call_, grad, slice.first, pooled, scored, product, scale);
+  const LayerGradient layer = into_layer(slice, grad);
+  if (need_x()) layer.write_of_x(call_.embedding->weight, of_x);
+}
+
+void RowGradients::add(const Slice& slice, const TermTensors& scored) {
+  if (call_.embedding) {
+    const Tensor grad = call_.empty({slice.count, call_.width});
+    expand(call_, grad, slice.first, {}, scored);
+    const LayerGradient layer = into_layer(slice, grad);
+    if (need_x()) x.narrow(0, slice.first, slice.count).add_(layer.of_x(call_.embedding->weight));
+    return;
+  }
+  // What has the type of sums already is read where it stands.
+  if (x.scalar_type() == call_.acc) return expand(call_, x, 0, {}, scored, x);
+  call_.in_slices(call_.width * static_cast<int64_t>(c10::elementSize(call_.acc)), [&](int64_t first, int64_t count) {
+    const Tensor rows = x.narrow(0, first, count);
+    expand(call_, rows, first, {}, scored, rows.to(call_.acc));
+  });
+}
+
+void RowGradients::add_at(const Slice& chosen, const Tensor& vectors) {
+  if (!call_.embedding) return add_to_rows(call_, chosen.places, vectors, x);
+  const LayerGradient layer = into_layer(chosen, vectors.reshape({chosen.count, call_.width}).contiguous());
+  if (!need_x()) return;
+  const Tensor of_x = layer.of_x(call_.embedding->weight);
+  add_to_rows(call_, chosen.places, of_x.view({vectors.size(0), vectors.size(1), of_x.size(1)}), x);
+}
+
+std::tuple<Tensor, Tensor> RowGradients::parameters() const {
+  const auto own = [&](const Tensor& sum, ScalarType type) {
+    return sum.defined() ? sum.to(type) : at::empty({0}, call_.x.options());
+  };
+  return {own(weight_, call_.embedding ? call_.embedding->weight_type : call_.acc),
+          own(bias_, call_.embedding ? call_.embedding->bias_type : call_.acc)};
+}
+
+}  // namespace milkernels
