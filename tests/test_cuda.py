@@ -14,6 +14,7 @@ import op_cases
 import pytest
 import torch
 from op_cases import CASES, PLAIN, close, offsets_of, same_bits, step
+from test_contract import num_bytes, peak_allocated
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.cpp_extension import include_paths
 
@@ -215,8 +216,10 @@ def small_slices():
     return emulated("set_workspace", 1, 32 << 20)
 
 
-ATTENTION = {name: case for name, case in CASES.items() if case.kernel in ("attention_pool", "attention_scores")}
-SLICED = ATTENTION | {n: case for n, case in CASES.items() if case.kernel in ("dsmil_pool", "dsmil", "instance_max")}
+EMBEDDED = {name: case for name, case in CASES.items() if case.embed is not None}  # slice by slice, whatever the op
+ATTENTION = {n: c for n, c in CASES.items() if c.kernel in ("attention_pool", "attention_scores") and c.embed is None}
+SLICED = ATTENTION | {n: c for n, c in CASES.items() if c.kernel in ("dsmil_pool", "dsmil", "instance_max")} | EMBEDDED
+every_embedded = pytest.mark.parametrize("case", EMBEDDED.values(), ids=EMBEDDED)
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, LONE, MANY], ids=["small-bags", "lone", "many-rows"])
@@ -248,7 +251,7 @@ def test_slices(case, lengths):
     close(got, step(case.truth, tensors, offsets_of(lengths), mask))
 
 
-@pytest.mark.parametrize("name", ["gated_attention_pool", "dsmil_pool-mlp-q", "dsmil_pool-relu-v"])
+@pytest.mark.parametrize("name", ["gated_attention_pool", "dsmil_pool-mlp-q", "dsmil_pool-relu-v", *EMBEDDED])
 def test_ways_and_slices_are_others(name):
     """Forced, they launch other kernels, so that the tests above are not of one way twice."""
 
@@ -261,7 +264,7 @@ def test_ways_and_slices_are_others(name):
     whole, slices = launches(), -(-sum(MANY) // 256)
     with small_slices():
         assert launches() >= whole + 2 * (slices - 1)  # one each way
-    if "attention" in name:
+    if name in ATTENTION:
         assert launches("small") < whole
 
 
@@ -271,6 +274,56 @@ def test_error_promise_of_slices(case, dtype):
     with small_slices():
         kept = op_cases.promise(case, "native", dtype, torch.float32, lengths=(30, 0, 200), seeds=2, **SIZES)
     assert kept.ok, kept.broken()
+
+
+# The instance stage, in as many slices as there are chunks
+
+
+@every_embedded
+def test_some_gradients_only_of_slices(case):
+    """What is frozen has its part of the way back left out; the rest is as ever."""
+    lengths, mask = (300, 0, 1900), torch.arange(2200) % 5 > 0
+    tensors, offsets = case.make(lengths, **SIZES | {"L": 11}), offsets_of(lengths)
+    with small_slices():
+        whole = run(case, tensors, offsets, mask)
+        for names in (("x",), ("e_weight",), ("e_bias",), set(case.tensors) - {"x", "e_weight", "e_bias"}):
+            some = {n: t.detach().requires_grad_(n in names) for n, t in tensors.items()}
+            if any(t.requires_grad for t in some.values()):
+                for key, value in run(case, some, offsets, mask).items():
+                    torch.testing.assert_close(value, whole[key], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@every_embedded
+def test_masked_rows_do_not_leak_from_slices(case, dtype):
+    """Whole slices of them, and holes."""
+    lengths = (300, 0, 1900)
+    mask = torch.arange(2200) % 5 > 0
+    mask[512:768] = False
+    poison = torch.tensor([float("nan"), float("inf")]).repeat(len(mask))[: (~mask).sum(), None].to(dtype)
+    sizes = SIZES | {"L": 11}
+    with small_slices():
+        op_cases.check_masked_rows_do_not_leak(
+            case, "native", lengths, offsets_of(lengths), mask, poison, dtype, **sizes
+        )
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "x-learns"])
+@every_embedded
+def test_neither_rows_nor_their_embedding_are_held(case, frozen):
+    """Of all rows, at any time: beyond what is returned, by the allocator's count.  No kernel need run for that."""
+    lengths, sizes = (6000, 0, 6000), SIZES | {"L": 64, "K": 1, "C": 1}
+    tensors = case.make(lengths, torch.float32, **sizes)
+    tensors["x"].requires_grad_(not frozen)
+    leaves = [t for t in tensors.values() if t.requires_grad]
+
+    def one_step():
+        outputs = case.ours("native")(tensors, offsets_of(lengths), None)
+        return outputs, torch.autograd.grad([o.sum() for o in outputs if o.requires_grad], leaves)
+
+    with small_slices(), emulated("set_dry", True, False):
+        returned = sum(num_bytes(part) for part in one_step())
+        assert peak_allocated(one_step) - returned < num_bytes([tensors["x"]]) / 2
 
 
 # Sizes

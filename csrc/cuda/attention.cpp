@@ -1,6 +1,6 @@
 // attention_pool, attention_scores and their backward on a GPU, in one of two ways. Rows go through in slices: products
-// with V and U by the library into a workspace, kernels for gate and scores behind them, then the pooling, slice by slice
-// too where rows are embedded. Or, where there is little to do, one kernel does all of it.
+// with V and U by the library into a workspace, kernels for gate and scores behind them, then the pooling, of embedded
+// rows slice by slice too. Or, where there is little to do, one kernel does all of it.
 #include <torch/library.h>
 
 #include <string_view>
@@ -109,9 +109,9 @@ bool is_small(const AttentionCall& call) {
 void scores_in_slices(const AttentionCall& call, const Tensor& scores, Sums* pooled = nullptr) {
   const Tensor weight = call.projection();
   const int64_t size = weight.element_size(), converted = call.same_type() ? 0 : call.width * size;
-  const int64_t bytes = call.units() * size + converted + bytes_of_instance(call, false);
+  const int64_t bytes = call.units() * size + converted + bytes_of_instance(call);
   call.in_slices(bytes, [&](int64_t first, int64_t count) {
-    const Slice slice = instances(call, first, count, false);
+    const Slice slice = instances(call, first, count);
     const Tensor z = product(rows_for_products(call, slice, call.type, false), weight.t(), call.type);
     dispatch(call.type, [&]<typename E>() {
       gate_scores(call.gate_rows<E>(z, first), data<acc_t<E>>(scores), call.stream());
@@ -174,8 +174,8 @@ Tensor attention_scores_fwd(const Tensor& x, const Tensor& v_weight, const Optio
 
 // --- Backward
 
-// The gradient of V over U (undefined where nobody needs it), and the sums [heads + 2, hidden] that are those of w and of
-// the biases of V and U.
+// The gradient of V over U (undefined where nobody needs it), and the sums [heads + 2, hidden] that are those of w and
+// of the biases of V and U.
 struct Found {
   Tensor weight, sums;
 };
@@ -199,9 +199,9 @@ Found backward_in_slices(const AttentionCall& call, PoolGradients& gradients, Ro
   const int64_t size = weight.element_size();
   const int64_t aside = rows.wanted() && !direct && !call.embedding ? call.width * call.w.element_size() : 0;
   const int64_t copied = (call.mask.defined() && !call.embedding) || !call.same_type() ? call.width * size : 0;
-  const int64_t bytes = call.units() * size + aside + copied + bytes_of_instance(call, true);
+  const int64_t bytes = call.units() * size + aside + copied + bytes_of_instance(call, &rows);
   call.in_slices(bytes, [&](int64_t first, int64_t count) {
-    const Slice slice = instances(call, first, count, true);
+    const Slice slice = instances(call, first, count, &rows);
     if (call.embedding) gradients.add(slice);
     const Tensor x = rows_for_products(call, slice, call.type, true), z = product(x, weight.t(), call.type);
     const Tensor scale = scale_of(call, gradients.scores.narrow(0, first, count), bound);
@@ -257,7 +257,8 @@ bool backward_at_once(AttentionCall& call, const PooledTensors& of, const RowGra
   });
   if (!done) return false;
   found.sums = found.sums.sum(0);
-  if (need_weight) found.weight = product(dz.t(), rows_for_products(call, {call.x, 0, call.rows}, call.type, true), call.acc);
+  const Slice all{call.x, 0, call.rows};
+  if (need_weight) found.weight = product(dz.t(), rows_for_products(call, all, call.type, true), call.acc);
   return true;
 }
 

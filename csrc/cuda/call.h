@@ -62,9 +62,10 @@ inline int64_t workspace = 32 << 20;  // tests make it small
 
 // Rows of a call as an op sees them: of x, embedded, or others in their place.
 struct Slice {
-  Tensor x;              // [count, any], of row `first` on
+  Tensor x;  // [count, any], of row `first` on
   int64_t first, count;
-  Tensor places = {};    // int64 [count]: the rows that these are instead, none at all where outside of x
+  Tensor places = {};  // int64 [count]: the rows that these are instead; one outside of x is 0
+  bool embedded = false;  // masked rows are 0
   // What the backward of embedded rows needs: rows of x as they went into the product, masked ones 0, and what the
   // derivative of the activation is taken at.
   Tensor input = {}, argument = {};

@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> instance_max(Call& call, const Tensor& weight
   const Tensor values = call.empty({call.bags, C}), indices = empty_indices(call, values.sizes());
   const Tensor logits = call.empty({call.rows, C});
   if (instance_max_at_once(call, weight, bias, values, indices, logits)) return {values, indices, logits};
-  for_instances(call, false, [&](const Slice& slice) { products(call, slice, weight, bias, kDead, logits); });
+  for_instances(call, nullptr, [&](const Slice& slice) { products(call, slice, weight, bias, kDead, logits); });
   const auto [largest, rows] = first_max(call, logits, true, kDead);
   return {largest, rows, logits};
 }
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor> instance_max_gradients(Call& call, const Tensor& weig
     if (of_values.defined()) put_at(call, chosen, of_values, true, of_logits);
     std::optional<Sums> of_weight;
     if (needs[0]) of_weight.emplace(call, call.one_bag(), C, call.width, Scoring::kWeights);
-    if (needs[0] || rows.wanted()) for_instances(call, true, [&](const Slice& slice) {
+    if (needs[0] || rows.wanted()) for_instances(call, &rows, [&](const Slice& slice) {
       if (needs[0]) of_weight->add(slice.x, slice.first, of_logits);
       if (!rows.wanted()) return;
       if (onto) rows.add(slice, {of_logits, weight});

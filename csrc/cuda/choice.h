@@ -16,8 +16,8 @@ std::pair<Tensor, Tensor> first_max(const Call& call, const Tensor& values, bool
 // in the accumulation type, bias may be undefined.
 std::tuple<Tensor, Tensor, Tensor> instance_max(Call& call, const Tensor& weight, const Tensor& bias);
 
-// The gradients of W and b in the accumulation type; empty where nobody needs them. That of the rows is written, or with
-// `onto` added to what is there: of a few rows, unless the logits have a gradient.
+// The gradients of W and b in the accumulation type; empty where nobody needs them. That of the rows is written, or
+// with `onto` added to what is there: of a few rows, unless the logits have a gradient.
 std::tuple<Tensor, Tensor> instance_max_gradients(Call& call, const Tensor& weight, const Tensor& indices,
                                                   const Tensor& logits, const OptionalTensor& grad_values,
                                                   const OptionalTensor& grad_logits, std::array<bool, 2> needs,

@@ -59,10 +59,11 @@ class DSMILCall : public Call {
   const Tensor& operator[](Parameter i) const { return parameters[i]; }
 
   // Bytes of a slice's row: activations of the query and the value, and their gradients.
-  int64_t bytes_per_row(bool gradient) const {
+  int64_t bytes_per_row(const RowGradients* to = nullptr) const {
+    const bool gradient = to != nullptr;
     const int64_t units = (mlp ? parameters[kQ].size(0) + parameters[kQ2].size(0) : 0) + (staged ? pooled_width : 0);
     const int64_t numbers = units * (gradient ? 4 : 2) + width * (gradient ? 1 + mlp + staged : 1 + staged);
-    return numbers * static_cast<int64_t>(c10::elementSize(acc)) + bytes_of_instance(*this, gradient);
+    return numbers * static_cast<int64_t>(c10::elementSize(acc)) + bytes_of_instance(*this, to);
   }
 
   // W x + b in the accumulation type; x has that of products.
@@ -168,8 +169,8 @@ SecondStream second_stream(DSMILCall& call, const Tensor& critical) {
   } else {
     scores = call.empty({call.rows, critical.size(1)});
     Sums sums(call, call.chunked(), critical.size(1), call.pooled_width, Scoring::kGiven);
-    call.in_slices(call.bytes_per_row(false), [&](int64_t first, int64_t count) {
-      const Slice slice = instances(call, first, count, false);
+    call.in_slices(call.bytes_per_row(), [&](int64_t first, int64_t count) {
+      const Slice slice = instances(call, first, count);
       if (call.mlp) {
         const QueryRows of(call, rows_for_products(call, slice, call.type, false));
         products(call, {of.query, first, count}, queries.vectors, queries.shift, kDead, scores);
@@ -201,8 +202,8 @@ class RowsBackward {
     const bool values = call_.staged && of_.grad_bag.defined();
     const int64_t width = call_.mlp ? call_[kQ2].size(0) : call_.width;
     Sums of_vectors(call_, call_.chunked(), of_.scores.size(1), width, Scoring::kWeights);
-    call_.in_slices(call_.bytes_per_row(true), [&](int64_t first, int64_t count) {
-      const Slice slice = instances(call_, first, count, true);
+    call_.in_slices(call_.bytes_per_row(&to_), [&](int64_t first, int64_t count) {
+      const Slice slice = instances(call_, first, count, &to_);
       Tensor part;
       if (call_.staged) {
         const ValueRows rows(call_, slice, true);

@@ -10,6 +10,7 @@ Slice embedded(const Call& call, const Slice& rows, bool gradient) {
   const Embedding& e = *call.embedding;
   const Tensor z = product(rows.x, e.weight.t(), call.acc);
   Slice out = rows;
+  out.embedded = true;
   out.x = at::empty({rows.count, call.width}, rows.x.options());
   dispatch(rows.x.scalar_type(), [&]<typename E>() {
     using A = acc_t<E>;
@@ -23,7 +24,8 @@ Slice embedded(const Call& call, const Slice& rows, bool gradient) {
 
 }  // namespace
 
-Slice instances(const Call& call, int64_t first, int64_t count, bool gradient) {
+Slice instances(const Call& call, int64_t first, int64_t count, const RowGradients* to) {
+  const bool gradient = to != nullptr && to->wanted();
   Slice rows{call.x.narrow(0, first, count), first, count};
   if (!call.embedding) return rows;
   rows.x = rows_for_products(call, rows, call.row_type(), gradient);
@@ -36,14 +38,15 @@ Slice instances_at(const Call& call, const Tensor& indices) {
   return embedded(call, {x.to(call.row_type()), 0, x.size(0), indices}, true);
 }
 
-int64_t bytes_of_instance(const Call& call, bool gradient) {
+int64_t bytes_of_instance(const Call& call, const RowGradients* to) {
   if (!call.embedding) return 0;
+  const bool gradient = to != nullptr && to->wanted();
   const auto size = [](ScalarType type) { return static_cast<int64_t>(c10::elementSize(type)); };
   const int64_t of_sums = size(call.acc), of_rows = size(call.row_type()), in = call.x.size(1);
   const bool copied = call.x.scalar_type() != call.row_type() || (gradient && call.mask.defined());
   // x, products, rows; and their gradients, scaled for products, and that of x.
   return (copied ? in * of_rows : 0) + call.width * (of_sums + of_rows) +
-         (gradient ? call.width * (2 * of_sums + of_rows) + in * of_sums : 0);
+         (gradient ? call.width * (2 * of_sums + of_rows) + (to->need_x() ? in * of_sums : 0) : 0);
 }
 
 RowGradients::RowGradients(const Call& call, bool x, bool weight, bool bias) : x(call.grad_x(x)), call_(call) {

@@ -9,29 +9,13 @@
 
 namespace milkernels {
 
-// Rows [first, first + count). `gradient`: embedded ones will go through RowGradients.
-Slice instances(const Call& call, int64_t first, int64_t count, bool gradient);
-
-// Those at these indices [bags, C] of rows, 0 for -1, with what RowGradients needs.
-Slice instances_at(const Call& call, const Tensor& indices);
-
-// Bytes of a slice's row on its way, and with `gradient` on the way back too.
-int64_t bytes_of_instance(const Call& call, bool gradient);
-
-// f(slice) for the rows as they come: once for those of x, slice by slice where they are embedded.
-template <typename F>
-void for_instances(const Call& call, bool gradient, const F& f) {
-  if (!call.embedding) return f(Slice{call.x, 0, call.rows});
-  call.in_slices(bytes_of_instance(call, gradient),
-                 [&](int64_t first, int64_t count) { f(instances(call, first, count, gradient)); });
-}
-
 // The gradient of the rows an op sees: of x, or through the embedding to x and the parameters there.
 class RowGradients {
  public:
   // What is needed; of the parameters, where there is an embedding.
   RowGradients(const Call& call, bool x, bool weight, bool bias);
 
+  bool need_x() const { return x.numel() > 0; }
   bool wanted() const { return need_x() || weight_.defined() || bias_.defined(); }
   // That of a slice's rows is product * scale + both terms.
   void write(const Slice& slice, const TermTensors& pooled, const TermTensors& scored, const Tensor& product = {},
@@ -49,11 +33,27 @@ class RowGradients {
   Tensor x;  // like x, empty where it is not needed
 
  private:
-  bool need_x() const { return x.numel() > 0; }
   LayerGradient into_layer(const Slice& slice, const Tensor& grad);
 
   const Call& call_;
   Tensor weight_, bias_;  // sums, where they are needed
 };
+
+// Rows [first, first + count); `to`: where their gradient will go, in a backward.
+Slice instances(const Call& call, int64_t first, int64_t count, const RowGradients* to = nullptr);
+
+// Those at these indices [bags, C] of rows, 0 for -1, with what RowGradients needs.
+Slice instances_at(const Call& call, const Tensor& indices);
+
+// Bytes of a slice's row on its way, and on the way back.
+int64_t bytes_of_instance(const Call& call, const RowGradients* to = nullptr);
+
+// f(slice) for the rows as they come: once for those of x, slice by slice where they are embedded.
+template <typename F>
+void for_instances(const Call& call, const RowGradients* to, const F& f) {
+  if (!call.embedding) return f(Slice{call.x, 0, call.rows});
+  call.in_slices(bytes_of_instance(call, to),
+                 [&](int64_t first, int64_t count) { f(instances(call, first, count, to)); });
+}
 
 }  // namespace milkernels

@@ -64,7 +64,7 @@ inline Tensor staged(const Call& call, const Slice& slice, ScalarType type, cons
 // A slice's rows for products: a copy where their type is another, or where masked rows of x, which may hold anything,
 // must not be multiplied (`clean`); embedded ones are 0.
 inline Tensor rows_for_products(const Call& call, const Slice& slice, ScalarType type, bool clean) {
-  const bool as_it_is = slice.x.scalar_type() == type && !(clean && call.mask.defined() && !slice.input.defined());
+  const bool as_it_is = slice.x.scalar_type() == type && !(clean && call.mask.defined() && !slice.embedded);
   return as_it_is ? slice.x : staged(call, slice, type);
 }
 

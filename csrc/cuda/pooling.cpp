@@ -70,7 +70,7 @@ Tensor query_scores_fwd(const Tensor& x, const Tensor& query, const OptionalTens
                         std::optional<ScalarType> e_dtype) {
   const QueryCall call(x, query, offsets, mask, scale, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   Tensor scores = call.empty({call.rows, call.heads});
-  for_instances(call, false, [&](const Slice& slice) { products(call, slice, call.scaled, {}, kDead, scores); });
+  for_instances(call, nullptr, [&](const Slice& slice) { products(call, slice, call.scaled, {}, kDead, scores); });
   return scores;
 }
 
@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor> loss_attention_in_slices(ClassCall& call, const Poole
   const Tensor of_logits = call.empty(logits.sizes());
   std::optional<Sums> of_weight;
   if (need_weight) of_weight.emplace(call, call.one_bag(), call.classes, call.width, Scoring::kWeights);
-  for_instances(call, true, [&](const Slice& slice) {
+  for_instances(call, &rows, [&](const Slice& slice) {
     const auto part = [&](const Tensor& t) { return t.narrow(0, slice.first, slice.count); };
     gradients.add(slice);
     const Tensor l = part(logits), of_slice = part(of_logits);

@@ -101,7 +101,7 @@ class ClassCall : public Call {
 template <typename Score>
 std::tuple<Tensor, Tensor, Tensor> pool_as_scored(Call& call, const Tensor& scores, const Score& score) {
   Sums sums(call, call.as_they_come(), scores.size(1), call.width, Scoring::kGiven);
-  for_instances(call, false, [&](const Slice& slice) {
+  for_instances(call, nullptr, [&](const Slice& slice) {
     score(slice);
     sums.add(slice.x, slice.first, scores);
   });
@@ -133,7 +133,7 @@ inline Tensor pool_by_products_backward(Call& call, const PooledTensors& of, con
   PoolGradients gradients(call, of, rows.wanted());
   std::optional<Sums> sums;
   if (wanted) sums.emplace(call, call.as_they_come(), vectors.size(-2), call.width, Scoring::kWeights);
-  for_instances(call, true, [&](const Slice& slice) {
+  for_instances(call, &rows, [&](const Slice& slice) {
     gradients.add(slice);
     if (wanted) sums->add(slice.x, slice.first, gradients.scores);
     if (rows.wanted()) rows.write(slice, gradients.term(), {gradients.scores, vectors});

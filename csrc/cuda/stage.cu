@@ -37,16 +37,15 @@ __global__ void __launch_bounds__(kThreads) stage_kernel(StageRows<T, E> p) {
   const auto [r, c] = place_of_thread(p.width);
   if (r >= p.numbers.count) return;
   const int64_t row = p.numbers.at(r);
+  const bool real = p.numbers.real(row);
   A value[kUnitsTogether] = {};
-  if (p.numbers.real(row)) {
-    load_columns(value, p.x + r * p.stride, c, p.width);
-    drop(value, p.dropped, row, c, p.branch);
-    if (p.z != nullptr) {
-      A z[kUnitsTogether];
-      load_columns(z, p.z + r * p.width, c, p.width);
+  if (real) load_columns(value, p.x + r * p.stride, c, p.width);
+  drop(value, p.dropped, row, c, p.branch);
+  if (p.z != nullptr) {
+    A z[kUnitsTogether];
+    load_columns(z, p.z + r * p.width, c, p.width);
 #pragma unroll
-      for (int j = 0; j < kUnitsTogether; ++j) value[j] *= activation_gradient(z[j], z[j], p.activation);
-    }
+    for (int j = 0; j < kUnitsTogether; ++j) value[j] *= activation_gradient(z[j], z[j], p.activation);
   }
   store_columns(p.out + r * p.width, value, c, p.width);
 }

@@ -45,6 +45,7 @@ WANTED = {
     "row_products_kernel": ("LDG.128",),
     "expand_rows_kernel": ("LDG.128", "STG.128"),
     "stage_kernel": ("LDG.128", "STG.128"),
+    "embed_kernel": ("LDG.128", "STG.128"),
     "gate_scores_kernel": ("LDG.128",),
     "gate_backward_kernel": ("LDG.128", "STG.128"),
     "small_forward_kernel": ("LDG.128", "LDS.128"),
