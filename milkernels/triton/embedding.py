@@ -124,7 +124,8 @@ class Embedding:
         size, acc, L = self.type.itemsize, self.acc.itemsize, call.x.shape[1]
         copied = L * size if call.mask is not None and call.x.dtype == self.type else 0
         aside = L * acc if need_x and not self.direct(call) else 0
-        return self.width * acc * (self.keeps_product + (self.type == self.acc)) + copied + aside
+        measured = 2 if self.type == torch.float16 else 0  # for its scale
+        return self.width * acc * (self.keeps_product + (self.type == self.acc) + measured) + copied + aside
 
     def direct(self, call: Call) -> bool:
         """Whether products with W are gradients of x as they are."""
