@@ -90,7 +90,7 @@ attention_pool      fp32        512  128  2  embed drop split frozen
 attention_pool      bf16        512  256  1  gated embed fused drop
 attention_scores    bf16/fp32   512  128  1  gated embed-tanh autocast
 query_pool          fp32        500    1  2  embed bags mask grads
-query_scores        fp64        512    1  1  embed-identity drop
+query_scores        fp64       1000    1  2  embed-identity drop
 instance_max        fp16        512    1  2  embed drop bags
 dsmil_pool          bf16        512  128  2  embed value relu mask
 dsmil               fp32        512  128  1  embed mlp autocast drop grads
