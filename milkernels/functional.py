@@ -205,7 +205,7 @@ def _attention_scores(x, parameters, gated, mask, seed, activation, dropout_p, e
     return ops.call("attention_scores", backend, *inputs, embed=stage.arguments)
 
 
-# Scores that are given or come from a query
+# Given scores, and queries
 
 
 def softmax_pool(
@@ -338,9 +338,8 @@ def instance_max(
     mask = checked_mask(mask, x)
     backend = backends.choose("instance_max", x, weight, bias, *stage.parameters, requested=backend)
     if backend == "reference":
-        return InstanceMax(
-            *reference.instance_max(stage.rows(x, mask), weight, bias, offsets, mask, compute_dtype_of(x))
-        )
+        h = stage.rows(x, mask)
+        return InstanceMax(*reference.instance_max(h, weight, bias, offsets, mask, compute_dtype_of(x)))
     inputs = (_for_kernels(x), weight, bias, offsets, mask)
     return InstanceMax(*ops.call("instance_max", backend, *inputs, embed=stage.arguments))
 
@@ -384,9 +383,8 @@ def dsmil_pool(
     everything = (*parameters, *stage.parameters)
     backend = backends.choose("dsmil_pool", x, instance_logits, *everything, requested=backend)
     if backend == "reference":
-        bag, scores, lse, critical = _dsmil_reference(
-            stage.rows(x, options[0]), instance_logits, parameters, offsets, options
-        )
+        h = stage.rows(x, options[0])
+        bag, scores, lse, critical = _dsmil_reference(h, instance_logits, parameters, offsets, options)
     else:
         inputs = (_for_kernels(x), instance_logits.detach(), *parameters, offsets, *options)
         bag, scores, lse, critical, _ = ops.call("dsmil_pool", backend, *inputs, embed=stage.arguments)
@@ -490,8 +488,7 @@ def loss_attention_pool(
     else:
         inputs = (_for_kernels(x), weight, bias, offsets, mask)
         pooled = ops.call("loss_attention_pool", backend, *inputs, embed=stage.arguments)
-    bag, *rest = pooled
-    return LossAttentionPooled(bag.to(reference.result_dtype(*everything)), *rest)
+    return LossAttentionPooled(pooled[0].to(reference.result_dtype(*everything)), *pooled[1:])
 
 
 def mean_pool(

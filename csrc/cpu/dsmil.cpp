@@ -63,7 +63,7 @@ class CriticalQueries {
  public:
   // critical [bags, classes], -1 for a class without one: its scores are -inf.
   CriticalQueries(const DSMILCall& call, const Tensor& critical)
-      : dead((critical < 0).reshape({-1})), call_(call), instances_(call, critical.reshape({-1})),
+      : dead((critical < 0).reshape({-1})), call_(call), instances_(call, critical),
         classes_(critical.size(1)) {
     z_ = plus_bias(instances_.rows.mm(call.q_weight().t()), call.q_bias());
     if (call.mlp()) {

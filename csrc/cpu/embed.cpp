@@ -203,14 +203,23 @@ template std::unique_ptr<EmbeddedRows<double>> embedded_rows(const Call&, RowGra
 template std::unique_ptr<EmbeddedRows<float>> embedded_rows(const Call&, RowGradients*);
 template std::unique_ptr<EmbeddedRows<BFloat16>> embedded_rows(const Call&, RowGradients*);
 
-SomeRows::SomeRows(const Call& call, const Tensor& indices)
-    : call_(call), indices_(indices.contiguous()), dead_((indices_ < 0).unsqueeze(1)) {
-  const int64_t n = indices_.numel();
-  x_ = call.rows == 0 ? at::zeros({n, call.x.size(1)}, call.x.options().dtype(call.acc))
-                      : call.x.index_select(0, indices_.clamp_min(0)).to(call.acc).masked_fill_(dead_, 0.);
+SomeRows::SomeRows(const Call& call, const Tensor& indices) : call_(call), indices_(indices.reshape({-1}).contiguous()) {
+  const int64_t n = indices_.numel(), width = call.x.size(1);
+  const int64_t* const row = indices_.const_data_ptr<int64_t>();
+  x_ = call.empty({n, width});
+  dispatch_storage(call.x.scalar_type(), [&]<typename T>() {
+    using A = acc_t<T>;
+    const auto in = call.ragged<T>();
+    for (int64_t i = 0; i < n; ++i) {
+      A* const to = x_.mutable_data_ptr<A>() + i * width;
+      if (row[i] < 0) std::fill_n(to, width, A(0));
+      else convert_row(in.x + row[i] * in.ld, to, width);
+    }
+  });
   rows = x_;
   const Embedding& e = call.embedding;
   if (!e) return;
+  dead_ = (indices_ < 0).unsqueeze(1);
   z_ = x_.mm(e.weight.t());
   if (e.bias.defined()) z_.add_(e.bias);
   switch (e.activation) {
@@ -223,7 +232,6 @@ SomeRows::SomeRows(const Call& call, const Tensor& indices)
   if (e.dropout) {
     keep_ = at::empty_like(y_);
     const auto fill = [&]<typename A>() {
-      const int64_t* const row = indices_.const_data_ptr<int64_t>();
       const int64_t padded = round_up(call.width, 8);  // units come in groups of eight
       std::vector<A> factors(padded);
       for (int64_t i = 0; i < n; ++i) {

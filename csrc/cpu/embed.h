@@ -71,7 +71,7 @@ void with_products(const Call& call, int planes, RowGradients* gradients, const 
 // A few of the rows that an op sees, for PyTorch's own small products, and the way back to what they are made of.
 class SomeRows {
  public:
-  // `indices` [n] are rows of x, or -1: none, and zeros here.
+  // `indices`, n in all, are rows of x, or -1: none, and zeros here.
   SomeRows(const Call& call, const Tensor& indices);
   // Adds to the gradients, from that of the rows [n, call.width].
   void backward(const Tensor& grad_rows, RowGradients& gradients) const;
@@ -80,7 +80,7 @@ class SomeRows {
 
  private:
   const Call& call_;
-  Tensor indices_, dead_, x_, z_, y_, keep_;  // what the rows are made of; z_ and y_ around the activation
+  Tensor indices_, x_, dead_, z_, y_, keep_;  // what rows are made of; behind x_ those of an embedding
 };
 
 }  // namespace milkernels

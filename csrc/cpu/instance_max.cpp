@@ -1,5 +1,6 @@
 #include "instance_max.h"
 
+#include <ATen/Dispatch.h>
 #include <torch/library.h>
 
 namespace milkernels {
@@ -21,22 +22,43 @@ namespace {
 // Where only the maxima have a gradient, it goes to the rows that have them and nothing else is read.
 std::tuple<Tensor, Tensor> winner_gradients(const ClassCall& call, const Tensor& indices, const Tensor& grad_values,
                                             bool need_weight, bool need_bias, RowGradients& of_rows) {
-  const int64_t B = call.bags(), C = call.classes;
-  const Tensor g = grad_values.masked_fill(indices < 0, 0.);
-  Tensor grad_weight = call.empty({0}), grad_bias = call.empty({0});
-  if (need_bias) grad_bias = g.sum(0);
-  if (!need_weight && !of_rows.any()) return {grad_weight, grad_bias};
-  const SomeRows winners(call, indices.reshape({-1}));
-  if (need_weight) grad_weight = (winners.rows.view({B, C, call.width}) * g.unsqueeze(2)).sum(0);
-  if (of_rows.any()) winners.backward((call.weight.unsqueeze(0) * g.unsqueeze(2)).view({B * C, call.width}), of_rows);
+  const int64_t n = indices.numel(), C = call.classes, L = call.width;
+  Tensor grad_weight = call.gradient(need_weight, {C, L}).zero_(), grad_bias = call.gradient(need_bias, {C}).zero_();
+  const bool need_rows = of_rows.any();
+  const SomeRows winners(call, indices);
+  const Tensor grad_rows = call.gradient(need_rows, {n, L});
+  const auto compute = [&]<typename A>() {
+    const int64_t* const row = indices.const_data_ptr<int64_t>();
+    const A *const rows = winners.rows.const_data_ptr<A>(), *const weight = call.weight.const_data_ptr<A>();
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t c = i % C;
+      const A g = row[i] < 0 ? A(0) : grad_values.const_data_ptr<A>()[i];
+      if (need_bias) grad_bias.mutable_data_ptr<A>()[c] += g;
+      if (need_weight) add_to_row<A>(grad_weight.mutable_data_ptr<A>() + c * L, rows + i * L, g, L);
+      for (int64_t l = 0; need_rows && l < L; ++l) {
+        grad_rows.mutable_data_ptr<A>()[i * L + l] = g * weight[c * L + l];
+      }
+    }
+  };
+  if (call.acc == at::kDouble) compute.template operator()<double>();
+  else compute.template operator()<float>();
+  if (need_rows) winners.backward(grad_rows, of_rows);
   return {grad_weight, grad_bias};
 }
 
 // Each gradient of a maximum goes to its own logit.
 Tensor with_winners(const Tensor& grad_logits, const Tensor& indices, const Tensor& grad_values) {
-  const Tensor real = indices >= 0, columns = at::arange(indices.size(1), indices.options()).expand_as(indices);
-  return grad_logits.index_put({indices.masked_select(real), columns.masked_select(real)},
-                               grad_values.masked_select(real), /*accumulate=*/true);
+  Tensor all = grad_logits.clone();
+  const int64_t C = all.size(1);
+  AT_DISPATCH_FLOATING_TYPES(all.scalar_type(), "instance_max_bwd", [&] {
+    const int64_t* const row = indices.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < indices.numel(); ++i) {
+      if (row[i] >= 0) {
+        all.mutable_data_ptr<scalar_t>()[row[i] * C + i % C] += grad_values.const_data_ptr<scalar_t>()[i];
+      }
+    }
+  });
+  return all;
 }
 
 }  // namespace

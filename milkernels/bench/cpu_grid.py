@@ -132,6 +132,7 @@ def _largest(dtypes: Sequence[str]) -> Iterator[Unit]:
     about = {"kind": "largest", "modes": ("step", "frozen"), "memory": MEMORY, "part": "largest"}
     yield _unit(GATED, (1024,), DIM, _ONE_BAG, dtype=FLOAT32, suffix=": largest bag", **about)
     yield _unit("dsmil", (1024,), DIM, "eager native", dtype=FLOAT32, suffix=": largest bag", **about)
+    yield _unit(EMBEDDED, (1024,), CLAM, "eager native", dtype=FLOAT32, suffix=": largest bag", **about)
 
 
 def _disk(dtypes: Sequence[str]) -> Iterator[Unit]:
