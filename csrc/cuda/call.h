@@ -64,7 +64,7 @@ inline int64_t workspace = 32 << 20;  // tests make it small
 struct Slice {
   Tensor x;  // [count, any], of row `first` on
   int64_t first, count;
-  Tensor places = {};  // int64 [count]: the rows that these are instead; one outside of x is 0
+  Tensor places = {};     // int64 [count]: the rows that these are instead; one outside of x is 0
   bool embedded = false;  // masked rows are 0
   // What the backward of embedded rows needs: rows of x as they went into the product, masked ones 0, and what the
   // derivative of the activation is taken at.

@@ -123,12 +123,13 @@ std::tuple<Tensor, Tensor> instance_max_gradients(Call& call, const Tensor& weig
     if (of_values.defined()) put_at(call, chosen, of_values, true, of_logits);
     std::optional<Sums> of_weight;
     if (needs[0]) of_weight.emplace(call, call.one_bag(), C, call.width, Scoring::kWeights);
-    if (needs[0] || rows.wanted()) for_instances(call, &rows, [&](const Slice& slice) {
+    const auto take_back = [&](const Slice& slice) {
       if (needs[0]) of_weight->add(slice.x, slice.first, of_logits);
       if (!rows.wanted()) return;
       if (onto) rows.add(slice, {of_logits, weight});
       else rows.write(slice, {}, {of_logits, weight});
-    });
+    };
+    if (needs[0] || rows.wanted()) for_instances(call, &rows, take_back);
     if (needs[0]) grad_weight = of_weight->bag.squeeze(0);
     if (needs[1]) grad_bias = of_logits.sum(0);
     return {grad_weight, grad_bias};
