@@ -44,9 +44,10 @@ int64_t bytes_of_instance(const Call& call, const RowGradients* to) {
   const auto size = [](ScalarType type) { return static_cast<int64_t>(c10::elementSize(type)); };
   const int64_t of_sums = size(call.acc), of_rows = size(call.row_type()), in = call.x.size(1);
   const bool copied = call.x.scalar_type() != call.row_type() || (gradient && call.mask.defined());
-  // x, products, rows; and their gradients, scaled for products, and that of x.
+  // x, products, rows; and the gradients of the last two, what float16 finds a scale on, the scaled, and that of x.
+  const int64_t gradients = (call.row_type() == at::kHalf ? 4 : 2) * of_sums + of_rows;
   return (copied ? in * of_rows : 0) + call.width * (of_sums + of_rows) +
-         (gradient ? call.width * (2 * of_sums + of_rows) + (to->need_x() ? in * of_sums : 0) : 0);
+         (gradient ? call.width * gradients + (to->need_x() ? in * of_sums : 0) : 0);
 }
 
 RowGradients::RowGradients(const Call& call, bool x, bool weight, bool bias) : x(call.grad_x(x)), call_(call) {
