@@ -28,7 +28,8 @@ MILKERNELS_HOST_DEVICE inline A rescale(A from, A to) {
 
 template <typename A>
 MILKERNELS_HOST_DEVICE inline A log_sum_exp(const SoftmaxState<A>& s) {
-  return s.max + std::log(s.sum);  // -inf for an empty bag: -inf + log 0
+  constexpr A inf = std::numeric_limits<A>::infinity();
+  return s.max == inf ? inf : s.max + std::log(s.sum);  // -inf for an empty bag: -inf + log 0
 }
 
 }  // namespace milkernels

@@ -1,7 +1,16 @@
-"""Where there is no GPU the Triton kernels are tested by Triton's interpreter, of which two faults are mended here."""
+"""Which of the tests run, and what they all need.
+
+``--tier quick`` runs of each test as few parameter sets as have every value of every parameter at least once: every op,
+type, backend and shape that the test knows, but not all of their combinations; and no test marked slow. ``--tier rest``
+runs the others, ``all``, the default, both.
+
+Where there is no GPU the Triton kernels are tested by Triton's interpreter, of which two faults are mended here.
+"""
 
 import contextlib
+import itertools
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -52,6 +61,47 @@ def _mend_interpreter() -> None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     with contextlib.suppress(ImportError):  # no Triton: its tests skip
         _mend_interpreter()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--tier", choices=("quick", "rest", "all"), default="all", help="which tests: see tests/conftest.py"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    tier = config.getoption("--tier")
+    if tier == "all":
+        return
+    prompt = [item for item in items if item.get_closest_marker("slow") is None]
+    tests = itertools.groupby(sorted(prompt, key=_test), _test)
+    quick = {item for _, sets in tests for item in covering(list(sets))}
+    left_out = [item for item in items if (item in quick) != (tier == "quick")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if (item in quick) == (tier == "quick")]
+
+
+def _test(item) -> str:
+    """The test that an item is one parameter set of."""
+    return item.nodeid.partition("[")[0]
+
+
+def covering(items: list) -> list:
+    """A few of the items, which have every value of every parameter; values take turns with those of the others."""
+    values = [{(name, id(value)) for name, value in _parameters(item).items()} for item in items]
+    chosen, seen, used = [], set(), Counter()
+    while True:
+        # The most values that were not seen, then those that were used least, then the first.
+        best = max(range(len(items)), key=lambda i: (len(values[i] - seen), -sum(used[v] for v in values[i]), -i))
+        if chosen and values[best] <= seen:
+            return [items[i] for i in sorted(chosen)]
+        chosen.append(best)
+        seen |= values[best]
+        used.update(values[best])
+
+
+def _parameters(item) -> dict:
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 @pytest.fixture

@@ -284,10 +284,15 @@ def test_layouts_of_the_gradients_that_come_back(case):
 
 
 @of_the_cpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("lengths", [(3000,), RAGGED, (700, 0, 3, 5000)], ids=["one-bag", "ragged", "long"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "lengths",
+    [(50,), (3000,), RAGGED, (700, 0, 3, 5000), (2,) * 1500],
+    ids=["one-tile", "one-bag", "ragged", "long", "many-bags"],
+)
 @every_kernel
 def test_same_bits_whatever_the_threads(case, lengths, dtype):
+    """Of no number of threads either, where a library or an elementwise operator would cut its work by them."""
     tensors, offsets = case.make(lengths, dtype, **FIVE), offsets_of(lengths)
     runs = []
     for count in (1, 2, 3, 2):

@@ -99,8 +99,10 @@ Gradients attention_bwd(
                            dropout_p, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   const PoolTensors pooled(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   RowGradients of_rows(call, needs[0], needs[7], needs[8]);
+  constexpr std::array kNames{"v_weight", "v_bias", "u_weight", "u_bias", "w_weight", "w_bias"};
   std::array<Tensor, 9> grads;
   for (int i = 1; i < 7; ++i) {
+    check_need(needs[i], call.parameters[i - 1].defined(), kNames[i - 1]);
     grads[i] = needs[i] ? call.empty(call.parameters[i - 1].sizes()) : at::empty({0}, x.options());
   }
   with_products(call, call.planes, &of_rows, [&]<typename T, typename E>(const Ragged<T>& in) {

@@ -35,6 +35,11 @@ const A* data_or_null(const Tensor& t) {
   return t.defined() ? t.const_data_ptr<A>() : nullptr;
 }
 
+// A backward is told which gradients are needed: ValueError for that of a parameter which is not there.
+inline void check_need(bool need, bool given, const char* name) {
+  TORCH_CHECK_VALUE(given || !need, "needs asks for the gradient of ", name, ", which is absent");
+}
+
 // The embedding of an op as it comes.
 struct EmbedArguments {
   OptionalTensor weight, bias, seed;
@@ -52,7 +57,6 @@ struct Embedding {
   int planes = 0;  // of its products
 
   explicit operator bool() const { return weight.defined(); }
-  at::IntArrayRef weight_sizes() const { return weight.defined() ? weight.sizes() : at::IntArrayRef({0}); }
   // In what its rows are made: bfloat16 where their products are, as eager PyTorch would have them.
   ScalarType rows_type(ScalarType acc) const { return planes == 1 ? at::kBFloat16 : acc; }
   template <typename E>

@@ -3,11 +3,12 @@
 //
 // What is linear never meets the instances: <Wq x_i + bq, q_m> = <x_i, Wq^T q_m> + <bq, q_m>, so a linear query is one
 // vector for each bag and class, and V sum_i a_i x_i = sum_i a_i V x_i, since the weights sum to 1. The few critical
-// instances are dealt with in PyTorch's own small products.
+// instances are dealt with by products of a few rows.
 #include <torch/library.h>
 
 #include <tuple>
 
+#include "few_rows.h"
 #include "instance_max.h"
 #include "mlp_score.h"
 #include "value.h"
@@ -65,10 +66,11 @@ class CriticalQueries {
   CriticalQueries(const DSMILCall& call, const Tensor& critical)
       : dead((critical < 0).reshape({-1})), call_(call), instances_(call, critical),
         classes_(critical.size(1)) {
-    z_ = plus_bias(instances_.rows.mm(call.q_weight().t()), call.q_bias());
+    z_ = plus_bias(product_nt(instances_.rows, call.q_weight()), call.q_bias());
     if (call.mlp()) {
-      hidden_ = z_.relu();
-      q_ = plus_bias(hidden_.mm(call.q2_weight().t()), call.q2_bias()).tanh_();
+      hidden_ = activated(z_, Activation::kRelu);
+      z2_ = plus_bias(product_nt(hidden_, call.q2_weight()), call.q2_bias());
+      q_ = activated(z2_, Activation::kTanh);
     } else {
       q_ = z_;
     }
@@ -77,8 +79,8 @@ class CriticalQueries {
     if (call.mlp()) {
       vectors = at::constant_pad_nd(scaled, {0, round_up(q_.size(1), kBlock) - q_.size(1)});
     } else {
-      vectors = scaled.mm(call.q_weight());
-      if (call.q_bias().defined()) shift = scaled.mv(call.q_bias());
+      vectors = product_nn(scaled, call.q_weight());
+      if (call.q_bias().defined()) shift = product_nt(scaled, call.q_bias().unsqueeze(0)).reshape({-1});
     }
     shift.masked_fill_(dead, kDead<double>);
     vectors = vectors.contiguous();
@@ -96,23 +98,23 @@ class CriticalQueries {
     const Tensor q_weight = call_.q_weight(), scaled = q_ * call_.scale;
     Tensor grad_q;
     if (call_.mlp()) {
-      grad_q = grad_vectors.slice(1, 0, q_.size(1)) * call_.scale;
-      const Tensor grad_z2 = grad_q * (1 - q_ * q_);
-      grads[2].addmm_(grad_z2.t(), hidden_);
-      if (call_.q2_bias().defined()) grads[3].add_(grad_z2.sum(0));
-      grad_q = grad_z2.mm(call_.q2_weight()) * (z_ > 0);
+      const Tensor grad_q2 = grad_vectors.slice(1, 0, q_.size(1)) * call_.scale;
+      const Tensor grad_z2 = through_activation(grad_q2.contiguous(), z2_, Activation::kTanh);
+      grads[2].add_(product_tn(grad_z2, hidden_));
+      if (call_.q2_bias().defined()) grads[3].add_(column_sums(grad_z2));
+      grad_q = product_nn(grad_z2, call_.q2_weight()) * (z_ > 0);
     } else {
-      grad_q = grad_vectors.mm(q_weight.t());
-      grads[0].addmm_(scaled.t(), grad_vectors);
+      grad_q = product_nt(grad_vectors, q_weight);
+      grads[0].add_(product_tn(scaled, grad_vectors));
       if (call_.q_bias().defined() && grad_shift.defined()) {
-        grad_q.addr_(grad_shift, call_.q_bias());
-        grads[1].add_(scaled.t().mv(grad_shift));
+        grad_q.add_(grad_shift.unsqueeze(1) * call_.q_bias());
+        grads[1].add_(product_tn(scaled, grad_shift.unsqueeze(1)).reshape({-1}));
       }
       grad_q = grad_q * call_.scale;
     }
-    grads[0].addmm_(grad_q.t(), instances_.rows);
-    if (call_.q_bias().defined()) grads[1].add_(grad_q.sum(0));
-    instances_.backward(grad_q.mm(q_weight), of_rows);
+    grads[0].add_(product_tn(grad_q, instances_.rows));
+    if (call_.q_bias().defined()) grads[1].add_(column_sums(grad_q));
+    instances_.backward(product_nn(grad_q, q_weight), of_rows);
   }
 
   Tensor dead;     // [bags * classes]
@@ -123,7 +125,7 @@ class CriticalQueries {
   const DSMILCall& call_;
   SomeRows instances_;
   int64_t classes_;
-  Tensor z_, hidden_, q_;  // [bags * classes, ..]; z_ before the first activation
+  Tensor z_, hidden_, z2_, q_;  // [bags * classes, ..]; z_ and z2_ before an activation
 };
 
 // f(score program, stage or null) of the call.
@@ -179,7 +181,7 @@ Outputs second_stream(const DSMILCall& call, const Tensor& instance_logits) {
   if (call.folded()) {
     pooled = bag;
     const auto empty = (lse == kDead<double>).unsqueeze(2);
-    bag = plus_bias(pooled.view({B * C, call.width}).mm(call.v_weight().t()), call.v_bias())
+    bag = plus_bias(product_nt(pooled.view({B * C, call.width}), call.v_weight()), call.v_bias())
               .view({B, C, call.bag_width()});
     bag.masked_fill_(empty, 0.);
   }
@@ -196,6 +198,8 @@ std::array<Tensor, 6> second_stream_backward(const DSMILCall& call, const std::a
                                              const Tensor& bag, const Tensor& scores, const Tensor& lse,
                                              const Tensor& critical, const Tensor& pooled, const StreamGradients& from,
                                              const std::array<bool, 6>& needs, RowGradients& of_rows) {
+  constexpr std::array kNames{"q_weight", "q_bias", "q2_weight", "q2_bias", "v_weight", "v_bias"};
+  for (int i = 0; i < 6; ++i) check_need(needs[i], call.parameters[i].defined(), kNames[i]);
   TORCH_CHECK_VALUE(critical.dim() == 2 && critical.size(1) > 0, "critical must be [bags, any]; got ",
                     critical.sizes());
   const int64_t B = call.bags(), C = critical.size(1), N = call.rows, L = call.width, Lv = call.bag_width();
@@ -212,9 +216,9 @@ std::array<Tensor, 6> second_stream_backward(const DSMILCall& call, const std::a
   if (call.folded() && grad_pooled.defined()) {
     const Tensor empty = (lse == kDead<double>).reshape({B * C, 1});
     const Tensor g = grad_pooled.view({B * C, Lv}).masked_fill(empty, 0.);
-    grads[4].addmm_(g.t(), pooled.to(call.acc).reshape({B * C, L}));
-    if (call.v_bias().defined()) grads[5].add_(g.sum(0));
-    grad_pooled = g.mm(call.v_weight()).view({B, C, L});
+    grads[4].add_(product_tn(g, call.take(pooled, "pooled", {B, C, L}).view({B * C, L})));
+    if (call.v_bias().defined()) grads[5].add_(column_sums(g));
+    grad_pooled = product_nn(g, call.v_weight()).view({B, C, L});
   }
   const PoolTensors tensors(call, C, call.pooled_width(), call.folded() ? pooled : bag, scores, lse,
                             grad_pooled.defined() ? OptionalTensor(grad_pooled) : std::nullopt, from.scores, from.lse);
@@ -226,7 +230,7 @@ std::array<Tensor, 6> second_stream_backward(const DSMILCall& call, const std::a
     if (from.scores) {
       const Tensor real = tensors.grad_scores().masked_fill(scores == kDead<double>, 0.);
       for (int64_t b = 0; b < B; ++b) {
-        grad_shift[b].add_(real.slice(0, call.offsets[b], call.offsets[b + 1]).sum(0));
+        grad_shift[b].add_(column_sums(real.slice(0, call.offsets[b], call.offsets[b + 1])));
       }
     }
     grad_shift = grad_shift.reshape({B * C}).masked_fill(queries.dead, 0.);
@@ -267,6 +271,7 @@ std::array<Tensor, 6> second_stream_backward(const DSMILCall& call, const std::a
       if (stage && stage->layer) take_sums(*stage->layer, stage->layer_gradient(), 4);
     });
   });
+  grad_vectors.masked_fill_(queries.dead.unsqueeze(1), 0.);  // a class that pools nothing may have summed 0 * NaN
   queries.backward(grad_vectors, grad_shift, {grads[0], grads[1], grads[2], grads[3]}, of_rows);
   for (int i = 0; i < 6; ++i) {
     grads[i] = needs[i] ? grads[i].to(parameters[i]->scalar_type()) : at::empty({0}, call.x.options());
@@ -304,6 +309,7 @@ Gradients dsmil_pool_bwd(const Tensor& x, const Tensor& q_weight, const Optional
   const auto [q, qb, q2, q2b, v, vb] = second_stream_backward(
       call, {q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias}, bag, scores, lse, critical, pooled,
       {grad_bag, grad_scores, grad_lse}, {needs[1], needs[2], needs[3], needs[4], needs[5], needs[6]}, of_rows);
+  of_rows.finish();
   return {of_rows.x, q, qb, q2, q2b, v, vb, of_rows.typed_weight(call), of_rows.typed_bias(call)};
 }
 
@@ -347,9 +353,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     if (needs[1]) grad_weight = grad_weight.to(weight.scalar_type());
     if (needs[2]) grad_bias = grad_bias.to(bias->scalar_type());
   } else {
+    check_need(needs[2], bias.has_value(), "bias");
     if (needs[1]) grad_weight = at::zeros_like(weight, at::MemoryFormat::Contiguous);
     if (needs[2]) grad_bias = at::zeros_like(*bias, at::MemoryFormat::Contiguous);
   }
+  of_rows.finish();
   return {of_rows.x, grad_weight, grad_bias, q, qb, q2, q2b, v, vb, of_rows.typed_weight(call),
           of_rows.typed_bias(call)};
 }

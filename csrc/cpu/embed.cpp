@@ -1,11 +1,7 @@
 #include "embed.h"
 
-#include <ATen/ops/gelu.h>
-#include <ATen/ops/gelu_backward.h>
-#include <ATen/ops/tanh_backward.h>
-#include <ATen/ops/threshold_backward.h>
-
 #include "dropout.h"
+#include "few_rows.h"
 #include "layer.h"
 
 namespace milkernels {
@@ -220,17 +216,11 @@ SomeRows::SomeRows(const Call& call, const Tensor& indices) : call_(call), indic
   const Embedding& e = call.embedding;
   if (!e) return;
   dead_ = (indices_ < 0).unsqueeze(1);
-  z_ = x_.mm(e.weight.t());
+  z_ = product_nt(x_, e.weight);
   if (e.bias.defined()) z_.add_(e.bias);
-  switch (e.activation) {
-    case Activation::kTanh: y_ = z_.tanh(); break;
-    case Activation::kRelu: y_ = z_.relu(); break;
-    case Activation::kGelu: y_ = at::gelu(z_); break;
-    default: y_ = z_;
-  }
-  rows = y_;
+  rows = activated(z_, e.activation);
   if (e.dropout) {
-    keep_ = at::empty_like(y_);
+    keep_ = at::empty_like(z_);
     const auto fill = [&]<typename A>() {
       const int64_t padded = round_up(call.width, 8);  // units come in groups of eight
       std::vector<A> factors(padded);
@@ -242,7 +232,7 @@ SomeRows::SomeRows(const Call& call, const Tensor& indices) : call_(call), indic
     };
     if (call.acc == at::kDouble) fill.template operator()<double>();
     else fill.template operator()<float>();
-    rows = (y_ * keep_).masked_fill_(keep_ == 0, 0.);
+    rows = (rows * keep_).masked_fill_(keep_ == 0, 0.);
   }
   rows = rows.masked_fill(dead_, 0.);
 }
@@ -253,27 +243,37 @@ void SomeRows::backward(const Tensor& grad_rows, RowGradients& gradients) const 
   if (e) {
     g = g.masked_fill(dead_, 0.);
     if (e.dropout) g = g * keep_;
-    switch (e.activation) {
-      case Activation::kTanh: g = at::tanh_backward(g, y_); break;
-      case Activation::kRelu: g = at::threshold_backward(g, y_, 0.); break;
-      case Activation::kGelu: g = at::gelu_backward(g, z_); break;
-      default: break;
-    }
-    if (gradients.need_weight) gradients.weight.addmm_(g.t(), x_);
-    if (gradients.need_bias) gradients.bias.add_(g.sum(0));
-    if (gradients.need_x) g = g.mm(e.weight);
+    g = through_activation(g.contiguous(), z_, e.activation);
+    if (gradients.need_weight) gradients.weight.add_(product_tn(g, x_));
+    if (gradients.need_bias) gradients.bias.add_(column_sums(g));
+    if (gradients.need_x) g = product_nn(g, e.weight);
   }
-  if (!gradients.need_x) return;
-  g = g.contiguous();
-  const int64_t* const row = indices_.const_data_ptr<int64_t>();
-  const int64_t width = call_.x.size(1);
-  dispatch_storage(call_.x.scalar_type(), [&]<typename T>() {
+  if (gradients.need_x) gradients.add_to_rows(indices_, g.contiguous());
+}
+
+void RowGradients::finish() {
+  if (few_.empty()) return;
+  const int64_t width = x.size(1);
+  dispatch_storage(x.scalar_type(), [&]<typename T>() {
     using A = acc_t<T>;
-    T* const to = gradients.x.mutable_data_ptr<T>();
-    for (int64_t i = 0; i < indices_.numel(); ++i) {
-      if (row[i] >= 0) add_to_row(to + row[i] * width, g.const_data_ptr<A>() + i * width, A(1), width);
+    std::vector<std::pair<int64_t, const A*>> given;
+    for (const auto& [indices, values] : few_) {
+      const int64_t* const row = indices.template const_data_ptr<int64_t>();
+      const A* const value = values.template const_data_ptr<A>();
+      for (int64_t i = 0; i < indices.numel(); ++i) {
+        if (row[i] >= 0) given.emplace_back(row[i], value + i * width);
+      }
+    }
+    std::stable_sort(given.begin(), given.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+    std::vector<A> sum(width);
+    for (size_t i = 0; i < given.size();) {
+      const int64_t row = given[i].first;
+      std::copy_n(given[i].second, width, sum.begin());
+      while (++i < given.size() && given[i].first == row) add_to_row<A>(sum.data(), given[i].second, A(1), width);
+      add_to_row(x.mutable_data_ptr<T>() + row * width, sum.data(), A(1), width);
     }
   });
+  few_.clear();
 }
 
 }  // namespace milkernels

@@ -10,9 +10,12 @@ namespace milkernels {
 // nobody needs are empty tensors.
 struct RowGradients {
   RowGradients(const Call& call, bool need_x, bool need_weight, bool need_bias)
-      : need_x(need_x), need_weight(need_weight), need_bias(need_bias), x(call.grad_x(need_x)),
-        weight(call.gradient(need_weight, call.embedding.weight_sizes())),
-        bias(call.gradient(need_bias, {call.width})) {}
+      : need_x(need_x), need_weight(need_weight), need_bias(need_bias), x(call.grad_x(need_x)) {
+    check_need(need_weight, call.embedding.weight.defined(), "e_weight");
+    check_need(need_bias, call.embedding.bias.defined(), "e_bias");
+    weight = need_weight ? at::empty_like(call.embedding.weight) : call.empty({0});
+    bias = need_bias ? at::empty_like(call.embedding.bias) : call.empty({0});
+  }
   bool any() const { return need_x || need_weight || need_bias; }
   void zero() {
     for (Tensor* const t : {&x, &weight, &bias}) t->zero_();
@@ -20,12 +23,19 @@ struct RowGradients {
   void add(const RowGradients& other) {
     x.add_(other.x), weight.add_(other.weight), bias.add_(other.bias);
   }
+  // Adds values [n, width of x], in the accumulation type, to rows of x's gradient (-1: to none) when `finish` is called:
+  // what several give to one row is summed before it is rounded.
+  void add_to_rows(const Tensor& indices, const Tensor& values) { few_.emplace_back(indices, values); }
+  void finish();
   // Those of weight and bias in the types of these.
   Tensor typed_weight(const Call& call) const { return need_weight ? weight.to(call.embedding.weight_type) : weight; }
   Tensor typed_bias(const Call& call) const { return need_bias ? bias.to(call.embedding.bias_type) : bias; }
 
   bool need_x, need_weight, need_bias;
   Tensor x, weight, bias;
+
+ private:
+  std::vector<std::pair<Tensor, Tensor>> few_;
 };
 
 // The embedding of a call as a source of rows of type H.
@@ -68,19 +78,19 @@ void with_products(const Call& call, int planes, RowGradients* gradients, const 
   });
 }
 
-// A few of the rows that an op sees, for PyTorch's own small products, and the way back to what they are made of.
+// A few of the rows that an op sees, for products of a few rows, and the way back to what they are made of.
 class SomeRows {
  public:
   // `indices`, n in all, are rows of x, or -1: none, and zeros here.
   SomeRows(const Call& call, const Tensor& indices);
-  // Adds to the gradients, from that of the rows [n, call.width].
+  // Adds to the gradients, from that of the rows [n, call.width]; to those of x when `gradients` are finished.
   void backward(const Tensor& grad_rows, RowGradients& gradients) const;
 
   Tensor rows;  // [n, call.width], in the accumulation type
 
  private:
   const Call& call_;
-  Tensor indices_, x_, dead_, z_, y_, keep_;  // what rows are made of; behind x_ those of an embedding
+  Tensor indices_, x_, dead_, z_, keep_;  // what rows are made of; behind x_ those of an embedding
 };
 
 }  // namespace milkernels

@@ -1,7 +1,5 @@
 #include "heads.h"
 
-#include <c10/util/Unroll.h>
-
 #include <vector>
 
 namespace milkernels {
@@ -61,22 +59,6 @@ inline const A* quick_order(const A* v, int64_t heads, int64_t width, int64_t& l
     return buffer.data();
   }
   return v;
-}
-
-// f(0), f(1), .. with numbers known when it is compiled: arrays indexed by them stay in registers.
-template <int N, typename F>
-inline void unroll(const F& f) {
-  c10::ForcedUnroll<N>{}(f);
-}
-
-// f(first, count) over [0, n) in blocks of MAX, then of halves of it; counts are types.
-template <int MAX, typename F>
-inline void for_blocks(int64_t n, const F& f) {
-  int64_t i = 0;
-  for (; i + MAX <= n; i += MAX) f(i, std::integral_constant<int, MAX>{});
-  if constexpr (MAX > 1) {
-    if (i < n) for_blocks<MAX / 2>(n - i, [&](int64_t rest, auto count) { f(i + rest, count); });
-  }
 }
 
 }  // namespace

@@ -70,9 +70,11 @@ std::tuple<Tensor, Tensor> instance_max_gradients(const ClassCall& call, const T
   const Tensor rows = call.take_indices(indices, "indices", {B, C}), l = call.take(logits, "logits", {call.rows, C}),
                values = call.take(grad_values, "grad_values", {B, C});
   Tensor dense = call.take(grad_logits, "grad_logits", {call.rows, C});
+  check_need(need_bias, call.bias.defined(), "bias");
   if (!dense.defined()) {
     if (!add) of_rows.zero();
-    return winner_gradients(call, rows, values, need_weight, need_bias, of_rows);
+    if (values.defined()) return winner_gradients(call, rows, values, need_weight, need_bias, of_rows);
+    return {call.gradient(need_weight, call.weight.sizes()).zero_(), call.gradient(need_bias, {C}).zero_()};
   }
   if (values.defined()) dense = with_winners(dense, rows, values);
   Tensor grad_weight = call.gradient(need_weight, call.weight.sizes()), grad_bias = call.gradient(need_bias, {C});
@@ -109,6 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_max_bwd(
   RowGradients of_rows(call, needs[0], needs[3], needs[4]);
   auto [grad_weight, grad_bias] = instance_max_gradients(call, indices, logits, grad_values, grad_logits, needs[1],
                                                          needs[2], /*add=*/false, of_rows);
+  of_rows.finish();
   if (needs[1]) grad_weight = grad_weight.to(weight.scalar_type());
   if (needs[2]) grad_bias = grad_bias.to(bias->scalar_type());
   return {of_rows.x, grad_weight, grad_bias, of_rows.typed_weight(call), of_rows.typed_bias(call)};

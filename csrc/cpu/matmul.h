@@ -1,16 +1,13 @@
 // Products of small matrices through PyTorch's own micro-kernels: which element type they run in, how the operands are
 // laid out for it, and the call. Three kinds of element:
-//   float     brgemm in float32 (oneDNN where it can, BLAS elsewhere); half types are converted tile by tile
-//   double    at::mm, for float64
+//   float     brgemm in float32, PyTorch's micro-kernels of oneDNN; half types are converted tile by tile
+//   double    for float64, the vectors of this page
 //   BFloat16  brgemm on the matrix units (AMX). A number is the sum of `planes` bfloat16 numbers: one plane is bfloat16
 //             itself, two hold a float16 exactly, and hi*hi + hi*lo + lo*hi is then the float16 product.
 #pragma once
 
 #include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm.h>
 
 #include "rows.h"
 
@@ -59,22 +56,50 @@ inline void bf16_product(int64_t M, int64_t N, int64_t K, Matrix<BFloat16> a, Ma
   }
 }
 
+// Whether float products have micro-kernels. Without them brgemm is a library's gemm, whose bits depend on the threads.
+inline bool has_micro_kernels() {
+#if defined(__x86_64__) && AT_MKLDNN_ENABLED()
+  static const bool avx2 = __builtin_cpu_supports("avx2");
+  return avx2 && at::globalContext().userEnabledMkldnn();
+#elif defined(__x86_64__)
+  return false;
+#else
+  return true;
+#endif
+}
+
+// c = a b, or c += a b, in vectors: every sum is formed in the order of its terms.
+template <typename A>
+inline void vector_product(int64_t M, int64_t N, int64_t K, Matrix<A> a, Matrix<A> b, A* c, int64_t ldc, bool add) {
+  using V = Vectorized<A>;
+  for_blocks<4>(M, [&](int64_t m, auto rows) {
+    constexpr int R = decltype(rows)::value;
+    for_steps<Pair<A>::width>(N, [&](int64_t n, auto step) {
+      Pair<A> sum[R];
+      unroll<R>([&](auto r) {
+        sum[r] = add ? load_pair(c + (m + r) * ldc + n, step) : Pair<A>{V(A(0)), V(A(0))};
+      });
+      for (int64_t k = 0; k < K; ++k) {
+        const auto v = load_pair(b.data + k * b.ld + n, step);
+        unroll<R>([&](auto r) {
+          const V w(a.data[(m + r) * a.ld + k]);
+          sum[r] = {fmadd(w, v.lo, sum[r].lo), fmadd(w, v.hi, sum[r].hi)};
+        });
+      }
+      unroll<R>([&](auto r) { store_pair(sum[r], c + (m + r) * ldc + n, step); });
+    });
+  });
+}
+
 // c = a b, or c += a b; c is [M, N] in the accumulation type.
 template <typename E>
 inline void product(int64_t M, int64_t N, int64_t K, Matrix<E> a, Matrix<E> b, int planes, acc_t<E>* c, int64_t ldc,
                     bool add) {
-  if constexpr (std::is_same_v<E, float>) {
+  if constexpr (std::is_same_v<E, double>) {
+    vector_product<double>(M, N, K, a, b, c, ldc, add);
+  } else if constexpr (std::is_same_v<E, float>) {
+    if (!has_micro_kernels()) return vector_product<float>(M, N, K, a, b, c, ldc, add);
     at::native::cpublas::brgemm(M, N, K, a.ld, b.ld, ldc, add, a.data, b.data, c, /*is_vnni=*/false);
-  } else if constexpr (std::is_same_v<E, double>) {
-    const auto view = [](const double* p, int64_t rows, int64_t columns, int64_t ld) {
-      return at::from_blob(const_cast<double*>(p), {rows, columns}, {ld, 1}, at::kDouble);
-    };
-    auto out = view(c, M, N, ldc);
-    if (add) {
-      at::addmm_out(out, out, view(a.data, M, K, a.ld), view(b.data, K, N, b.ld));
-    } else {
-      at::mm_out(out, view(a.data, M, K, a.ld), view(b.data, K, N, b.ld));
-    }
   } else {
     for (int order = planes - 1; order >= 0; --order) {  // small terms first
       for (int p = 0; p <= order; ++p, add = true) {

@@ -197,8 +197,8 @@ class Partials {
   void add_softmax(int64_t slot, const T* x, int64_t ld, int64_t rows, const A* scores, Worker& w) {
     w.selected.for_groups(scores, rows, heads_, [&](int64_t first, int64_t heads) {
       const int64_t n = w.selected.count;
-      SoftmaxState<A>* const s = state_.data() + slot * heads_ + first;
-      for (int64_t k = 0; k < heads; ++k) w.max[k] = s[k].max;
+      SoftmaxState<double>* const s = state_.data() + slot * heads_ + first;
+      for (int64_t k = 0; k < heads; ++k) w.max[k] = static_cast<A>(s[k].max);
       for (int64_t i = 0; i < n; ++i) {
         const A* const from = scores + w.selected.index[i] * heads_ + first;
         for (int64_t k = 0; k < heads; ++k) {
@@ -208,9 +208,9 @@ class Partials {
       }
       exp_minus(w.weight.data(), n * heads, w.max.data(), heads);
       for (int64_t k = 0; k < heads; ++k) {
-        A sum = 0;
+        double sum = 0;  // an error here would be common to all features of a bag, and to all score gradients
         for (int64_t i = 0; i < n; ++i) sum += w.weight[i * heads + k];
-        w.scale[k] = rescale(s[k].max, w.max[k]);
+        w.scale[k] = rescale(static_cast<A>(s[k].max), w.max[k]);
         s[k] = {w.max[k], s[k].sum * w.scale[k] + sum};
       }
       weighted_sums(x, ld, w.selected.index, n, w.weight.data(), heads, w.scale.data(), width_, sum(slot, first),
@@ -222,10 +222,10 @@ class Partials {
   template <typename T>
   void add(int64_t slot, const T* x, int64_t ld, const int32_t* index, int64_t n, const A* weight, Worker& w) {
     if (n == 0) return;
-    SoftmaxState<A>* const s = state_.data() + slot * heads_;
-    for (int64_t k = 0; k < heads_; ++k) w.scale[k] = s[k].sum;  // 0 at first, then 1
+    SoftmaxState<double>* const s = state_.data() + slot * heads_;
+    for (int64_t k = 0; k < heads_; ++k) w.scale[k] = static_cast<A>(s[k].sum);  // 0 at first, then 1
     weighted_sums(x, ld, index, n, weight, heads_, w.scale.data(), width_, sum(slot, 0), w.fresh);
-    for (int64_t k = 0; k < heads_; ++k) s[k] = {A(0), A(1)};
+    for (int64_t k = 0; k < heads_; ++k) s[k] = {0., 1.};
   }
 
   // Merges slots first .. last of one head, in order and in double: columns [begin, end) of the sum, divided by the
@@ -235,9 +235,9 @@ class Partials {
     const SoftmaxState<double> total = merge_state(first, last, head);
     std::vector<double> sums(end - begin, 0.);
     for (int64_t slot = first; slot <= last; ++slot) {
-      const SoftmaxState<A>& s = state_[slot * heads_ + head];
-      if (s.sum == A(0)) continue;
-      const double scale = rescale<double>(s.max, total.max);
+      const SoftmaxState<double>& s = state_[slot * heads_ + head];
+      if (s.sum == 0.) continue;
+      const double scale = rescale(s.max, total.max);
       const A* const part = sum(slot, head);
       for (int64_t l = begin; l < end; ++l) sums[l - begin] += scale * part[l];
     }
@@ -287,18 +287,18 @@ class Partials {
   SoftmaxState<double> merge_state(int64_t first, int64_t last, int64_t head) const {
     SoftmaxState<double> total;
     for (int64_t slot = first; slot <= last; ++slot) {
-      total.max = std::max<double>(total.max, state_[slot * heads_ + head].max);
+      total.max = std::max(total.max, state_[slot * heads_ + head].max);
     }
     for (int64_t slot = first; slot <= last; ++slot) {
-      const SoftmaxState<A>& s = state_[slot * heads_ + head];
-      if (s.sum != A(0)) total.sum += rescale<double>(s.max, total.max) * s.sum;
+      const SoftmaxState<double>& s = state_[slot * heads_ + head];
+      if (s.sum != 0.) total.sum += rescale(s.max, total.max) * s.sum;
     }
     return total;
   }
   A* sum(int64_t slot, int64_t head) const { return sums_.get() + (slot * heads_ + head) * width_; }
 
   int64_t heads_, width_;
-  std::vector<SoftmaxState<A>> state_;
+  std::vector<SoftmaxState<double>> state_;
   Buffer<A> sums_;
 };
 

@@ -94,12 +94,11 @@ class ScoreGradients {
       : in_(in), g_(g), heads_(heads), width_(width), center_(in.bags(), 0), correction_(in.bags() * heads, A(0)) {
     if (g.grad_bag != nullptr || g.grad_lse != nullptr) normalise();
     if (g.grad_bag == nullptr) return;
-    // All heads of a bag subtract the same centre, any one of its bag vectors that is finite; what a head's own would
-    // have given is added to its dot products. Heads are then read together, and no digits are lost.
+    // All heads of a bag subtract the same centre, and what a head's own would have given is added to its dot products:
+    // heads are then read together, and no digits are lost that eager PyTorch keeps.
     at::parallel_for(0, heads > 1 ? in.bags() : 0, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        int64_t& c = center_[b];
-        while (c + 1 < heads && !std::isfinite(g.lse[b * heads + c])) ++c;
+        const int64_t c = center_[b] = smallest_bag(b);
         const A* const center = g.bag + (b * heads + c) * width;
         for (int64_t k = 0; k < heads; ++k) {
           double sum = 0;
@@ -160,6 +159,21 @@ class ScoreGradients {
   }
 
  private:
+  // The head whose bag vector is the smallest of those that are finite and of some rows: a head that looks at an outlier
+  // or at NaN must not take the digits of the others.
+  int64_t smallest_bag(int64_t b) const {
+    double least = std::numeric_limits<double>::infinity();
+    int64_t head = 0;
+    for (int64_t k = 0; k < heads_; ++k) {
+      if (!std::isfinite(g_.lse[b * heads_ + k])) continue;
+      const A* const bag = g_.bag + (b * heads_ + k) * width_;
+      double squares = 0;
+      for (int64_t l = 0; l < width_; ++l) squares += double(bag[l]) * bag[l];
+      if (squares < least) least = squares, head = k;
+    }
+    return head;
+  }
+
   // exp(score - lse) sums to 1 over a bag but for the rounding of lse, which large scores make coarse: what it sums to
   // is divided out.
   void normalise() {

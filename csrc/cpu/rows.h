@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/util/Unroll.h>
 
 #include <algorithm>
 #include <atomic>
@@ -104,6 +105,22 @@ inline void for_steps(int64_t n, const F& f) {
   for (int64_t i = 0; i < n - left; i += WIDTH) f(i, WholeStep{});
   if (left) f(n - left, left);
 }
+// f(0), f(1), .. with numbers known when it is compiled: arrays indexed by them stay in registers.
+template <int N, typename F>
+inline void unroll(const F& f) {
+  c10::ForcedUnroll<N>{}(f);
+}
+
+// f(first, count) over [0, n) in blocks of MAX, then of halves of it; counts are types.
+template <int MAX, typename F>
+inline void for_blocks(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + MAX <= n; i += MAX) f(i, std::integral_constant<int, MAX>{});
+  if constexpr (MAX > 1) {
+    if (i < n) for_blocks<MAX / 2>(n - i, [&](int64_t rest, auto count) { f(i + rest, count); });
+  }
+}
+
 template <typename T>
 inline Pair<T> load_pair(const T* p, WholeStep) { return Pair<T>::load(p); }
 template <typename T>

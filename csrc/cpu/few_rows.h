@@ -1,0 +1,21 @@
+// Linear algebra on a few rows, such as the critical instances of DSMIL. A library's bits change with the number of
+// threads, the alignment of its operands and the processor; those of these products depend on shapes and on the
+// instruction set alone. Matrices are contiguous and all of one type, that of accumulation.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "vec_math.h"
+
+namespace milkernels {
+
+at::Tensor product_nt(const at::Tensor& a, const at::Tensor& b);  // a b^T: [n, k], [m, k] -> [n, m]
+at::Tensor product_nn(const at::Tensor& a, const at::Tensor& b);  // a b:   [n, k], [k, m] -> [n, m]
+at::Tensor product_tn(const at::Tensor& a, const at::Tensor& b);  // a^T b: [k, n], [k, m] -> [n, m]
+at::Tensor column_sums(const at::Tensor& a);                      // [n, m] -> [m]
+
+at::Tensor activated(const at::Tensor& z, Activation activation);
+// `grad` times the derivative of the activation at z; NaN has the slope of what is positive, as in PyTorch.
+at::Tensor through_activation(const at::Tensor& grad, const at::Tensor& z, Activation activation);
+
+}  // namespace milkernels
