@@ -458,11 +458,15 @@ def test_topk_is_exactly_the_references(case, dtype, largest):
 @compiled("loss_attention_pool")
 def test_loss_attention_of_logits_far_apart(case):
     """The authors' quotient of sums of exponentials, each less one maximum, loses a bag whose logits are lower."""
+
+    def apart(tensors):
+        tensors["x"] *= 100
+        tensors["x"][70:75] -= 200 * torch.linalg.pinv(tensors["weight"].float()).sum(1)
+
     lengths = (70, 5, 130)
+    case = dataclasses.replace(case, edit=apart)
     tensors, offsets = case.make(lengths, torch.float32, L=8), offsets_of(lengths)
     with torch.no_grad():
-        tensors["x"] *= 100
-        tensors["x"][70:75] -= 200 * torch.linalg.pinv(tensors["weight"]).sum(1)
         logits = torch.nn.functional.linear(tensors["x"], tensors["weight"], tensors["bias"])
         assert logits.min() < -400 and logits.max() > 400 and logits[70:75].max() < logits.max() - 200
         e = (logits - logits.max()).exp().sum(1)
@@ -475,9 +479,31 @@ def test_loss_attention_of_logits_far_apart(case):
     torch.testing.assert_close(weights.double(), truth, rtol=1e-3, atol=1e-6)
     for part in weights.split(lengths):
         torch.testing.assert_close(part.sum(), torch.tensor(1.0), rtol=1e-3, atol=0)
-    eager = step(case.truth, tensors, offsets, None)
-    promise = testing.error_promise(run(case, tensors, offsets), eager, exact, torch.float32)
-    assert promise.ok, promise.broken()
+    kept = op_cases.promise(case, "native", torch.float32, lengths=lengths, seeds=5, L=8)
+    assert kept.ok, kept.broken()
+
+
+@of_the_cpu
+@compiled("gated_attention_pool", "dsmil-mlp-q-relu-v", "query_pool-embed-dropout")
+def test_products_without_the_librarys_micro_kernels(case):
+    """As on a processor without AVX2: what a library's gemm would take their place has other bits for other threads."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        kept = op_cases.promise(case, "native", torch.float32, lengths=(70, 5, 130), seeds=3, **FIVE)
+        assert kept.ok, kept.broken()
+        tensors, offsets = case.make(RAGGED, torch.float32, **FIVE), offsets_of(RAGGED)
+        with threads(1):
+            alone = run(case, tensors, offsets)
+        with threads(3):
+            same_bits(run(case, tensors, offsets), alone)
+
+
+@pytest.mark.slow
+@compiled("gated_attention_pool", "loss_attention_pool", "query_pool-shared")
+def test_error_promise_of_many_bags(case):
+    """What a bag's rows have in common, such as the rounding of its vector, adds up over bags in sums over all rows."""
+    sizes = {"L": 64, "D": 32, "K": 1, "C": 2}
+    kept = op_cases.promise(case, "native", torch.float32, lengths=(100,) * 200, seeds=4, **sizes)
+    assert kept.ok, kept.broken()
 
 
 # Nothing is left out
