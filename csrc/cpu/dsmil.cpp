@@ -1,158 +1,69 @@
 // dsmil_pool on the CPU, the second stream of DSMIL (Li, Li, Eliceiri 2021), and dsmil, both streams: then the gradient
 // of the first, a few rows, is added to that of the second where it lies.
-//
-// What is linear never meets the instances: <Wq x_i + bq, q_m> = <x_i, Wq^T q_m> + <bq, q_m>, so a linear query is one
-// vector for each bag and class, and V sum_i a_i x_i = sum_i a_i V x_i, since the weights sum to 1. The few critical
-// instances are dealt with by products of a few rows.
+#include "dsmil.h"
+
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "few_rows.h"
 #include "instance_max.h"
-#include "mlp_score.h"
-#include "value.h"
 
 namespace milkernels {
 namespace {
 
-class DSMILCall : public Call {
- public:
-  DSMILCall(const Tensor& x, const Tensor& q_weight, const OptionalTensor& q_bias, const OptionalTensor& q2_weight,
-            const OptionalTensor& q2_bias, const OptionalTensor& v_weight, const OptionalTensor& v_bias,
-            const OptionalTensor& offsets, const OptionalTensor& mask, const OptionalTensor& seed,
-            const std::optional<std::string_view>& v_activation, double v_dropout_p, std::optional<double> scale,
-            std::optional<ScalarType> compute_dtype, const EmbedArguments& embed)
-      : Call(x, offsets, mask, embed), v_activation(v_activation ? parse_activation(*v_activation) : Activation::kIdentity),
-        v_dropout(checked_dropout(seed, v_dropout_p)), planes(bf16_planes(x.scalar_type(), compute_dtype)) {
-    const auto rows_of_weight = [](const Tensor& t, const char* name) {
-      TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) > 0, name, " must be 2-D and not empty; got ", t.sizes());
-      return t.size(0);
-    };
-    const int64_t Q = rows_of_weight(q_weight, "q_weight");
-    const int64_t Q2 = q2_weight ? rows_of_weight(*q2_weight, "q2_weight") : 0;
-    const int64_t Lv = v_weight ? rows_of_weight(*v_weight, "v_weight") : 0;
-    parameters = {take(q_weight, "q_weight", {Q, width}),  take(q_bias, "q_bias", {Q}),
-                  take(q2_weight, "q2_weight", {Q2, Q}),   take(q2_bias, "q2_bias", {Q2}),
-                  take(v_weight, "v_weight", {Lv, width}), take(v_bias, "v_bias", {Lv})};
-    this->scale = scale.value_or(1. / std::sqrt(static_cast<double>(q2_weight ? Q2 : Q)));
-  }
-
-  const Tensor& q_weight() const { return parameters[0]; }
-  const Tensor& q_bias() const { return parameters[1]; }
-  const Tensor& q2_weight() const { return parameters[2]; }
-  const Tensor& q2_bias() const { return parameters[3]; }
-  const Tensor& v_weight() const { return parameters[4]; }
-  const Tensor& v_bias() const { return parameters[5]; }
-  bool mlp() const { return q2_weight().defined(); }
-  bool folded() const { return v_weight().defined() && v_activation == Activation::kIdentity; }
-  bool staged() const { return v_weight().defined() && !folded(); }  // the value is no linear map of the pooled vector
-  int64_t pooled_width() const { return staged() ? v_weight().size(0) : width; }
-  int64_t bag_width() const { return v_weight().defined() ? v_weight().size(0) : width; }
-
-  Activation v_activation;
-  Dropout v_dropout;
-  int planes;
-  double scale;
-  std::array<Tensor, 6> parameters;  // q_weight .. v_bias, in the accumulation type; undefined where absent
-};
-
 Tensor plus_bias(Tensor product, const Tensor& bias) { return bias.defined() ? product.add_(bias) : product; }
 
-// The queries of the critical instances, recomputed here so that the gradient flows through both uses of q.
-class CriticalQueries {
- public:
-  // critical [bags, classes], -1 for a class without one: its scores are -inf.
-  CriticalQueries(const DSMILCall& call, const Tensor& critical)
-      : dead((critical < 0).reshape({-1})), call_(call), instances_(call, critical),
-        classes_(critical.size(1)) {
-    z_ = plus_bias(product_nt(instances_.rows, call.q_weight()), call.q_bias());
-    if (call.mlp()) {
-      hidden_ = activated(z_, Activation::kRelu);
-      z2_ = plus_bias(product_nt(hidden_, call.q2_weight()), call.q2_bias());
-      q_ = activated(z2_, Activation::kTanh);
-    } else {
-      q_ = z_;
-    }
-    const Tensor scaled = q_ * call.scale;
-    shift = at::zeros({dead.numel()}, q_.options());
-    if (call.mlp()) {
-      vectors = at::constant_pad_nd(scaled, {0, round_up(q_.size(1), kBlock) - q_.size(1)});
-    } else {
-      vectors = product_nn(scaled, call.q_weight());
-      if (call.q_bias().defined()) shift = product_nt(scaled, call.q_bias().unsqueeze(0)).reshape({-1});
-    }
-    shift.masked_fill_(dead, kDead<double>);
-    vectors = vectors.contiguous();
-  }
+}  // namespace
 
-  template <typename A>
-  Queries<A> typed() const {
-    return {vectors.const_data_ptr<A>(), classes_, classes_ * vectors.size(1), shift.const_data_ptr<A>(), classes_};
-  }
-
-  // From the gradients of `vectors` and, for a linear query, of `shift` (or undefined): adds to those of the query's
-  // parameters [q_weight .. q2_bias] and of the critical rows.
-  void backward(const Tensor& grad_vectors, const Tensor& grad_shift, std::array<Tensor, 4> grads,
-                RowGradients& of_rows) const {
-    const Tensor q_weight = call_.q_weight(), scaled = q_ * call_.scale;
-    Tensor grad_q;
-    if (call_.mlp()) {
-      const Tensor grad_q2 = grad_vectors.slice(1, 0, q_.size(1)) * call_.scale;
-      const Tensor grad_z2 = through_activation(grad_q2.contiguous(), z2_, Activation::kTanh);
-      grads[2].add_(product_tn(grad_z2, hidden_));
-      if (call_.q2_bias().defined()) grads[3].add_(column_sums(grad_z2));
-      grad_q = product_nn(grad_z2, call_.q2_weight()) * (z_ > 0);
-    } else {
-      grad_q = product_nt(grad_vectors, q_weight);
-      grads[0].add_(product_tn(scaled, grad_vectors));
-      if (call_.q_bias().defined() && grad_shift.defined()) {
-        grad_q.add_(grad_shift.unsqueeze(1) * call_.q_bias());
-        grads[1].add_(product_tn(scaled, grad_shift.unsqueeze(1)).reshape({-1}));
-      }
-      grad_q = grad_q * call_.scale;
-    }
-    grads[0].add_(product_tn(grad_q, instances_.rows));
-    if (call_.q_bias().defined()) grads[1].add_(column_sums(grad_q));
-    instances_.backward(product_nn(grad_q, q_weight), of_rows);
-  }
-
-  Tensor dead;     // [bags * classes]
-  Tensor vectors;  // what instances are multiplied with, scale included: [bags * classes, width or padded hidden]
-  Tensor shift;    // [bags * classes]
-
- private:
-  const DSMILCall& call_;
-  SomeRows instances_;
-  int64_t classes_;
-  Tensor z_, hidden_, z2_, q_;  // [bags * classes, ..]; z_ and z2_ before an activation
-};
-
-// f(score program, stage or null) of the call.
-template <typename T, typename E, typename F>
-void with_programs(const DSMILCall& call, const Ragged<T>& in, const CriticalQueries& critical, const F& f) {
-  using A = acc_t<T>;
-  const int planes = std::max(call.planes, 1);
-  const auto layer = [&](const Tensor& weight, const Tensor& bias, Activation activation) {
-    return Layer<E>(weight.const_data_ptr<A>(), data_or_null<A>(bias), weight.size(0), weight.size(1), activation,
-                    planes);
-  };
-  std::optional<ValueStage<T, E>> stage;
-  if (call.staged()) {
-    stage.emplace(call.width, call.v_dropout, layer(call.v_weight(), call.v_bias(), call.v_activation));
-  } else if (call.v_dropout) {
-    stage.emplace(call.width, call.v_dropout, std::nullopt);
-  }
-  ValueStage<T, E>* const value = stage ? &*stage : nullptr;
+CriticalQueries::CriticalQueries(const DSMILCall& call, const Tensor& critical)
+    : dead((critical < 0).reshape({-1})), call_(call), instances_(call, critical),
+      classes_(critical.size(1)) {
+  z_ = plus_bias(product_nt(instances_.rows, call.q_weight()), call.q_bias());
   if (call.mlp()) {
-    MlpScore<T, E> score(in, layer(call.q_weight(), call.q_bias(), Activation::kRelu),
-                         layer(call.q2_weight(), call.q2_bias(), Activation::kTanh), critical.typed<A>());
-    f(score, value);
+    hidden_ = activated(z_, Activation::kRelu);
+    z2_ = plus_bias(product_nt(hidden_, call.q2_weight()), call.q2_bias());
+    q_ = activated(z2_, Activation::kTanh);
   } else {
-    QueryScore<T> score(in, critical.typed<A>());
-    f(score, value);
+    q_ = z_;
   }
+  const Tensor scaled = q_ * call.scale;
+  shift = at::zeros({dead.numel()}, q_.options());
+  if (call.mlp()) {
+    vectors = at::constant_pad_nd(scaled, {0, round_up(q_.size(1), kBlock) - q_.size(1)});
+  } else {
+    vectors = product_nn(scaled, call.q_weight());
+    if (call.q_bias().defined()) shift = product_nt(scaled, call.q_bias().unsqueeze(0)).reshape({-1});
+  }
+  shift.masked_fill_(dead, kDead<double>);
+  vectors = vectors.contiguous();
 }
+
+void CriticalQueries::backward(const Tensor& grad_vectors, const Tensor& grad_shift, std::array<Tensor, 4> grads,
+              RowGradients& of_rows) const {
+  const Tensor q_weight = call_.q_weight(), scaled = q_ * call_.scale;
+  Tensor grad_q;
+  if (call_.mlp()) {
+    const Tensor grad_q2 = grad_vectors.slice(1, 0, q_.size(1)) * call_.scale;
+    const Tensor grad_z2 = through_activation(grad_q2.contiguous(), z2_, Activation::kTanh);
+    grads[2].add_(product_tn(grad_z2, hidden_));
+    if (call_.q2_bias().defined()) grads[3].add_(column_sums(grad_z2));
+    grad_q = product_nn(grad_z2, call_.q2_weight()) * (z_ > 0);
+  } else {
+    grad_q = product_nt(grad_vectors, q_weight);
+    grads[0].add_(product_tn(scaled, grad_vectors));
+    if (call_.q_bias().defined() && grad_shift.defined()) {
+      grad_q.add_(grad_shift.unsqueeze(1) * call_.q_bias());
+      grads[1].add_(product_tn(scaled, grad_shift.unsqueeze(1)).reshape({-1}));
+    }
+    grad_q = grad_q * call_.scale;
+  }
+  grads[0].add_(product_tn(grad_q, instances_.rows));
+  if (call_.q_bias().defined()) grads[1].add_(column_sums(grad_q));
+  instances_.backward(product_nn(grad_q, q_weight), of_rows);
+}
+
+namespace {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -164,19 +75,7 @@ Outputs second_stream(const DSMILCall& call, const Tensor& instance_logits) {
   const Tensor logits = call.take(instance_logits, "instance_logits", {call.rows, C});
   Tensor critical = at::empty({B, C}, call.x.options().dtype(at::kLong)), bag = call.empty({B, C, call.pooled_width()}),
          scores = call.empty({call.rows, C}), lse = call.empty({B, C});
-  with_products(call, call.planes, nullptr, [&]<typename T, typename E>(const Ragged<T>& in) {
-    using A = acc_t<T>;
-    FirstMax<T> first(in, C, nullptr, critical.mutable_data_ptr<int64_t>());
-    for_tiles(in, [&] { return first.worker(); }, [&](const Tile<T>& tile, auto& w) {
-      first.add(tile, logits.const_data_ptr<A>() + tile.first * C, w);
-    });
-    first.finish();
-    const CriticalQueries queries(call, critical);
-    with_programs<T, E>(call, in, queries, [&](const auto& score, const auto* stage) {
-      pool_forward<T>(score, in, scores.mutable_data_ptr<A>(),
-                      SoftmaxPool<T>(in, score, stage, bag.mutable_data_ptr<A>(), lse.mutable_data_ptr<A>()));
-    });
-  });
+  with_rows(call, nullptr, [&](const auto& in) { second_stream_rows(call, in, logits, critical, bag, scores, lse); });
   Tensor pooled = call.empty({0});
   if (call.folded()) {
     pooled = bag;
@@ -202,7 +101,7 @@ std::array<Tensor, 6> second_stream_backward(const DSMILCall& call, const std::a
   for (int i = 0; i < 6; ++i) check_need(needs[i], call.parameters[i].defined(), kNames[i]);
   TORCH_CHECK_VALUE(critical.dim() == 2 && critical.size(1) > 0, "critical must be [bags, any]; got ",
                     critical.sizes());
-  const int64_t B = call.bags(), C = critical.size(1), N = call.rows, L = call.width, Lv = call.bag_width();
+  const int64_t B = call.bags(), C = critical.size(1), L = call.width, Lv = call.bag_width();
   const Tensor winners = call.take_indices(critical, "critical", {B, C});
   Tensor grad_pooled = call.take(from.bag, "grad_bag", {B, C, Lv});
   const CriticalQueries queries(call, winners);
@@ -237,39 +136,8 @@ std::array<Tensor, 6> second_stream_backward(const DSMILCall& call, const std::a
   }
 
   Tensor grad_vectors = call.empty({B * C, queries.vectors.size(1)});
-  with_products(call, call.planes, &of_rows, [&]<typename T, typename E>(const Ragged<T>& in) {
-    using A = acc_t<T>;
-    with_programs<T, E>(call, in, queries, [&](auto& score, auto* stage) {
-      int64_t slices = in.chunks();
-      const auto fewer = [&](int64_t n) { slices = std::min(slices, n); };
-      if constexpr (std::is_same_v<std::decay_t<decltype(score)>, MlpScore<T, E>>) {
-        score.prepare_backward(N, in.has_gradient());
-        fewer(score.slices());
-      } else {
-        score.products.prepare_gradient();
-      }
-      if (stage) {
-        stage->prepare_backward(N, in.has_gradient());
-        if (stage->slices()) fewer(*stage->slices());
-      }
-      pool_backward<T>(score, stage, in, tensors.typed<A>(), slices);
-      const auto g = tensors.typed<A>();
-      score.products.gradient_of_bags(grad_vectors.mutable_data_ptr<A>(), call.mlp() || stage ? nullptr : &g);
-      const auto take_sums = [&](const Layer<E>& layer, const typename Layer<E>::Sums& sums, int weight) {
-        Tensor &w = grads[weight], &b = grads[weight + 1];
-        if (w.numel() == 0) w = at::empty_like(call.parameters[weight]);
-        std::copy_n(sums.weight, layer.out() * layer.in(), w.template mutable_data_ptr<A>());
-        if (!call.parameters[weight + 1].defined()) return;
-        if (b.numel() == 0) b = at::empty_like(call.parameters[weight + 1]);
-        std::copy_n(sums.bias, layer.out(), b.template mutable_data_ptr<A>());
-      };
-      if constexpr (std::is_same_v<std::decay_t<decltype(score)>, MlpScore<T, E>>) {
-        const auto [first, second] = score.layer_gradients();
-        take_sums(score.first, first, 0);
-        take_sums(score.second, second, 2);
-      }
-      if (stage && stage->layer) take_sums(*stage->layer, stage->layer_gradient(), 4);
-    });
+  with_rows(call, &of_rows, [&](const auto& in) {
+    second_stream_rows_backward(call, in, queries, tensors, grad_vectors, grads);
   });
   grad_vectors.masked_fill_(queries.dead.unsqueeze(1), 0.);  // a class that pools nothing may have summed 0 * NaN
   queries.backward(grad_vectors, grad_shift, {grads[0], grads[1], grads[2], grads[3]}, of_rows);

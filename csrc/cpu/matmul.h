@@ -13,9 +13,6 @@
 
 namespace milkernels {
 
-using at::BFloat16;
-using at::Half;
-
 constexpr int64_t kBlock = 64;      // columns of a packed block, and rows of a tile
 constexpr int64_t kRowMultiple = 8;  // rows of a product: few distinct shapes, each costs about 0.1 ms when first met
 

@@ -19,6 +19,9 @@
 
 namespace milkernels {
 
+using at::BFloat16;
+using at::Half;
+
 // float64 accumulates in float64, everything else in float32.
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;

@@ -1,4 +1,4 @@
-#include "heads.h"
+#include "../heads.h"
 
 #include <vector>
 
@@ -182,16 +182,11 @@ void combine(const acc_t<T>* coefficient, const acc_t<T>* const* vector, int64_t
   });
 }
 
-#define INSTANTIATE(T)                                                                                               \
-  template void dots(const T*, int64_t, const int32_t*, int64_t, const acc_t<T>*, const acc_t<T>*, int64_t, int64_t, \
-                     acc_t<T>*);                                                                                     \
-  template void weighted_sums(const T*, int64_t, const int32_t*, int64_t, const acc_t<T>*, int64_t, const acc_t<T>*, \
-                              int64_t, acc_t<T>*, bool);                                                             \
-  template void combine(const acc_t<T>*, const acc_t<T>* const*, int64_t, int64_t, int64_t, T*, int64_t);
-INSTANTIATE(double)
-INSTANTIATE(float)
-INSTANTIATE(at::Half)
-INSTANTIATE(at::BFloat16)
-#undef INSTANTIATE
+using T = MILKERNELS_TYPE;
+template void dots(const T*, int64_t, const int32_t*, int64_t, const acc_t<T>*, const acc_t<T>*, int64_t, int64_t,
+                   acc_t<T>*);
+template void weighted_sums(const T*, int64_t, const int32_t*, int64_t, const acc_t<T>*, int64_t, const acc_t<T>*,
+                            int64_t, acc_t<T>*, bool);
+template void combine(const acc_t<T>*, const acc_t<T>* const*, int64_t, int64_t, int64_t, T*, int64_t);
 
 }  // namespace milkernels

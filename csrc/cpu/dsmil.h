@@ -1,0 +1,93 @@
+// DSMIL on the CPU (Li, Li, Eliceiri 2021): a call, its critical instances, and the two passes of its second stream over
+// the rows, which typed/dsmil.cpp has for each type of these.
+//
+// What is linear never meets the instances: <Wq x_i + bq, q_m> = <x_i, Wq^T q_m> + <bq, q_m>, so a linear query is one
+// vector for each bag and class, and V sum_i a_i x_i = sum_i a_i V x_i, since the weights sum to 1. The few critical
+// instances are dealt with by products of a few rows.
+#pragma once
+
+#include "embed.h"
+
+namespace milkernels {
+
+class DSMILCall : public Call {
+ public:
+  DSMILCall(const Tensor& x, const Tensor& q_weight, const OptionalTensor& q_bias, const OptionalTensor& q2_weight,
+            const OptionalTensor& q2_bias, const OptionalTensor& v_weight, const OptionalTensor& v_bias,
+            const OptionalTensor& offsets, const OptionalTensor& mask, const OptionalTensor& seed,
+            const std::optional<std::string_view>& v_activation, double v_dropout_p, std::optional<double> scale,
+            std::optional<ScalarType> compute_dtype, const EmbedArguments& embed)
+      : Call(x, offsets, mask, embed), v_activation(v_activation ? parse_activation(*v_activation) : Activation::kIdentity),
+        v_dropout(checked_dropout(seed, v_dropout_p)), planes(bf16_planes(x.scalar_type(), compute_dtype)) {
+    const auto rows_of_weight = [](const Tensor& t, const char* name) {
+      TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) > 0, name, " must be 2-D and not empty; got ", t.sizes());
+      return t.size(0);
+    };
+    const int64_t Q = rows_of_weight(q_weight, "q_weight");
+    const int64_t Q2 = q2_weight ? rows_of_weight(*q2_weight, "q2_weight") : 0;
+    const int64_t Lv = v_weight ? rows_of_weight(*v_weight, "v_weight") : 0;
+    parameters = {take(q_weight, "q_weight", {Q, width}),  take(q_bias, "q_bias", {Q}),
+                  take(q2_weight, "q2_weight", {Q2, Q}),   take(q2_bias, "q2_bias", {Q2}),
+                  take(v_weight, "v_weight", {Lv, width}), take(v_bias, "v_bias", {Lv})};
+    this->scale = scale.value_or(1. / std::sqrt(static_cast<double>(q2_weight ? Q2 : Q)));
+  }
+
+  const Tensor& q_weight() const { return parameters[0]; }
+  const Tensor& q_bias() const { return parameters[1]; }
+  const Tensor& q2_weight() const { return parameters[2]; }
+  const Tensor& q2_bias() const { return parameters[3]; }
+  const Tensor& v_weight() const { return parameters[4]; }
+  const Tensor& v_bias() const { return parameters[5]; }
+  bool mlp() const { return q2_weight().defined(); }
+  bool folded() const { return v_weight().defined() && v_activation == Activation::kIdentity; }
+  bool staged() const { return v_weight().defined() && !folded(); }  // the value is no linear map of the pooled vector
+  int64_t pooled_width() const { return staged() ? v_weight().size(0) : width; }
+  int64_t bag_width() const { return v_weight().defined() ? v_weight().size(0) : width; }
+
+  Activation v_activation;
+  Dropout v_dropout;
+  int planes;
+  double scale;
+  std::array<Tensor, 6> parameters;  // q_weight .. v_bias, in the accumulation type; undefined where absent
+};
+
+// The queries of the critical instances, recomputed here so that the gradient flows through both uses of q.
+class CriticalQueries {
+ public:
+  // critical [bags, classes], -1 for a class without one: its scores are -inf.
+  CriticalQueries(const DSMILCall& call, const Tensor& critical);
+
+  template <typename A>
+  Queries<A> typed() const {
+    return {vectors.const_data_ptr<A>(), classes_, classes_ * vectors.size(1), shift.const_data_ptr<A>(), classes_};
+  }
+
+  // From the gradients of `vectors` and, for a linear query, of `shift` (or undefined): adds to those of the query's
+  // parameters [q_weight .. q2_bias] and of the critical rows.
+  void backward(const Tensor& grad_vectors, const Tensor& grad_shift, std::array<Tensor, 4> grads,
+                RowGradients& of_rows) const;
+
+  Tensor dead;     // [bags * classes]
+  Tensor vectors;  // what instances are multiplied with, scale included: [bags * classes, width or padded hidden]
+  Tensor shift;    // [bags * classes]
+
+ private:
+  const DSMILCall& call_;
+  SomeRows instances_;
+  int64_t classes_;
+  Tensor z_, hidden_, z2_, q_;  // [bags * classes, ..]; z_ and z2_ before an activation
+};
+
+// Writes the critical instances, those with the largest of `logits` [rows, classes], what is pooled by their scores,
+// the scores and lse.
+template <typename T>
+void second_stream_rows(const DSMILCall& call, const Ragged<T>& in, const Tensor& logits, const Tensor& critical,
+                        const Tensor& bag, const Tensor& scores, const Tensor& lse);
+
+// Writes the gradients of the vectors of `queries`, those of the rows, and those of the layers that rows went through
+// into grads (q_weight .. v_bias).
+template <typename T>
+void second_stream_rows_backward(const DSMILCall& call, const Ragged<T>& in, const CriticalQueries& queries,
+                                 const PoolTensors& tensors, const Tensor& grad_vectors, std::array<Tensor, 6>& grads);
+
+}  // namespace milkernels

@@ -1,0 +1,100 @@
+#include "../dsmil.h"
+
+#include "../mlp_score.h"
+#include "../value.h"
+
+namespace milkernels {
+namespace {
+
+// f(score program, stage or null) of the call.
+template <typename T, typename E, typename F>
+void with_programs(const DSMILCall& call, const Ragged<T>& in, const CriticalQueries& critical, const F& f) {
+  using A = acc_t<T>;
+  const int planes = std::max(call.planes, 1);
+  const auto layer = [&](const Tensor& weight, const Tensor& bias, Activation activation) {
+    return Layer<E>(weight.const_data_ptr<A>(), data_or_null<A>(bias), weight.size(0), weight.size(1), activation,
+                    planes);
+  };
+  std::optional<ValueStage<T, E>> stage;
+  if (call.staged()) {
+    stage.emplace(call.width, call.v_dropout, layer(call.v_weight(), call.v_bias(), call.v_activation));
+  } else if (call.v_dropout) {
+    stage.emplace(call.width, call.v_dropout, std::nullopt);
+  }
+  ValueStage<T, E>* const value = stage ? &*stage : nullptr;
+  if (call.mlp()) {
+    MlpScore<T, E> score(in, layer(call.q_weight(), call.q_bias(), Activation::kRelu),
+                         layer(call.q2_weight(), call.q2_bias(), Activation::kTanh), critical.typed<A>());
+    f(score, value);
+  } else {
+    QueryScore<T> score(in, critical.typed<A>());
+    f(score, value);
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void second_stream_rows(const DSMILCall& call, const Ragged<T>& in, const Tensor& logits, const Tensor& critical,
+                        const Tensor& bag, const Tensor& scores, const Tensor& lse) {
+  using A = acc_t<T>;
+  const int64_t classes = logits.size(1);
+  FirstMax<T> first(in, classes, nullptr, critical.mutable_data_ptr<int64_t>());
+  for_tiles(in, [&] { return first.worker(); }, [&](const Tile<T>& tile, auto& w) {
+    first.add(tile, logits.const_data_ptr<A>() + tile.first * classes, w);
+  });
+  first.finish();
+  const CriticalQueries queries(call, critical);
+  with_element<T>(call.planes, [&]<typename E>() {
+    with_programs<T, E>(call, in, queries, [&](const auto& score, const auto* stage) {
+      pool_forward<T>(score, in, scores.mutable_data_ptr<A>(),
+                      SoftmaxPool<T>(in, score, stage, bag.mutable_data_ptr<A>(), lse.mutable_data_ptr<A>()));
+    });
+  });
+}
+
+template <typename T>
+void second_stream_rows_backward(const DSMILCall& call, const Ragged<T>& in, const CriticalQueries& queries,
+                                 const PoolTensors& tensors, const Tensor& grad_vectors, std::array<Tensor, 6>& grads) {
+  using A = acc_t<T>;
+  with_element<T>(call.planes, [&]<typename E>() {
+    with_programs<T, E>(call, in, queries, [&](auto& score, auto* stage) {
+      int64_t slices = in.chunks();
+      const auto fewer = [&](int64_t n) { slices = std::min(slices, n); };
+      if constexpr (std::is_same_v<std::decay_t<decltype(score)>, MlpScore<T, E>>) {
+        score.prepare_backward(call.rows, in.has_gradient());
+        fewer(score.slices());
+      } else {
+        score.products.prepare_gradient();
+      }
+      if (stage) {
+        stage->prepare_backward(call.rows, in.has_gradient());
+        if (stage->slices()) fewer(*stage->slices());
+      }
+      pool_backward<T>(score, stage, in, tensors.typed<A>(), slices);
+      const auto g = tensors.typed<A>();
+      score.products.gradient_of_bags(grad_vectors.mutable_data_ptr<A>(), call.mlp() || stage ? nullptr : &g);
+      const auto take_sums = [&](const Layer<E>& layer, const typename Layer<E>::Sums& sums, int weight) {
+        Tensor &w = grads[weight], &b = grads[weight + 1];
+        if (w.numel() == 0) w = at::empty_like(call.parameters[weight]);
+        std::copy_n(sums.weight, layer.out() * layer.in(), w.template mutable_data_ptr<A>());
+        if (!call.parameters[weight + 1].defined()) return;
+        if (b.numel() == 0) b = at::empty_like(call.parameters[weight + 1]);
+        std::copy_n(sums.bias, layer.out(), b.template mutable_data_ptr<A>());
+      };
+      if constexpr (std::is_same_v<std::decay_t<decltype(score)>, MlpScore<T, E>>) {
+        const auto [first, second] = score.layer_gradients();
+        take_sums(score.first, first, 0);
+        take_sums(score.second, second, 2);
+      }
+      if (stage && stage->layer) take_sums(*stage->layer, stage->layer_gradient(), 4);
+    });
+  });
+}
+
+template void second_stream_rows(const DSMILCall&, const Ragged<MILKERNELS_TYPE>&, const Tensor&, const Tensor&,
+                                 const Tensor&, const Tensor&, const Tensor&);
+template void second_stream_rows_backward(const DSMILCall&, const Ragged<MILKERNELS_TYPE>&, const CriticalQueries&,
+                                          const PoolTensors&, const Tensor&, std::array<Tensor, 6>&);
+
+}  // namespace milkernels
