@@ -4,6 +4,7 @@
 // What is linear never meets the instances: <Wq x_i + bq, q_m> = <x_i, Wq^T q_m> + <bq, q_m>, so a linear query is one
 // vector for each bag and class, and V sum_i a_i x_i = sum_i a_i V x_i, since the weights sum to 1. The few critical
 // instances are dealt with in PyTorch's own small products.
+#include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include <tuple>

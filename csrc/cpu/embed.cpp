@@ -1,9 +1,6 @@
 #include "embed.h"
 
-#include <ATen/ops/gelu.h>
-#include <ATen/ops/gelu_backward.h>
-#include <ATen/ops/tanh_backward.h>
-#include <ATen/ops/threshold_backward.h>
+#include <ATen/ATen.h>
 
 #include "dropout.h"
 #include "layer.h"
