@@ -15,6 +15,8 @@
 # TORCH         what to install otherwise
 # TORCH_INDEX   where from, if not from pip's default index
 # TORCH_CUDA    what cuda-check builds against, of the same major version of CUDA as nvcc
+# MILKERNELS_CPU  instruction sets to compile for: native (what this machine runs best), all, or avx512,avx2,default
+# V=1           shows every command, and all that pip has to say
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -23,31 +25,41 @@ TORCH_CUDA ?= torch==2.14.1
 ARGS ?=
 QUICK ?=
 OUT ?=
+V ?=
+MILKERNELS_CPU ?= native
+export MILKERNELS_CPU
 
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check --quiet
+ifeq ($(V),1)
+PIP_OPTIONS := --disable-pip-version-check
+BUILD := $(PY) setup.py --verbose build_ext --inplace
+else
+.SILENT:
+PIP_OPTIONS := --disable-pip-version-check --quiet --quiet # twice: without warnings of how it was set up, too
+BUILD := $(PY) setup.py --quiet build_ext --inplace
+endif
+PIP := $(PY) -m pip $(PIP_OPTIONS)
 RUFF := $(shell sed -n 's/.*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
-SOURCES := setup.py $(shell find csrc -type f)
 PYTHON_FILES := setup.py $(wildcard milkernels tests benchmarks examples)
 CUDA_VENV := .venv-cuda
 # Of the tests of all kernels those against the oracle, for AddressSanitizer is slow; ARGS="-k 'not gradcheck'" runs all.
 CUDA_TESTS := tests/test_cuda.py tests/test_kernels.py tests/test_attention.py -k "test_cuda or test_oracle"
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install bench example test gpu aot cuda-test cuda-check host-time lint format info clean
+.PHONY: install build bench example test gpu aot cuda-test cuda-check host-time lint format info clean
 
-install: $(VENV)/.built
+install: build
 
-bench: $(VENV)/.built
+bench: build
 	@$(PY) -c "import numpy, rich, matplotlib, psutil" 2>/dev/null || $(PIP) install "milkernels[bench]"
 	$(PY) -m milkernels bench $(ARGS)
 
-example: $(VENV)/.built
+example: build
 	@$(PY) -c "import numpy, rich, matplotlib, psutil, sklearn" 2>/dev/null || $(PIP) install "milkernels[examples]"
 	$(PY) -m examples.$(ARGS)
 
-test: $(VENV)/.built
+test: build
 	@$(PY) -c "import pytest, pytest_benchmark, numpy, rich, matplotlib, psutil, sklearn, triton, pytorch_lightning, torchmil" 2>/dev/null || $(PIP) install "milkernels[test]"
 	$(PY) -m pytest -ra --durations=15 $(ARGS)
 
@@ -62,14 +74,14 @@ aot: $(VENV)/.installed
 # Both libraries come before Python, which is linked to neither: AddressSanitizer looks for the other's exceptions at once.
 cuda-test: $(VENV)/.installed
 	@$(PY) -c "import pytest, numpy" 2>/dev/null || $(PIP) install "milkernels[test]"
-	MILKERNELS_BUILD_EXT=0 MILKERNELS_BUILD_CUDA=0 MILKERNELS_BUILD_EMULATED=asan $(PY) setup.py --quiet build_ext --inplace
+	MILKERNELS_BUILD_EXT=0 MILKERNELS_BUILD_CUDA=0 MILKERNELS_BUILD_EMULATED=asan $(BUILD)
 	LD_PRELOAD="$(foreach name,libasan.so libstdc++.so.6,$$($(CXX) -print-file-name=$(name)))" ASAN_OPTIONS=detect_leaks=0 MILKERNELS_EMULATE_CUDA=1 \
 		$(PY) -m pytest -ra --durations=15 $(CUDA_TESTS) $(ARGS)
 
 # What it compiles is not watched by AddressSanitizer, which would be measured.
 host-time: $(VENV)/.installed
 	@$(PY) -c "import rich, triton" 2>/dev/null || $(PIP) install "milkernels[test]"
-	MILKERNELS_BUILD_EXT=0 MILKERNELS_BUILD_CUDA=0 MILKERNELS_BUILD_EMULATED=1 $(PY) setup.py --quiet build_ext --inplace
+	MILKERNELS_BUILD_EXT=0 MILKERNELS_BUILD_CUDA=0 MILKERNELS_BUILD_EMULATED=1 $(BUILD)
 	env -u TRITON_INTERPRET MILKERNELS_EMULATE_CUDA=1 $(PY) -m milkernels.testing.host_time $(ARGS)
 
 # An environment of its own, as .venv may have a PyTorch without CUDA.
@@ -82,7 +94,7 @@ cuda-check:
 $(CUDA_VENV)/.created:
 	@rm -rf $(CUDA_VENV)
 	@$(PYTHON) -m venv $(CUDA_VENV)
-	@$(CUDA_VENV)/bin/python -m pip --disable-pip-version-check --quiet install $(TORCH_CUDA) "setuptools>=77" ninja numpy
+	@$(CUDA_VENV)/bin/python -m pip $(PIP_OPTIONS) install $(TORCH_CUDA) "setuptools>=77" ninja numpy
 	@touch $@
 
 lint: $(VENV)/.ruff
@@ -93,7 +105,7 @@ format: $(VENV)/.ruff
 	$(PY) -m ruff check --fix $(PYTHON_FILES)
 	$(PY) -m ruff format $(PYTHON_FILES)
 
-info: $(VENV)/.built
+info: build
 	$(PY) -m milkernels info
 
 clean:
@@ -116,20 +128,19 @@ $(VENV)/.created:
 
 $(VENV)/.torch: $(VENV)/.created
 	@$(PY) -c "import torch" 2>/dev/null \
-		|| $(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+		|| { echo "installing $(TORCH)"; $(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH); }
 	@$(PY) -c "import setuptools as s; assert int(s.__version__.split('.')[0]) >= 77" 2>/dev/null \
 		|| $(PIP) install "setuptools>=77"
-	@command -v ninja >/dev/null || $(PIP) install ninja || echo "no ninja: the build will be slower"
+	@command -v ninja >/dev/null || $(PIP) install ninja
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	MILKERNELS_BUILD_EXT=0 MILKERNELS_BUILD_CUDA=0 $(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@
 
-# Apart from the installation, because pip would hide what the compiler says.
-$(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	$(PY) setup.py --quiet build_ext --inplace
-	@touch $@
+# Apart from the installation, because pip would hide what the compiler says. Every time: ninja knows what is out of date.
+build: $(VENV)/.installed
+	$(BUILD)
 
 $(VENV)/.ruff: $(VENV)/.created pyproject.toml
 	@$(PY) -m ruff --version 2>/dev/null | grep -qx "$(subst ==, ,$(RUFF))" || $(PIP) install $(RUFF)

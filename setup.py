@@ -4,19 +4,28 @@ The CPU sources are compiled once per instruction set, each time into a module o
 that was compiled for AVX-512 must never be linked into code that runs on a machine without it.  At run time
 ``milkernels/native.py`` imports one of them.
 
+MILKERNELS_CPU          For which instruction sets. native: the one that this machine runs best, by PyTorch's own
+                        judgement; all; or names with commas between them: avx512, avx2, default. Unset: native where
+                        the modules stay beside the sources (in place, editable), all where they may be carried away.
 MILKERNELS_BUILD_EXT    1: build the CPU modules or fail; 0: do not; unset: build if there is a compiler, and
                         where that fails warn and go on, as every op has a reference in PyTorch.
 MILKERNELS_BUILD_CUDA   The same for the CUDA module: what counts is the toolkit, never a visible GPU.
 MILKERNELS_BUILD_EMULATED   1: the CUDA kernels compiled for the host too, for tests where there is no GPU, by
                         csrc/cuda/emulator.h; asan: so that AddressSanitizer watches them; 0 or unset: not.
+MAX_JOBS                How many compilers run at a time; unset: ninja decides.
+
+A module's name has the minor version of PyTorch that it was compiled against, and no other loads it: the C++ interface
+holds from one patch release to the next, not between minor ones.  An installation that has no modules because there
+is no compiler, or no PyTorch to compile against, has "+reference" in its version.
 """
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
-import traceback
+import sysconfig
 from glob import glob
 from pathlib import Path
 
@@ -31,6 +40,9 @@ except ImportError:
 NAMESPACE = "milkernels"
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 CPU_SOURCES = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
+TYPED_SOURCES = sorted(glob("csrc/cpu/typed/*.cpp"))  # each is compiled once for each of
+TYPES = ("double", "float", "Half", "BFloat16")
+LONGEST = ("dsmil", "instance_max", "heads", "pooling", "attention", "instances")  # to compile: they are started first
 EMULATED_SOURCES = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp"))
 CUDA_SOURCES = [path for path in EMULATED_SOURCES if os.path.basename(path) != "emulator.cpp"]
 # What the module is compiled for where TORCH_CUDA_ARCH_LIST says nothing, as far as the compiler knows them: 9.0a is
@@ -39,8 +51,7 @@ ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0")
 INSTRUCTION_SETS = {
     "default": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
-    + ["-Wno-maybe-uninitialized"],  # GCC's own headers, up to 12
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
 OPTIMISE = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]  # never -ffast-math
 QUIET = ["-Wno-unknown-pragmas", "-Wno-psabi"]  # PyTorch's headers have hundreds; GCC notes vectors passed by value
@@ -76,8 +87,9 @@ def refuse_or_warn(required, message):
 
 def common(name, sources, required):
     # An optional extension that was not built is no error to setuptools.
+    built_for = "_".join(torch.__version__.split(".")[:2])
     return {
-        "name": f"{NAMESPACE}.{name}",
+        "name": f"{NAMESPACE}.{name}_torch{built_for}",
         "sources": sources,
         "include_dirs": [os.path.abspath("csrc")],
         "depends": [*HEADERS, "setup.py"],
@@ -85,27 +97,53 @@ def common(name, sources, required):
     }
 
 
+def lacking():
+    """What a build needs and does not find, or None."""
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if torch is None:
+        return "PyTorch"
+    if shutil.which(compiler) is None:
+        return f"a C++ compiler ({compiler})"
+    return None if ninja_path() else "ninja"
+
+
 def cpu_extensions():
     required = setting("MILKERNELS_BUILD_EXT")
-    compiler = os.environ.get("CXX", "c++").split()[0]
     if required is False or not CPU_SOURCES:
         return []
-    if torch is None or shutil.which(compiler) is None:
-        missing = "PyTorch" if torch is None else f"a C++ compiler ({compiler})"
+    if missing := lacking():
         refuse_or_warn(required, f"the compiled extension needs {missing}, and there is none.")
         return []
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    typed = [
+        wrapper(path, f"{Path(path).stem}_{name}", f"#define MILKERNELS_TYPE {name}")
+        for path in TYPED_SOURCES
+        for name in TYPES
+    ]
     return [
         cpp_extension.CppExtension(
-            **common(f"_C_{name}", CPU_SOURCES, required),
+            **common(f"_C_{name}", CPU_SOURCES + typed, required),
             define_macros=[("CPU_CAPABILITY", name.upper()), (f"CPU_CAPABILITY_{name.upper()}", None)],
-            extra_compile_args=[*OPTIMISE, *QUIET, *openmp, *flags],
+            extra_compile_args=["-include", "cpu/intrinsics.h", *OPTIMISE, *QUIET, *openmp, *INSTRUCTION_SETS[name]],
             extra_link_args=openmp,
         )
-        for name, flags in INSTRUCTION_SETS.items()
-        if x86 or name == "default"
+        for name in instruction_sets("all")
     ]
+
+
+def instruction_sets(wanted):
+    """Those that are meant by a value of MILKERNELS_CPU."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    known = list(INSTRUCTION_SETS) if x86 else ["default"]
+    if wanted == "all":
+        return known
+    if wanted == "native":
+        best = torch.backends.cpu.get_cpu_capability().lower()
+        return [best if best in known else "default"]
+    names = wanted.split(",")
+    if unknown := sorted(set(names) - set(known)):
+        raise SystemExit(f"MILKERNELS_CPU must be native, all or of {','.join(known)}; got {','.join(unknown)!r}")
+    return names
 
 
 def cuda_extensions():
@@ -152,7 +190,9 @@ def emulated_extensions():
         raise SystemExit("milkernels: the emulated module needs PyTorch, and there is none.")
     sanitize = SANITIZE if value == "asan" else []
     extension = cpp_extension.CppExtension(
-        **common("_C_emulated", [host_source(path, value) for path in EMULATED_SOURCES], required=True),
+        # A C++ file around each: to the build a .cu is CUDA's whoever asks for it. It names the variant, so that
+        # another one is compiled anew.
+        **common("_C_emulated", [wrapper(path, Path(path).stem, f"// {value}") for path in EMULATED_SOURCES], True),
         extra_compile_args=[CUDA_STANDARD, *EMULATE, *QUIET, *sanitize],
         extra_link_args=sanitize,
     )
@@ -160,43 +200,131 @@ def emulated_extensions():
     return [extension]
 
 
-def host_source(path, variant):
-    """A C++ file that includes this one: to the build a .cu is CUDA's whoever asks for it. It names the variant, so
-    that another one is compiled anew."""
-    source = Path("build", "emulated", Path(path).with_suffix(".cpp").name)
-    text = f'// {variant}\n#include "{os.path.abspath(path)}"\n'
+def wrapper(path, name, line):
+    """A C++ file of this name which has this line, and the source at `path` behind it."""
+    source = Path("build", "sources", *Path(path).parent.parts[1:], f"{name}.cpp")
+    text = f'{line}\n#include "{os.path.abspath(path)}"\n'
     if not source.exists() or source.read_text() != text:
         source.parent.mkdir(parents=True, exist_ok=True)
         source.write_text(text)
     return str(source)
 
 
+class Graph:
+    """The commands of all modules as one ninja file, so that all processors are busy until the last one is done."""
+
+    def __init__(self, folder):
+        self.file, self.edges = Path(folder, "build.ninja"), {}
+
+    def add(self, command, **_):
+        """In the place of running it. A build calls nothing but compilers and linkers."""
+        output = command[command.index("-o") + 1]
+        compiles = "-c" in command
+        inputs = [command[command.index("-o") - 1]] if compiles else [part for part in command if part in self.edges]
+        self.edges[output] = "compile" if compiles else "link", inputs, command
+
+    def write(self):
+        def rank(output):
+            return next((i for i, name in enumerate(LONGEST) if Path(output).stem.startswith(name)), len(LONGEST))
+
+        def escaped(text, special="$"):
+            return "".join("$" + letter if letter in special else letter for letter in text)
+
+        lines = [
+            f"builddir = {escaped(str(self.file.parent))}",
+            *("rule compile", "  command = $run -MMD -MF $out.d", "  depfile = $out.d", "  deps = gcc"),
+            *("  description = compile $name", "rule link", "  command = $run", "  description = link $name"),
+        ]
+        for output in sorted(self.edges, key=rank):
+            rule, inputs, command = self.edges[output]
+            inputs = " ".join(escaped(os.path.abspath(path), "$ :") for path in inputs)
+            lines += [
+                f"build {escaped(output, '$ :')}: {rule} {inputs}",
+                f"  run = {escaped(shlex.join(command))}",
+                f"  name = {escaped(os.path.relpath(output, self.file.parent))}",
+            ]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text("\n".join(lines) + "\n")
+
+    def run(self, targets, verbose):
+        """Makes what it can of them."""
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS", "").isdigit() else []
+        # What it prints goes to the process's standard error: Python's may be closed or another one.
+        subprocess.run([*self.ninja("-k", "0", *jobs), *(["-v"] if verbose else []), *targets], stdout=2)
+
+    def is_made(self, target):
+        """Whether it is there, and from the sources as they are."""
+        dry = subprocess.run(self.ninja("-n", target), capture_output=True, text=True)
+        return "no work to do" in dry.stdout
+
+    def ninja(self, *arguments):
+        return [ninja_path(), "-f", str(self.file), *arguments]
+
+
+def ninja_path():
+    folders = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
+    return shutil.which("ninja", path=folders)
+
+
 def build_command():
-    class Build(cpp_extension.BuildExtension):
+    class Build(cpp_extension.BuildExtension.with_options(use_ninja=False)):
+        """Collects the commands of setuptools and PyTorch, and has ninja run them."""
+
         def finalize_options(self):
             super().finalize_options()
             # Not the temporary folder of an editable install: there, every build would start from nothing.
             version = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
-            self.build_temp = os.path.abspath(os.path.join("build", f"objects-{version}"))
+            self.objects = os.path.abspath(os.path.join("build", f"objects-{version}"))
+            self.force = True  # what is out of date is for ninja to say
+            self.stays = bool(self.inplace)  # which setuptools hides while it builds
+            self.sets = instruction_sets(os.environ.get("MILKERNELS_CPU") or ("native" if self.stays else "all"))
 
         def build_extensions(self):
-            """One at a time: the objects share names, and what fails is told from what does not."""
-            extensions, build_temp, built = self.extensions, self.build_temp, []
-            for extension in extensions:
-                self.extensions = [extension]
-                self.build_temp = os.path.join(build_temp, extension.name.rpartition(".")[2])
-                try:
-                    super().build_extensions()
-                    built.append(extension)
-                except Exception:
-                    if not extension.optional:
-                        raise
-                    traceback.print_exc()
-                    refuse_or_warn(False, f"{extension.name} could not be compiled; the reason is above.")
-            self.extensions, self.build_temp = built, build_temp
+            graph, build_lib = Graph(self.objects), self.build_lib
+            # Modules are linked elsewhere: what an earlier build left where wheels are packed is removed below.
+            self.compiler.call = self.compiler.spawn = graph.add  # its name since and before setuptools 84
+            self.build_lib = self.objects
+            super().build_extensions()
+            graph.write()
+            made = {extension.name: self.get_ext_fullpath(extension.name) for extension in self.extensions}
+            self.build_lib = build_lib
+            for old in Path(build_lib, NAMESPACE).glob("_C_*"):
+                old.unlink()
+            graph.run([made[e.name] for e in self.extensions if self.is_wanted(e)], self.distribution.verbose > 1)
+            self.extensions = [e for e in self.extensions if self.is_built(graph, e, made[e.name])]
+            for extension in self.extensions:
+                target = Path(self.get_ext_fullpath(extension.name))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(made[extension.name], target)
+
+        def build_extension(self, extension):
+            self.build_temp = os.path.join(self.objects, extension.name.rpartition(".")[2])  # objects share names
+            super().build_extension(extension)
+
+        def is_wanted(self, extension):
+            name = extension.name.partition("_C_")[2].partition("_")[0]
+            return name not in INSTRUCTION_SETS or name in self.sets
+
+        def is_built(self, graph, extension, path):
+            """A module that stays may be one that was not asked for: as long as it is what the sources say."""
+            stays = Path(self.get_ext_filename(extension.name))
+            wanted = self.is_wanted(extension)
+            if (wanted or self.stays and stays.exists()) and graph.is_made(path):
+                return True
+            if self.stays:
+                stays.unlink(missing_ok=True)
+            if wanted:
+                refuse_or_warn(not extension.optional, f"{extension.name} could not be compiled; the reason is above.")
+            return False
 
     return Build
 
 
 extensions = cpu_extensions() + cuda_extensions() + emulated_extensions()
-setup(ext_modules=extensions, cmdclass={"build_ext": build_command()} if extensions else {})
+without = not extensions and setting("MILKERNELS_BUILD_EXT") is None and lacking()
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": build_command()} if extensions else {},
+    # Of the wheel only: whoever unpacks a source distribution may have a compiler.
+    options={"egg_info": {"tag_build": "+reference"}} if without and "sdist" not in sys.argv else {},
+)

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import os
 import sys
 import textwrap
 
@@ -32,7 +33,8 @@ def info() -> None:
     for device, title in (("cpu", "Compiled extension"), ("cuda", "Compiled kernels for CUDA tensors")):
         print(f"\n{title}")
         for key, value in native.build_info(device).items():
-            print(f"  {key:18}{value}")
+            running = f" (this is {torch.__version__})" if key == "built with torch" else ""
+            print(f"  {key:18}{value}{running}")
         if (error := native.load_error(device)) is not None:
             print(textwrap.fill(f"none: {error}", 110, initial_indent="  ", subsequent_indent="  "))
 
@@ -52,10 +54,16 @@ def info() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m milkernels", description="Kernels for MIL in PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--version", action="version", version=f"milkernels {milkernels.__version__}")
+    commands = parser.add_subparsers(dest="command")
     commands.add_parser("info", help="what is installed, and which backend serves which op")
     commands.add_parser("bench", help="benchmarks on this machine", add_help=False)
     arguments, rest = parser.parse_known_args(argv)
+    if arguments.command is None:
+        if rest:
+            parser.error(f"a command comes first; got {' '.join(rest)}")
+        parser.print_help()
+        return 0
     if arguments.command == "bench":
         from milkernels.bench import cli  # lazily: it needs the packages of the extra `bench`
 
@@ -67,4 +75,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)

@@ -4,17 +4,22 @@ The C++ kernels are compiled once per instruction set, each into a module of its
 kernels with PyTorch's dispatcher.  Exactly one is imported: the best that this machine runs, by PyTorch's own
 judgement, so ``ATEN_CPU_CAPABILITY=default|avx2|avx512`` chooses here as it does in PyTorch.  The kernels for CUDA
 tensors are a module beside it.
+
+PyTorch's C++ interface holds from one patch release to the next, not between minor ones: loaded beside another one, a
+module may crash or compute wrongly.  So a module's name has the minor version that it was compiled against, and only
+that of the running PyTorch is looked for.
 """
 
 import importlib
-import importlib.util
 import os
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 _MODULES = {"AVX512": "_C_avx512", "AVX2": "_C_avx2", "DEFAULT": "_C_default"}  # best first
+SUFFIX = "_torch" + "_".join(torch.__version__.split(".")[:2])  # of those that the running PyTorch may load
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPS = frozenset(
     (
@@ -26,6 +31,14 @@ OPS = frozenset(
 )
 
 
+# An isolated build compiles against the newest PyTorch, not the one that is installed.
+_BUILD = (
+    "in the source tree, with a C++ compiler (and CUDA's for kernels for CUDA tensors), this builds it: "
+    '`pip install "setuptools>=77" ninja`, then '
+    "`pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall .`"
+)
+
+
 def emulated() -> bool:
     """Whether calls on CPU tensors run the CUDA kernels, on the host and slowly: so their numbers can be tested where
     there is no GPU. Set ``MILKERNELS_EMULATE_CUDA=1`` before this package is imported."""
@@ -33,11 +46,23 @@ def emulated() -> bool:
 
 
 def _imported(name: str) -> tuple[ModuleType | None, str | None]:
-    """The module, or None and why not."""
+    """The module for the running PyTorch, or None and why not."""
+    full = f"milkernels.{name}{SUFFIX}"
     try:
-        return importlib.import_module(f"milkernels.{name}"), None
+        return importlib.import_module(full), None
     except ImportError as failure:
-        return None, f"the compiled extension could not be imported ({failure}); build it with `pip install .`"
+        if not isinstance(failure, ModuleNotFoundError) or failure.name != full:
+            return None, f"the compiled extension could not be imported ({failure}); {_BUILD}"
+    return None, f"the compiled extension {name} {_missing(name)}; {_BUILD}"
+
+
+def _missing(name: str) -> str:
+    """What there is in the place of a module that is not there."""
+    files = Path(__file__).parent.glob(f"{name}_torch*")
+    versions = {file.name.partition("_torch")[2].partition(".")[0].replace("_", ".") for file in files}
+    if not versions:
+        return "was not built"
+    return f"is built for PyTorch {', '.join(sorted(versions))}, and this is {torch.__version__}"
 
 
 def _load_cpu() -> tuple[ModuleType | None, str | None]:
@@ -59,8 +84,6 @@ def _load_cpu() -> tuple[ModuleType | None, str | None]:
 def _load_cuda() -> tuple[ModuleType | None, str | None]:
     if torch.version.cuda is None:
         return None, "this PyTorch is not built for CUDA"
-    if importlib.util.find_spec("milkernels._C_cuda") is None:
-        return None, "the CUDA module was not built; with CUDA's compiler `MILKERNELS_BUILD_CUDA=1 pip install .` does"
     return _imported("_C_cuda")
 
 

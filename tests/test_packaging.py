@@ -46,13 +46,15 @@ def tree(tmp_path):
         (tmp_path / folder).mkdir()
     (tmp_path / "README.md").touch()
     (tmp_path / "milkernels" / "__init__.py").touch()
+    (tmp_path / "csrc" / "cpu").mkdir()
+    (tmp_path / "csrc" / "cpu" / "intrinsics.h").touch()
     (tmp_path / "csrc" / "part.h").write_text('#define PART "first"\n')
     (tmp_path / "csrc" / "bindings.cpp").write_text(SOURCE)
     return tmp_path
 
 
 def build(tree, **settings):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MILKERNELS_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MILKERNELS_")} | {"MILKERNELS_CPU": "all"}
     return subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         cwd=tree,
@@ -97,16 +99,17 @@ def test_the_version_is_written_once():
 @needs_compiler
 def test_one_module_per_instruction_set(monkeypatch):
     found = extensions(monkeypatch, MILKERNELS_BUILD_CUDA="0")
-    x86 = "milkernels._C_avx2" in found
-    assert list(found) == [f"milkernels._C_{n}" for n in (["default", "avx2", "avx512"] if x86 else ["default"])]
+    x86 = f"milkernels._C_avx2{native.SUFFIX}" in found
+    names = ["default", "avx2", "avx512"] if x86 else ["default"]
+    assert list(found) == [f"milkernels._C_{name}{native.SUFFIX}" for name in names]
     sources = next(iter(found.values())).sources
     for name, extension in found.items():
         flags = extension.extra_compile_args
         flags = flags["cxx"] if isinstance(flags, dict) else flags
-        capability = name.removeprefix("milkernels._C_").upper()
+        capability = name.removeprefix("milkernels._C_").removesuffix(native.SUFFIX).upper()
         assert ("CPU_CAPABILITY", capability) in extension.define_macros
         assert (f"CPU_CAPABILITY_{capability}", None) in extension.define_macros
-        assert extension.sources == sources == sorted(sources)
+        assert extension.sources == sources and len(set(sources)) == len(sources)
         assert not {"-march=native", "-ffast-math", "-Ofast", "-mtune=native"} & set(flags)
         # What a flag allows must be what the loader asks for: nothing beyond the module's own name.
         assert any("avx512" in flag for flag in flags) == (capability == "AVX512")
@@ -136,7 +139,7 @@ def test_builds_are_separate_and_incremental(tree):
     assert result.returncode == 0, result.stderr
     built = modules(tree)
     for name, path in built.items():
-        capability = name.removeprefix("_C_").upper()
+        capability = name.removeprefix("_C_").removesuffix(native.SUFFIX).upper()
         assert f"first built for {capability}\0".encode() in path.read_bytes()
 
     times = {path: path.stat().st_mtime_ns for path in tree.rglob("*.o")}
@@ -152,12 +155,42 @@ def test_builds_are_separate_and_incremental(tree):
 @needs_tree
 @needs_compiler
 @pytest.mark.slow
+def test_what_is_missing_is_built_and_what_is_there_is_not_built_again(tree):
+    """By instruction sets; a module that nobody asked for stays as long as it is what the sources say."""
+    native_set = torch.backends.cpu.get_cpu_capability().lower()
+    native_set = native_set if native_set in ("avx2", "avx512") else "default"
+
+    def sets():
+        return {name.removeprefix("_C_").removesuffix(native.SUFFIX) for name in modules(tree)}
+
+    result = build(tree, MILKERNELS_CPU="", ATEN_CPU_CAPABILITY="default")
+    assert result.returncode == 0 and sets() == {"default"}, result.stderr
+    times = {path: path.stat().st_mtime_ns for path in tree.rglob("*.o")}
+    assert build(tree, MILKERNELS_CPU="native").returncode == 0
+    assert sets() == {"default", native_set}
+    assert times.items() <= {path: path.stat().st_mtime_ns for path in tree.rglob("*.o")}.items()
+    (tree / "csrc" / "part.h").write_text('#define PART "second"\n')
+    assert build(tree, MILKERNELS_CPU="default").returncode == 0
+    assert sets() == {"default"}
+    next(iter(modules(tree).values())).unlink()
+    assert build(tree, MILKERNELS_CPU="default,default").returncode == 0
+    assert sets() == {"default"}
+    wrong = build(tree, MILKERNELS_CPU="default,sse9")
+    assert wrong.returncode != 0 and "got 'sse9'" in wrong.stderr
+
+
+@needs_tree
+@needs_compiler
+@pytest.mark.slow
 def test_a_failed_compile_fails_the_build_only_if_it_must_not(tree):
+    assert build(tree, MILKERNELS_CPU="default").returncode == 0
+    assert len(modules(tree)) == 1
     (tree / "csrc" / "bindings.cpp").write_text("#error on purpose\n")
     optional = build(tree)
     assert optional.returncode == 0, optional.stderr
-    assert "milkernels._C_default could not be compiled" in optional.stderr
-    assert modules(tree) == {}
+    assert "on purpose" in optional.stderr
+    assert f"milkernels._C_default{native.SUFFIX} could not be compiled" in optional.stderr
+    assert modules(tree) == {}  # an older one is not what the sources say
     assert build(tree, MILKERNELS_BUILD_EXT="1").returncode != 0
 
 
@@ -184,7 +217,7 @@ def test_the_cuda_module_is_for_what_the_compiler_knows(known, monkeypatch, tmp_
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == KNOWN[known]
     [(name, extension)] = found.items()
     names = {Path(source).name for source in extension.sources}
-    assert name == "milkernels._C_cuda" and "pool_forward.cu" in names and "emulator.cpp" not in names
+    assert name == f"milkernels._C_cuda{native.SUFFIX}" and "pool_forward.cu" in names and "emulator.cpp" not in names
     assert not extension.optional
     for compiler in ("cxx", "nvcc"):
         flags = extension.extra_compile_args[compiler]
@@ -224,7 +257,7 @@ def test_the_emulated_module_is_compiled_as_cpp_and_anew_for_another_variant(tre
     result = build(tree, **switches, MILKERNELS_BUILD_EMULATED="1")
     assert result.returncode == 0, result.stderr
     [(name, path)] = modules(tree).items()
-    assert name == "_C_emulated" and b"first built for 1\0" in path.read_bytes()
+    assert name == f"_C_emulated{native.SUFFIX}" and b"first built for 1\0" in path.read_bytes()
     (tree / "csrc" / "part.h").write_text('#define PART "second"\n')
     assert build(tree, **switches, MILKERNELS_BUILD_EMULATED="1").returncode == 0
     assert b"second built for 1\0" in path.read_bytes() and b"__asan_init" not in path.read_bytes()
@@ -262,7 +295,7 @@ def test_the_loaded_module_is_the_one_for_this_machine():
     information = native.build_info()
     expected = capability if capability in ("AVX2", "AVX512") else "DEFAULT"
     assert information["instruction set"] == expected
-    assert information["module"] == f"milkernels._C_{expected.lower()}"
+    assert information["module"] == f"milkernels._C_{expected.lower()}{native.SUFFIX}"
 
 
 def test_kernels_for_cuda_tensors_say_why_they_are_not_there():
@@ -295,7 +328,27 @@ def test_info():
     assert "Compiled kernels for CUDA tensors" in result.stdout
 
 
-@pytest.mark.parametrize(("arguments", "message"), [((), "command"), (("info", "x"), "got x"), (("no",), "no")])
+def test_without_arguments_there_is_help_and_a_version_on_request():
+    result = command()
+    assert result.returncode == 0 and "info" in result.stdout and "bench" in result.stdout, result.stderr
+    assert command("--version").stdout == f"milkernels {milkernels.__version__}\n"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_a_reader_may_stop_reading():
+    line = f"set -o pipefail; '{sys.executable}' -m milkernels info | head -1"
+    result = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and not result.stderr
+    assert result.stdout.startswith("milkernels ") and result.stdout.count("\n") == 1
+
+
+def test_info_compares_the_pytorch_of_the_build():
+    text = command("info").stdout
+    if native.load_error() is None:
+        assert re.search(rf"built with torch +\d\S* \(this is {re.escape(torch.__version__)}\)", text)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [(("--no",), "got --no"), (("info", "x"), "got x"), (("no",), "no")])
 def test_bad_commands(arguments, message):
     result = command(*arguments)
     assert result.returncode == 2 and message in result.stderr

@@ -1,7 +1,8 @@
 // The tensors of a call, checked so that nothing is read out of bounds whatever Python passed.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <initializer_list>

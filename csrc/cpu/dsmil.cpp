@@ -2,6 +2,7 @@
 // of the first, a few rows, is added to that of the second where it lies.
 #include "dsmil.h"
 
+#include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include <tuple>

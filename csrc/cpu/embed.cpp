@@ -1,5 +1,7 @@
 #include "embed.h"
 
+#include <ATen/ATen.h>
+
 #include "dropout.h"
 #include "few_rows.h"
 #include "layer.h"

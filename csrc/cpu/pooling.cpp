@@ -1,4 +1,5 @@
 // Pooling whose cost is reading x, on the CPU: softmax_pool, query_pool and query_scores, loss_attention_pool.
+#include <ATen/TensorOperators.h>
 #include <torch/library.h>
 
 #include <tuple>

@@ -1,4 +1,5 @@
 // Ops on scores alone, on the CPU: segment_softmax, attention_weights, topk_instances.
+#include <ATen/Dispatch.h>
 #include <torch/library.h>
 
 #include <numeric>

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from milkernels import native
+
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = {"sm_80": "8.0", "sm_90a": "9.0a", "sm_100": "10.0+PTX"}
 REGISTERS = 65536  # of a multiprocessor; a thread has 255
@@ -147,14 +149,15 @@ def build(folder: Path, home: Path) -> tuple[Path, str]:
         log.write(done.stdout)
     if done.returncode != 0:
         raise SystemExit(f"{done.stdout}\ncuda_check: the CUDA module does not compile; the reason is above.")
-    [module] = (folder / "milkernels").glob("_C_cuda*.so")
+    [module] = (folder / "milkernels").glob(f"_C_cuda{native.SUFFIX}.*.so")
     return module, done.stdout
 
 
 # In a process of its own, where no other build of the module is.
 _UNREGISTERED = """
 import importlib.util, json, sys, torch
-spec = importlib.util.spec_from_file_location("milkernels._C_cuda", sys.argv[1])
+name = "milkernels." + sys.argv[1].rpartition("/")[2].partition(".")[0]
+spec = importlib.util.spec_from_file_location(name, sys.argv[1])
 sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from milkernels import native, ops

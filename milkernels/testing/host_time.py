@@ -126,14 +126,13 @@ def main(argv=None) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from milkernels import _C_emulated
-
+    emulated = native._extension
     driver = triton_without_device()
-    _C_emulated.set_dry(True)
+    emulated.set_dry(True)
     table = Table(title=f"host time of a call, {_BAGS} bags of {_ROWS} x {_WIDTH}, no driver")
     for column in ("op", "mode", "C++ us", "launches", "Triton us", "launches", "Triton / C++"):
         table.add_column(column, justify="left" if column in ("op", "mode") else "right")
-    launches = {"native": _C_emulated.launch_count, "triton": lambda: driver.launches}
+    launches = {"native": emulated.launch_count, "triton": lambda: driver.launches}
     for op, mode, found in measure(arguments.op or OPS, launches, arguments.rounds):
         (ours, count), (theirs, their_count) = found["native"], found["triton"]
         times = f"{1e6 * ours:.0f}", str(count), f"{1e6 * theirs:.0f}", str(their_count)

@@ -1,0 +1,46 @@
+// attention_pool, attention_scores and their backward on the CPU: a call, and the two passes over its rows, which
+// typed/attention.cpp has for each type of these.
+#pragma once
+
+#include <string_view>
+
+#include "embed.h"
+
+namespace milkernels {
+
+class AttentionCall : public Call {
+ public:
+  AttentionCall(const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& u_weight,
+                const OptionalTensor& u_bias, const Tensor& w_weight, const OptionalTensor& w_bias,
+                const OptionalTensor& offsets, const OptionalTensor& mask, const OptionalTensor& seed,
+                std::string_view activation, double dropout_p, std::optional<ScalarType> compute_dtype,
+                const EmbedArguments& embed)
+      : Call(x, offsets, mask, embed), activation(parse_activation(activation)), dropout(checked_dropout(seed, dropout_p)),
+        planes(bf16_planes(x.scalar_type(), compute_dtype)) {
+    TORCH_CHECK_VALUE(v_weight.dim() == 2 && w_weight.dim() == 2, "v_weight and w_weight must be 2-D; got ",
+                      v_weight.sizes(), " and ", w_weight.sizes());
+    hidden = v_weight.size(0), heads = w_weight.size(0);
+    TORCH_CHECK_VALUE(hidden > 0 && heads > 0, "v_weight and w_weight must not be empty");
+    parameters = {take(v_weight, "v_weight", {hidden, width}), take(v_bias, "v_bias", {hidden}),
+                  take(u_weight, "u_weight", {hidden, width}), take(u_bias, "u_bias", {hidden}),
+                  take(w_weight, "w_weight", {heads, hidden}), take(w_bias, "w_bias", {heads})};
+  }
+
+  Activation activation;
+  Dropout dropout;
+  int planes;
+  int64_t hidden = 0, heads = 0;
+  std::array<Tensor, 6> parameters;  // v_weight .. w_bias, in the accumulation type; undefined where absent
+};
+
+// Writes the scores, and the bag vectors and lse where these are defined.
+template <typename T>
+void attention_forward(const AttentionCall& call, const Ragged<T>& in, const Tensor& scores, const Tensor& bag,
+                       const Tensor& lse);
+
+// Writes the gradients of the parameters, grads[1] .. grads[6], those that are needed, and those of the rows.
+template <typename T>
+void attention_backward(const AttentionCall& call, const Ragged<T>& in, const PoolTensors& pooled,
+                        const std::array<bool, 9>& needs, const std::array<Tensor, 9>& grads);
+
+}  // namespace milkernels
