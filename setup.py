@@ -42,7 +42,15 @@ HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", rec
 CPU_SOURCES = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
 TYPED_SOURCES = sorted(glob("csrc/cpu/typed/*.cpp"))  # each is compiled once for each of
 TYPES = ("double", "float", "Half", "BFloat16")
-LONGEST = ("instance_max", "pooling", "dsmil", "instances", "embed", "attention", "scores")  # to compile: they are started first
+LONGEST = (
+    "instance_max",
+    "pooling",
+    "dsmil",
+    "instances",
+    "embed",
+    "attention",
+    "scores",
+)  # to compile: they are started first
 EMULATED_SOURCES = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp"))
 CUDA_SOURCES = [path for path in EMULATED_SOURCES if os.path.basename(path) != "emulator.cpp"]
 # What the module is compiled for where TORCH_CUDA_ARCH_LIST says nothing, as far as the compiler knows them: 9.0a is

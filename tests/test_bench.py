@@ -13,7 +13,7 @@ pytest.importorskip("psutil")
 from milkernels.bench import alone, cli, contenders, gate, harness, memory, readme, report, roofline, units
 from milkernels.bench.contenders import Contender
 from milkernels.bench.workload import Workload, load_features
-from milkernels.testing import CASES, MODES, Shape, evaluate, formulas, kinks
+from milkernels.testing import CASES, MODES, Shape, evaluate, float64_reference, formulas, kinks
 
 TINY = ["--instances", "96", "--dim", "24", "--hidden", "16", "--budget", "0.1", "--no-memory", "--threads", "1"]
 SHAPE = Shape((9, 1, 40), dim=12, hidden=8, heads=2)
@@ -418,6 +418,28 @@ def test_the_gate_does_not_count_on_luck(monkeypatch):
     assert verdict(3.0).ratio == pytest.approx(3)
     monkeypatch.setattr(gate, "LUCK", 0)
     assert verdict(1.9).ok and not verdict(2.1).ok
+
+
+def test_the_gate_draws_again_where_a_sum_over_all_rows_may_be_luck(monkeypatch):
+    """An error of all rows in one direction is as likely to be near 0 for eager as for ours."""
+    case = CASES["gated_attention_pool"]
+    inputs = case.inputs(Shape((30,) * 8, dim=24, hidden=16, heads=1))
+    stick = gate.yardstick(case, inputs, "frozen", seconds=0.0, memory=1 << 30)
+
+    def judged(first, later):
+        """A gradient that is so many times as far off as eager's in the first draw, and in others."""
+
+        def results(case, compute, inputs, mode):
+            eager = case.complete(evaluate(case.eager, inputs, mode, case.primary), inputs)
+            exact = float64_reference(case, inputs, mode).results["grad_v_bias"]
+            factor = first if inputs is stick.judged else later
+            return eager | {"grad_v_bias": (exact + factor * (eager["grad_v_bias"] - exact)).detach()}
+
+        monkeypatch.setattr(gate, "_results", results)
+        return gate.judge(case, stick, case.eager, inputs, "frozen", seconds=0.0)
+
+    assert judged(1, 1).ok and judged(4, 1).ok
+    assert not judged(4, 4).ok and not judged(100, 1).ok
 
 
 def test_the_gate_does_not_count_on_the_luck_of_a_kink(monkeypatch):

@@ -70,6 +70,8 @@ void elementwise(int64_t n, const F& f) {
 Tensor product_nt(const Tensor& a, const Tensor& b) {
   check(a, b, a.size(1) == b.size(1));
   const int64_t n = a.size(0), k = a.size(1), m = b.size(0);
+  // Sums of rows are formed without adding up the lanes of a vector, which is worth a copy where there are some rows.
+  if (n >= 2 * kRowsTogether) return product_nn(a, b.t().contiguous());
   Tensor out = at::empty({n, m}, a.options());
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "product_nt", [&] {
     const scalar_t *const rows = a.const_data_ptr<scalar_t>(), *const vectors = b.const_data_ptr<scalar_t>();
