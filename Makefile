@@ -3,7 +3,8 @@
 #   make install                    .venv with PyTorch, this package (editable) and its compiled extension
 #   make bench ARGS="--op ..."      benchmarks
 #   make example ARGS="slide_bag"   one of examples/, with its options; see examples/README.md
-#   make test  ARGS="-k bags"       tests
+#   make test  ARGS="-k bags"       the tests of everything, grids thinned: some minutes (tests/conftest.py says how)
+#   make test-all                   every test, grids whole; ARGS="--tier rest": those that make test leaves out
 #   make gpu [QUICK=1] [OUT=dir]    tests and benchmarks on an NVIDIA GPU, with what $(PYTHON) has; needs no network
 #   make aot   ARGS="--op ..."      compiles every Triton kernel for NVIDIA's and AMD's GPUs and checks the code; needs none
 #   make cuda-test ARGS="-k bags"   tests of the CUDA C++ kernels, compiled for the host, under AddressSanitizer; needs GCC
@@ -47,7 +48,7 @@ CUDA_VENV := .venv-cuda
 CUDA_TESTS := tests/test_cuda.py tests/test_kernels.py tests/test_attention.py -k "test_cuda or test_oracle"
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install build bench example test gpu aot cuda-test cuda-check host-time lint format info clean
+.PHONY: install build bench example test test-all gpu aot cuda-test cuda-check host-time lint format info clean
 
 install: build
 
@@ -59,9 +60,11 @@ example: build
 	@$(PY) -c "import numpy, rich, matplotlib, psutil, sklearn" 2>/dev/null || $(PIP) install "milkernels[examples]"
 	$(PY) -m examples.$(ARGS)
 
-test: build
-	@$(PY) -c "import pytest, pytest_benchmark, numpy, rich, matplotlib, psutil, sklearn, triton, pytorch_lightning, torchmil" 2>/dev/null || $(PIP) install "milkernels[test]"
-	$(PY) -m pytest -ra --durations=15 $(ARGS)
+test: TIER := quick
+test-all: TIER := all
+test test-all: build
+	@$(PY) -c "import pytest, pytest_benchmark, xdist, numpy, rich, matplotlib, psutil, sklearn, triton, pytorch_lightning, torchmil" 2>/dev/null || $(PIP) install "milkernels[test]"
+	$(PY) -m pytest -ra --durations=15 -n logical --maxprocesses 8 --dist worksteal --tier $(TIER) $(ARGS)
 
 # Not in .venv, which may have to be filled from the network.
 gpu:

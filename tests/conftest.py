@@ -63,6 +63,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         _mend_interpreter()
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # each processor has a worker; tests of threads set their number
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--tier", choices=("quick", "rest", "all"), default="all", help="which tests: see tests/conftest.py"

@@ -23,8 +23,8 @@ SLOW = 5.0  # seconds that one run for the gate may take
 # Of two equally good results of n numbers one has, once in a hundred draws, more than 2 * (1 + 8 / n) times the error
 # of the other (for n from 2 on): the luck of a few numbers, such as the gradient of a bias of two classes.
 LUCK = 8
-# What the rows of a bag have in common, such as the rounding of its vector, adds up to one random number in every sum over
-# all rows: eager may be near 0 there by chance. So many other gradients that come back tell.
+# What the rows of a bag have in common, such as the rounding of its vector, adds up to one random number in every sum
+# over all rows: eager may be near 0 there by chance. So many other gradients that come back tell.
 DRAWS = 6
 
 
