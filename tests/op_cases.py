@@ -122,12 +122,13 @@ class Case:
         return "seed" in self.options
 
     def heads(self, results) -> dict[str, int]:
-        """The dimension along which those of its outputs and gradients that have heads or classes have them."""
+        """The dimension along which those of its outputs and gradients that have heads or classes have them; but that
+        of a bias is a number for each, whose error may be small by luck."""
         sizes = self.tensors | self.fixed
         if not any({"K", "C"} & set(size) for size in sizes.values()):
             return {}
         found = {name: 1 for name in results if name.startswith("output")}
-        for name, size in sizes.items():
+        for name, size in ((name, size) for name, size in sizes.items() if len(size) > 1):
             found |= {f"gradient of {name}": i for i, symbol in enumerate(size) if symbol in ("K", "C")}
         return {name: dim for name, dim in found.items() if name in results}
 
