@@ -28,8 +28,8 @@ MILKERNELS_HOST_DEVICE inline A rescale(A from, A to) {
 
 template <typename A>
 MILKERNELS_HOST_DEVICE inline A log_sum_exp(const SoftmaxState<A>& s) {
-  constexpr A inf = std::numeric_limits<A>::infinity();
-  return s.max == inf ? inf : s.max + std::log(s.sum);  // -inf for an empty bag: -inf + log 0
+  // Of a score of inf the sum is NaN, as its weight is. An empty bag has -inf: -inf + log 0.
+  return s.max == std::numeric_limits<A>::infinity() ? s.max : s.max + std::log(s.sum);
 }
 
 }  // namespace milkernels

@@ -13,7 +13,7 @@ from oracle import INF
 from torch import Tensor
 
 import milkernels
-from milkernels import native, testing
+from milkernels import native, testing, triton
 
 NAN = float("nan")
 SEED = 2**40 + 7
@@ -120,6 +120,17 @@ class Case:
 
     def dropped(self) -> bool:
         return "seed" in self.options
+
+    def heads(self, results) -> dict[str, int]:
+        """The dimension along which those of its outputs and gradients that have heads or classes have them; but that
+        of a bias is a number for each, whose error may be small by luck."""
+        sizes = self.tensors | self.fixed
+        if not any({"K", "C"} & set(size) for size in sizes.values()):
+            return {}
+        found = {name: 1 for name in results if name.startswith("output")}
+        for name, size in ((name, size) for name, size in sizes.items() if len(size) > 1):
+            found |= {f"gradient of {name}": i for i, symbol in enumerate(size) if symbol in ("K", "C")}
+        return {name: dim for name, dim in found.items() if name in results}
 
     def has_rows(self, name: str) -> bool:
         """Whether the tensor has one row per instance."""
@@ -301,7 +312,8 @@ def promise(case, backend, dtype, parameter_dtype=None, *, lengths, seeds, **siz
         with torch.autocast("cpu", dtype, enabled=parameter_dtype is not None):
             eager = step(case.truth, tensors, offsets, None)
         runs.append((step(case.ours(backend), tensors, offsets, None), eager, exactly(case, tensors, offsets)))
-    return testing.error_promise(*(together(results) for results in zip(*runs, strict=True)), dtype)
+    heads = {name: dim + 1 for name, dim in case.heads(runs[0][0]).items()}  # behind the seeds
+    return testing.error_promise(*(together(results) for results in zip(*runs, strict=True)), dtype, heads)
 
 
 def exactly(case, tensors, offsets) -> dict[str, Tensor]:
@@ -390,6 +402,20 @@ every_kernel = pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED)
 # What concerns the kernels of the CPU alone: how many threads, which units.
 of_the_cpu = pytest.mark.skipif(native.emulated(), reason="of the CPU's kernels, where CUDA's are emulated")
 needs_extension = pytest.mark.skipif(native.load_error() is not None, reason=f"no extension: {native.load_error()}")
+
+
+_BACKENDS = {
+    "native": native.load_error(),
+    "triton": triton.load_error() if triton.interpreted() else "there is a GPU, which test_gpu.py uses",
+    "reference": None,
+}
+every_backend = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"no {name}: {reason}"))
+        for name, reason in _BACKENDS.items()
+    ],
+)
 
 
 def compiled(*names: str):

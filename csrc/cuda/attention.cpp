@@ -275,6 +275,10 @@ Gradients attention_bwd(
     const OptionalTensor& grad_lse, std::array<bool, 9> needs) {
   AttentionCall call(x, {v_weight, v_bias, u_weight, u_bias, w_weight, w_bias}, offsets, mask, seed, activation,
                      dropout_p, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+  check_wanted(needs[2], v_bias.has_value(), "v_bias");
+  check_wanted(needs[3], u_weight.has_value(), "u_weight");
+  check_wanted(needs[4], u_bias.has_value(), "u_bias");
+  check_wanted(needs[6], w_bias.has_value(), "w_bias");
   const int64_t K = call.heads, D = call.hidden;
   const PooledTensors of(call, K, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   const bool need_weight = needs[1] || needs[3];

@@ -164,6 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_max_bwd(
     double e_dropout_p, std::optional<ScalarType> e_dtype, const OptionalTensor& grad_values,
     const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
   ClassCall call(x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+  check_wanted(needs[2], bias.has_value(), "bias");
   RowGradients rows(call, needs[0], needs[3], needs[4]);
   const auto [grad_weight, grad_bias] = instance_max_gradients(call, call.weight, indices, logits, grad_values,
                                                                grad_logits, {needs[1], needs[2]}, rows, false);

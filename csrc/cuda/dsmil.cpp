@@ -18,13 +18,19 @@ namespace {
 enum Parameter { kQ, kQBias, kQ2, kQ2Bias, kV, kVBias, kParameters };
 using Parameters = std::array<Tensor, kParameters>;
 
+// Products of a few rows are in the accumulation type, whatever PyTorch's switch lets large ones be.
+Tensor few_products(const Tensor& a, const Tensor& b) {
+  const at::NoTF32Guard exact;
+  return a.matmul(b);
+}
+
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  const Tensor z = x.matmul(weight.t());
+  const Tensor z = few_products(x, weight.t());
   return bias.defined() ? z + bias : z;
 }
 
 // sum a_i b_i^T over bags and classes.
-Tensor summed_outer(const Tensor& a, const Tensor& b) { return a.flatten(0, 1).t().mm(b.flatten(0, 1)); }
+Tensor summed_outer(const Tensor& a, const Tensor& b) { return few_products(a.flatten(0, 1).t(), b.flatten(0, 1)); }
 
 void add_to(Tensor& sum, const Tensor& part) { sum = sum.defined() ? sum + part : part; }
 
@@ -120,8 +126,8 @@ class CriticalQueries {
     if (call.mlp) hidden_ = z_.relu();
     query_ = call.mlp ? linear(hidden_, call[kQ2], call[kQ2Bias]).tanh_() : z_;
     const Tensor scaled = query_ * call.scale;
-    vectors = call.mlp ? scaled : scaled.matmul(call[kQ]).contiguous();
-    shift = call.mlp || !call[kQBias].defined() ? at::zeros_like(scaled.select(2, 0)) : scaled.matmul(call[kQBias]);
+    vectors = call.mlp ? scaled : few_products(scaled, call[kQ]).contiguous();
+    shift = call.mlp || !call[kQBias].defined() ? at::zeros_like(scaled.select(2, 0)) : few_products(scaled, call[kQBias]);
     shift = shift.masked_fill(dead, kDead).contiguous();
   }
 
@@ -132,10 +138,10 @@ class CriticalQueries {
       const Tensor of_z2 = of_vectors * call_.scale * (1 - query_ * query_);
       add_to(grads[kQ2], summed_outer(of_z2, hidden_));
       add_to(grads[kQ2Bias], of_z2.sum({0, 1}));
-      of_z = of_z2.matmul(call_[kQ2]) * (z_ > 0);
+      of_z = few_products(of_z2, call_[kQ2]) * (z_ > 0);
     } else {
       const Tensor scaled = query_ * call_.scale;
-      Tensor of_query = of_vectors.matmul(call_[kQ].t());
+      Tensor of_query = few_products(of_vectors, call_[kQ].t());
       add_to(grads[kQ], summed_outer(scaled, of_vectors));
       if (of_shift.defined()) {
         of_query = of_query + of_shift.unsqueeze(2) * call_[kQBias];
@@ -145,7 +151,7 @@ class CriticalQueries {
     }
     add_to(grads[kQ], summed_outer(of_z, x_));
     add_to(grads[kQBias], of_z.sum({0, 1}));
-    return of_z.matmul(call_[kQ]);
+    return few_products(of_z, call_[kQ]);
   }
 
   Tensor dead;     // [bags, classes]
@@ -295,7 +301,7 @@ Parameters second_stream_backward(DSMILCall& call, const SecondStreamSaved& save
                               .masked_fill((saved.lse == kDead).unsqueeze(2), 0);
     grads[kV] = summed_outer(of_bag, call.take(saved.pooled, "pooled", {call.bags, C, call.width}));
     grads[kVBias] = of_bag.sum({0, 1});
-    grad_bag = of_bag.matmul(call[kV]);
+    grad_bag = few_products(of_bag, call[kV]);
   }
   const PooledTensors of(call, C, call.pooled_width, call.folded ? saved.pooled : saved.bag, saved.scores, saved.lse,
                          grad_bag, saved.grad_scores, saved.grad_lse);
@@ -312,6 +318,12 @@ Parameters second_stream_backward(DSMILCall& call, const SecondStreamSaved& save
   const Tensor of_rows = queries.backward(of_vectors, of_shift, grads);
   if (rows.wanted()) rows.add_at(queries.rows, of_rows);
   return grads;
+}
+
+void check_wanted(const std::array<OptionalTensor, kParameters>& given, const bool* needs) {
+  constexpr std::array<const char*, kParameters> kNames{"q_weight",  "q_bias",   "q2_weight",
+                                                        "q2_bias", "v_weight", "v_bias"};
+  for (int i = 0; i < kParameters; ++i) milkernels::check_wanted(needs[i], given[i].has_value(), kNames[i]);
 }
 
 // Gradients of the parameters in their types; zeros where there is none, empty where nobody needs them.
@@ -359,6 +371,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const std::array<OptionalTensor, kParameters> given{q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias};
   DSMILCall call(x, given, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype,
                  {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+  check_wanted(given, needs.data() + 1);
   RowGradients rows(call, needs[0], needs[7], needs[8]);
   const Parameters found =
       second_stream_backward(call, {bag, scores, lse, critical, pooled, grad_bag, grad_scores, grad_lse}, rows);
@@ -404,6 +417,8 @@ BothStreams dsmil_bwd(
   const std::array<OptionalTensor, kParameters> given{q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias};
   DSMILCall call(x, given, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype,
                  {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+  milkernels::check_wanted(needs[2], bias.has_value(), "bias");
+  check_wanted(given, needs.data() + 3);
   const int64_t C = weight.size(0);
   RowGradients rows(call, needs[0], needs[9], needs[10]);
   const Parameters found =

@@ -22,6 +22,11 @@ inline Activation activation_of(std::string_view name) {
   return Activation::kIdentity;
 }
 
+// A gradient can be asked for of what is there alone.
+inline void check_wanted(bool need, bool given, const char* name) {
+  TORCH_CHECK_VALUE(!need || given, "needs says that ", name, " wants a gradient, but ", name, " is absent");
+}
+
 // In what products with rows of that type run.
 inline ScalarType product_type(ScalarType rows, std::optional<ScalarType> compute_dtype) {
   const ScalarType type = rows == at::kDouble || !compute_dtype ? rows : *compute_dtype;

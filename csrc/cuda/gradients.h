@@ -115,7 +115,10 @@ struct PooledTensors {
         lse(call.take(lse, "lse", {call.bags, heads})),
         grad_bag(call.take(grad_bag, "grad_bag", {call.bags, heads, width})),
         grad_scores(call.take(grad_scores, "grad_scores", {call.rows, heads})),
-        grad_lse(call.take(grad_lse, "grad_lse", {call.bags, heads})) {}
+        grad_lse(call.take(grad_lse, "grad_lse", {call.bags, heads})) {
+    TORCH_CHECK_VALUE(bag || !grad_bag, "grad_bag is given, but bag is absent");
+    TORCH_CHECK_VALUE(lse || !(grad_bag || grad_lse), "grad_bag or grad_lse is given, but lse is absent");
+  }
   Tensor bag, scores, lse, grad_bag, grad_scores, grad_lse;
 };
 
@@ -140,10 +143,14 @@ class PoolGradients {
                         data<A>(normal_), call.stream());
     });
     if (!of.grad_bag.defined()) return;
-    // A gradient is  weight (<x - c, grad> - <bag - c, grad>)  for any c: near the bag vectors it keeps the digits of
-    // features with a mean.
-    centre_ = of.bag.mean(1).nan_to_num(0, 0, 0);
-    shift_ = ((of.bag - centre_.unsqueeze(1)) * of.grad_bag).sum(-1);
+    const int64_t width = of.bag.size(2);
+    centre_ = call.empty({call.bags, width}), shift_ = call.empty({call.bags, K});
+    dispatch_sums(call.acc, [&]<typename A>() {
+      pool_centres(PoolCentres<A>{static_cast<int>(call.bags), static_cast<int>(K), static_cast<int>(width),
+                                  data<A>(of.bag), data<A>(of.lse), data<A>(of.grad_bag), data<A>(centre_),
+                                  data<A>(shift_)},
+                   call.stream());
+    });
   }
 
   // The slice's rows, which were pooled.

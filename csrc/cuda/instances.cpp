@@ -51,7 +51,8 @@ int64_t bytes_of_instance(const Call& call, const RowGradients* to) {
 }
 
 RowGradients::RowGradients(const Call& call, bool x, bool weight, bool bias) : x(call.grad_x(x)), call_(call) {
-  if (!call.embedding) return;
+  check_wanted(weight, call.embedding.has_value(), "e_weight");
+  check_wanted(bias, call.embedding && call.embedding->bias.defined(), "e_bias");
   if (weight) weight_ = at::zeros(call.embedding->weight.sizes(), call.x.options().dtype(call.acc));
   if (bias) bias_ = at::zeros({call.width}, call.x.options().dtype(call.acc));
 }

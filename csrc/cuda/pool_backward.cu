@@ -1,7 +1,7 @@
 // The backward of pooling in one read of the rows: while a tile lies in shared memory, the gradients of its scores are
 // made, its own gradient is written, and what scores are products with gets its sums.
+#include "centre.h"
 #include "pool.h"
-#include "tile.h"
 
 namespace milkernels {
 namespace {
@@ -12,7 +12,7 @@ template <typename T>
 struct Shared {
   using A = acc_t<T>;
   T* stages;        // of the pipeline
-  A* centre;        // [pitch]: the mean of the bag vectors
+  A* centre;        // [pitch]
   A* sum;           // [V, pitch]: of coefficients times rows
   A* products;      // [tile, K]: <row - centre, grad_bag>
   A* weights;       // [tile, K]
@@ -20,10 +20,11 @@ struct Shared {
   A* normal;        // [K]
   A* shift;         // [K]: grad_lse - <bag - centre, grad_bag>
   A* total;         // [V]: of coefficients of kClasses, of the gradients that came for the scores of kQuery
+  A* lost;          // [V]: what rounding took from the totals, which thousands of tiles add to
 
   static int64_t bytes(int tile, int pitch, int heads, int vectors) {
     return pipeline_bytes<T>(tile, pitch) +
-           (int64_t{vectors + 1} * pitch + tile * (2 * heads + vectors) + 2 * heads + vectors) *
+           (int64_t{vectors + 1} * pitch + tile * (2 * heads + vectors) + 2 * heads + 2 * vectors) *
                static_cast<int64_t>(sizeof(A));
   }
   __device__ Shared(unsigned char* memory, int tile, int pitch, int heads, int vectors) {
@@ -36,8 +37,17 @@ struct Shared {
     normal = coefficients + tile * vectors;
     shift = normal + heads;
     total = shift + heads;
+    lost = total + vectors;
   }
 };
+
+// sum += term, with what rounding loses (Kahan 1965).
+template <typename A>
+__device__ inline void add_exactly(A& sum, A& lost, A term) {
+  const A rest = term - lost, next = sum + rest;
+  lost = next - next == 0 ? (next - sum) - rest : A(0);
+  sum = next;
+}
 
 template <typename T, Scoring SCORING>
 struct Block {
@@ -70,26 +80,16 @@ struct Block {
 
   __device__ void begin() const {
     const int width = p.rows.width, heads = p.heads;
-    const A* const bag = p.bag + int64_t{segment.bag} * heads * width;
-    for (int c = static_cast<int>(threadIdx.x); c < pitch; c += kThreads) {
-      A sum = 0;
-      for (int k = 0; c < width && k < heads; ++k) sum += bag[int64_t{k} * width + c];
-      // A bag vector that is not finite is no centre.
-      s.centre[c] = sum - sum == 0 ? sum / heads : A(0);
-    }
+    const int64_t first_head = int64_t{segment.bag} * heads;
+    const A* const bag = p.bag + first_head * width;
     for (int i = static_cast<int>(threadIdx.x); i < vectors * pitch; i += kThreads) s.sum[i] = 0;
-    for (int j = static_cast<int>(threadIdx.x); j < vectors; j += kThreads) s.total[j] = 0;
-    __syncthreads();
+    for (int j = static_cast<int>(threadIdx.x); j < vectors; j += kThreads) s.total[j] = s.lost[j] = 0;
+    find_centre(bag, p.lse + first_head, heads, width, pitch, s.shift, s.centre);
     for (int k = warp_index(); k < heads; k += warp_count()) {
-      A sum = 0;
-      for (int c = lane_index(); c < width; c += kWarp) {
-        sum += (bag[int64_t{k} * width + c] - s.centre[c]) * grad_bag[int64_t{k} * width + c];
-      }
-      sum = warp_sum(sum);
-      const A all = normal(k);
+      const A shift = centre_shift(bag, grad_bag, s.centre, k, width), all = normal(k);
       if (lane_index() == 0) {
         s.normal[k] = all;
-        s.shift[k] = (p.grad_lse == nullptr ? A(0) : p.grad_lse[int64_t{segment.bag} * heads + k]) - sum;
+        s.shift[k] = (p.grad_lse == nullptr ? A(0) : p.grad_lse[first_head + k]) - shift;
       }
     }
   }
@@ -130,7 +130,7 @@ struct Block {
       }
       if (SCORING != Scoring::kGiven) {
         summed = warp_sum(summed);
-        if (r == 0) s.total[j] += summed;
+        if (r == 0) add_exactly(s.total[j], s.lost[j], summed);
       }
     }
   }

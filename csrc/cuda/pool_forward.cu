@@ -82,7 +82,7 @@ struct Block {
       if (top == -std::numeric_limits<A>::infinity()) top = 0;
       A sum = 0;
       for (int j = 0; j < vectors; ++j) sum += std::exp(logits[j] - top);
-      return top + std::log(sum);
+      return log_sum_exp(SoftmaxState<A>{top, sum});
     }
     return given(tile.row + r, k);
   }
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) pool_kernel(PoolForward<T> 
         if (p.vectors.shift != nullptr) {
           const A* const shift = p.vectors.shift + segment.bag * p.vectors.shift_of_bag + head;
           for (int i = static_cast<int>(threadIdx.x); i < cut.tile * vectors; i += kThreads) {
-            s.products[i] += shift[i % vectors];
+            s.products[i] = shifted(s.products[i], shift[i % vectors]);
           }
           __syncthreads();
         }

@@ -148,6 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_bwd(
   const PooledTensors of(call, 1, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   const Tensor l = call.take(logits, "logits", {call.rows, call.classes}),
                g = call.take(grad_logits, "grad_logits", {call.rows, call.classes});
+  check_wanted(needs[2], bias.has_value(), "bias");
   const bool sums = needs[1] || needs[2];
   RowGradients rows(call, needs[0], needs[3], needs[4]);
   Tensor grad_weight = call.gradient(sums, {call.bags, call.classes, call.width}),

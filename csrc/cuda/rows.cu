@@ -1,6 +1,6 @@
 #include "rows.h"
 
-#include "tile.h"
+#include "centre.h"
 
 namespace milkernels {
 namespace {
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) row_products_kernel(RowProducts<T> p
         const A product = warp_products<J, T>(load, p.rows.width, vectors, j0, count, centre);
         const int r = lane / J, j = j0 + lane % J;
         if (lane < kRowsAtOnce * J && row + r < share.end && j < count) {
-          const A value = product + (shift == nullptr ? A(0) : shift[j]);
+          const A value = shift == nullptr ? product : shifted(product, shift[j]);
           p.out[(row + r) * count + j] = p.bags.real(row + r) ? value : p.fill;
         }
       }
@@ -126,6 +126,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks) score_gradients_kernel(Scor
       p.out[at] = alive ? gradient : A(0);
       if (p.weights != nullptr) p.weights[at] = weight;
     }
+  }
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kThreads) pool_centres_kernel(PoolCentres<A> p) {
+  const int64_t bag = blockIdx.x, head = bag * p.heads;
+  A *const centre = p.centre + bag * p.width, *const shift = p.shift + head;
+  const A *const vectors = p.bag + head * p.width, *const grad = p.grad_bag + head * p.width;
+  find_centre(vectors, p.lse + head, p.heads, p.width, p.width, shift, centre);
+  for (int k = warp_index(); k < p.heads; k += warp_count()) {
+    const A sum = centre_shift(vectors, grad, centre, k, p.width);
+    if (lane_index() == 0) shift[k] = sum;
   }
 }
 
@@ -210,6 +222,12 @@ void score_gradients(const ScoreGradients<A>& p, cudaStream_t stream) {
 }
 
 template <typename A>
+void pool_centres(const PoolCentres<A>& p, cudaStream_t stream) {
+  if (p.bags == 0) return;
+  launch<pool_centres_kernel<A>>(dim3(static_cast<unsigned>(p.bags)), kThreads, 0, stream, p);
+}
+
+template <typename A>
 void softmax_normal(const Bags& bags, int heads, const A* scores, const A* lse, A* partials, A* out,
                     cudaStream_t stream) {
   sum_columns(bags, heads, scores, lse, partials, out, stream);
@@ -231,6 +249,7 @@ MILKERNELS_INSTANTIATE(float16)
 
 #define MILKERNELS_INSTANTIATE(A)                                                                                  \
   template void score_gradients(const ScoreGradients<A>&, cudaStream_t);                                           \
+  template void pool_centres(const PoolCentres<A>&, cudaStream_t);                                                 \
   template void softmax_normal(const Bags&, int, const A*, const A*, A*, A*, cudaStream_t);                        \
   template void column_sums(const Bags&, int, const A*, A*, A*, cudaStream_t);
 MILKERNELS_INSTANTIATE(float)

@@ -5,7 +5,7 @@
 
 namespace milkernels {
 
-// out[i, k] = <x_i - centre[b], vector[b, k]> + shift[b, k], `fill` where masked. Any width.
+// out[i, k] = <x_i - centre[b], vector[b, k]> + shift[b, k], -inf where the shift is, `fill` where masked. Any width.
 template <typename T>
 struct RowProducts {
   using A = acc_t<T>;
@@ -57,6 +57,16 @@ struct ScoreGradients {
 };
 template <typename A>
 void score_gradients(const ScoreGradients<A>& p, cudaStream_t stream);
+
+// The centre of each bag (centre.h), and shift[b, k] = <bag[b, k] - centre[b], grad[b, k]>.
+template <typename A>
+struct PoolCentres {
+  int bags, heads, width;
+  const A *bag, *lse, *grad_bag;  // [bags, heads, width], [bags, heads], [bags, heads, width]
+  A *centre, *shift;              // [bags, width], [bags, heads]
+};
+template <typename A>
+void pool_centres(const PoolCentres<A>& p, cudaStream_t stream);
 
 // sum_i exp(score - lse) over each bag, 1 but for the rounding of lse: out [bags, heads]; null: only its parts, which
 // partials [slots, heads] gets.

@@ -147,6 +147,12 @@ __device__ inline void load_tile(acc_t<T> (&to)[Vec<T>::kSize], const T* from) {
   for (int i = 0; i < Vec<T>::kSize; ++i) to[i] = widen(v.at[i]);
 }
 
+// A product and the shift of its vector; one of -inf hides the vector from rows that hold anything.
+template <typename A>
+__device__ inline A shifted(A product, A shift) {
+  return shift == -std::numeric_limits<A>::infinity() ? shift : product + shift;
+}
+
 constexpr int kRowsAtOnce = 4;  // of a warp's dot products
 
 // <row - centre, vector> of kRowsAtOnce rows with J vectors [count, width] from j0 on (past the last: that one again):

@@ -1,12 +1,13 @@
 """The error promise: what the library says about its accuracy, as a computation.
 
 With r the float64 result and e eager's in the type under test, every output and gradient satisfies
-``|ours - r| <= 2 |e - r| + 4 eps |r|`` in the 2-norm, eps of the result's own type.
+``|ours - r| <= 2 |e - r| + 4 eps |r|`` in the 2-norm, eps of the result's own type; head by head and class by class
+where there are several, for the errors of a large one would hide those of a small one.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -133,14 +134,31 @@ def error_promise(
     eager: Mapping[str, Tensor],
     oracle: Mapping[str, Tensor] | Reference,
     dtype: torch.dtype,
+    heads: Mapping[str, int] | None = None,
 ) -> Promise:
     """Holds every result in ``ours`` to the promise; ``dtype`` is the type that ``eager`` was computed in.
 
     Infinities are compared by position and left out of the norms.  Gradients that are 0 in exact arithmetic
-    (``Reference.summands``) are bounded by eps of ``dtype`` times the size of what cancels.
+    (``Reference.summands``) are bounded by eps of ``dtype`` times the size of what cancels. ``heads`` says along which
+    dimension results have heads or classes, each of which is held to it.
     """
     reference = oracle if isinstance(oracle, Reference) else Reference(dict(oracle))
+    if heads:
+        heads = {name: dim for name, dim in heads.items() if name not in reference.summands}
+        ours, eager = by_head(ours, heads), by_head(eager, heads)
+        reference = replace(reference, results=by_head(reference.results, heads))
     return promise_from_errors(ours, errors_of(eager, reference), reference, dtype)
+
+
+def by_head(results: Mapping[str, Tensor], heads: Mapping[str, int]) -> dict[str, Tensor]:
+    """The results with those that have heads along a dimension taken apart: ``name[k]`` is that of head k."""
+    parts = {}
+    for name, result in results.items():
+        if name in heads:
+            parts |= {f"{name}[{k}]": part for k, part in enumerate(result.unbind(heads[name]))}
+        else:
+            parts[name] = result
+    return parts
 
 
 def errors_of(results: Mapping[str, Tensor], reference: Reference) -> dict[str, float]:

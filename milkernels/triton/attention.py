@@ -26,6 +26,7 @@ from milkernels.triton.gradients import (
     in_their_types,
     largest,
     power_of_two_scale,
+    wanted,
 )
 
 
@@ -250,8 +251,11 @@ def attention_bwd(
     e_weight, e_bias, e_seed, activation, dropout_p, compute_dtype, e_activation, e_dropout_p, e_dtype,
     grad_bag, grad_scores, grad_lse, needs,
 ):  # fmt: skip
-    parameters = (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias)
-    embed = (e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
+    inputs = wanted(
+        needs, x=x, v_weight=v_weight, v_bias=v_bias, u_weight=u_weight, u_bias=u_bias, w_weight=w_weight,
+        w_bias=w_bias, e_weight=e_weight, e_bias=e_bias,
+    )  # fmt: skip
+    parameters, embed = inputs[1:7], (e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
     call = _Attention(x, parameters, offsets, mask, seed, activation, dropout_p, compute_dtype, *embed)
     embedded, sink = call.embedding is not None, RowGradients(call, needs)
     pooled = None if embedded else call.x
@@ -285,7 +289,7 @@ def attention_bwd(
         rows.expand(call, sink.x, *terms, product=sink.x)
     of_v, of_u = (None, None) if grad_weight is None else (grad_weight[:D], grad_weight[D:])
     found = (sink.x, of_v, sums[K], of_u, sums[K + 1], sums[:K], ds.sum(0), sink.weight, sink.bias)
-    return in_their_types(call, (x, *parameters, e_weight, e_bias), found, needs)
+    return in_their_types(call, inputs, found, needs)
 
 
 _SUMMED_ROWS = 64  # by one program of gate_backward

@@ -10,7 +10,7 @@ from milkernels.triton import pool, rows
 from milkernels.triton.call import Call, ceil_div, launch
 from milkernels.triton.common import bag_rows, kernel, real_rows, segment, slots_of
 from milkernels.triton.embedding import embedding_of
-from milkernels.triton.gradients import RowGradients, alive, in_their_types
+from milkernels.triton.gradients import RowGradients, alive, in_their_types, wanted
 from milkernels.triton.pooling import class_logits, linear_gradients
 
 _NONE = tl.constexpr(1 << 62)  # later than any row
@@ -177,11 +177,12 @@ def instance_max_bwd(
     x, weight, bias, offsets, mask, indices, logits, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype,
     grad_values, grad_logits, needs,
 ):  # fmt: skip
+    inputs = wanted(needs, x=x, weight=weight, bias=bias, e_weight=e_weight, e_bias=e_bias)
     call = Call(x, offsets, mask, embedding_of(x, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype))
     sink = RowGradients(call, needs)
     of_layer = instance_max_gradients(call, weight, indices, logits, grad_values, grad_logits, needs[1:3], sink)
     found = (sink.of_x(), *of_layer, sink.weight, sink.bias)
-    return in_their_types(call, (x, weight, bias, e_weight, e_bias), found, needs)
+    return in_their_types(call, inputs, found, needs)
 
 
 def instance_max_gradients(call: Call, weight, indices, logits, grad_values, grad_logits, needs, sink, chosen=None):

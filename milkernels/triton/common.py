@@ -66,6 +66,19 @@ def finite_or_zero(top):
 
 
 @triton.jit
+def log_sum_exp(top, total):
+    """From a maximum and the sum of exponentials less it. Of a score of inf the sum is NaN, as its weight is."""
+    lse = tl.where(total == 0, float("-inf"), finite_or_zero(top) + tl.log(total))
+    return tl.where(top == float("inf"), float("inf"), lse)
+
+
+@triton.jit
+def shifted(product, shift):
+    """A product and the shift of its vector; one of -inf hides the vector from rows that hold anything."""
+    return tl.where(shift == _DEAD, _DEAD, product + shift)
+
+
+@triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 

@@ -20,6 +20,7 @@ from milkernels.triton.gradients import (
     in_their_types,
     largest,
     power_of_two_scale,
+    wanted,
 )
 from milkernels.triton.pooling import class_logits, masked, pool_by_products, pool_by_products_backward
 
@@ -170,13 +171,16 @@ def dsmil_pool_bwd(
     e_seed, v_activation, v_dropout_p, scale, compute_dtype, e_activation, e_dropout_p, e_dtype,
     grad_bag, grad_scores, grad_lse, needs,
 ):  # fmt: skip
-    parameters = (q, q_bias, q2, q2_bias, v, v_bias)
+    inputs = wanted(
+        needs, x=x, q_weight=q, q_bias=q_bias, q2_weight=q2, q2_bias=q2_bias, v_weight=v, v_bias=v_bias,
+        e_weight=e_weight, e_bias=e_bias,
+    )  # fmt: skip
     embed = (e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
-    call = _DSMIL(x, parameters, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, *embed)
+    call = _DSMIL(x, inputs[1:7], offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, *embed)
     critical, sink = critical.contiguous(), RowGradients(call, needs)
     queries = _CriticalQueries(call, critical)
     found = _second_stream_backward(queries, bag, scores, lse, pooled, grad_bag, grad_scores, grad_lse, sink)
-    return _in_order(call, (x, *parameters, e_weight, e_bias), found, needs, sink)
+    return _in_order(call, inputs, found, needs, sink)
 
 
 _NAMES = ("q", "q_bias", "q2", "q2_bias", "v", "v_bias")
@@ -314,9 +318,12 @@ def dsmil_bwd(
     e_weight, e_bias, e_seed, v_activation, v_dropout_p, scale, compute_dtype, e_activation, e_dropout_p, e_dtype,
     grad_bag, grad_scores, grad_lse, grad_values, grad_logits, needs,
 ):  # fmt: skip
-    parameters = (q, q_bias, q2, q2_bias, v, v_bias)
+    inputs = wanted(
+        needs, x=x, weight=weight, bias=bias, q_weight=q, q_bias=q_bias, q2_weight=q2, q2_bias=q2_bias, v_weight=v,
+        v_bias=v_bias, e_weight=e_weight, e_bias=e_bias,
+    )  # fmt: skip
     embed = (e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
-    call = _DSMIL(x, parameters, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, *embed)
+    call = _DSMIL(x, inputs[3:9], offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, *embed)
     critical, sink = critical.contiguous(), RowGradients(call, needs)
     queries = _CriticalQueries(call, critical)
     found = _second_stream_backward(queries, bag, scores, lse, pooled, grad_bag, grad_scores, grad_lse, sink)
@@ -324,5 +331,4 @@ def dsmil_bwd(
         found["weight"], found["bias"] = instance_max_gradients(
             call, weight, critical, logits, grad_values, grad_logits, needs[1:3], sink, queries.chosen
         )
-    inputs = (x, weight, bias, *parameters, e_weight, e_bias)
     return _in_order(call, inputs, found, needs, sink, ("weight", "bias", *_NAMES))

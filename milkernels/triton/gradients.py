@@ -29,7 +29,9 @@ class PoolGradients:
         self.scores = call.empty(*scores.shape)
         self.terms = pool.softmax_terms(call, scores)
         if self.bag is not None:
-            self.centre, self.shift = _centred(bag, self.bag)
+            if bag is None:
+                raise ValueError("grad_bag is given, but bag is absent")
+            self.centre, self.shift = pool.centres(call, bag, self.terms[1], self.bag)
         if x is not None:
             self.add(x, call.whole)
 
@@ -157,13 +159,6 @@ def add_scaled(total: Tensor, part: Tensor, scale: Tensor | None) -> None:
         total.addcdiv_(part, scale)
 
 
-def _centred(bag: Tensor, grad_bag: Tensor) -> tuple[Tensor, Tensor]:
-    """``(c [B, L], <bag - c, grad_bag> [B, K])``: the gradient of a score is  a (<x - c, grad> - <bag - c, grad>)  for
-    any c; near the bag vectors it keeps the digits of features with a mean."""
-    centre = bag.mean(1).nan_to_num(0, 0, 0)
-    return centre, ((bag - centre[:, None]) * grad_bag).sum(-1)
-
-
 def alive(gradient: Tensor, values: Tensor) -> Tensor:
     """0 where a score or logit is -inf."""
     return gradient.masked_fill(values == float("-inf"), 0)
@@ -180,6 +175,14 @@ def power_of_two_scale(bound: Tensor, headroom: int = 0) -> Tensor:
 def largest(t: Tensor) -> Tensor:
     """The largest finite size; 0 of nothing."""
     return t.nan_to_num(0, 0, 0).abs().amax() if t.numel() else t.new_zeros(())
+
+
+def wanted(needs, **inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The inputs of an op that may have a gradient, in the order of ``needs``; those that do must be there."""
+    for need, (name, given) in zip(needs, inputs.items(), strict=True):
+        if need and given is None:
+            raise ValueError(f"needs says that {name} wants a gradient, but {name} is absent")
+    return tuple(inputs.values())
 
 
 def in_their_types(call: Call, inputs, found, needs) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from milkernels.triton.call import Call, ceil_div, launch, power_of_two
-from milkernels.triton.common import finite_or_zero, kernel, real_rows, segment, slots_of
+from milkernels.triton.common import finite_or_zero, kernel, log_sum_exp, real_rows, segment, slots_of
 
 HEADS = 4  # that share a read of the rows
 
@@ -118,8 +118,7 @@ def pool_combine(
         bag_sum = bag_sum / tl.where(all_of_them == 0, 1.0, all_of_them)
     tl.store(OUT + at * L + columns, bag_sum, mask=columns < L)
     if SOFTMAX:
-        lse = tl.where(all_of_them == 0, float("-inf"), base + tl.log(all_of_them))
-        tl.store(LSE + at, lse, mask=tl.program_id(1) == 0)
+        tl.store(LSE + at, log_sum_exp(highest, all_of_them), mask=tl.program_id(1) == 0)
 
 
 @kernel
@@ -184,6 +183,49 @@ def sums_combine(
     tl.store(BAG_TOTAL + at, total, mask=k < K)
     if SOFTMAX:
         tl.store(BAG_TOP + at, finite_or_zero(top), mask=k < K)
+
+
+@kernel
+def bag_centres(
+    BAG, TOTAL, GRAD, CENTRE, SHIFT, L, K, BK: tl.constexpr, BL: tl.constexpr
+):  # fmt: skip
+    """CENTRE [B, L]: the shortest of the vectors of a bag's heads, of those with living rows (TOTAL is finite and not
+    0) and finite numbers. SHIFT[b, k] = <bag[b, k] - centre[b], grad[b, k]>."""
+    A: tl.constexpr = CENTRE.dtype.element_ty
+    bag = tl.cast(tl.program_id(0), tl.int64)
+    shortest = tl.cast(float("inf"), A)
+    head = bag * K
+    for first in tl.range(0, K, BK):
+        k = first + tl.arange(0, BK)
+        squares = tl.zeros([BK], A)
+        for column in tl.range(0, L, BL):
+            c = column + tl.arange(0, BL)
+            inside = (k < K)[:, None] & (c < L)[None, :]
+            v = tl.load(BAG + (bag * K + k)[:, None] * L + c[None, :], mask=inside, other=0.0)
+            squares += tl.sum(v * v, axis=1)
+        total = tl.load(TOTAL + bag * K + k, mask=k < K, other=0.0)
+        usable = (squares < float("inf")) & (total > 0) & (total < float("inf"))
+        squares = tl.where(usable, squares, float("inf"))
+        least = tl.min(squares, axis=0)
+        at = tl.min(tl.where(squares == least, k, K), axis=0)
+        head = tl.where(least < shortest, bag * K + at, head)
+        shortest = tl.minimum(shortest, least)
+    for column in tl.range(0, L, BL):
+        c = column + tl.arange(0, BL)
+        centre = tl.load(BAG + head * L + c, mask=c < L, other=0.0)
+        tl.store(CENTRE + bag * L + c, tl.where(tl.abs(centre) < float("inf"), centre, 0.0), mask=c < L)
+    for first in tl.range(0, K, BK):
+        k = first + tl.arange(0, BK)
+        shift = tl.zeros([BK], A)
+        for column in tl.range(0, L, BL):
+            c = column + tl.arange(0, BL)
+            inside = (k < K)[:, None] & (c < L)[None, :]
+            at = (bag * K + k)[:, None] * L + c[None, :]
+            centre = tl.load(BAG + head * L + c, mask=c < L, other=0.0)
+            centre = tl.where(tl.abs(centre) < float("inf"), centre, 0.0)
+            v = tl.load(BAG + at, mask=inside, other=0.0) - centre[None, :]
+            shift += tl.sum(v * tl.load(GRAD + at, mask=inside, other=0.0), axis=1)
+        tl.store(SHIFT + bag * K + k, shift, mask=k < K)
 
 
 # Launches
@@ -299,6 +341,24 @@ def softmax_terms(call: Call, scores: Tensor) -> tuple[Tensor, Tensor]:
     """``(top, total)`` [B, K]: a weight is ``exp(score - top) / total``, exact where ``exp(score - lse)`` is not:
     a rounding of an lse of 500 is 3e-5."""
     return _column_sums(call, scores, None, True)
+
+
+def centres(call: Call, bag: Tensor, total: Tensor, grad_bag: Tensor) -> tuple[Tensor, Tensor]:
+    """``(c [B, L], <bag - c, grad_bag> [B, K])``. The gradient of a score is  a (<x - c, grad> - <bag - c, grad>)  for
+    any c; near the bag vectors it keeps the digits of features with a mean.
+
+    All heads of a bag share it, so that rows are read once. One that is no longer than a head's own vector costs that
+    head no digit, whatever the others look at; and nothing of what is NaN in one head reaches another. ``total`` is
+    that of `softmax_terms`.
+    """
+    K, L = bag.shape[1:]
+    centre, shift = call.empty(call.bags, L), call.empty(call.bags, K)
+    block = min(power_of_two(K), 8)
+    launch(
+        bag_centres, (call.bags,), call.take(bag), total, grad_bag, centre, shift, L, K,
+        BK=block, BL=min(max(power_of_two(L), 16), 2048 // block), num_warps=4,
+    )  # fmt: skip
+    return centre, shift
 
 
 def column_sums(call: Call, values: Tensor, factors: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from milkernels.triton import pool, rows, single_pass
 from milkernels.triton.call import Call, Rows
 from milkernels.triton.embedding import embedding_of
-from milkernels.triton.gradients import PoolGradients, RowGradients, alive, in_their_types
+from milkernels.triton.gradients import PoolGradients, RowGradients, alive, in_their_types, wanted
 
 _DEAD = float("-inf")
 
@@ -138,13 +138,14 @@ def query_bwd(
     x, query, offsets, mask, bag, scores, lse, e_weight, e_bias, e_seed, scale, e_activation, e_dropout_p, e_dtype,
     grad_bag, grad_scores, grad_lse, needs,
 ):  # fmt: skip
+    inputs = wanted(needs, x=x, query=query, e_weight=e_weight, e_bias=e_bias)
     call = Call(x, offsets, mask, embedding_of(x, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype))
     sink = RowGradients(call, needs)
     gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.wanted)
     grad_query = pool_by_products_backward(call, gradients, _query(call, query, scale), sink) * scale
     grad_query = grad_query.sum(0) if query.dim() == 2 else grad_query
     found = (sink.x, grad_query, sink.weight, sink.bias)
-    return in_their_types(call, (x, query, e_weight, e_bias), found, needs)
+    return in_their_types(call, inputs, found, needs)
 
 
 # Loss-Attention (Shi et al. 2020)
@@ -181,9 +182,9 @@ def loss_attention_pool_bwd(
     x, weight, bias, offsets, mask, bag, scores, lse, logits, e_weight, e_bias, e_seed, e_activation, e_dropout_p,
     e_dtype, grad_bag, grad_scores, grad_lse, grad_logits, needs,
 ):  # fmt: skip
+    inputs = wanted(needs, x=x, weight=weight, bias=bias, e_weight=e_weight, e_bias=e_bias)
     call = Call(x, offsets, mask, embedding_of(x, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype))
     sink, gradients = RowGradients(call, needs), None
-    inputs = (x, weight, bias, e_weight, e_bias)
     if grad_bag is not None or grad_scores is not None or grad_lse is not None:
         gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.wanted)
         found = single_pass.score_pool_backward(

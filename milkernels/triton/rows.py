@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from milkernels.triton.call import Call, Rows, ceil_div, launch, power_of_two
-from milkernels.triton.common import activation_gradient, dropout_factors, kernel, real_rows, segment
+from milkernels.triton.common import activation_gradient, dropout_factors, kernel, real_rows, segment, shifted
 from milkernels.triton.pool import row_tile
 
 
@@ -20,7 +20,8 @@ def row_products(
     bags, rows, first, last, x_stride, L, K, vector_stride,
     R: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
-    """OUT[i, k] = <x_i - centre[b], vectors[b, k]> + shift[b, k]; FILL where masked. X begins at row `first`."""
+    """OUT[i, k] = <x_i - centre[b], vectors[b, k]> + shift[b, k], -inf where the shift is; FILL where masked. X begins
+    at row `first`."""
     A: tl.constexpr = OUT.dtype.element_ty
     bag, start, end = segment(OFFSETS, first // R + tl.program_id(0), bags, rows, R)
     if (start < end) & (start >= first) & (start < last):
@@ -49,7 +50,7 @@ def row_products(
                         out += tl.where((tl.arange(0, BK) == j)[None, :], product[:, None], 0.0)
             if SHIFT is not None:
                 shift = tl.load(SHIFT + tl.cast(bag, tl.int64) * K + k, mask=k < K, other=0.0)
-                out += shift[None, :]
+                out = shifted(out, shift[None, :])
             out = tl.where(alive[:, None], out, FILL)
             tl.store(OUT + r[:, None] * K + k[None, :], out, mask=(r < end)[:, None] & (k < K)[None, :])
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from milkernels.triton import pool
 from milkernels.triton.call import Call, launch, power_of_two
-from milkernels.triton.common import finite_or_zero, kernel, real_rows, segment
+from milkernels.triton.common import finite_or_zero, kernel, log_sum_exp, real_rows, segment, shifted
 from milkernels.triton.gradients import PoolGradients, RowGradients
 
 
@@ -45,7 +45,10 @@ def score_and_pool(
             x = tl.load(X + r[:, None] * x_stride + c[None, :], mask=alive[:, None] & (c < L)[None, :], other=0.0).to(A)
             products = ()
             for j in tl.static_range(J):
-                p = tl.where(alive, tl.sum(x * vectors[j][None, :], axis=1) + shifts[j], float("-inf"))
+                p = tl.sum(x * vectors[j][None, :], axis=1)
+                if SHIFT is not None:
+                    p = shifted(p, shifts[j])
+                p = tl.where(alive, p, float("-inf"))
                 tl.store(PRODUCTS + r * J + j, p, mask=r < end)
                 products = products + (p,)
             if CLASSES:
@@ -56,7 +59,7 @@ def score_and_pool(
                 total = tl.zeros([BN], A)
                 for j in tl.static_range(J):
                     total += tl.exp(products[j] - base)
-                scores = (base + tl.log(total),)
+                scores = (log_sum_exp(highest, total),)
                 tl.store(SCORES + r, scores[0], mask=r < end)
             else:
                 scores = products
