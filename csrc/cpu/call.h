@@ -39,7 +39,7 @@ const A* data_or_null(const Tensor& t) {
 
 // A backward is told which gradients are needed: ValueError for that of a parameter which is not there.
 inline void check_need(bool need, bool given, const char* name) {
-  TORCH_CHECK_VALUE(given || !need, "needs asks for the gradient of ", name, ", which is absent");
+  TORCH_CHECK_VALUE(given || !need, "needs says that ", name, " wants a gradient, but ", name, " is absent");
 }
 
 // The embedding of an op as it comes.

@@ -239,7 +239,7 @@ class LogSumExpScore final : public Score<T> {
         V max = V::loadu(by_class.data()), sum(A(0));
         for (int64_t c = 1; c < C; ++c) max = at::vec::maximum(max, V::loadu(by_class.data() + c * kRows));
         for (int64_t c = 0; c < C; ++c) sum = sum + exp_nonpositive<A>(V::loadu(by_class.data() + c * kRows) - max);
-        V::blendv(max + sum.log(), max, max == V(kDead<A>)).store(scores + r, n);
+        V::blendv(max + sum.log(), max, max.abs() == V(-kDead<A>)).store(scores + r, n);  // of inf and -inf themselves
       }
       for (int64_t r = 0; tile.mask != nullptr && r < tile.rows; ++r) {
         if (!tile.mask[r]) std::fill_n(logits + r * C, C, kDead<A>);
