@@ -41,6 +41,48 @@ def _has_values(tensor: Tensor) -> bool:
     return all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACING_MODES)
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether reading the values is possible and free: on the CPU, outside of a trace."""
+    return tensor.device.type == "cpu" and _has_values(tensor)
+
+
+def check_dense(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
+    if t.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got layout {t.layout}")
+
+
+def check_device(name: str, t: Tensor, x: Tensor) -> None:
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on the device of the instances, {x.device}; got {t.device}")
+
+
+def checked_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The mask of the rows of ``x`` as bool ``[N]``.
+
+    Raises:
+        TypeError: not a dense tensor.
+        ValueError: another shape or device; for floating-point values that are read: others than 0 and 1, such as the
+            0 and -inf of a mask that is added to scores.
+    """
+    if mask is None:
+        return None
+    check_dense("mask", mask)
+    if mask.ndim != 1 or mask.shape[0] != x.shape[0]:
+        raise ValueError(f"mask must be [{x.shape[0]}]; got shape {tuple(mask.shape)}")
+    check_device("mask", mask, x)
+    if mask.dtype == torch.bool:
+        return mask.contiguous()
+    if mask.is_floating_point() and readable(mask):
+        other = mask[(mask != 0) & (mask != 1)]
+        if len(other):
+            value = other[0].item()
+            hint = ", as of a mask that is added to scores" if value < 0 else ""
+            raise ValueError(f"mask must be bool, or 1 for a real instance and 0 for none; got {value}{hint}")
+    return (mask != 0).contiguous()
+
+
 def check_offsets(offsets: Tensor, num_rows: int, device: torch.device) -> None:
     """Checks that ``offsets`` cuts ``num_rows`` rows on ``device`` into bags.
 
@@ -48,12 +90,11 @@ def check_offsets(offsets: Tensor, num_rows: int, device: torch.device) -> None:
     tracing.
 
     Raises:
-        TypeError: not a tensor, or neither int32 nor int64.
+        TypeError: not a dense tensor, or neither int32 nor int64.
         ValueError: not 1-D, without elements, on another device than the rows; for values that are read: not
             starting at 0, decreasing, not ending at ``num_rows``.
     """
-    if not isinstance(offsets, Tensor):
-        raise TypeError(f"offsets must be a tensor; got {type(offsets).__name__}")
+    check_dense("offsets", offsets)
     if offsets.dtype not in _INT_TYPES:
         raise TypeError(f"offsets must be int32 or int64; got {offsets.dtype}")
     if offsets.ndim != 1 or offsets.shape[0] < 1:
@@ -155,7 +196,7 @@ class Bags:
             if offsets.device.type not in ("cpu", "meta") and _has_values(offsets):
                 _check_values(offsets, num_rows)
         self.values, self.offsets = values, offsets
-        self.mask, self.extras = _checked_mask(mask, values), _checked_extras(extras, values)
+        self.mask, self.extras = checked_mask(mask, values), _checked_extras(extras, values)
 
     @classmethod
     def _unchecked(cls, values: Tensor, offsets: Tensor, mask: Tensor | None, extras: dict) -> "Bags":
@@ -199,7 +240,7 @@ class Bags:
         mask = None if masks is None else _concatenate("masks", masks, lengths)
         joined = {k: _concatenate(f"extras[{k!r}]", parts, lengths) for k, parts in (extras or {}).items()}
         offsets = _offsets_of(lengths, values.device)
-        return cls._unchecked(values, offsets, _checked_mask(mask, values), _checked_extras(joined, values))
+        return cls._unchecked(values, offsets, checked_mask(mask, values), _checked_extras(joined, values))
 
     @classmethod
     def from_padded(
@@ -235,7 +276,7 @@ class Bags:
             return tensor.reshape(num_bags * longest, *tensor.shape[2:])
 
         values = flat("x", x)
-        mask = None if mask is None else _checked_mask(flat("mask", mask), values)
+        mask = None if mask is None else checked_mask(flat("mask", mask), values)
         extras = {name: flat(f"extras[{name!r}]", tensor) for name, tensor in (extras or {}).items()}
         return cls._unchecked(values, _even_offsets(num_bags, longest, x.device), mask, extras)
 
@@ -299,7 +340,7 @@ class Bags:
             raise ValueError(f"batch must be within [0, {num_bags}); got {first} to {last}")
         bounds = torch.arange(num_bags + 1, device=batch.device, dtype=batch.dtype)
         offsets = torch.searchsorted(batch.contiguous(), bounds)
-        return cls._unchecked(x, offsets, _checked_mask(mask, x), _checked_extras(extras, x))
+        return cls._unchecked(x, offsets, checked_mask(mask, x), _checked_extras(extras, x))
 
     def to_list(self) -> list[Tensor]:
         """The bags as ``[n_b, L]`` tensors: views, or, if there is a mask, copies without the masked rows."""
@@ -535,27 +576,16 @@ def _collate_rest(key, column: list):
 
 
 def _check_dims(name: str, x: Tensor, expected: str = "[N, L]", ndim: int = 2) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    check_dense(name, x)
     if x.ndim != ndim:
         raise ValueError(f"{name} must be {expected}; got shape {tuple(x.shape)}")
 
 
 def _check_rows(name: str, tensor: Tensor, leading: tuple[int, ...], device: torch.device) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    check_dense(name, tensor)
     if tuple(tensor.shape[: len(leading)]) != leading or tensor.device != device:
         got = f"shape {list(tensor.shape)} on {tensor.device}"
         raise ValueError(f"{name} must begin with dimensions {list(leading)}, on {device}; got {got}")
-
-
-def _checked_mask(mask: Tensor | None, values: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    _check_rows("mask", mask, (values.shape[0],), values.device)
-    if mask.ndim != 1:
-        raise ValueError(f"mask must be [{values.shape[0]}]; got shape {list(mask.shape)}")
-    return mask if mask.dtype == torch.bool else mask != 0
 
 
 def _checked_extras(extras: Extras, values: Tensor) -> dict[str, Tensor]:
@@ -592,7 +622,7 @@ def _prefix_mask(lengths, num_bags: int, longest: int, device: torch.device) -> 
     lengths = torch.as_tensor(lengths)
     if lengths.shape != (num_bags,) or lengths.is_floating_point():
         raise ValueError(f"lengths must be [{num_bags}] ints; got {list(lengths.shape)} of {lengths.dtype}")
-    if lengths.device.type == "cpu" and _has_values(lengths) and num_bags:
+    if readable(lengths) and num_bags:
         low, high = lengths.min().item(), lengths.max().item()
         if low < 0 or high > longest:
             raise ValueError(f"lengths must be within [0, {longest}]; got {low} to {high}")

@@ -8,7 +8,8 @@ Conventions of all of them:
   checked; elsewhere and under tracing wrong offsets give wrong numbers.
 - **Mask.**  ``mask [N]``, bool or 0/1 of any type, non-zero = real.  A masked instance has weight 0,
   gradient 0 and scores or logits of -inf, whatever its row holds, NaN included.  A given score of -inf
-  means the same for one head.
+  means the same for one head.  Other values in a floating-point mask, such as the 0 and -inf of one that
+  is added to scores, are an error on the CPU; elsewhere they are not read, and count as real.
 - **Empty bags**, and bags with every row masked: ``bag`` 0, ``lse`` -inf, indices -1.  Nothing becomes NaN.
 - **Indices** are rows of ``x`` (int64), -1 for none.  The lowest index wins a tie; NaN beats every number.
 - **Types.**  ``x`` is float16, bfloat16, float32 or float64; so are parameters, of the same type or another.
@@ -42,9 +43,8 @@ from milkernels.arguments import (
     check_number,
     check_per_row,
     check_shape,
-    checked_mask,
 )
-from milkernels.bags import check_offsets
+from milkernels.bags import check_offsets, checked_mask
 from milkernels.embedding import Embed, Stage, compute_dtype_of, stage_of
 from milkernels.results import (
     DSMIL,

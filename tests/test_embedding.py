@@ -342,7 +342,7 @@ def test_rows_of_nothing_else(no_work):
         ((x[0], embed, ROW), ValueError, r"x must have 2 dimensions; got shape \(6,\)"),
         ((x, embed, ROW.int()), TypeError, "rows must be an int64 tensor; got torch.int32"),
         ((x, embed, ROW > 3), TypeError, "rows must be an int64 tensor; got torch.bool"),
-        ((x, embed, [0, 1]), TypeError, "rows must be an int64 tensor; got list"),
+        ((x, embed, [0, 1]), TypeError, "rows must be a tensor; got list"),
         ((x, embed, ROW[None]), ValueError, r"rows must have 1 dimension; got shape \(1, 9\)"),
         ((x, embed, ROW[0]), ValueError, r"rows must have 1 dimension; got shape \(\)"),
         ((x, embed, ROW.to("meta")), ValueError, "rows must be on the device of the instances, cpu; got meta"),

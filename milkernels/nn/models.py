@@ -10,7 +10,8 @@ from torch.nn.modules import module as _globals
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from milkernels import classical, functional, results
-from milkernels.arguments import check_choice, check_count, check_share, checked_mask
+from milkernels.arguments import check_choice, check_count, check_share
+from milkernels.bags import checked_mask
 from milkernels.embedding import InstanceEmbedding
 from milkernels.nn.pools import DSMIL, AttentionPool, Instances, LossAttention, ragged
 
