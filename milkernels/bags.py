@@ -173,7 +173,7 @@ class Bags:
 
     The offsets are checked once, here; for tensors on a GPU this reads them and is the one synchronisation.
     Nothing is copied, so the attributes ``values``, ``offsets`` and ``extras`` are what was passed in.
-    ``Bags`` is a pytree.
+    ``len(bags)`` is the number of bags, ``bags[i]`` one of them, and ``Bags`` a pytree.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -344,7 +344,8 @@ class Bags:
 
     def to_list(self) -> list[Tensor]:
         """The bags as ``[n_b, L]`` tensors: views, or, if there is a mask, copies without the masked rows."""
-        return list(self.compact())
+        bags = self.compact()
+        return [bags.values[start:end] for start, end in bags._spans()]
 
     def to_padded(self, padding_value: float = 0.0) -> tuple[Tensor, Tensor]:
         """``(x [B, M, L], mask [B, M] bool)``, M the longest bag; ``padding_value`` fills past a bag's end.
@@ -423,12 +424,10 @@ class Bags:
     def _spans(self) -> list[tuple[int, int]]:
         return list(itertools.pairwise(self.offsets.tolist()))
 
-    def __iter__(self) -> Iterator[Tensor]:
-        """Every bag as ``bags[i]`` gives it; reads the offsets once."""
-        return (self.values[start:end] for start, end in self._spans())
-
+    # There is no __iter__: frameworks that look for the size of a batch (Lightning's mean over an epoch) would take the
+    # length of the first bag for it.  Without one they go on to the labels, and Python iterates by __getitem__.
     def __getitem__(self, index) -> "Tensor | Bags":
-        """An int gives that bag's rows ``[n_b, L]``, a view, masked rows included.
+        """An int gives that bag's rows ``[n_b, L]``, a view, masked rows included; so does iteration.
 
         A slice gives ``Bags``, a view if its step is 1.  A list or 1-D tensor of ints, or of B bools, gathers
         ``Bags``.  All read the offsets, so they synchronise on a GPU.
@@ -512,7 +511,8 @@ def collate_bags(
     """A ``collate_fn`` for ``torch.utils.data.DataLoader`` that makes ``Bags`` of the samples' features.
 
     Args:
-        batch: samples, all alike: feature tensors ``[n, L]``, tuples ``(features, *rest)`` or dicts.
+        batch: samples, all alike: features ``[n, L]``, tuples ``(features, *rest)`` or dicts.  Features are tensors or
+            arrays; of an array that lies in a file (memory map, h5 or zarr data set) all rows are read, at once.
         per_instance: what has one row per instance, ``[n, ...]``, and goes into ``Bags.extras``: keys of a
             dict, or positions in a tuple (features are 0), named ``"1"``... or as in ``{1: "coords"}``.
         features: the key of the features in a dict.
@@ -523,28 +523,37 @@ def collate_bags(
         with ``functools.partial``.
 
     Raises:
-        TypeError: samples of another or of mixed types, or features that are no tensors.
+        TypeError: samples of another or of mixed types, or features that are neither tensors nor arrays of numbers.
         ValueError: no samples; a key or position that is missing; lengths, widths or types that do not fit.
     """
     if not batch:
         raise ValueError("collate_bags needs at least one sample; got an empty batch")
-    kind = next((k for k in (Tensor, Mapping, (tuple, list)) if isinstance(batch[0], k)), ())
-    if not all(isinstance(sample, kind) for sample in batch):
+    kind, *others = {_kind(sample) for sample in batch}
+    if others or kind is None:
         got = ", ".join(sorted({type(sample).__name__ for sample in batch}))
         raise TypeError(f"samples must be all tensors, all tuples (features, *rest) or all dicts; got {got}")
     if kind is Tensor:
         batch, features = [{0: sample} for sample in batch], 0
-    elif kind is not Mapping:
+    elif kind is tuple:
         batch, features = [dict(enumerate(sample)) for sample in batch], 0
     if isinstance(per_instance, (str, int)):
         per_instance = (per_instance,)
     if not isinstance(per_instance, Mapping):
         per_instance = {key: str(key) for key in per_instance}
     columns = _columns(batch, features, per_instance)
-    extras = {name: _as_tensors(columns.pop(key)) for key, name in per_instance.items()}
-    bags = Bags.from_list(_as_tensors(columns[features]), extras=extras)
+    extras = {name: _as_tensors(key, columns.pop(key)) for key, name in per_instance.items()}
+    bags = Bags.from_list(_as_tensors(features, columns[features]), extras=extras)
     made = {k: bags if k == features else _collate_rest(k, column) for k, column in columns.items()}
     return bags if kind is Tensor else made if kind is Mapping else tuple(made.values())
+
+
+def _kind(sample) -> type | None:
+    """Of a sample of `collate_bags`: a mapping, a tuple, or features alone, as a tensor."""
+    if isinstance(sample, Mapping):
+        return Mapping
+    if isinstance(sample, tuple | list):
+        return tuple
+    return Tensor if isinstance(sample, Tensor) or hasattr(sample, "__array__") else None
 
 
 def _columns(batch: Sequence[Mapping], features, per_instance: Mapping) -> dict[Any, list]:
@@ -560,12 +569,28 @@ def _columns(batch: Sequence[Mapping], features, per_instance: Mapping) -> dict[
     return {key: [sample[key] for sample in batch] for key in keys}
 
 
-def _as_tensors(column: list) -> list[Tensor]:
-    """NumPy arrays, which feature files are read as, become tensors; anything else is left to the checks."""
-    return [torch.as_tensor(item) if hasattr(item, "__array__") else item for item in column]
+def _as_tensors(key, column: list) -> list[Tensor]:
+    """Arrays, and data sets of feature files that are open still, become tensors: one read of each."""
+    return [_as_tensor(f"{key!r} of sample {i}", item) for i, item in enumerate(column)]
+
+
+def _as_tensor(name: str, item) -> Tensor:
+    if isinstance(item, Tensor):
+        return item
+    if not hasattr(item, "__array__"):
+        hint = "; read it by [:]" if hasattr(item, "shape") else ""
+        raise TypeError(f"{name} must be a tensor or an array; got {type(item).__name__}{hint}")
+    array = item.__array__()  # PyTorch itself would read a data set row by row
+    try:
+        # A tensor of memory that must not be written to, of a file that is mapped to read, would let it be written.
+        return torch.as_tensor(array if array.flags.writeable else array.copy())
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array of numbers; got {array.dtype}: {error}") from error
 
 
 def _collate_rest(key, column: list):
+    if all(getattr(item, "ndim", 0) and hasattr(item, "__array__") for item in column):
+        column = _as_tensors(key, column)
     shapes = [tuple(item.shape) for item in column if hasattr(item, "shape")]
     if len(set(shapes)) > 1:
         raise ValueError(

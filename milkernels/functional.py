@@ -30,8 +30,6 @@ Conventions of all of them:
 - **Errors.**  TypeError and ValueError name the argument and the value got.  No op synchronises with a GPU.
 """
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from milkernels import backends, ops, reference
@@ -578,23 +576,3 @@ def topk_instances(
     if backend == "reference":
         return TopInstances(*reference.topk_instances(scores, k, offsets, bool(largest), mask))
     return TopInstances(*ops.call("topk_instances", backend, scores, k, offsets, bool(largest), mask))
-
-
-def merge_pooled(parts: Sequence[Pooled], *, backend: str | None = None) -> Pooled:
-    """Merges poolings of parts of the same bags, exactly: as if all instances had been pooled at once.
-
-    All parts have one shape of ``bag [B, K, L]`` and of ``lse [B, K]``.  Their ``scores`` follow each other.
-    """
-    parts = list(parts)
-    if not parts:
-        raise ValueError("parts must hold at least one pooling; got an empty sequence")
-    for i, part in enumerate(parts):
-        if not all(hasattr(part, field) for field in Pooled._fields):
-            raise TypeError(f"parts[{i}] must be what a pooling op returned; got {type(part).__name__}")
-    bag = parts[0].bag
-    for i, part in enumerate(parts):
-        check_shape(f"parts[{i}].bag", part.bag, tuple(bag.shape), bag)
-        check_shape(f"parts[{i}].lse", part.lse, tuple(bag.shape[:2]), bag)
-    bags, scores, lses = ([getattr(part, field) for part in parts] for field in Pooled._fields)
-    backends.choose("merge_pooled", bag, *bags[1:], requested=backend)
-    return Pooled(*reference.merge_pooled(bags, scores, lses))

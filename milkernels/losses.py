@@ -278,7 +278,8 @@ def dsmil_loss(
         pos_weight: of positive labels, as in ``torch.nn.BCEWithLogitsLoss``; the authors' code balances by it.
 
     Returns:
-        A scalar, float32 at least.  Bags without instances have no largest instance and are left out of that stream's loss.
+        A scalar, float32 at least.  Bags without instances have no largest instance and are left out of that stream's
+        loss.
     """
     check_choice("streams", streams, ("both", "instance", "bag", "score"))
     _check_fields("prediction", prediction, DSMILPrediction)

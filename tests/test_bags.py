@@ -193,7 +193,11 @@ def test_masks_of_any_type_become_bool(dtype):
         ({"mask": torch.ones(4)}, ValueError, re.escape("mask must be [5]; got shape (4,)")),
         ({"mask": torch.ones(5, 1)}, ValueError, re.escape("mask must be [5]; got shape (5, 1)")),
         ({"mask": torch.ones(5, device="meta")}, ValueError, "mask must be on the device .* cpu; got meta"),
-        ({"mask": torch.zeros(5).index_fill(0, torch.tensor(3), -torch.inf)}, ValueError, "mask must be bool.*got -inf"),
+        (
+            {"mask": torch.zeros(5).index_fill(0, torch.tensor(3), -torch.inf)},
+            ValueError,
+            "mask must be bool.*got -inf",
+        ),
         ({"extras": {"c": [1] * 5}}, TypeError, re.escape("extras['c'] must be a tensor; got list")),
         ({"extras": {"c": torch.ones(6, 2)}}, ValueError, re.escape("got shape [6, 2]")),
         ({"extras": {"c": torch.ones(5, device="meta")}}, ValueError, "on meta"),

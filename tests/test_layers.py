@@ -25,6 +25,7 @@ LAYERS = {
     "embedding": 4,
     "functional": 5,
     "classical": 6,
+    "merging": 6,
     "visualize": 6,
     "nn": 7,
     "integrations": 8,

@@ -249,26 +249,7 @@ def test_no_bags_at_all():
                 assert 0 in t.shape
 
 
-# Parts and wholes
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_merge_of_parts_is_the_pooling_of_all(dtype):
-    tensors = CASES["softmax_pool"].make(dtype=dtype)
-    x, scores = tensors["x"], tensors["scores"]
-    whole = milkernels.softmax_pool(x, scores, OFFSETS)
-    masks = [torch.arange(N) % 3 == i for i in range(3)] + [torch.zeros(N, dtype=torch.bool)]
-    parts = [milkernels.softmax_pool(x, scores, OFFSETS, mask=mask) for mask in masks]
-    merged = milkernels.merge_pooled(parts)
-    torch.testing.assert_close(merged.bag, whole.bag)
-    torch.testing.assert_close(merged.lse, whole.lse)
-    assert merged.scores.shape == (4 * N, K)
-
-    def gradients(pooled):
-        return torch.autograd.grad((pooled.bag, pooled.lse), (x, scores), cotangents((pooled.bag, pooled.lse)))
-
-    for got, expected in zip(gradients(merged), gradients(whole), strict=True):
-        torch.testing.assert_close(got, expected)
+# Weights
 
 
 def test_weights_sum_to_one():
