@@ -589,7 +589,7 @@ ONE = {"features": torch.ones(2, 3), "coords": torch.ones(2, 2), "label": 0}
         ([ONE], {"per_instance": "features"}, ValueError, "must not name the features"),
         ([ONE, {"features": torch.ones(1, 3)}], {}, ValueError, "sample 1 has"),
         ([{**ONE, "coords": torch.ones(3, 2)}], {"per_instance": "coords"}, ValueError, "coords"),
-        ([{**ONE, "features": "path"}], {}, TypeError, re.escape("tensors[0] must be a tensor; got str")),
+        ([{**ONE, "features": "path"}], {}, TypeError, "'features' of sample 0 must be a tensor or an array; got str"),
         ([ONE, {**ONE, "features": torch.ones(2, 4)}], {}, ValueError, re.escape("tensors[1] has [4]")),
         ([ONE, {**ONE, "coords": torch.ones(1, 2)}], {}, ValueError, "name it: per_instance"),
     ],
