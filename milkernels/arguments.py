@@ -4,16 +4,15 @@ They look at types, shapes and devices, so they cost microseconds and can be tra
 free: on the CPU, outside of a trace.
 """
 
-import sys
+import math
 
 import torch
 from torch import Tensor
 
-from milkernels.bags import check_dense, check_device, readable
+from milkernels.bags import check_dense, check_device, check_type, readable
 
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
-_SEEDS = (-(2**63), 2**63 - 1)
-_LARGEST = sys.float_info.max
+_INT64 = (-(2**63), 2**63 - 1)
 _COUNTS = 2**31  # what is counted in 64 bits stays far from their end, whatever it is multiplied by
 
 
@@ -22,8 +21,7 @@ def check_tensor(name: str, t: Tensor, ndim: int) -> None:
     if t.dtype not in DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {t.dtype}")
     if t.ndim != ndim:
-        got = "a nested tensor" if t.is_nested else f"shape {tuple(t.shape)}"
-        raise ValueError(f"{name} must have {ndim} dimensions; got {got}")
+        raise ValueError(f"{name} must have {ndim} dimensions; got shape {tuple(t.shape)}")
 
 
 def check_instances(x: Tensor, name: str = "x") -> None:
@@ -90,8 +88,15 @@ def _check_real(name: str, value: float) -> None:
 def check_number(name: str, value: float) -> None:
     """A finite number, or a symbolic one."""
     _check_real(name, value)
-    if isinstance(value, int | float) and not -_LARGEST <= value <= _LARGEST:
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite; got {value}")
+    if isinstance(value, int) and not _INT64[0] <= value <= _INT64[1]:
+        raise ValueError(f"{name} must fit into 64 bits; got {value}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {type(value).__name__}")
 
 
 def check_share(name: str, value: float) -> None:
@@ -101,8 +106,7 @@ def check_share(name: str, value: float) -> None:
 
 
 def check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+    check_type(name, value, (int, torch.SymInt), "an int")
     if value < 1:
         raise ValueError(f"{name} must be at least 1; got {value}")
     if value >= _COUNTS:
@@ -122,12 +126,12 @@ def checked_seed(seed: Tensor | int | None, p_name: str, p: float, x: Tensor) ->
     elif seed is not None:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an int64 tensor, an int or None; got {type(seed).__name__}")
-        if not _SEEDS[0] <= seed <= _SEEDS[1]:
+        if not _INT64[0] <= seed <= _INT64[1]:
             raise ValueError(f"seed must fit into 64 bits; got {seed}")
     if p == 0:
         return None
     if seed is None:
-        return torch.randint(_SEEDS[1], (1,), device=x.device)
+        return torch.randint(_INT64[1], (1,), device=x.device)
     if isinstance(seed, Tensor):
         return seed.reshape(1)
     return torch.full((1,), seed, dtype=torch.int64, device=x.device)

@@ -15,7 +15,7 @@ gives the same bits whatever ran in parallel.  ``segments`` is this paragraph as
 
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 Extras = Mapping[str, Tensor] | None
 
 _INT_TYPES = (torch.int32, torch.int64)
+_COUNT_TYPES = (torch.uint8, torch.int8, torch.int16, *_INT_TYPES)
 _TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # fake, proxy, functional
 
 
@@ -49,8 +50,15 @@ def readable(tensor: Tensor) -> bool:
 def check_dense(name: str, t: Tensor) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
-    if t.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor; got layout {t.layout}")
+    if t.layout is not torch.strided or t.is_nested:
+        got = "a nested tensor" if t.is_nested else f"layout {t.layout}"
+        raise TypeError(f"{name} must be a dense tensor; got {got}")
+
+
+def check_type(name: str, value, kinds: type | tuple[type, ...], words: str) -> None:
+    """What is of these kinds by accident is refused: a bool as an int, text as a sequence, a tensor of one number."""
+    if not isinstance(value, kinds) or isinstance(value, bool | str | bytes) or getattr(value, "ndim", 1) == 0:
+        raise TypeError(f"{name} must be {words}; got {type(value).__name__}")
 
 
 def check_device(name: str, t: Tensor, x: Tensor) -> None:
@@ -74,6 +82,8 @@ def checked_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
     check_device("mask", mask, x)
     if mask.dtype == torch.bool:
         return mask.contiguous()
+    if mask.is_complex() or mask.is_quantized:
+        raise TypeError(f"mask must be bool or of real numbers; got {mask.dtype}")
     if mask.is_floating_point() and readable(mask):
         other = mask[(mask != 0) & (mask != 1)]
         if len(other):
@@ -230,15 +240,16 @@ class Bags:
             TypeError: something that is not a tensor.
             ValueError: no tensor at all, or widths, types, devices or lengths that do not fit together.
         """
+        check_type("tensors", tensors, Iterable, "a sequence of tensors")
         tensors = list(tensors)
         if not tensors:
-            raise ValueError("from_list needs at least one tensor, to know the width; got an empty list")
+            raise ValueError("from_list needs at least one of tensors, to know the width; got an empty list")
         for i, tensor in enumerate(tensors):
             _check_dims(f"tensors[{i}]", tensor)
         lengths = [tensor.shape[0] for tensor in tensors]
         values = _concatenate("tensors", tensors, lengths)
         mask = None if masks is None else _concatenate("masks", masks, lengths)
-        joined = {k: _concatenate(f"extras[{k!r}]", parts, lengths) for k, parts in (extras or {}).items()}
+        joined = {k: _concatenate(f"extras[{k!r}]", parts, lengths) for k, parts in _items(extras)}
         offsets = _offsets_of(lengths, values.device)
         return cls._unchecked(values, offsets, checked_mask(mask, values), _checked_extras(joined, values))
 
@@ -277,7 +288,7 @@ class Bags:
 
         values = flat("x", x)
         mask = None if mask is None else checked_mask(flat("mask", mask), values)
-        extras = {name: flat(f"extras[{name!r}]", tensor) for name, tensor in (extras or {}).items()}
+        extras = {name: flat(f"extras[{name!r}]", tensor) for name, tensor in _items(extras)}
         return cls._unchecked(values, _even_offsets(num_bags, longest, x.device), mask, extras)
 
     @classmethod
@@ -292,9 +303,9 @@ class Bags:
         """
         if not isinstance(x, Tensor) or not x.is_nested or x.layout != torch.jagged:
             got = getattr(x, "layout", type(x).__name__)
-            raise TypeError(f"from_nested takes a nested tensor of layout torch.jagged; got {got}")
+            raise TypeError(f"x must be a nested tensor of layout torch.jagged; got {got}")
         if x.ndim != 3 or x._ragged_idx != 1:
-            raise ValueError(f"a nested tensor must be [B, ragged, L]; got shape {tuple(x.shape)}")
+            raise ValueError(f"x, a nested tensor, must be [B, ragged, L]; got shape {tuple(x.shape)}")
         values, offsets, lengths = x.values(), x.offsets(), x.lengths()
         if lengths is None:
             return cls(values, offsets)
@@ -336,8 +347,11 @@ class Bags:
             raise ValueError(f"batch must be sorted; got {got}")
         first, last = (int(batch[0]), int(batch[-1])) if len(batch) else (0, -1)
         num_bags = last + 1 if num_bags is None else num_bags
+        check_type("num_bags", num_bags, int, "an int")
+        if not 0 <= num_bags < 2**31:
+            raise ValueError(f"num_bags must be at least 0, and below 2^31; got {num_bags}")
         if first < 0 or last >= num_bags:
-            raise ValueError(f"batch must be within [0, {num_bags}); got {first} to {last}")
+            raise ValueError(f"batch must be within [0, {num_bags}), where num_bags ends; got {first} to {last}")
         bounds = torch.arange(num_bags + 1, device=batch.device, dtype=batch.dtype)
         offsets = torch.searchsorted(batch.contiguous(), bounds)
         return cls._unchecked(x, offsets, checked_mask(mask, x), _checked_extras(extras, x))
@@ -526,18 +540,22 @@ def collate_bags(
         TypeError: samples of another or of mixed types, or features that are neither tensors nor arrays of numbers.
         ValueError: no samples; a key or position that is missing; lengths, widths or types that do not fit.
     """
+    check_type("batch", batch, Sequence, "a sequence of samples")
     if not batch:
         raise ValueError("collate_bags needs at least one sample; got an empty batch")
     kind, *others = {_kind(sample) for sample in batch}
     if others or kind is None:
         got = ", ".join(sorted({type(sample).__name__ for sample in batch}))
-        raise TypeError(f"samples must be all tensors, all tuples (features, *rest) or all dicts; got {got}")
+        raise TypeError(f"batch must hold samples: all tensors, all tuples (features, *rest) or all dicts; got {got}")
     if kind is Tensor:
         batch, features = [{0: sample} for sample in batch], 0
     elif kind is tuple:
         batch, features = [dict(enumerate(sample)) for sample in batch], 0
-    if isinstance(per_instance, (str, int)):
+    if not isinstance(features, Hashable):
+        raise TypeError(f"features must be a key of the samples; got {type(features).__name__}")
+    if isinstance(per_instance, str | int) and not isinstance(per_instance, bool):
         per_instance = (per_instance,)
+    check_type("per_instance", per_instance, (Sequence, Set, Mapping), "keys or positions")
     if not isinstance(per_instance, Mapping):
         per_instance = {key: str(key) for key in per_instance}
     columns = _columns(batch, features, per_instance)
@@ -563,7 +581,8 @@ def _columns(batch: Sequence[Mapping], features, per_instance: Mapping) -> dict[
             raise ValueError(f"samples must have the same entries, {keys}; sample {i} has {list(sample)}")
     for key in (features, *per_instance):
         if key not in keys:
-            raise ValueError(f"samples have no {key!r}; they have {keys}")
+            name = "features" if key == features else "per_instance"
+            raise ValueError(f"{name} must be entries of the samples, which have no {key!r}; they have {keys}")
     if features in per_instance:
         raise ValueError(f"per_instance must not name the features; got {features!r}")
     return {key: [sample[key] for sample in batch] for key in keys}
@@ -614,13 +633,21 @@ def _check_rows(name: str, tensor: Tensor, leading: tuple[int, ...], device: tor
 
 
 def _checked_extras(extras: Extras, values: Tensor) -> dict[str, Tensor]:
-    for name, tensor in (extras or {}).items():
+    for name, tensor in _items(extras):
         _check_rows(f"extras[{name!r}]", tensor, (values.shape[0],), values.device)
-    return dict(extras or {})
+    return dict(_items(extras))
+
+
+def _items(extras: Mapping | None) -> Iterable[tuple[str, Any]]:
+    if extras is None:
+        return ()
+    check_type("extras", extras, Mapping, "a mapping of names to tensors")
+    return extras.items()
 
 
 def _concatenate(name: str, parts: Iterable[Tensor], lengths: list[int]) -> Tensor:
     """One tensor from the parts of all bags; torch.cat would promote types silently."""
+    check_type(name, parts, Iterable, "a sequence of tensors")
     parts = list(parts)
     if len(parts) != len(lengths):
         raise ValueError(f"{name} must have one tensor per bag, {len(lengths)}; got {len(parts)}")
@@ -644,8 +671,12 @@ def _even_offsets(num_bags: int, length: int, device: torch.device) -> Tensor:
 
 
 def _prefix_mask(lengths, num_bags: int, longest: int, device: torch.device) -> Tensor:
-    lengths = torch.as_tensor(lengths)
-    if lengths.shape != (num_bags,) or lengths.is_floating_point():
+    try:
+        lengths = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"lengths must be [{num_bags}] ints; got {type(lengths).__name__}") from error
+    check_dense("lengths", lengths)
+    if lengths.shape != (num_bags,) or lengths.dtype not in _COUNT_TYPES:
         raise ValueError(f"lengths must be [{num_bags}] ints; got {list(lengths.shape)} of {lengths.dtype}")
     if readable(lengths) and num_bags:
         low, high = lengths.min().item(), lengths.max().item()

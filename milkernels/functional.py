@@ -36,6 +36,7 @@ from milkernels import backends, ops, reference
 from milkernels.arguments import (
     check_choice,
     check_count,
+    check_flag,
     check_instances,
     check_linear,
     check_number,
@@ -571,8 +572,9 @@ def topk_instances(
     """
     _check_scores(scores, offsets)
     check_count("k", k)
+    check_flag("largest", largest)
     mask = checked_mask(mask, scores)
     backend = backends.choose("topk_instances", scores, requested=backend)
     if backend == "reference":
-        return TopInstances(*reference.topk_instances(scores, k, offsets, bool(largest), mask))
-    return TopInstances(*ops.call("topk_instances", backend, scores, k, offsets, bool(largest), mask))
+        return TopInstances(*reference.topk_instances(scores, k, offsets, largest, mask))
+    return TopInstances(*ops.call("topk_instances", backend, scores, k, offsets, largest, mask))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from milkernels import functional
 from milkernels.arguments import DTYPES, check_choice, check_instances, check_number, checked_indices
-from milkernels.bags import bag_index, bag_lengths, check_dense, check_device, check_offsets, checked_mask
+from milkernels.bags import bag_index, bag_lengths, check_dense, check_device, check_offsets, check_type, checked_mask
 from milkernels.nn import DSMILPrediction, Prediction
 
 __all__ = [
@@ -195,8 +195,7 @@ class WeightEnsemble:
 
     def _cut(self, keys: Sequence[Hashable], weights: Tensor, offsets: Tensor | None) -> list[tuple[Hashable, Tensor]]:
         (weights,) = _widened(_column("weights", weights).detach())
-        if not isinstance(keys, Sequence):
-            raise TypeError(f"keys must be a sequence; got {type(keys).__name__}")
+        check_type("keys", keys, Sequence, "a sequence, one key for each bag")
         if len(keys) != _num_bags(offsets, weights):
             raise ValueError(f"keys must name every bag, {_num_bags(offsets, weights)}; got {len(keys)}")
         if len(set(keys)) != len(keys):
@@ -252,6 +251,7 @@ def loss_attention_loss(
     labels, wrong = _checked_labels(labels, len(prediction.logits), prediction.logits)
     check_number("lambda_", lambda_)
     check_number("omega", omega)
+    check_choice("instances", instances, _REDUCTIONS)
     if omega and targets is None:
         raise ValueError(f"omega is the weight of the consistency with targets; got {omega}, targets=None")
     weights = functional.attention_weights(prediction.pooled, offsets, mask=mask)[:, 0]
@@ -284,13 +284,18 @@ def dsmil_loss(
     check_choice("streams", streams, ("both", "instance", "bag", "score"))
     _check_fields("prediction", prediction, DSMILPrediction)
     check_dense("labels", labels)
+    if labels.is_complex() or labels.is_quantized:
+        raise TypeError(f"labels must be real numbers; got {labels.dtype}")
     if pos_weight is not None:
         check_dense("pos_weight", pos_weight)
+        if pos_weight.dtype not in DTYPES:
+            raise TypeError(f"pos_weight must be float16, bfloat16, float32 or float64; got {pos_weight.dtype}")
     of_both, of_bag, of_instance = _widened(*prediction[:3])
     labels = labels.to(of_bag.dtype)
     labels = labels[:, None] if labels.ndim == 1 and of_bag.shape[1] == 1 else labels
     if labels.shape != of_bag.shape:
         raise ValueError(f"labels must be {list(of_bag.shape)}; got {list(labels.shape)}")
+    check_device("labels", labels, of_bag)
     if streams == "score":
         return F.binary_cross_entropy_with_logits(of_both, labels, pos_weight=pos_weight)
     losses = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from milkernels.arguments import check_shape, check_tensor
-from milkernels.bags import bag_index, check_dense, check_offsets, readable
+from milkernels.bags import bag_index, check_dense, check_offsets, check_type, readable
 from milkernels.functional import attention_weights, weighted_pool
 from milkernels.reference import result_dtype
 from milkernels.results import DSMIL, DSMILPooled, LossAttentionPooled, Pooled
@@ -117,8 +117,7 @@ def _critical(parts: list, order: Tensor | None) -> dict[str, Tensor]:
 
 
 def _checked_parts(parts: Sequence) -> list:
-    if not isinstance(parts, Iterable):
-        raise TypeError(f"parts must be a sequence of poolings; got {type(parts).__name__}")
+    check_type("parts", parts, Iterable, "a sequence of poolings")
     parts = list(parts)
     if not parts:
         raise ValueError("parts must hold at least one pooling; got an empty sequence")
@@ -163,8 +162,7 @@ def _checked_offsets(parts: list, offsets: Sequence[Tensor] | None) -> list[Tens
         if bag.shape[0] != 1 and any(part.scores.shape[0] for part in parts):
             raise ValueError(f"offsets of every part are needed to order the scores of {bag.shape[0]} bags; got None")
         return [None] * len(parts)
-    if not isinstance(offsets, Sequence):
-        raise TypeError(f"offsets must be a sequence of tensors, one for each part; got {type(offsets).__name__}")
+    check_type("offsets", offsets, Sequence, "a sequence of tensors, one for each part")
     if len(offsets) != len(parts):
         raise ValueError(f"offsets must be one for each of {len(parts)} parts; got {len(offsets)}")
     for i, (part, cuts) in enumerate(zip(parts, offsets, strict=True)):
