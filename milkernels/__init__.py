@@ -19,7 +19,6 @@ from milkernels.functional import (
     loss_attention_pool,
     max_pool,
     mean_pool,
-    merge_pooled,
     query_pool,
     query_scores,
     segment_softmax,
@@ -28,6 +27,7 @@ from milkernels.functional import (
     weighted_pool,
 )
 from milkernels.integrations import accelerate, restore
+from milkernels.merging import merge_pooled
 from milkernels.results import (
     DSMIL,
     DSMILPooled,

@@ -15,7 +15,7 @@ gives the same bits whatever ran in parallel.  ``segments`` is this paragraph as
 
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 Extras = Mapping[str, Tensor] | None
 
 _INT_TYPES = (torch.int32, torch.int64)
+_COUNT_TYPES = (torch.uint8, torch.int8, torch.int16, *_INT_TYPES)
 _TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # fake, proxy, functional
 
 
@@ -41,6 +42,57 @@ def _has_values(tensor: Tensor) -> bool:
     return all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACING_MODES)
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether reading the values is possible and free: on the CPU, outside of a trace."""
+    return tensor.device.type == "cpu" and _has_values(tensor)
+
+
+def check_dense(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
+    if t.layout is not torch.strided or t.is_nested:
+        got = "a nested tensor" if t.is_nested else f"layout {t.layout}"
+        raise TypeError(f"{name} must be a dense tensor; got {got}")
+
+
+def check_type(name: str, value, kinds: type | tuple[type, ...], words: str) -> None:
+    """What is of these kinds by accident is refused: a bool as an int, text as a sequence, a tensor of one number."""
+    if not isinstance(value, kinds) or isinstance(value, bool | str | bytes) or getattr(value, "ndim", 1) == 0:
+        raise TypeError(f"{name} must be {words}; got {type(value).__name__}")
+
+
+def check_device(name: str, t: Tensor, x: Tensor) -> None:
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on the device of the instances, {x.device}; got {t.device}")
+
+
+def checked_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The mask of the rows of ``x`` as bool ``[N]``.
+
+    Raises:
+        TypeError: not a dense tensor.
+        ValueError: another shape or device; for floating-point values that are read: others than 0 and 1, such as the
+            0 and -inf of a mask that is added to scores.
+    """
+    if mask is None:
+        return None
+    check_dense("mask", mask)
+    if mask.ndim != 1 or mask.shape[0] != x.shape[0]:
+        raise ValueError(f"mask must be [{x.shape[0]}]; got shape {tuple(mask.shape)}")
+    check_device("mask", mask, x)
+    if mask.dtype == torch.bool:
+        return mask.contiguous()
+    if mask.is_complex() or mask.is_quantized:
+        raise TypeError(f"mask must be bool or of real numbers; got {mask.dtype}")
+    if mask.is_floating_point() and readable(mask):
+        other = mask[(mask != 0) & (mask != 1)]
+        if len(other):
+            value = other[0].item()
+            hint = ", as of a mask that is added to scores" if value < 0 else ""
+            raise ValueError(f"mask must be bool, or 1 for a real instance and 0 for none; got {value}{hint}")
+    return (mask != 0).contiguous()
+
+
 def check_offsets(offsets: Tensor, num_rows: int, device: torch.device) -> None:
     """Checks that ``offsets`` cuts ``num_rows`` rows on ``device`` into bags.
 
@@ -48,12 +100,11 @@ def check_offsets(offsets: Tensor, num_rows: int, device: torch.device) -> None:
     tracing.
 
     Raises:
-        TypeError: not a tensor, or neither int32 nor int64.
+        TypeError: not a dense tensor, or neither int32 nor int64.
         ValueError: not 1-D, without elements, on another device than the rows; for values that are read: not
             starting at 0, decreasing, not ending at ``num_rows``.
     """
-    if not isinstance(offsets, Tensor):
-        raise TypeError(f"offsets must be a tensor; got {type(offsets).__name__}")
+    check_dense("offsets", offsets)
     if offsets.dtype not in _INT_TYPES:
         raise TypeError(f"offsets must be int32 or int64; got {offsets.dtype}")
     if offsets.ndim != 1 or offsets.shape[0] < 1:
@@ -132,7 +183,7 @@ class Bags:
 
     The offsets are checked once, here; for tensors on a GPU this reads them and is the one synchronisation.
     Nothing is copied, so the attributes ``values``, ``offsets`` and ``extras`` are what was passed in.
-    ``Bags`` is a pytree.
+    ``len(bags)`` is the number of bags, ``bags[i]`` one of them, and ``Bags`` a pytree.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -155,7 +206,7 @@ class Bags:
             if offsets.device.type not in ("cpu", "meta") and _has_values(offsets):
                 _check_values(offsets, num_rows)
         self.values, self.offsets = values, offsets
-        self.mask, self.extras = _checked_mask(mask, values), _checked_extras(extras, values)
+        self.mask, self.extras = checked_mask(mask, values), _checked_extras(extras, values)
 
     @classmethod
     def _unchecked(cls, values: Tensor, offsets: Tensor, mask: Tensor | None, extras: dict) -> "Bags":
@@ -189,17 +240,18 @@ class Bags:
             TypeError: something that is not a tensor.
             ValueError: no tensor at all, or widths, types, devices or lengths that do not fit together.
         """
+        check_type("tensors", tensors, Iterable, "a sequence of tensors")
         tensors = list(tensors)
         if not tensors:
-            raise ValueError("from_list needs at least one tensor, to know the width; got an empty list")
+            raise ValueError("from_list needs at least one of tensors, to know the width; got an empty list")
         for i, tensor in enumerate(tensors):
             _check_dims(f"tensors[{i}]", tensor)
         lengths = [tensor.shape[0] for tensor in tensors]
         values = _concatenate("tensors", tensors, lengths)
         mask = None if masks is None else _concatenate("masks", masks, lengths)
-        joined = {k: _concatenate(f"extras[{k!r}]", parts, lengths) for k, parts in (extras or {}).items()}
+        joined = {k: _concatenate(f"extras[{k!r}]", parts, lengths) for k, parts in _items(extras)}
         offsets = _offsets_of(lengths, values.device)
-        return cls._unchecked(values, offsets, _checked_mask(mask, values), _checked_extras(joined, values))
+        return cls._unchecked(values, offsets, checked_mask(mask, values), _checked_extras(joined, values))
 
     @classmethod
     def from_padded(
@@ -235,8 +287,8 @@ class Bags:
             return tensor.reshape(num_bags * longest, *tensor.shape[2:])
 
         values = flat("x", x)
-        mask = None if mask is None else _checked_mask(flat("mask", mask), values)
-        extras = {name: flat(f"extras[{name!r}]", tensor) for name, tensor in (extras or {}).items()}
+        mask = None if mask is None else checked_mask(flat("mask", mask), values)
+        extras = {name: flat(f"extras[{name!r}]", tensor) for name, tensor in _items(extras)}
         return cls._unchecked(values, _even_offsets(num_bags, longest, x.device), mask, extras)
 
     @classmethod
@@ -251,9 +303,9 @@ class Bags:
         """
         if not isinstance(x, Tensor) or not x.is_nested or x.layout != torch.jagged:
             got = getattr(x, "layout", type(x).__name__)
-            raise TypeError(f"from_nested takes a nested tensor of layout torch.jagged; got {got}")
+            raise TypeError(f"x must be a nested tensor of layout torch.jagged; got {got}")
         if x.ndim != 3 or x._ragged_idx != 1:
-            raise ValueError(f"a nested tensor must be [B, ragged, L]; got shape {tuple(x.shape)}")
+            raise ValueError(f"x, a nested tensor, must be [B, ragged, L]; got shape {tuple(x.shape)}")
         values, offsets, lengths = x.values(), x.offsets(), x.lengths()
         if lengths is None:
             return cls(values, offsets)
@@ -295,15 +347,19 @@ class Bags:
             raise ValueError(f"batch must be sorted; got {got}")
         first, last = (int(batch[0]), int(batch[-1])) if len(batch) else (0, -1)
         num_bags = last + 1 if num_bags is None else num_bags
+        check_type("num_bags", num_bags, int, "an int")
+        if not 0 <= num_bags < 2**31:
+            raise ValueError(f"num_bags must be at least 0, and below 2^31; got {num_bags}")
         if first < 0 or last >= num_bags:
-            raise ValueError(f"batch must be within [0, {num_bags}); got {first} to {last}")
+            raise ValueError(f"batch must be within [0, {num_bags}), where num_bags ends; got {first} to {last}")
         bounds = torch.arange(num_bags + 1, device=batch.device, dtype=batch.dtype)
         offsets = torch.searchsorted(batch.contiguous(), bounds)
-        return cls._unchecked(x, offsets, _checked_mask(mask, x), _checked_extras(extras, x))
+        return cls._unchecked(x, offsets, checked_mask(mask, x), _checked_extras(extras, x))
 
     def to_list(self) -> list[Tensor]:
         """The bags as ``[n_b, L]`` tensors: views, or, if there is a mask, copies without the masked rows."""
-        return list(self.compact())
+        bags = self.compact()
+        return [bags.values[start:end] for start, end in bags._spans()]
 
     def to_padded(self, padding_value: float = 0.0) -> tuple[Tensor, Tensor]:
         """``(x [B, M, L], mask [B, M] bool)``, M the longest bag; ``padding_value`` fills past a bag's end.
@@ -382,12 +438,10 @@ class Bags:
     def _spans(self) -> list[tuple[int, int]]:
         return list(itertools.pairwise(self.offsets.tolist()))
 
-    def __iter__(self) -> Iterator[Tensor]:
-        """Every bag as ``bags[i]`` gives it; reads the offsets once."""
-        return (self.values[start:end] for start, end in self._spans())
-
+    # There is no __iter__: frameworks that look for the size of a batch (Lightning's mean over an epoch) would take the
+    # length of the first bag for it.  Without one they go on to the labels, and Python iterates by __getitem__.
     def __getitem__(self, index) -> "Tensor | Bags":
-        """An int gives that bag's rows ``[n_b, L]``, a view, masked rows included.
+        """An int gives that bag's rows ``[n_b, L]``, a view, masked rows included; so does iteration.
 
         A slice gives ``Bags``, a view if its step is 1.  A list or 1-D tensor of ints, or of B bools, gathers
         ``Bags``.  All read the offsets, so they synchronise on a GPU.
@@ -471,7 +525,8 @@ def collate_bags(
     """A ``collate_fn`` for ``torch.utils.data.DataLoader`` that makes ``Bags`` of the samples' features.
 
     Args:
-        batch: samples, all alike: feature tensors ``[n, L]``, tuples ``(features, *rest)`` or dicts.
+        batch: samples, all alike: features ``[n, L]``, tuples ``(features, *rest)`` or dicts.  Features are tensors or
+            arrays; of an array that lies in a file (memory map, h5 or zarr data set) all rows are read, at once.
         per_instance: what has one row per instance, ``[n, ...]``, and goes into ``Bags.extras``: keys of a
             dict, or positions in a tuple (features are 0), named ``"1"``... or as in ``{1: "coords"}``.
         features: the key of the features in a dict.
@@ -482,28 +537,41 @@ def collate_bags(
         with ``functools.partial``.
 
     Raises:
-        TypeError: samples of another or of mixed types, or features that are no tensors.
+        TypeError: samples of another or of mixed types, or features that are neither tensors nor arrays of numbers.
         ValueError: no samples; a key or position that is missing; lengths, widths or types that do not fit.
     """
+    check_type("batch", batch, Sequence, "a sequence of samples")
     if not batch:
         raise ValueError("collate_bags needs at least one sample; got an empty batch")
-    kind = next((k for k in (Tensor, Mapping, (tuple, list)) if isinstance(batch[0], k)), ())
-    if not all(isinstance(sample, kind) for sample in batch):
+    kind, *others = {_kind(sample) for sample in batch}
+    if others or kind is None:
         got = ", ".join(sorted({type(sample).__name__ for sample in batch}))
-        raise TypeError(f"samples must be all tensors, all tuples (features, *rest) or all dicts; got {got}")
+        raise TypeError(f"batch must hold samples: all tensors, all tuples (features, *rest) or all dicts; got {got}")
     if kind is Tensor:
         batch, features = [{0: sample} for sample in batch], 0
-    elif kind is not Mapping:
+    elif kind is tuple:
         batch, features = [dict(enumerate(sample)) for sample in batch], 0
-    if isinstance(per_instance, (str, int)):
+    if not isinstance(features, Hashable):
+        raise TypeError(f"features must be a key of the samples; got {type(features).__name__}")
+    if isinstance(per_instance, str | int) and not isinstance(per_instance, bool):
         per_instance = (per_instance,)
+    check_type("per_instance", per_instance, (Sequence, Set, Mapping), "keys or positions")
     if not isinstance(per_instance, Mapping):
         per_instance = {key: str(key) for key in per_instance}
     columns = _columns(batch, features, per_instance)
-    extras = {name: _as_tensors(columns.pop(key)) for key, name in per_instance.items()}
-    bags = Bags.from_list(_as_tensors(columns[features]), extras=extras)
+    extras = {name: _as_tensors(key, columns.pop(key)) for key, name in per_instance.items()}
+    bags = Bags.from_list(_as_tensors(features, columns[features]), extras=extras)
     made = {k: bags if k == features else _collate_rest(k, column) for k, column in columns.items()}
     return bags if kind is Tensor else made if kind is Mapping else tuple(made.values())
+
+
+def _kind(sample) -> type | None:
+    """Of a sample of `collate_bags`: a mapping, a tuple, or features alone, as a tensor."""
+    if isinstance(sample, Mapping):
+        return Mapping
+    if isinstance(sample, tuple | list):
+        return tuple
+    return Tensor if isinstance(sample, Tensor) or hasattr(sample, "__array__") else None
 
 
 def _columns(batch: Sequence[Mapping], features, per_instance: Mapping) -> dict[Any, list]:
@@ -513,18 +581,35 @@ def _columns(batch: Sequence[Mapping], features, per_instance: Mapping) -> dict[
             raise ValueError(f"samples must have the same entries, {keys}; sample {i} has {list(sample)}")
     for key in (features, *per_instance):
         if key not in keys:
-            raise ValueError(f"samples have no {key!r}; they have {keys}")
+            name = "features" if key == features else "per_instance"
+            raise ValueError(f"{name} must be entries of the samples, which have no {key!r}; they have {keys}")
     if features in per_instance:
         raise ValueError(f"per_instance must not name the features; got {features!r}")
     return {key: [sample[key] for sample in batch] for key in keys}
 
 
-def _as_tensors(column: list) -> list[Tensor]:
-    """NumPy arrays, which feature files are read as, become tensors; anything else is left to the checks."""
-    return [torch.as_tensor(item) if hasattr(item, "__array__") else item for item in column]
+def _as_tensors(key, column: list) -> list[Tensor]:
+    """Arrays, and data sets of feature files that are open still, become tensors: one read of each."""
+    return [_as_tensor(f"{key!r} of sample {i}", item) for i, item in enumerate(column)]
+
+
+def _as_tensor(name: str, item) -> Tensor:
+    if isinstance(item, Tensor):
+        return item
+    if not hasattr(item, "__array__"):
+        hint = "; read it by [:]" if hasattr(item, "shape") else ""
+        raise TypeError(f"{name} must be a tensor or an array; got {type(item).__name__}{hint}")
+    array = item.__array__()  # PyTorch itself would read a data set row by row
+    try:
+        # A tensor of memory that must not be written to, of a file that is mapped to read, would let it be written.
+        return torch.as_tensor(array if array.flags.writeable else array.copy())
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array of numbers; got {array.dtype}: {error}") from error
 
 
 def _collate_rest(key, column: list):
+    if all(getattr(item, "ndim", 0) and hasattr(item, "__array__") for item in column):
+        column = _as_tensors(key, column)
     shapes = [tuple(item.shape) for item in column if hasattr(item, "shape")]
     if len(set(shapes)) > 1:
         raise ValueError(
@@ -535,37 +620,34 @@ def _collate_rest(key, column: list):
 
 
 def _check_dims(name: str, x: Tensor, expected: str = "[N, L]", ndim: int = 2) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    check_dense(name, x)
     if x.ndim != ndim:
         raise ValueError(f"{name} must be {expected}; got shape {tuple(x.shape)}")
 
 
 def _check_rows(name: str, tensor: Tensor, leading: tuple[int, ...], device: torch.device) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    check_dense(name, tensor)
     if tuple(tensor.shape[: len(leading)]) != leading or tensor.device != device:
         got = f"shape {list(tensor.shape)} on {tensor.device}"
         raise ValueError(f"{name} must begin with dimensions {list(leading)}, on {device}; got {got}")
 
 
-def _checked_mask(mask: Tensor | None, values: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    _check_rows("mask", mask, (values.shape[0],), values.device)
-    if mask.ndim != 1:
-        raise ValueError(f"mask must be [{values.shape[0]}]; got shape {list(mask.shape)}")
-    return mask if mask.dtype == torch.bool else mask != 0
-
-
 def _checked_extras(extras: Extras, values: Tensor) -> dict[str, Tensor]:
-    for name, tensor in (extras or {}).items():
+    for name, tensor in _items(extras):
         _check_rows(f"extras[{name!r}]", tensor, (values.shape[0],), values.device)
-    return dict(extras or {})
+    return dict(_items(extras))
+
+
+def _items(extras: Mapping | None) -> Iterable[tuple[str, Any]]:
+    if extras is None:
+        return ()
+    check_type("extras", extras, Mapping, "a mapping of names to tensors")
+    return extras.items()
 
 
 def _concatenate(name: str, parts: Iterable[Tensor], lengths: list[int]) -> Tensor:
     """One tensor from the parts of all bags; torch.cat would promote types silently."""
+    check_type(name, parts, Iterable, "a sequence of tensors")
     parts = list(parts)
     if len(parts) != len(lengths):
         raise ValueError(f"{name} must have one tensor per bag, {len(lengths)}; got {len(parts)}")
@@ -589,10 +671,14 @@ def _even_offsets(num_bags: int, length: int, device: torch.device) -> Tensor:
 
 
 def _prefix_mask(lengths, num_bags: int, longest: int, device: torch.device) -> Tensor:
-    lengths = torch.as_tensor(lengths)
-    if lengths.shape != (num_bags,) or lengths.is_floating_point():
+    try:
+        lengths = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"lengths must be [{num_bags}] ints; got {type(lengths).__name__}") from error
+    check_dense("lengths", lengths)
+    if lengths.shape != (num_bags,) or lengths.dtype not in _COUNT_TYPES:
         raise ValueError(f"lengths must be [{num_bags}] ints; got {list(lengths.shape)} of {lengths.dtype}")
-    if lengths.device.type == "cpu" and _has_values(lengths) and num_bags:
+    if readable(lengths) and num_bags:
         low, high = lengths.min().item(), lengths.max().item()
         if low < 0 or high > longest:
             raise ValueError(f"lengths must be within [0, {longest}]; got {low} to {high}")

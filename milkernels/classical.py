@@ -41,8 +41,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from milkernels.arguments import check_instances, check_number, checked_mask
-from milkernels.bags import bag_index, check_offsets
+from milkernels.arguments import check_instances, check_number
+from milkernels.bags import bag_index, check_offsets, checked_mask
 from milkernels.functional import max_pool, mean_pool, weighted_pool
 
 

@@ -8,12 +8,13 @@ from torch import Tensor
 from milkernels import ops, reference
 from milkernels.arguments import (
     check_choice,
-    check_device,
     check_instances,
     check_linear,
     check_share,
+    checked_indices,
     checked_seed,
 )
+from milkernels.bags import check_dense, check_device
 
 
 class InstanceEmbedding(NamedTuple):
@@ -83,19 +84,24 @@ def embed_instances(x: Tensor, embed: Embed, rows: Tensor, *, seed: Tensor | int
 
     Args:
         x: ``[N, L]``.
-        rows: int64 ``[n]``, rows of ``x``.
+        rows: int64 ``[n]``, rows of ``x``; not the -1 by which other ops say that there is none, as `topk_instances`
+            does for k above a bag's length.
         seed: as the op was given; None draws another, so other units are dropped.
 
     Returns:
         ``[n, E]`` in the type of matrix products; differentiable in ``x`` and the parameters of ``embed``, by PyTorch's
         own operators on every backend.
+
+    Raises:
+        ValueError: rows outside of ``[0, N)``, where they can be read without a synchronisation: on the CPU.  On a GPU
+            and under tracing NaN takes the place of their instances.
     """
     check_instances(x)
     stage = stage_of(x, _checked_embedding(embed, x), seed)
-    if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
-        got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-        raise TypeError(f"rows must be an int64 tensor; got {got}")
+    check_dense("rows", rows)
     if rows.ndim != 1:
         raise ValueError(f"rows must have 1 dimension; got shape {tuple(rows.shape)}")
     check_device("rows", rows, x)
-    return reference.embedded(x.index_select(0, rows), None, *stage.arguments, rows=rows)
+    rows, wrong = checked_indices("rows", rows, x.shape[0])
+    h = reference.embedded(x.index_select(0, rows), None, *stage.arguments, rows=rows)
+    return h if wrong is None else h.masked_fill(wrong[:, None], torch.nan)

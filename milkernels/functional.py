@@ -8,7 +8,8 @@ Conventions of all of them:
   checked; elsewhere and under tracing wrong offsets give wrong numbers.
 - **Mask.**  ``mask [N]``, bool or 0/1 of any type, non-zero = real.  A masked instance has weight 0,
   gradient 0 and scores or logits of -inf, whatever its row holds, NaN included.  A given score of -inf
-  means the same for one head.
+  means the same for one head.  Other values in a floating-point mask, such as the 0 and -inf of one that
+  is added to scores, are an error on the CPU; elsewhere they are not read, and count as real.
 - **Empty bags**, and bags with every row masked: ``bag`` 0, ``lse`` -inf, indices -1.  Nothing becomes NaN.
 - **Indices** are rows of ``x`` (int64), -1 for none.  The lowest index wins a tie; NaN beats every number.
 - **Types.**  ``x`` is float16, bfloat16, float32 or float64; so are parameters, of the same type or another.
@@ -29,22 +30,20 @@ Conventions of all of them:
 - **Errors.**  TypeError and ValueError name the argument and the value got.  No op synchronises with a GPU.
 """
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from milkernels import backends, ops, reference
 from milkernels.arguments import (
     check_choice,
     check_count,
+    check_flag,
     check_instances,
     check_linear,
     check_number,
     check_per_row,
     check_shape,
-    checked_mask,
 )
-from milkernels.bags import check_offsets
+from milkernels.bags import check_offsets, checked_mask
 from milkernels.embedding import Embed, Stage, compute_dtype_of, stage_of
 from milkernels.results import (
     DSMIL,
@@ -573,28 +572,9 @@ def topk_instances(
     """
     _check_scores(scores, offsets)
     check_count("k", k)
+    check_flag("largest", largest)
     mask = checked_mask(mask, scores)
     backend = backends.choose("topk_instances", scores, requested=backend)
     if backend == "reference":
-        return TopInstances(*reference.topk_instances(scores, k, offsets, bool(largest), mask))
-    return TopInstances(*ops.call("topk_instances", backend, scores, k, offsets, bool(largest), mask))
-
-
-def merge_pooled(parts: Sequence[Pooled], *, backend: str | None = None) -> Pooled:
-    """Merges poolings of parts of the same bags, exactly: as if all instances had been pooled at once.
-
-    All parts have one shape of ``bag [B, K, L]`` and of ``lse [B, K]``.  Their ``scores`` follow each other.
-    """
-    parts = list(parts)
-    if not parts:
-        raise ValueError("parts must hold at least one pooling; got an empty sequence")
-    for i, part in enumerate(parts):
-        if not all(hasattr(part, field) for field in Pooled._fields):
-            raise TypeError(f"parts[{i}] must be what a pooling op returned; got {type(part).__name__}")
-    bag = parts[0].bag
-    for i, part in enumerate(parts):
-        check_shape(f"parts[{i}].bag", part.bag, tuple(bag.shape), bag)
-        check_shape(f"parts[{i}].lse", part.lse, tuple(bag.shape[:2]), bag)
-    bags, scores, lses = ([getattr(part, field) for part in parts] for field in Pooled._fields)
-    backends.choose("merge_pooled", bag, *bags[1:], requested=backend)
-    return Pooled(*reference.merge_pooled(bags, scores, lses))
+        return TopInstances(*reference.topk_instances(scores, k, offsets, largest, mask))
+    return TopInstances(*ops.call("topk_instances", backend, scores, k, offsets, largest, mask))

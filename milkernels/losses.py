@@ -1,19 +1,21 @@
 """Losses of the papers' models on ragged bags.
 
 Labels are one per bag.  What a bag's instances add is summed by `weighted_pool`: masked rows are never read, and an
-empty bag adds 0.
+empty bag adds 0.  Everything is computed in float32 at least, and losses come so, as autocast has it: in float16 a
+count ends at 65,504 and the square of a weight below 2e-4 is 0.
 """
 
+import functools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from milkernels import functional
-from milkernels.arguments import check_choice, check_number, checked_mask
-from milkernels.bags import bag_index, bag_lengths, check_offsets
+from milkernels.arguments import DTYPES, check_choice, check_instances, check_number, checked_indices
+from milkernels.bags import bag_index, bag_lengths, check_dense, check_device, check_offsets, check_type, checked_mask
 from milkernels.nn import DSMILPrediction, Prediction
 
 __all__ = [
@@ -27,9 +29,18 @@ __all__ = [
 _REDUCTIONS = ("sum", "mean")
 
 
-def _check_labels(labels: Tensor, num_bags: int) -> None:
+def _checked_labels(labels: Tensor, num_bags: int, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`checked_indices` of the classes."""
+    check_dense("labels", labels)
     if labels.dtype != torch.int64 or labels.shape != (num_bags,):
         raise ValueError(f"labels must be int64 [{num_bags}]; got {labels.dtype} {list(labels.shape)}")
+    check_device("labels", labels, logits)
+    return checked_indices("labels", labels, logits.shape[1])
+
+
+def _visible(loss: Tensor, wrong: Tensor | None) -> Tensor:
+    """NaN for bags whose labels are no classes, where that could not be an error."""
+    return loss if wrong is None else loss.masked_fill(wrong, torch.nan)
 
 
 def _num_bags(offsets: Tensor | None, rows: Tensor) -> int:
@@ -37,6 +48,12 @@ def _num_bags(offsets: Tensor | None, rows: Tensor) -> int:
         return 1
     check_offsets(offsets, len(rows), rows.device)
     return len(offsets) - 1
+
+
+def _widened(*tensors: Tensor) -> Iterator[Tensor]:
+    """In the type of accumulation: float32, float64 if any of them is."""
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    return (t.to(dtype) for t in tensors)
 
 
 def _sums(terms: Tensor, weights: Tensor, offsets: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -50,12 +67,18 @@ def _lengths(terms: Tensor, offsets: Tensor | None, mask: Tensor | None) -> Tens
     return _sums(ones, ones, offsets, mask).clamp(min=1)
 
 
-def _column(name: str, weights: Tensor, rows: Tensor) -> Tensor:
-    """``[N]``, of ``[N]`` or ``[N, 1]``."""
+def _column(name: str, weights: Tensor, rows: Tensor | None = None) -> Tensor:
+    """``[N]``, of ``[N]`` or ``[N, 1]``; N is that of ``rows``."""
+    check_dense(name, weights)
+    if weights.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {weights.dtype}")
+    rows = weights if rows is None else rows
+    check_device(name, weights, rows)
     if weights.ndim == 2 and weights.shape[1] == 1:
         weights = weights[:, 0]
-    if weights.shape != rows.shape[:1]:
-        raise ValueError(f"{name} must be [{len(rows)}] or [{len(rows)}, 1]; got {list(weights.shape)}")
+    if weights.ndim != 1 or weights.shape != rows.shape[:1]:
+        size = len(rows) if rows.ndim else "N"
+        raise ValueError(f"{name} must be [{size}] or [{size}, 1]; got {list(weights.shape)}")
     return weights
 
 
@@ -78,17 +101,23 @@ def instance_cross_entropy(
         reduction: over the instances of a bag: "sum", as in the paper, or "mean", as in its authors' code.
 
     Returns:
-        ``[B]``, in the type of ``logits``; 0 for a bag without instances.
+        ``[B]`` in float32, float64 if ``logits`` or ``weights`` are; 0 for a bag without instances.
+
+    Raises:
+        TypeError, ValueError: arguments of another type or shape, labels that are no classes.  A label on a GPU, which
+            is not read, makes its bag's loss NaN instead.
     """
     check_choice("reduction", reduction, _REDUCTIONS)
-    _check_labels(labels, _num_bags(offsets, logits))
+    check_instances(logits, "logits")
+    labels, wrong = _checked_labels(labels, _num_bags(offsets, logits), logits)
     weights, mask = _column("weights", weights, logits), checked_mask(mask, logits)
+    logits, weights = _widened(logits, weights)
     if mask is not None:  # -inf there: its softmax would be NaN, and so would the gradients
         logits = logits.masked_fill(~mask[:, None], 0)
     of_instance = labels[bag_index(offsets, len(logits), logits.device)]
     terms = F.cross_entropy(logits, of_instance, reduction="none")
-    loss = _sums(terms, weights.to(terms.dtype), offsets, mask)
-    return loss if reduction == "sum" else loss / _lengths(terms, offsets, mask)
+    loss = _sums(terms, weights, offsets, mask)
+    return _visible(loss if reduction == "sum" else loss / _lengths(terms, offsets, mask), wrong)
 
 
 def consistency(
@@ -96,12 +125,14 @@ def consistency(
 ) -> Tensor:
     """``sum_t (alpha_t - target_t)^2`` of each bag ``[B]``: L3 without omega(m) in Shi et al. 2020, eq. 7.
 
-    ``weights`` and ``targets`` are ``[N]`` or ``[N, 1]``; targets, of `WeightEnsemble`, get no gradient.
+    ``weights`` and ``targets`` are ``[N]`` or ``[N, 1]``; targets, of `WeightEnsemble`, get no gradient.  The result is
+    in float32, float64 if one of them is.
     """
-    weights = _column("weights", weights, weights)
+    weights = _column("weights", weights)
     _num_bags(offsets, weights)
-    targets, mask = _column("targets", targets, weights), checked_mask(mask, weights[:, None])
-    terms = (weights - targets.detach().to(weights.dtype)).square()
+    targets, mask = _column("targets", targets, weights), checked_mask(mask, weights)
+    weights, targets = _widened(weights, targets.detach())
+    terms = (weights - targets).square()
     return _sums(terms, torch.ones_like(terms), offsets, mask)
 
 
@@ -111,7 +142,8 @@ def ramp_up(epoch: float, length: float, peak: float = 1.0) -> float:
     Raises:
         ValueError: ``length`` is not positive, or ``epoch`` negative.
     """
-    check_number("peak", peak)
+    for name, value in (("epoch", epoch), ("length", length), ("peak", peak)):
+        check_number(name, value)
     if not length > 0:
         raise ValueError(f"length must be more than 0 epochs; got {length}")
     if not epoch >= 0:
@@ -123,7 +155,8 @@ class WeightEnsemble:
     """Targets of the instances' weights, kept for each bag from epoch to epoch: Shi et al. 2020, before eq. 7.
 
     ``~alpha = beta ~alpha + (1 - beta) alpha`` once an epoch, from 0 on; a target is ``~alpha / (1 - beta^m)`` after m
-    epochs, without which the first ones would be too small (Laine and Aila 2016, and the authors' code).
+    epochs, without which the first ones would be too small (Laine and Aila 2016, and the authors' code).  They are kept
+    in float32 at least.
 
     Args:
         beta: how far the ensemble reaches back, in [0, 1); the authors have 0.6.
@@ -151,7 +184,7 @@ class WeightEnsemble:
         for key, alpha in self._cut(keys, weights, offsets):
             epochs, ensemble = self._of(key, alpha)
             parts.append(ensemble.to(alpha) / (1 - self.beta**epochs) if epochs else alpha)
-        return torch.cat(parts) if parts else _column("weights", weights, weights).detach()
+        return torch.cat(parts) if parts else _column("weights", weights).detach()
 
     def update(self, keys: Sequence[Hashable], weights: Tensor, offsets: Tensor | None = None) -> None:
         """Takes in the weights of these bags, ``[N]`` or ``[N, 1]``: once an epoch."""
@@ -161,7 +194,8 @@ class WeightEnsemble:
             self._bags[key] = (epochs + 1, self.beta * ensemble.to(alpha) + (1 - self.beta) * alpha)
 
     def _cut(self, keys: Sequence[Hashable], weights: Tensor, offsets: Tensor | None) -> list[tuple[Hashable, Tensor]]:
-        weights = _column("weights", weights, weights).detach()
+        (weights,) = _widened(_column("weights", weights).detach())
+        check_type("keys", keys, Sequence, "a sequence, one key for each bag")
         if len(keys) != _num_bags(offsets, weights):
             raise ValueError(f"keys must name every bag, {_num_bags(offsets, weights)}; got {len(keys)}")
         if len(set(keys)) != len(keys):
@@ -181,6 +215,11 @@ class WeightEnsemble:
 
     def load_state_dict(self, state: Mapping) -> None:
         self.beta, self._bags = state["beta"], dict(state["bags"])
+
+
+def _check_fields(name: str, value, expected: type) -> None:
+    if not all(hasattr(value, field) for field in expected._fields):
+        raise TypeError(f"{name} must be a {expected.__name__}; got {type(value).__name__}")
 
 
 def loss_attention_loss(
@@ -206,13 +245,18 @@ def loss_attention_loss(
         omega: its weight in this epoch, such as ``ramp_up(epoch, 80)``.
 
     Returns:
-        A scalar.  A bag without instances has its first term only.
+        A scalar, float32 at least.  A bag without instances has its first term only.
     """
-    _check_labels(labels, len(prediction.logits))
+    _check_fields("prediction", prediction, Prediction)
+    labels, wrong = _checked_labels(labels, len(prediction.logits), prediction.logits)
+    check_number("lambda_", lambda_)
+    check_number("omega", omega)
+    check_choice("instances", instances, _REDUCTIONS)
     if omega and targets is None:
         raise ValueError(f"omega is the weight of the consistency with targets; got {omega}, targets=None")
     weights = functional.attention_weights(prediction.pooled, offsets, mask=mask)[:, 0]
-    loss = F.cross_entropy(prediction.logits, labels, reduction="none")
+    (logits,) = _widened(prediction.logits)
+    loss = _visible(F.cross_entropy(logits, labels, reduction="none"), wrong)
     if lambda_:
         options = {"mask": mask, "reduction": instances}
         loss = loss + lambda_ * instance_cross_entropy(prediction.pooled.logits, weights, labels, offsets, **options)
@@ -234,22 +278,32 @@ def dsmil_loss(
         pos_weight: of positive labels, as in ``torch.nn.BCEWithLogitsLoss``; the authors' code balances by it.
 
     Returns:
-        A scalar.  Bags without instances have no largest instance and are left out of that stream's loss.
+        A scalar, float32 at least.  Bags without instances have no largest instance and are left out of that stream's
+        loss.
     """
     check_choice("streams", streams, ("both", "instance", "bag", "score"))
-    of_bag = prediction.bag_logits
+    _check_fields("prediction", prediction, DSMILPrediction)
+    check_dense("labels", labels)
+    if labels.is_complex() or labels.is_quantized:
+        raise TypeError(f"labels must be real numbers; got {labels.dtype}")
+    if pos_weight is not None:
+        check_dense("pos_weight", pos_weight)
+        if pos_weight.dtype not in DTYPES:
+            raise TypeError(f"pos_weight must be float16, bfloat16, float32 or float64; got {pos_weight.dtype}")
+    of_both, of_bag, of_instance = _widened(*prediction[:3])
     labels = labels.to(of_bag.dtype)
     labels = labels[:, None] if labels.ndim == 1 and of_bag.shape[1] == 1 else labels
     if labels.shape != of_bag.shape:
         raise ValueError(f"labels must be {list(of_bag.shape)}; got {list(labels.shape)}")
+    check_device("labels", labels, of_bag)
     if streams == "score":
-        return F.binary_cross_entropy_with_logits(prediction.logits, labels, pos_weight=pos_weight)
+        return F.binary_cross_entropy_with_logits(of_both, labels, pos_weight=pos_weight)
     losses = []
     if streams != "instance":
         losses.append(F.binary_cross_entropy_with_logits(of_bag, labels, pos_weight=pos_weight))
     if streams != "bag":
         there = prediction.pooled.critical >= 0
-        logits = prediction.instance_logits.masked_fill(~there, 0)
+        logits = of_instance.masked_fill(~there, 0)
         weights = {"weight": there.to(labels.dtype), "pos_weight": pos_weight}
         terms = F.binary_cross_entropy_with_logits(logits, labels, **weights, reduction="sum")
         losses.append(terms / there.sum().clamp(min=1))

@@ -8,7 +8,7 @@ float64, else float32.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -309,7 +309,8 @@ def _exp(scores: Tensor, segments: _Segments) -> tuple[Tensor, Tensor, Tensor, T
     z = segments.sum(e)
     empty = z == 0
     z = z.masked_fill(empty, 1)
-    return dead, e, z, (top + z.log()).masked_fill(empty, -_INF)
+    lse = (top + z.log()).masked_fill(empty, -_INF)
+    return dead, e, z, torch.where(top == _INF, top, lse)  # where e and z are NaN, as in PyTorch's softmax
 
 
 def _softmax_pool(x: Tensor, scores: Tensor, segments: _Segments) -> tuple[Tensor, Tensor]:
@@ -580,18 +581,3 @@ def topk_instances(scores, k, offsets, largest, mask):
     values = _gather(scores, indices, -_INF if largest else _INF)
     shape = (segments.num_bags, k)
     return values.unflatten(0, shape).transpose(1, 2), indices.unflatten(0, shape).transpose(1, 2)
-
-
-def merge_pooled(bags: Sequence[Tensor], scores: Sequence[Tensor], lses: Sequence[Tensor]):
-    """``(bag, scores, lse)`` of bags that were pooled in parts: their vectors weighted by their lse."""
-    acc = _accumulation_dtype(*bags, *lses)
-    bag, lse = torch.stack([b.to(acc) for b in bags]), torch.stack([t.to(acc) for t in lses])
-    dead = lse == -_INF
-    top = lse.detach().amax(0)
-    top = top.masked_fill(top == -_INF, 0)
-    e = (lse - top).masked_fill(dead, 0).exp().masked_fill(dead, 0)
-    z = e.sum(0)
-    empty = z == 0
-    z = z.masked_fill(empty, 1)
-    bag = (e[..., None] * bag.masked_fill(dead[..., None], 0)).sum(0) / z[..., None]
-    return bag.to(result_dtype(*bags)), torch.cat(list(scores)), (top + z.log()).masked_fill(empty, -_INF)

@@ -15,10 +15,11 @@ import importlib
 import os
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from milkernels.arguments import check_choice, check_number
-from milkernels.bags import Bags
+from milkernels.bags import Bags, check_dense
 from milkernels.functional import attention_weights
 from milkernels.results import DSMILPooled, LossAttentionPooled, Pooled
 
@@ -117,12 +118,13 @@ def heatmap(
     coords, weights = _checked_patches(coords, weights)
     check_choice("scale", scale, SCALES)
     check_choice("cmap", cmap, _require("matplotlib").colormaps)
-    for name, number in (("patch_size", patch_size), ("dpi", dpi)):
-        if number is not None:
-            check_number(name, number)
-            if not 0 < number < np.inf:
-                raise ValueError(f"{name} must be positive and finite; got {number}")
-    size = _spacing(coords) if patch_size is None else patch_size
+    for name, number in (("patch_size", 1 if patch_size is None else patch_size), ("dpi", dpi)):
+        check_number(name, number)
+        if number <= 0:
+            raise ValueError(f"{name} must be positive; got {number}")
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be a path; got {type(path).__name__}")
+    size = _spacing(coords) if patch_size is None else float(patch_size)
     order = np.argsort(weights, kind="stable")  # what is drawn last stays on top
     coords, weights = coords[order], weights[order]
     low, high = coords.min(axis=0), coords.max(axis=0) + size
@@ -151,11 +153,14 @@ def _require(name: str):
 def _array(name: str, values: Any):
     """A NumPy array of numbers in float64, in which coordinates and weights of any type keep their value."""
     np = _require("numpy")
-    if isinstance(values, Tensor):
-        values = values.detach().double().cpu().numpy()
     try:
+        if isinstance(values, Tensor):
+            check_dense(name, values)
+            values = values.detach().to("cpu", torch.promote_types(values.dtype, torch.float64)).numpy()
+        if np.iscomplexobj(values):
+            raise TypeError("complex numbers")
         return np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # among them all that PyTorch raises
         raise TypeError(f"{name} must be a tensor or array of numbers; got {type(values).__name__}") from error
 
 
@@ -168,7 +173,8 @@ def _checked_patches(coords, weights):
     np = _require("numpy")
     coords, weights = _array("coords", coords), _array("weights", weights)
     if weights.ndim != 1:
-        raise ValueError(f"weights must be [n], those of one head, as weights[:, 0]; got shape {weights.shape}")
+        head = "weights[0]" if weights.shape[1:] == coords.shape[:1] else "weights[:, 0]"
+        raise ValueError(f"weights must be [n], those of one head, as {head}; got shape {weights.shape}")
     if len(weights) == 0:
         raise ValueError("a heatmap needs at least one patch; got weights of shape (0,)")
     _check_shape("coords", coords, (len(weights), 2))

@@ -460,3 +460,31 @@ def test_copies_embed(seen):
     ops.clear()
     step(ours, case.calls["plain"], case.draw(0))
     assert not ops
+
+
+class LogitsSeen(up.ClamSB):
+    def _evaluated(self, logits, targets):
+        self.seen = logits.detach().double()
+        return super()._evaluated(logits, targets)
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_clam_finds_the_least_attended_under_float16(embedded):
+    """Their weights are all 0 in float16; the module's own softmax is in float32 under CUDA's autocast."""
+    torch.manual_seed(0)
+    own = LogitsSeen(sizes=(16, 24, 8)).eval()
+    with torch.no_grad():
+        own.attention_net[-1].attention_c.weight.mul_(20)
+    fast = copy.deepcopy(own)
+    if not embedded:  # a hook on the embedding keeps it out of the op
+        fast.attention_net[0].register_forward_hook(lambda *_: None)
+    assert {e.structure for e in milkernels.accelerate(fast, min_instances=0).changed} >= {"CLAM"}
+    x, label = 2 * torch.randn(3000, 16), torch.tensor([1])
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        fast(x, label, True)
+        weights = own(x)[3].softmax(1).half()
+    assert (weights == 0).sum() > 50
+    with torch.no_grad():
+        exact = own.double()
+        exact(x.double(), label, True)
+    torch.testing.assert_close(fast.seen, exact.seen, rtol=0, atol=5e-3)

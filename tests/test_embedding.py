@@ -346,10 +346,13 @@ def test_rows_of_nothing_else(no_work):
         ((x[0], embed, ROW), ValueError, r"x must have 2 dimensions; got shape \(6,\)"),
         ((x, embed, ROW.int()), TypeError, "rows must be an int64 tensor; got torch.int32"),
         ((x, embed, ROW > 3), TypeError, "rows must be an int64 tensor; got torch.bool"),
-        ((x, embed, [0, 1]), TypeError, "rows must be an int64 tensor; got list"),
+        ((x, embed, [0, 1]), TypeError, "rows must be a tensor; got list"),
         ((x, embed, ROW[None]), ValueError, r"rows must have 1 dimension; got shape \(1, 9\)"),
         ((x, embed, ROW[0]), ValueError, r"rows must have 1 dimension; got shape \(\)"),
         ((x, embed, ROW.to("meta")), ValueError, "rows must be on the device of the instances, cpu; got meta"),
+        ((x, embed, ROW - 1), ValueError, r"rows must be in \[0, 9\); got -1"),
+        ((x, embed, ROW + 1), ValueError, r"rows must be in \[0, 9\); got 9"),
+        ((x[:0], embed, ROW), ValueError, "rows must be in .*, so there can be none; got 9"),
         *(((x, bad, ROW), error, match) for bad, error, match in BAD),
     ]:
         with pytest.raises(error, match=match):
@@ -357,3 +360,14 @@ def test_rows_of_nothing_else(no_work):
     for seed, error, match in BAD_SEEDS:
         with pytest.raises(error, match=match):
             embed_instances(x, embedding(dropout_p=0.5), ROW, seed=seed)
+
+
+def test_rows_that_are_none_are_seen_where_they_are_not_read():
+    """On a GPU, whose gathers end the process for such a row, and under tracing."""
+    x, embed = randn(N, L).requires_grad_(), embedding()
+    rows = torch.tensor([3, -1, 8, 9])
+    h = torch.compile(embed_instances, backend="eager", fullgraph=True)(x, embed, rows)
+    assert h[[1, 3]].isnan().all()
+    torch.testing.assert_close(h[[0, 2]], embed_instances(x, embed, rows[[0, 2]]))
+    (grad,) = torch.autograd.grad(h[[0, 2]].sum(), x)
+    assert grad.isfinite().all() and grad.any(1).nonzero().flatten().tolist() == [3, 8]

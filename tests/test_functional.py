@@ -121,12 +121,6 @@ def test_other_bad_options():
         milkernels.attention_weights(pooled.scores, OFFSETS)
     with pytest.raises(ValueError, match=r"pooled.lse must be \[1, 2\]; got shape \(3, 2\)"):
         milkernels.attention_weights(pooled)
-    with pytest.raises(ValueError, match="parts must hold at least one pooling"):
-        milkernels.merge_pooled([])
-    with pytest.raises(TypeError, match=r"parts\[1\] must be what a pooling op returned; got Tensor"):
-        milkernels.merge_pooled([pooled, pooled.bag])
-    with pytest.raises(ValueError, match=r"parts\[1\].lse must be \[3, 2\]; got shape \(2, 2\)"):
-        milkernels.merge_pooled([pooled, pooled._replace(lse=pooled.lse[1:])])
 
 
 # Results
@@ -217,7 +211,7 @@ def test_layouts(op, backend):
     x, mask = kwargs[name], torch.tensor([1, 0, 1, 1, 1, 1, 0, 1, 1])
     expected = call(op, **kwargs, mask=mask.bool())
     strided = torch.cat([x, x], 1)[:, : x.shape[1]]
-    for changed in ({name: strided}, {name: x.t().contiguous().t()}, {"mask": mask.float() * 0.5}, {"mask": mask}):
+    for changed in ({name: strided}, {name: x.t().contiguous().t()}, {"mask": mask.float()}, {"mask": mask}):
         if takes(op, "offsets"):
             changed["offsets"] = OFFSETS.int()
         for got, want in zip(call(op, **({"mask": mask.bool()} | kwargs | changed)), expected, strict=True):

@@ -15,8 +15,8 @@ PACKAGE = Path(milkernels.__file__).parent
 # A module may import modules of lower layers, and of its own folder; never of its own layer.
 LAYERS = {
     "bags": 0,
-    "arguments": 0,
     "results": 0,
+    "arguments": 1,
     "native": 1,
     "triton": 1,
     "backends": 2,
@@ -25,6 +25,7 @@ LAYERS = {
     "embedding": 4,
     "functional": 5,
     "classical": 6,
+    "merging": 6,
     "visualize": 6,
     "nn": 7,
     "integrations": 8,

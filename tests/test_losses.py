@@ -227,3 +227,63 @@ def test_dsmil_streams(classes):
 def test_bad_input_is_explained(call, message):
     with pytest.raises(ValueError, match=message):
         call(rows(10, 4), rows(10).abs(), LABELS)
+
+
+# Half types
+
+
+def half(t):
+    return t.detach().half().requires_grad_()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_many_instances_in_float16(reduction):
+    """A count of 70,000 is infinite in float16, and so is their sum."""
+    n = 70_000
+    logits, weights = half(torch.zeros(n, 2)), torch.ones(n, dtype=torch.float16)
+    loss = losses.instance_cross_entropy(logits, weights, torch.tensor([1]), reduction=reduction)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, torch.tensor([math.log(2) * (n if reduction == "sum" else 1)]))
+    loss.sum().backward()
+    assert logits.grad.dtype == torch.float16 and logits.grad.any()
+
+
+def test_small_weights_in_float16():
+    """Their squares are 0 in float16, and so is a tenth of a share of them."""
+    weights, targets = half(torch.full((1000,), 1e-4)), torch.full((1000,), 2e-4).half()
+    loss = losses.consistency(weights, targets)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, torch.tensor([1000 * 1e-8]), rtol=0.02, atol=0)
+    loss.sum().backward()
+    assert weights.grad.dtype == torch.float16
+    ensemble, tiny = losses.WeightEnsemble(0.99), torch.full((5,), 2e-6).half()
+    for _ in range(3):
+        ensemble.update(["a"], tiny)
+    torch.testing.assert_close(ensemble.targets(["a"], tiny), tiny.float())
+
+
+def test_whole_losses_in_float16():
+    torch.manual_seed(0)
+    model, x = LossAttentionModel(5, 3, (8,)).half(), rows(10, 5).half()
+    prediction = model(x, OFFSETS)
+    loss = losses.loss_attention_loss(prediction, LABELS, OFFSETS, lambda_=0.7)
+    wide = prediction._replace(logits=prediction.logits.float())
+    assert loss.dtype == torch.float32 and loss == losses.loss_attention_loss(wide, LABELS, OFFSETS, lambda_=0.7)
+    prediction = DSMILModel(5, 3).half()(x, OFFSETS)
+    labels = (rows(4, 3, seed=1) > 0).long()
+    for streams in ("both", "instance", "bag", "score"):
+        loss = losses.dsmil_loss(prediction, labels, streams)
+        wide = type(prediction)(*(t.float() for t in prediction[:3]), prediction.pooled)
+        assert loss.dtype == torch.float32 and loss == losses.dsmil_loss(wide, labels, streams)
+
+
+@pytest.mark.parametrize("wrong", [-1, 4, -100])
+def test_labels_that_are_no_classes(wrong):
+    labels = torch.tensor([2, 0, wrong, 2])
+    message = rf"labels must be in \[0, 4\); got {wrong}"
+    with pytest.raises(ValueError, match=message):
+        losses.instance_cross_entropy(rows(10, 4), rows(10), labels, OFFSETS)
+    graph = torch.compile(losses.instance_cross_entropy, backend="eager", fullgraph=True)
+    traced = graph(rows(10, 4), rows(10), labels, OFFSETS)  # which reads no values
+    assert traced[2].isnan()
+    torch.testing.assert_close(traced[3:], losses.instance_cross_entropy(rows(10, 4)[4:], rows(10)[4:], LABELS[3:]))

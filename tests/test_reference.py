@@ -242,6 +242,25 @@ def test_a_shift_of_the_scores_cancels(shift):
     torch.testing.assert_close(shifted.lse, plain.lse + shift)
 
 
+def test_a_score_of_infinity():
+    """As logsumexp and softmax of PyTorch have it, in its own bag and head."""
+    x, scores = torch.randn(N, L).double(), torch.randn(N, K).double()
+    plain = milkernels.softmax_pool(x, scores, OFFSETS, backend="reference")
+    at = int(OFFSETS[-2])  # in the last bag
+    scores[at, 0] = torch.inf
+    pooled = milkernels.softmax_pool(x, scores, OFFSETS, backend="reference")
+    assert pooled.lse[-1, 0] == scores[at:, 0].logsumexp(0) == torch.inf
+    assert pooled.bag[-1, 0].isnan().all()
+    weights = milkernels.segment_softmax(scores, OFFSETS, backend="reference")
+    assert weights[at:, 0].isnan().all() and scores[at:, 0].softmax(0).isnan().all()
+    weights = milkernels.attention_weights(pooled, OFFSETS, backend="reference")  # exp(scores - lse)
+    assert weights[at, 0].isnan() and not weights[at + 1 :, 0].any()
+    for ours, theirs in zip(pooled, plain, strict=True):
+        if len(ours) == len(OFFSETS) - 1:
+            torch.testing.assert_close(ours[:-1], theirs[:-1])
+            torch.testing.assert_close(ours[-1, 1:], theirs[-1, 1:])
+
+
 def test_no_bags_at_all():
     for case in CASES.values():
         if case.op != "attention_scores":
@@ -249,26 +268,7 @@ def test_no_bags_at_all():
                 assert 0 in t.shape
 
 
-# Parts and wholes
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_merge_of_parts_is_the_pooling_of_all(dtype):
-    tensors = CASES["softmax_pool"].make(dtype=dtype)
-    x, scores = tensors["x"], tensors["scores"]
-    whole = milkernels.softmax_pool(x, scores, OFFSETS)
-    masks = [torch.arange(N) % 3 == i for i in range(3)] + [torch.zeros(N, dtype=torch.bool)]
-    parts = [milkernels.softmax_pool(x, scores, OFFSETS, mask=mask) for mask in masks]
-    merged = milkernels.merge_pooled(parts)
-    torch.testing.assert_close(merged.bag, whole.bag)
-    torch.testing.assert_close(merged.lse, whole.lse)
-    assert merged.scores.shape == (4 * N, K)
-
-    def gradients(pooled):
-        return torch.autograd.grad((pooled.bag, pooled.lse), (x, scores), cotangents((pooled.bag, pooled.lse)))
-
-    for got, expected in zip(gradients(merged), gradients(whole), strict=True):
-        torch.testing.assert_close(got, expected)
+# Weights
 
 
 def test_weights_sum_to_one():

@@ -263,8 +263,9 @@ class TorchmilABMIL(Structure):
     def forward(self, module, gate, X, mask=None, return_att=False):
         if X.ndim < 3:
             return NotImplemented
-        predicted, scores = torchmil_prediction(module, gate, gate.embedding(X), mask)
-        return (predicted, scores) if return_att else predicted
+        X = gate.embedding(X)
+        predicted, scores = torchmil_prediction(module, gate, X, mask)
+        return (predicted, scores.to(gate.dtype(X))) if return_att else predicted
 
     def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
         x, mask = inputs.padded(gate.in_dim)
@@ -282,10 +283,10 @@ def torchmil_gate(module: nn.Module) -> Gate:
 def torchmil_prediction(
     module: nn.Module, gate: Gate, x: Tensor, mask: Tensor | None, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``(predictions [B], scores [B, M])``."""
+    """``(predictions [B], scores [B, M])``; the scores are not rounded yet."""
     pooled, dtype = gate.pool(*padded(x, mask), seed=seed), gate.dtype(x)
     predicted = module.classifier(pooled.bag[:, 0].to(dtype)).squeeze(-1)
-    return predicted, pooled.scores.to(dtype).reshape(x.shape[:2])
+    return predicted, pooled.scores.reshape(x.shape[:2])
 
 
 class CAMILPool(Structure):

@@ -18,15 +18,19 @@ _OF_INSTANCES = ("inst_eval", "inst_eval_out", "compute_inst_loss", "forward_ins
 _OF_INSTANCES += ("forward", "forward_features", "forward_attention")
 
 
+def _replaced(module: nn.Module) -> bool:
+    """A method that was put on the instance may look at any row, and at the attention itself."""
+    return any(name in vars(module) for name in _OF_INSTANCES)
+
+
 def _gate_behind(module: nn.Module, gate: Gate, *layers: nn.Module) -> Gate:
-    """A method that was put on the instance may look at any row: then the embedding is called as it is."""
-    replaced = any(name in vars(module) for name in _OF_INSTANCES)
-    return gate.behind(Embedding(layers) if replaced else embedding(*layers))
+    """The embedding is called as it is where its rows are needed."""
+    return gate.behind(Embedding(layers) if _replaced(module) else embedding(*layers))
 
 
-def _looked_at(attention: Tensor, k: int) -> Tensor:
+def _looked_at(scores: Tensor, k: int) -> Tensor:
     """The rows that instance losses look at, in order: the most attended and the least, as they choose them."""
-    return torch.cat([attention.topk(k).indices, (-attention).topk(k).indices]).unique()
+    return torch.cat([scores.topk(k).indices, (-scores).topk(k).indices]).unique()
 
 
 class CLAM(Structure):
@@ -56,8 +60,7 @@ class CLAM(Structure):
         pooled = gate.pool(x, seed=seed)
         results = {}
         if instance_eval:
-            attention = F.attention_weights(pooled).to(dtype).T
-            results = self._instance_results(module, gate, attention, x, seed, label)
+            results = self._instance_results(module, gate, pooled, x, seed, label)
         bag = pooled.bag[0].to(dtype)
         logits = _classify(module.classifiers, bag)
         if return_features:
@@ -65,8 +68,13 @@ class CLAM(Structure):
         predicted = torch.topk(logits, 1, dim=1).indices
         return logits, torch.softmax(logits, dim=1), predicted, pooled.scores.to(dtype).T, results
 
-    def _instance_results(self, module, gate: Gate, attention: Tensor, x: Tensor, seed, label: Tensor) -> dict:
-        """The losses of each class's instance classifier, by the module's own methods."""
+    def _instance_results(self, module, gate: Gate, pooled: F.Pooled, x: Tensor, seed, label: Tensor) -> dict:
+        """The losses of each class's instance classifier, by the module's own methods.
+
+        They rank the instances.  Weights do not tell the least attended apart once they are rounded, in float16 all
+        below 6e-8 are 0; scores have the same order.
+        """
+        attention = (F.attention_weights(pooled) if _replaced(module) else pooled.scores).T
         own_branch = attention.shape[0] > 1 or isinstance(module.classifiers, nn.ModuleList)
         in_class = nn.functional.one_hot(label, num_classes=module.n_classes).squeeze().tolist()
         total, predictions, targets = 0.0, [], []
@@ -74,11 +82,11 @@ class CLAM(Structure):
             if not inside and not module.subtyping:
                 continue
             evaluate = module.inst_eval if inside else module.inst_eval_out
-            weights, h = attention[i if own_branch else 0], x
+            ranks, h = attention[i if own_branch else 0], x
             if gate.embedding.embed is not None:
-                rows = _looked_at(weights, module.k_sample)
-                weights, h = weights[rows], gate.instances(x, rows, seed)
-            loss, predicted, target = evaluate(weights if own_branch else weights[None], h, classifier)
+                rows = _looked_at(ranks, module.k_sample)
+                ranks, h = ranks[rows], gate.instances(x, rows, seed)
+            loss, predicted, target = evaluate(ranks if own_branch else ranks[None], h, classifier)
             predictions += predicted.tolist()
             targets += target.tolist()
             total = total + loss
@@ -157,17 +165,17 @@ class MILLabCLAM(MILLabCLAMFeatures):
         x = gate.embedding(h.squeeze(0))
         seed, dtype = gate.seed(x), gate.dtype(x)
         pooled = gate.pool(x, seed=seed)
-        bag, attention = pooled.bag[0].to(dtype), pooled.scores.to(dtype).T
+        bag, scores = pooled.bag[0].to(dtype), pooled.scores.T
         logits = module.forward_head(bag)
-        rows = _looked_at(attention[0], module.k_sample)
+        rows = _looked_at(scores[0], module.k_sample)
         instances = gate.instances(x, rows, seed)
-        instance_loss = module.forward_instance_heads(instances, attention[:, rows], label)
+        instance_loss = module.forward_instance_heads(instances, scores[:, rows], label)
         loss = module.compute_total_loss(logits, label, loss_fn, instance_loss)
         log = {
             "instance_loss": -1 if instance_loss is None else instance_loss.item(),
             "cls_loss": loss_fn(logits, label).item(),
             "loss": loss.item(),
-            "attention": attention,
+            "attention": scores.to(dtype),
         }
         return {"logits": logits, "loss": loss}, log | ({"slide_feats": bag} if return_slide_feats else {})
 
@@ -209,8 +217,9 @@ class TorchmilCLAM(Structure):
     def forward(self, module, gate, X, mask=None, return_att=False, return_emb=False):
         if gate.embedding.embed is None or return_emb or X.ndim < 3:
             return NotImplemented  # it calls its pool
-        predicted, scores = torchmil_prediction(module, gate, gate.embedding(X), mask)
-        return (predicted, scores) if return_att else predicted
+        X = gate.embedding(X)
+        predicted, scores = torchmil_prediction(module, gate, X, mask)
+        return (predicted, scores.to(gate.dtype(X))) if return_att else predicted
 
     def compute_loss(self, module, gate, Y, X, mask=None):
         if gate.embedding.embed is None:
@@ -219,8 +228,8 @@ class TorchmilCLAM(Structure):
         else:
             x = gate.embedding(X)
             seed = gate.seed(x)
-            predicted, attention = torchmil_prediction(module, gate, x, mask, seed)
-            loss = _loss_of_some(module, gate, attention, x, seed, Y, mask)
+            predicted, scores = torchmil_prediction(module, gate, x, mask, seed)
+            loss = _loss_of_some(module, gate, scores, x, seed, Y, mask)
         losses = {type(module.criterion).__name__: module.criterion(predicted.float(), Y.float())}
         return predicted, losses | {"InstLoss": loss}
 
@@ -244,19 +253,19 @@ def _loss_of_all(module: nn.Module, attention: Tensor, h: Tensor, labels: Tensor
     return total
 
 
-def _loss_of_some(module: nn.Module, gate: Gate, attention: Tensor, x: Tensor, seed, labels: Tensor, mask):
+def _loss_of_some(module: nn.Module, gate: Gate, scores: Tensor, x: Tensor, seed, labels: Tensor, mask):
     """The same of those instances alone that the losses look at, which all bags have embedded at once."""
-    total, real = 0.0, torch.ones_like(attention, dtype=torch.bool) if mask is None else mask != 0
+    total, real = 0.0, torch.ones_like(scores, dtype=torch.bool) if mask is None else mask != 0
     rows = {}
     for i in _bags_with(real):
         own = real[i].nonzero().flatten()
-        rows[i] = own[_looked_at(attention[i, own], min(module.k_sample, len(own)))]
+        rows[i] = own[_looked_at(scores[i, own], min(module.k_sample, len(own)))]
     if not rows:
         return total
     at = torch.cat([own + i * x.shape[1] for i, own in rows.items()])
     embedded = gate.instances(x.flatten(0, 1), at, seed).split([len(own) for own in rows.values()])
     for (i, own), h in zip(rows.items(), embedded, strict=True):
-        total = total + module.compute_inst_loss(attention[i, own][None], h[None], labels[i : i + 1])
+        total = total + module.compute_inst_loss(scores[i, own][None], h[None], labels[i : i + 1])
     return total
 
 

@@ -10,8 +10,9 @@ from torch.nn.modules import module as _globals
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from milkernels import classical, functional, results
-from milkernels.arguments import check_choice, check_count, check_share, checked_mask
-from milkernels.embedding import InstanceEmbedding
+from milkernels.arguments import DTYPES, check_choice, check_count, check_share
+from milkernels.bags import check_type, checked_mask
+from milkernels.embedding import InstanceEmbedding, compute_dtype_of
 from milkernels.nn.pools import DSMIL, AttentionPool, Instances, LossAttention, ragged
 
 Dims = int | Sequence[int] | None
@@ -47,7 +48,8 @@ def _embedding(name: str, in_dim: int, dims: Dims, dropout: float, **factory) ->
     """``(module, width)``: Linear, ReLU, Dropout for each of ``dims``; without any, the instances as they are."""
     check_count("in_dim", in_dim)
     check_share("dropout", dropout)
-    dims = () if dims is None else (dims,) if isinstance(dims, int) else tuple(dims)
+    dims = () if dims is None else (dims,) if isinstance(dims, int) else dims
+    check_type(name, dims, (list, tuple), "a number of features, or a sequence of them")
     layers = []
     for dim in dims:
         check_count(name, dim)
@@ -58,16 +60,21 @@ def _embedding(name: str, in_dim: int, dims: Dims, dropout: float, **factory) ->
 
 def _hidden_embedding(in_dim: int, hidden_dims: Sequence[int], dropout: float, **factory):
     """`_embedding` of a model whose only dropout is there."""
+    check_type("hidden_dims", hidden_dims, (list, tuple), "a sequence of numbers of features")
     if not hidden_dims and dropout:
         raise ValueError(f"dropout is that of the embedding, which needs hidden_dims; got {dropout}, {hidden_dims}")
     return _embedding("hidden_dims", in_dim, hidden_dims, dropout, **factory)
 
 
-def _embed(embed: nn.Sequential, x, offsets, mask, in_dim: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The bags as `ragged` gives them, embedded."""
+def _embed(
+    embed: nn.Sequential, x, offsets, mask, in_dim: int, then: nn.Module
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The bags as `ragged` gives them, embedded; ``then`` is what takes them."""
     values, offsets, mask = ragged(x, offsets, mask, in_dim)
     if len(embed) == 0:
+        _check_type(values, then)
         return values, offsets, mask
+    _check_type(values, embed[0])
     values, mask = _cleared(values, mask)
     return embed(values), offsets, mask
 
@@ -77,14 +84,26 @@ def _pooled(pool: nn.Module, embed: nn.Module, x, offsets, mask, in_dim: int):
     layer would do no more than its parameters say: then its output is never stored."""
     stage = _stage(embed) if _is_plain(pool, AttentionPool, DSMIL, LossAttention) else None
     if stage is None:
-        return pool(*_embed(embed, x, offsets, mask, in_dim))
+        return pool(*_embed(embed, x, offsets, mask, in_dim, pool))
     values, offsets, mask = ragged(x, offsets, mask, in_dim)
     before = list(embed)[:-3]
+    _check_type(values, before[0] if before else pool)
     if before:
         values, mask = _cleared(values, mask)
     for layer in before:
         values = layer(values)
     return pool(values, offsets, mask, embed=stage)
+
+
+def _check_type(x: Tensor, layer: nn.Module) -> None:
+    """A layer of PyTorch takes features of its own type, outside of autocast; a pool of the ops also narrower ones, and
+    of wider ones makes what the classifier behind it does not take."""
+    weight = next(layer.parameters(), x)
+    pools = isinstance(layer, AttentionPool | DSMIL | LossAttention)
+    taken = torch.promote_types(x.dtype, weight.dtype) if pools else x.dtype
+    cast = compute_dtype_of(x) is not None and weight.dtype != torch.float64
+    if taken != weight.dtype and weight.dtype in DTYPES and not cast:
+        raise TypeError(f"x must be of the type of the parameters, {weight.dtype}; got {x.dtype}: convert one of them")
 
 
 def _stage(embed: nn.Module) -> InstanceEmbedding | None:
@@ -355,7 +374,7 @@ class InstancePooling(_Pooling):
     POOLINGS = ("max", "mean", "log_sum_exp", "generalized_mean", "noisy_or", "isr")
 
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> InstancePrediction:
-        values, offsets, mask = _embed(self.embed, x, offsets, mask, self.in_dim)
+        values, offsets, mask = _embed(self.embed, x, offsets, mask, self.in_dim, self.classifier)
         if len(self.embed) == 0:
             values, mask = _cleared(values, mask)
         instance_logits = self.classifier(values)
@@ -395,11 +414,11 @@ class EmbeddingPooling(_Pooling):
         pooling: str = "max",
         **options,
     ):
+        super().__init__(in_dim, num_classes, hidden_dims, pooling, **options)
         if pooling == "generalized_mean" and not hidden_dims:
             raise ValueError(f"generalized_mean takes no negative features, so it needs hidden_dims; got {hidden_dims}")
-        super().__init__(in_dim, num_classes, hidden_dims, pooling, **options)
 
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> Prediction:
-        values, offsets, mask = _embed(self.embed, x, offsets, mask, self.in_dim)
+        values, offsets, mask = _embed(self.embed, x, offsets, mask, self.in_dim, self.classifier)
         pooled = _pool(self.pooling, values, (offsets, mask), self.r)
         return Prediction(self.classifier(pooled), pooled)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from milkernels import functional, results
-from milkernels.arguments import check_choice, check_count, check_instances, check_number, check_share
+from milkernels.arguments import check_choice, check_count, check_flag, check_instances, check_number, check_share
 from milkernels.bags import Bags
 from milkernels.embedding import Embed
 from milkernels.reference import ACTIVATIONS
@@ -49,9 +49,10 @@ def _per_row(name: str, t: Tensor, x: Instances) -> Tensor:
         raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
     if not t.is_nested and t.ndim != 3:
         return t
-    if not isinstance(x, Tensor) or t.is_nested != x.is_nested or t.shape[:2] != x.shape[:2]:
-        got = "a nested tensor" if t.is_nested else "shape"
-        raise ValueError(f"{name} must be [N, K], or begin with the dimensions of x; got {got} {tuple(t.shape)}")
+    both = isinstance(x, Tensor) and t.is_nested == x.is_nested and t.layout == x.layout
+    if not both or t.shape[:2] != x.shape[:2]:
+        got = "a nested tensor" if t.is_nested else f"shape {tuple(t.shape)}"
+        raise ValueError(f"{name} must be [N, K], or begin with the dimensions of x; got {got}")
     return Bags.from_nested(t).values if t.is_nested else t.flatten(0, 1)
 
 
@@ -124,6 +125,8 @@ class AttentionPool(_Linears):
         super().__init__()
         for name, size in (("in_dim", in_dim), ("hidden_dim", hidden_dim), ("heads", heads)):
             check_count(name, size)
+        for name, flag in (("gated", gated), ("bias", bias), ("score_bias", score_bias)):
+            check_flag(name, flag)
         check_choice("activation", activation, ACTIVATIONS)
         check_share("dropout", dropout)
         self.in_dim, self.hidden_dim, self.heads = in_dim, hidden_dim, heads
@@ -213,6 +216,8 @@ class DSMIL(_Linears):
     ):
         super().__init__()
         check_choice("value", value, VALUES)
+        check_flag("nonlinear_query", nonlinear_query)
+        check_flag("bias", bias)
         if value is None and (value_dim is not None or value_dropout):
             raise ValueError(f"value_dim and value_dropout need a value; got {value_dim}, {value_dropout}, value=None")
         check_share("value_dropout", value_dropout)
@@ -277,6 +282,7 @@ class LossAttention(_Linears):
         super().__init__()
         check_count("in_dim", in_dim)
         check_count("num_classes", num_classes)
+        check_flag("bias", bias)
         self.in_dim, self.num_classes = in_dim, num_classes
         self._add_linear("", in_dim, num_classes, bias, device=device, dtype=dtype)
         self.reset_parameters()

@@ -1,0 +1,172 @@
+"""Pooling of bags in parts: a bag that does not fit, or whose instances are read or held in turns, is pooled part by
+part and the results are merged."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from milkernels.arguments import check_shape, check_tensor
+from milkernels.bags import bag_index, check_dense, check_offsets, check_type, readable
+from milkernels.functional import attention_weights, weighted_pool
+from milkernels.reference import result_dtype
+from milkernels.results import DSMIL, DSMILPooled, LossAttentionPooled, Pooled
+
+Part = TypeVar("Part", Pooled, DSMILPooled, DSMIL, LossAttentionPooled)
+_KINDS = (Pooled, DSMILPooled, DSMIL, LossAttentionPooled)
+_INF = float("inf")
+
+
+def merge_pooled(parts: Sequence[Part], offsets: Sequence[Tensor] | None = None) -> Part:
+    """Merges poolings of parts of the same bags: what one pooling of all their instances gives, to rounding.
+
+    Args:
+        parts: what one pooling op or module returned for each part, all of one type: ``bag [B, K, L]``, ``lse [B, K]``
+            and, of the part's own N instances, ``scores [N, K]``.
+        offsets: of each part, ``[B + 1]``, as its op was given; a bag may have no instance in a part.  May be None for
+            one bag.
+
+    Returns:
+        The type of the parts, for the whole: its bags one after another, in each the instances of the parts in the
+        order of the parts.  ``offsets`` of the whole are ``sum(offsets)``.  `attention_weights` and `topk_instances`
+        take ``scores`` with them.
+
+    - **Numbers.**  An lse in float32 has lost digits, 5e-4 of an lse of 1e4, and the share of a part in its bag is
+      ``exp`` of it.  So shares are taken of the scores, in float64.  A part may come without its own (``scores[:0]``;
+      they are missing in the result then), and has the digits of its lse.  ``bag`` is in the type of the parts':
+      of a half type each was rounded already, which one pooling rounds once.  Where that matters, pool rows that are
+      widened part by part, ``x.float()``.
+    - **Gradients** flow through ``bag``, ``lse``, ``scores``, ``logits`` and ``values``, once or any number of times as
+      the parts allow.
+    - **DSMIL** scores against the critical instance of a whole bag.  Parts that were scored against one and the same
+      are merged right.  Those of `dsmil` and `dsmil_pool`, each with the critical instance of its own rows, mean
+      nothing together: find that of the whole first, by `instance_max` of the parts and the largest of their
+      ``values``, pool each part by its query, and merge these.  ``critical`` are rows of the whole: the part's with the
+      largest of ``values``, the first of equal ones; without ``values``, in `DSMILPooled`, the first part's that has
+      one.
+
+    Raises:
+        TypeError: no sequence, or parts that are no poolings, or of several types.
+        ValueError: no part, shapes or devices that do not fit, offsets that are missing or do not fit.
+    """
+    parts = _checked_parts(parts)
+    offsets = _checked_offsets(parts, offsets)
+    kind, fields = type(parts[0]), {}
+    fields["bag"], fields["lse"] = _pooled(parts, offsets)
+    order = _order(parts, offsets)
+    for name in {"scores", "logits"} & set(kind._fields):
+        rows = torch.cat([getattr(part, name) for part in parts])
+        fields[name] = rows if order is None else rows.index_select(0, order)
+    if "critical" in kind._fields:
+        fields |= _critical(parts, order)
+    return kind(**fields)
+
+
+def _pooled(parts: list, offsets: list) -> tuple[Tensor, Tensor]:
+    """``(bag, lse)``, computed in float64: they are few numbers."""
+    lse = torch.stack([part.lse.double() for part in parts])  # [P, B, K]
+    lost = torch.stack([_lost(part, cuts) for part, cuts in zip(parts, offsets, strict=True)])
+    dead, top = lse == -_INF, lse.detach().amax(0)
+    empty = top == -_INF
+    e = lost * (lse - top.masked_fill(empty, 0)).masked_fill(dead, 0).exp().masked_fill(dead, 0)
+    z = e.sum(0).masked_fill(empty, 1)
+    shares = (e / z)[..., None]
+    bag = sum(share * part.bag.double() for share, part in zip(shares, parts, strict=True))
+    lse = torch.where(top.isinf(), top, top + z.log())
+    return bag.to(result_dtype(*(p.bag for p in parts))), lse.to(result_dtype(*(p.lse for p in parts)))
+
+
+def _lost(part, offsets: Tensor | None) -> Tensor:
+    """What the exponential of an lse has to be multiplied by, for what the lse lost to rounding: the sum of the weights
+    ``exp(scores - lse)``, which is 1 otherwise."""
+    lse = part.lse.detach().double()
+    if part.scores.shape[0] == 0:
+        return torch.ones_like(lse)
+    weights = attention_weights(Pooled(part.bag, part.scores.detach().double(), lse), offsets)
+    sums = weighted_pool(weights, torch.ones_like(weights[:, :1]), offsets)[:, 0]
+    return torch.where(lse.isfinite(), sums, 1)
+
+
+def _order(parts: list, offsets: list) -> Tensor | None:
+    """Where the rows of the whole come from among those of all parts, one part after another; None for one bag, where
+    they lie so already."""
+    if offsets[0] is None:
+        return None
+    rows = (part.scores.shape[0] for part in parts)
+    return torch.cat(list(map(bag_index, offsets, rows))).argsort(stable=True)
+
+
+def _critical(parts: list, order: Tensor | None) -> dict[str, Tensor]:
+    """``critical``, and ``values`` where there are."""
+    starts = itertools.accumulate((part.scores.shape[0] for part in parts), initial=0)
+    rows = torch.stack(
+        [torch.where(p.critical < 0, -1, p.critical + start) for p, start in zip(parts, starts, strict=False)]
+    )
+    values = torch.stack([part.values for part in parts]) if hasattr(parts[0], "values") else None
+    # argmax takes the first of equal ones, and NaN before any number.
+    chosen = ((rows >= 0).int() if values is None else values.detach()).argmax(0)[None]
+    rows = rows.gather(0, chosen)[0]
+    if order is not None and len(order):
+        rows = torch.where(rows < 0, -1, order.argsort()[rows.clamp(min=0)])
+    return {"critical": rows} | ({} if values is None else {"values": values.gather(0, chosen)[0]})
+
+
+# Checks
+
+
+def _checked_parts(parts: Sequence) -> list:
+    check_type("parts", parts, Iterable, "a sequence of poolings")
+    parts = list(parts)
+    if not parts:
+        raise ValueError("parts must hold at least one pooling; got an empty sequence")
+    for i, part in enumerate(parts):
+        if not isinstance(part, _KINDS):
+            raise TypeError(f"parts[{i}] must be what a pooling op returned; got {type(part).__name__}")
+        if type(part) is not type(parts[0]):
+            raise TypeError(f"parts must be of one type; got {type(parts[0]).__name__} and {type(part).__name__}")
+        _check_part(f"parts[{i}]", part, parts[0])
+    return parts
+
+
+def _check_part(name: str, part, first) -> None:
+    bag = first.bag
+    check_tensor(f"{name}.bag", bag, 3)
+    num_bags, heads, _ = bag.shape
+    check_shape(f"{name}.bag", part.bag, tuple(bag.shape), bag)
+    check_shape(f"{name}.lse", part.lse, (num_bags, heads), bag)
+    check_tensor(f"{name}.scores", part.scores, 2)
+    num_rows = part.scores.shape[0]
+    check_shape(f"{name}.scores", part.scores, (num_rows, heads), bag)
+    if hasattr(part, "logits"):
+        check_tensor(f"{name}.logits", first.logits, 2)
+        check_shape(f"{name}.logits", part.logits, (num_rows, first.logits.shape[1]), bag)
+    if hasattr(part, "values"):
+        check_shape(f"{name}.values", part.values, (num_bags, heads), bag)
+    if hasattr(part, "critical"):
+        _check_critical(f"{name}.critical", part.critical, (num_bags, heads), num_rows)
+
+
+def _check_critical(name: str, critical: Tensor, shape: tuple[int, int], num_rows: int) -> None:
+    check_dense(name, critical)
+    if critical.dtype != torch.int64 or tuple(critical.shape) != shape:
+        raise ValueError(f"{name} must be int64 {list(shape)}; got {critical.dtype} {list(critical.shape)}")
+    if readable(critical) and critical.numel() and critical.max() >= num_rows:
+        raise ValueError(f"{name} must be rows of its scores, below {num_rows}; got {int(critical.max())}")
+
+
+def _checked_offsets(parts: list, offsets: Sequence[Tensor] | None) -> list[Tensor | None]:
+    bag = parts[0].bag
+    if offsets is None:
+        if bag.shape[0] != 1 and any(part.scores.shape[0] for part in parts):
+            raise ValueError(f"offsets of every part are needed to order the scores of {bag.shape[0]} bags; got None")
+        return [None] * len(parts)
+    check_type("offsets", offsets, Sequence, "a sequence of tensors, one for each part")
+    if len(offsets) != len(parts):
+        raise ValueError(f"offsets must be one for each of {len(parts)} parts; got {len(offsets)}")
+    for i, (part, cuts) in enumerate(zip(parts, offsets, strict=True)):
+        check_offsets(cuts, part.scores.shape[0], bag.device)
+        if cuts.shape[0] != bag.shape[0] + 1:
+            raise ValueError(f"offsets[{i}] must be [{bag.shape[0] + 1}]; got shape {tuple(cuts.shape)}")
+    return list(offsets)
