@@ -38,7 +38,7 @@ BUILD := $(PY) setup.py --verbose build_ext --inplace
 else
 .SILENT:
 PIP_OPTIONS := --disable-pip-version-check --quiet --quiet # twice: without warnings of how it was set up, too
-BUILD := $(PY) setup.py --quiet build_ext --inplace
+BUILD := $(PY) -W "ignore:Failed to initialize NumPy" setup.py --quiet build_ext --inplace
 endif
 PIP := $(PY) -m pip $(PIP_OPTIONS)
 RUFF := $(shell sed -n 's/.*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)

@@ -330,9 +330,11 @@ def build_command():
 
 extensions = cpu_extensions() + cuda_extensions() + emulated_extensions()
 without = not extensions and setting("MILKERNELS_BUILD_EXT") is None and lacking()
+# Not of a source distribution: who unpacks one may have a compiler, and pip refuses what has another version than its
+# file said.
+distributed = "sdist" in sys.argv or os.path.exists("PKG-INFO")
 setup(
     ext_modules=extensions,
     cmdclass={"build_ext": build_command()} if extensions else {},
-    # Of the wheel only: whoever unpacks a source distribution may have a compiler.
-    options={"egg_info": {"tag_build": "+reference"}} if without and "sdist" not in sys.argv else {},
+    options={"egg_info": {"tag_build": "+reference"}} if without and not distributed else {},
 )

@@ -35,7 +35,8 @@ OPS = frozenset(
 _BUILD = (
     "in the source tree, with a C++ compiler (and CUDA's for kernels for CUDA tensors), this builds it: "
     '`pip install "setuptools>=77" ninja`, then '
-    "`pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall .`"
+    "`pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall .`; "
+    "where make installed it, `make MILKERNELS_CPU=all` (the default is the best instruction set alone)"
 )
 
 
@@ -58,11 +59,13 @@ def _imported(name: str) -> tuple[ModuleType | None, str | None]:
 
 def _missing(name: str) -> str:
     """What there is in the place of a module that is not there."""
-    files = Path(__file__).parent.glob(f"{name}_torch*")
-    versions = {file.name.partition("_torch")[2].partition(".")[0].replace("_", ".") for file in files}
-    if not versions:
+    suffixes = {file.name.partition(".")[0].removeprefix(name) for file in Path(__file__).parent.glob(f"{name}_torch*")}
+    if not suffixes:
         return "was not built"
-    return f"is built for PyTorch {', '.join(sorted(versions))}, and this is {torch.__version__}"
+    if SUFFIX in suffixes:
+        return "is built for another Python"
+    versions = ", ".join(sorted(suffix.removeprefix("_torch").replace("_", ".") for suffix in suffixes))
+    return f"is built for PyTorch {versions}, and this is {torch.__version__}"
 
 
 def _load_cpu() -> tuple[ModuleType | None, str | None]:

@@ -60,6 +60,12 @@ def test_a_module_for_another_pytorch_is_named_and_not_loaded(package):
     assert f"is built for PyTorch 1.13, and this is {torch.__version__}" in info
 
 
+def test_a_module_for_another_python_is_named_too(package):
+    for name in native._MODULES.values():
+        (package / "milkernels" / f"{name}{native.SUFFIX}.cpython-0-nowhere.so").write_text("not a module")
+    assert "is built for another Python" in run(package, "-c", POOL).stderr
+
+
 def test_a_patch_release_is_the_same_pytorch():
     major, minor = torch.__version__.split(".")[:2]
     assert f"_torch{major}_{minor}" == native.SUFFIX
