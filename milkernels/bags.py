@@ -351,7 +351,7 @@ class Bags:
         if not 0 <= num_bags < 2**31:
             raise ValueError(f"num_bags must be at least 0, and below 2^31; got {num_bags}")
         if first < 0 or last >= num_bags:
-            raise ValueError(f"batch must be within [0, {num_bags}), where num_bags ends; got {first} to {last}")
+            raise ValueError(f"batch must be within [0, {num_bags}); got {first} to {last}")
         bounds = torch.arange(num_bags + 1, device=batch.device, dtype=batch.dtype)
         offsets = torch.searchsorted(batch.contiguous(), bounds)
         return cls._unchecked(x, offsets, checked_mask(mask, x), _checked_extras(extras, x))
