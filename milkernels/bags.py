@@ -243,7 +243,7 @@ class Bags:
         check_type("tensors", tensors, Iterable, "a sequence of tensors")
         tensors = list(tensors)
         if not tensors:
-            raise ValueError("from_list needs at least one of tensors, to know the width; got an empty list")
+            raise ValueError("tensors must hold at least one tensor, to know the width; got an empty list")
         for i, tensor in enumerate(tensors):
             _check_dims(f"tensors[{i}]", tensor)
         lengths = [tensor.shape[0] for tensor in tensors]
@@ -351,7 +351,7 @@ class Bags:
         if not 0 <= num_bags < 2**31:
             raise ValueError(f"num_bags must be at least 0, and below 2^31; got {num_bags}")
         if first < 0 or last >= num_bags:
-            raise ValueError(f"batch must be within [0, {num_bags}), where num_bags ends; got {first} to {last}")
+            raise ValueError(f"batch must be within [0, {num_bags}); got {first} to {last}")
         bounds = torch.arange(num_bags + 1, device=batch.device, dtype=batch.dtype)
         offsets = torch.searchsorted(batch.contiguous(), bounds)
         return cls._unchecked(x, offsets, checked_mask(mask, x), _checked_extras(extras, x))
@@ -581,7 +581,7 @@ def _columns(batch: Sequence[Mapping], features, per_instance: Mapping) -> dict[
             raise ValueError(f"samples must have the same entries, {keys}; sample {i} has {list(sample)}")
     for key in (features, *per_instance):
         if key not in keys:
-            name = "features" if key == features else "per_instance"
+            name = "features" if key is features else "per_instance"
             raise ValueError(f"{name} must be entries of the samples, which have no {key!r}; they have {keys}")
     if features in per_instance:
         raise ValueError(f"per_instance must not name the features; got {features!r}")

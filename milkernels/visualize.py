@@ -121,7 +121,7 @@ def heatmap(
     for name, number in (("patch_size", 1 if patch_size is None else patch_size), ("dpi", dpi)):
         check_number(name, number)
         if number <= 0:
-            raise ValueError(f"{name} must be positive; got {number}")
+            raise ValueError(f"{name} must be positive and finite; got {number}")
     if path is not None and not isinstance(path, str | os.PathLike):
         raise TypeError(f"path must be a path; got {type(path).__name__}")
     size = _spacing(coords) if patch_size is None else float(patch_size)

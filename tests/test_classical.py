@@ -271,7 +271,7 @@ def op_argument(op):
 @pytest.mark.parametrize("op", ["log_sum_exp_pool", "generalized_mean_pool"])
 def test_bad_r(op):
     for r in (0, -1.5, float("inf"), NAN):
-        with pytest.raises(ValueError, match=f"r must be positive and finite; got {r}"):
+        with pytest.raises(ValueError, match=f"r must be .*finite; got {r}"):
             call(op, probabilities(N, C), OFFSETS, r=r)
     for r in (None, "3", torch.tensor(3.0)):
         with pytest.raises(TypeError, match=f"r must be a number; got {type(r).__name__}"):

@@ -172,6 +172,7 @@ RIGHT = {  # here
     ("from_padded and", "extras"): {"dict"},
     ("collate_bags with", "per_instance"): {"dict", "set"},
     ("ramp_up", "epoch"): {"0"},
+    ("from_batch", "num_bags"): {"0"},
 }
 # A nested x has its own offsets and mask, which are named then.
 TOGETHER = {
