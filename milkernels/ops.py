@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from milkernels import backends
+from milkernels import _torch, backends
 
 _LIBRARY = torch.library.Library("milkernels", "DEF")
 
@@ -379,10 +379,7 @@ def _backward_function(op: Backward, backend: str) -> type[torch.autograd.Functi
 
         @staticmethod
         def backward(ctx, *grads):
-            raise RuntimeError(
-                f"milkernels: the fused {op.name} ops are differentiable once; "
-                'for a second derivative call the op with backend="reference"'
-            )
+            raise RuntimeError(f"milkernels: {op.name}_bwd: {backends.DIFFERENTIATED_ONCE}")
 
     return Function
 
@@ -392,6 +389,8 @@ def _register(name: str, backend: str, schema: str, fake, function: type[torch.a
     the schema on every call: 90 us a call against 40 us, which bags of a few instances feel."""
 
     def autograd_kernel(*inputs):
+        if _torch.transforming() and any(isinstance(t, Tensor) and _torch.differentiated(t) for t in inputs):
+            raise RuntimeError(f"milkernels: {name}: {backends.DIFFERENTIATED_ONCE}")
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
             return function.apply(*inputs)
         return _below_autograd(name, backend, inputs)
