@@ -88,8 +88,11 @@ def _take(t: Tensor, index: Tensor) -> Tensor:
 def _add_rows(rows: Tensor, index: Tensor, num_bags: int, total: Tensor | None = None) -> Tensor:
     """The sum of rows in each bag, on top of ``total``, which is written to."""
     if total is not None:
-        return total.index_put_((index,), rows, accumulate=True) if _adds_by_sorting(rows) else total.index_add_(0, index, rows)
+        sorting = _adds_by_sorting(rows)
+        return total.index_put_((index,), rows, True) if sorting else total.index_add_(0, index, rows)
     total = rows.new_zeros((num_bags, *rows.shape[1:]))
+    if _torch.in_onnx_export():  # the older exporter has the others keep the last row of each bag, without a word
+        return total.scatter_add(0, index.view(-1, *[1] * (rows.ndim - 1)).expand_as(rows), rows)
     if _adds_by_sorting(rows):
         return total.index_put((index,), rows, accumulate=True)
     return total.index_add(0, index, rows)
@@ -120,7 +123,11 @@ class _Segments:
         none = rows.new_full((self.num_bags, rows.shape[1]), -_INF)
         if self.index is None:
             return none
-        return none.scatter_reduce(0, self.index[:, None].expand_as(rows), rows, "amax")
+        return self._reduce(rows, none, "amax")
+
+    def _reduce(self, rows: Tensor, none: Tensor, how: str) -> Tensor:
+        # The shape is said again, since an exporter to ONNX loses it.
+        return none.scatter_reduce(0, self.index[:, None].expand_as(rows), rows, how).view(none.shape)
 
     def first_max(self, rows: Tensor, dead: Tensor) -> Tensor:
         """The lowest row with the maximum of each bag, ``[B, C]``; -1 where all of them are dead."""
@@ -133,14 +140,17 @@ class _Segments:
         row = torch.arange(self.num_rows, device=rows.device)[:, None]
         candidates = torch.where(best, row, self.num_rows)
         none = candidates.new_full((self.num_bags, rows.shape[1]), self.num_rows)
-        first = none.scatter_reduce(0, self.index[:, None].expand_as(candidates), candidates, "amin")
+        first = self._reduce(candidates, none, "amin")
         return torch.where(first == self.num_rows, -1, first)
 
 
 def _blocks(num_rows: int, width: int, device: torch.device) -> Iterator[slice]:
     """Slices of rows whose temporaries stay in cache, on a GPU below 64 MB."""
+    if _plain() or not isinstance(num_rows, int):
+        yield _ALL
+        return
     size = max(1, _BLOCK_ELEMENTS["cpu" if device.type == "cpu" else "gpu"] // max(width, 1))
-    if _plain() or not isinstance(num_rows, int) or num_rows <= size:
+    if num_rows <= size:
         yield _ALL
         return
     for start in range(0, num_rows, size):
@@ -379,7 +389,8 @@ def philox_keep(seed: Tensor, rows: int | Tensor, num_units: int, branch: int, p
     high, unit >> 3, branch); ``unit & 7`` picks 16 bits of the result, low half of a word first.
     """
     threshold, num_groups = dropout_threshold(p), -(-num_units // 8)
-    row = rows[:, None] if isinstance(rows, Tensor) else torch.arange(rows, device=seed.device)[:, None]
+    counted = not isinstance(rows, Tensor) or rows.ndim == 0  # a jit trace counts in tensors
+    row = (torch.arange(rows, device=seed.device) if counted else rows)[:, None]
     group = torch.arange(num_groups, device=seed.device)[None]
     parts = []
     for block in _blocks(row.shape[0], 16 * num_groups, seed.device):
@@ -599,9 +610,9 @@ def topk_instances(scores, k, offsets, largest, mask):
     dead = scores == -_INF
     index = torch.zeros_like(scores[:, 0], dtype=torch.int64) if segments.index is None else segments.index
     # Stable sorts, the least significant key first: by score, then the dead after the alive, then by bag.
-    order = torch.argsort(scores.detach(), dim=0, descending=largest, stable=True)
+    order = _stable_order(scores.detach(), largest)
     key = (2 * index[:, None] + dead).gather(0, order)
-    order = order.gather(0, torch.argsort(key, dim=0, stable=True))
+    order = order.gather(0, _stable_order(key, False))
 
     size = segments.sum(torch.ones_like(index))
     alive = segments.sum((~dead).to(torch.int64))
@@ -612,6 +623,13 @@ def topk_instances(scores, k, offsets, largest, mask):
     values = _gather(scores, indices, -_INF if largest else _INF)
     shape = (segments.num_bags, k)
     return values.unflatten(0, shape).transpose(1, 2), indices.unflatten(0, shape).transpose(1, 2)
+
+
+def _stable_order(t: Tensor, descending: bool) -> Tensor:
+    """How to sort columns."""
+    if _torch.in_onnx_export():  # where all sorting is stable, and none can be asked for
+        return t.sort(dim=0, descending=descending).indices
+    return torch.argsort(t, dim=0, descending=descending, stable=True)
 
 
 def merge_pooled(bags: Sequence[Tensor], scores: Sequence[Tensor], lses: Sequence[Tensor]):
