@@ -73,13 +73,14 @@ def why_not(backend: str, op: str, x: Tensor, *parameters: Tensor | None) -> str
 
 def _beyond_kernels(*tensors: Tensor | None) -> str | None:
     if _torch.in_onnx_export():
-        return 'ONNX has no such operator; backend="reference" is exported'
+        return NOT_IN_ONNX
     # A compiler cannot look into tensors: inside of its graph the op itself refuses.
     if not _torch.transforming() or torch.compiler.is_dynamo_compiling():
         return None
     return DIFFERENTIATED_ONCE if any(t is not None and _torch.differentiated(t) for t in tensors) else None
 
 
+NOT_IN_ONNX = 'ONNX has no compiled ops; export with backend="reference"'
 DIFFERENTIATED_ONCE = (
     "compiled ops are differentiated once and in reverse mode, by autograd; "
     'torch.func and forward mode go through backend="reference"'

@@ -292,6 +292,8 @@ def _forward_fake(op: Forward):
     names, outputs = op.names(), op.outputs.split()
 
     def fake(*inputs):
+        if torch.onnx.is_in_onnx_export():  # whose own error would come late and name no way out
+            raise RuntimeError(f"milkernels: {op.name}: {backends.NOT_IN_ONNX}")
         first = inputs[0]
         dtypes = {name: torch.int64 for name in op.indices.split()} | {name: first.dtype for name in op.typed.split()}
         shapes = op.shapes(**dict(zip(names, inputs, strict=True)))
