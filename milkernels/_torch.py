@@ -3,6 +3,8 @@
 `transforming` and `exporting` are asked on every call, so they read flags; both can be traced by torch.compile.
 """
 
+from contextvars import Context
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -19,6 +21,11 @@ def transforming() -> bool:
 def batching_gradients() -> bool:
     """Whether a backward is run for several gradients at once, by ``is_grads_batched`` or ``vectorize=True``."""
     return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
+
+
+def context_of_backward() -> Context | None:
+    """In a thread of autograd, which has none of its own: that of the thread that called backward."""
+    return torch._C._get_obj_in_tls("context") if torch._C._is_key_in_tls("context") else None
 
 
 def exporting() -> bool:

@@ -101,7 +101,9 @@ def choose(op: str, x: Tensor, *parameters: Tensor | None, requested: str | None
             raise RuntimeError(f"backend {backend!r} cannot serve {op}: {reason}")
         return backend
     if _torch.exporting() or (_torch.transforming() and torch.compiler.is_dynamo_compiling()):
-        return "reference"  # PyTorch's own operators: what any program loads, and what can be transformed while compiled
+        return (
+            "reference"  # PyTorch's own operators: what any program loads, and what can be transformed while compiled
+        )
     return _first(op, x, *parameters)
 
 

@@ -1,6 +1,7 @@
 """Which backend is taken: by ``use_backend`` in threads, tasks, generators and compiled code, and by ``auto``."""
 
 import asyncio
+import contextvars
 import threading
 from types import SimpleNamespace
 
@@ -106,6 +107,22 @@ def test_backward_and_checkpoints_inside_of_a_block():
     with use_backend("reference"):
         torch.utils.checkpoint.checkpoint(call, x, use_reentrant=False).sum().backward()
     assert seen == ["reference", "reference"]
+
+
+def test_threads_of_autograd_see_the_block_around_backward():
+    """Of a GPU's: what PyTorch leaves for them of the thread that called."""
+    seen = []
+
+    def work(context):
+        torch._C._stash_obj_in_tls("context", context)
+        seen.append(backends._requested())
+        torch._C._remove_obj_from_tls("context")
+
+    with use_backend("reference"):
+        thread = threading.Thread(target=work, args=(contextvars.copy_context(),))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
 
 
 # torch.compile

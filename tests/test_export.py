@@ -46,7 +46,9 @@ class Call(nn.Module):
     def dynamic(self) -> list[dict[int, str]]:
         """The dimensions that change, of each tensor."""
         sizes = (self.case.tensors | self.case.fixed).values()
-        own = [{0: "rows"} if size[0] == "N" else {0: "bags"} if size[0] == "B" and self.ragged else {} for size in sizes]
+        own = [
+            {0: "rows"} if size[0] == "N" else {0: "bags"} if size[0] == "B" and self.ragged else {} for size in sizes
+        ]
         return [{0: "bounds"}, {0: "rows"}, *own] if self.ragged else own
 
 

@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+import accelerate_cases
 import pytest
 import torch
 from op_cases import CASES, PLAIN, needs_extension, offsets_of
@@ -245,7 +246,9 @@ def test_transforms_inside_of_a_compiled_function(backend):
         return torch.compile(f, fullgraph=True, backend=backend)
 
     for ours in (p.ours(None), p.ours("native")):
-        torch.testing.assert_close(compiled(torch.func.vmap(ours))(twice(p.point)), torch.func.vmap(ours)(twice(p.point)))
+        torch.testing.assert_close(
+            compiled(torch.func.vmap(ours))(twice(p.point)), torch.func.vmap(ours)(twice(p.point))
+        )
     jvp = compiled(lambda v, t: torch.func.jvp(p.ours(None), (v,), (t,))[1])
     torch.testing.assert_close(jvp(p.point, p.tangent), p.jacobian @ p.tangent)
     torch.testing.assert_close(compiled(torch.func.grad(p.scalar(p.ours(None))))(p.point), p.gradient)
@@ -317,3 +320,41 @@ def test_modules(model):
     loss(parameters).backward()
     for name, gradient in torch.func.grad(loss)(parameters).items():
         torch.testing.assert_close(gradient, parameters[name].grad)
+
+
+@pytest.mark.parametrize("name", ["clam-sb", "clam-mb", "dsmil", "millab-wrapper", "slideflow"])
+def test_accelerated_models_are_their_own(name):
+    """Per-class gradient maps, per-example gradients: what the model gave before."""
+    case = accelerate_cases.CASES[name]
+    own = case.model()
+    fast = accelerate_cases.accelerated(own)
+    call, x = next(iter(case.calls.values())), case.draw(0)["x"].detach()
+
+    def of(model):
+        def first(x):
+            out = call(model, {"x": x})
+            while not isinstance(out, Tensor):
+                out = next(iter(out.values() if isinstance(out, dict) else out))
+            return out
+
+        return first
+
+    for transform in (torch.func.jacrev, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1]):
+        torch.testing.assert_close(transform(of(fast))(x), transform(of(own))(x))
+    parameters = {n: p.detach() for n, p in own.named_parameters()}
+    gradients = [
+        torch.func.grad(lambda p, m=model: torch.func.functional_call(Whole(m, of), p, (x,)).square().sum())(
+            {f"model.{n}": p for n, p in parameters.items()}
+        )
+        for model in (fast, own)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+class Whole(torch.nn.Module):
+    def __init__(self, model, of):
+        super().__init__()
+        self.model, self.of = model, of
+
+    def forward(self, x):
+        return self.of(self.model)(x)
