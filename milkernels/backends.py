@@ -2,6 +2,9 @@
 
 ``auto`` takes the first backend of the tensor's device that can serve the call, else the reference, and says so once
 where a kernel exists but cannot be used.  A backend asked for by name never falls back: it raises, with the reason.
+
+Compiled ops know reverse mode, once, and vmap, which calls them for each of its slices.  What torch.func and forward
+mode differentiate, and what leaves for ONNX or a jit trace, is the reference's.
 """
 
 import contextlib
@@ -13,12 +16,12 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from milkernels import native, triton
+from milkernels import _context, _torch, native, triton
 
 KERNELS = {"native": native, "triton": triton}
-# What `auto` tries, by device. The native kernels for CUDA are chosen by name only, until a recorded measurement says
-# that they are faster than Triton's.
-_AUTO = {"cpu": ("native",), "cuda": ("triton",)}
+# What `auto` tries, by device. The native kernels for CUDA are there for where Triton is not, until a recorded
+# measurement says at which sizes they are faster.
+_AUTO = {"cpu": ("native",), "cuda": ("triton", "native")}
 NAMES = ("auto", *KERNELS, "reference")
 
 
@@ -28,26 +31,60 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_default = _checked(os.environ.get("MILKERNELS_BACKEND", "auto"), "MILKERNELS_BACKEND")
+_START = _checked(os.environ.get("MILKERNELS_BACKEND", "auto"), "MILKERNELS_BACKEND")
+_traced: tuple[str, ...] = ()  # blocks inside of a graph that is being traced
 _warned: set[tuple[str, str]] = set()
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block, calls that name no backend use ``name``: auto, native, triton or reference."""
-    global _default
-    previous, _default = _default, _checked(name, "backend")
+    """Within the block, calls that name no backend use ``name``: auto, native, triton or reference.
+
+    It counts for this thread and this asyncio task alone; a thread that is started inside begins with
+    ``MILKERNELS_BACKEND``.  A generator that is suspended inside of its block lends it to who goes on, as
+    ``torch.no_grad`` does.
+    """
+    global _traced
+    _checked(name, "backend")
+    if torch.compiler.is_compiling():  # which follows the assignment, not a ContextVar
+        _traced = (*_traced, name)
+        try:
+            yield
+        finally:
+            _traced = _traced[:-1]
+        return
+    block = _context.enter(name)
     try:
         yield
     finally:
-        _default = previous
+        _context.leave(block)
+
+
+def _requested() -> str:
+    return _traced[-1] if _traced else _context.backend or _START
 
 
 def why_not(backend: str, op: str, x: Tensor, *parameters: Tensor | None) -> str | None:
     """Why ``backend`` cannot serve ``op`` on these tensors, or None if it can."""
     if backend == "reference":
         return None
-    return KERNELS[backend].unsupported(op, x, *parameters)
+    return KERNELS[backend].unsupported(op, x, *parameters) or _beyond_kernels(x, *parameters)
+
+
+def _beyond_kernels(*tensors: Tensor | None) -> str | None:
+    if _torch.in_onnx_export():
+        return NOT_IN_ONNX
+    # A compiler cannot look into tensors: inside of its graph the op itself refuses.
+    if not _torch.transforming() or torch.compiler.is_dynamo_compiling():
+        return None
+    return DIFFERENTIATED_ONCE if any(t is not None and _torch.differentiated(t) for t in tensors) else None
+
+
+NOT_IN_ONNX = 'ONNX has no compiled ops; export with backend="reference"'
+DIFFERENTIATED_ONCE = (
+    "compiled ops are differentiated once and in reverse mode, by autograd; "
+    'torch.func and forward mode go through backend="reference"'
+)
 
 
 def choose(op: str, x: Tensor, *parameters: Tensor | None, requested: str | None = None) -> str:
@@ -57,27 +94,38 @@ def choose(op: str, x: Tensor, *parameters: Tensor | None, requested: str | None
         ValueError: an unknown backend name.
         RuntimeError: the backend asked for by name (argument, ``use_backend`` or ``MILKERNELS_BACKEND``) cannot.
     """
-    backend = _default if requested is None else _checked(requested, "backend")
+    backend = _requested() if requested is None else _checked(requested, "backend")
     if backend != "auto":
         reason = why_not(backend, op, x, *parameters)
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} cannot serve {op}: {reason}")
         return backend
-    for name in _AUTO.get(x.device.type, ()):
-        module = KERNELS[name]
-        reason = module.unsupported(op, x, *parameters)
+    if _torch.exporting() or (_torch.transforming() and torch.compiler.is_dynamo_compiling()):
+        return (
+            "reference"  # PyTorch's own operators: what any program loads, and what can be transformed while compiled
+        )
+    return _first(op, x, *parameters)
+
+
+def _first(op: str, *tensors: Tensor | None) -> str:
+    """Of the backends that `auto` tries; it says why the one that it would rather have taken does not serve."""
+    missed = None
+    for name in _AUTO.get(tensors[0].device.type, ()):
+        reason = why_not(name, op, *tensors)
         if reason is None:
             return name
-        if op in module.OPS:
-            _say_once(name, op, reason)
+        if missed is None and op in KERNELS[name].OPS:
+            missed = name, reason
+    if missed is not None:
+        _say_once(op, *missed)
     return "reference"
 
 
-def _say_once(backend: str, op: str, reason: str) -> None:
+def _say_once(op: str, backend: str, reason: str) -> None:
     if torch.compiler.is_compiling() or (op, reason) in _warned:
         return
     _warned.add((op, reason))
-    warnings.warn(f"milkernels: {op} runs on the reference; {backend}: {reason}", stacklevel=4)
+    warnings.warn(f"milkernels: {op} runs on the reference; {backend}: {reason}", stacklevel=5)
 
 
 def report(ops: tuple[str, ...]) -> list[tuple[str, str, str, dict[str, str]]]:

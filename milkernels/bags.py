@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from milkernels import _torch
+
 Extras = Mapping[str, Tensor] | None
 
 _INT_TYPES = (torch.int32, torch.int64)
@@ -33,8 +35,8 @@ def _has_values(tensor: Tensor) -> bool:
     """Whether the values of a CPU tensor are real and may be read, i.e. nothing is tracing."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if type(tensor) is not Tensor and not isinstance(tensor, torch.nn.Parameter):
-        return False  # FakeTensor, FunctionalTensor and other subclasses
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return False  # FakeTensor, FunctionalTensor and others that are more than their own values
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     if torch._C._len_torch_dispatch_stack() == 0:
@@ -147,6 +149,8 @@ def bag_index(offsets: Tensor | None, num_rows: int, device: torch.device | None
     # Not repeat_interleave(lengths, output_size=num_rows): on CUDA it trusts output_size and writes out of
     # bounds when the offsets do not end there; without output_size it synchronises.
     rows = torch.arange(num_rows, device=offsets.device)
+    if _torch.in_onnx_export():  # ONNX has no search
+        return (rows[:, None] >= offsets[1:]).sum(1).clamp(0, offsets.shape[0] - 2)
     bag = torch.searchsorted(offsets.to(torch.int64).contiguous(), rows, right=True) - 1
     return bag.clamp(0, offsets.shape[0] - 2)
 

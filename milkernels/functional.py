@@ -25,8 +25,11 @@ Conventions of all of them:
   from PyTorch's default generator of that device.  The same seed drops the same units on every backend.
 - **Backend.**  ``backend`` is auto, native, triton or reference; None is what ``use_backend`` or
   ``MILKERNELS_BACKEND`` says, auto otherwise.  ``auto`` takes a compiled kernel if one serves the call,
-  else the reference; a backend asked for by name serves the call or raises RuntimeError.  Compiled kernels
-  are differentiable once, the reference any number of times.
+  else the reference; a backend asked for by name serves the call or raises RuntimeError.
+- **Transforms.**  Compiled kernels are differentiable once, in reverse mode, by autograd; they work under
+  ``torch.compile``, ``torch.export``, ``vmap`` and batched gradients.  Where torch.func (grad, vjp, jvp, jacrev,
+  jacfwd, hessian) or forward mode differentiates by an argument, in a jit trace and in an export to ONNX, ``auto``
+  takes the reference, which can do all of it, and is differentiable any number of times.
 - **Errors.**  TypeError and ValueError name the argument and the value got.  No op synchronises with a GPU.
 """
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from milkernels import backends
+from milkernels import _torch, backends
 
 _LIBRARY = torch.library.Library("milkernels", "DEF")
 
@@ -292,6 +292,8 @@ def _forward_fake(op: Forward):
     names, outputs = op.names(), op.outputs.split()
 
     def fake(*inputs):
+        if torch.onnx.is_in_onnx_export():  # whose own error would come late and name no way out
+            raise RuntimeError(f"milkernels: {op.name}: {backends.NOT_IN_ONNX}")
         first = inputs[0]
         dtypes = {name: torch.int64 for name in op.indices.split()} | {name: first.dtype for name in op.typed.split()}
         shapes = op.shapes(**dict(zip(names, inputs, strict=True)))
@@ -379,10 +381,7 @@ def _backward_function(op: Backward, backend: str) -> type[torch.autograd.Functi
 
         @staticmethod
         def backward(ctx, *grads):
-            raise RuntimeError(
-                f"milkernels: the fused {op.name} ops are differentiable once; "
-                'for a second derivative call the op with backend="reference"'
-            )
+            raise RuntimeError(f"milkernels: {op.name}_bwd: {backends.DIFFERENTIATED_ONCE}")
 
     return Function
 
@@ -392,6 +391,8 @@ def _register(name: str, backend: str, schema: str, fake, function: type[torch.a
     the schema on every call: 90 us a call against 40 us, which bags of a few instances feel."""
 
     def autograd_kernel(*inputs):
+        if _torch.transforming() and any(isinstance(t, Tensor) and _torch.differentiated(t) for t in inputs):
+            raise RuntimeError(f"milkernels: {name}: {backends.DIFFERENTIATED_ONCE}")
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
             return function.apply(*inputs)
         return _below_autograd(name, backend, inputs)

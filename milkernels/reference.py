@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from milkernels import _torch
 from milkernels.bags import bag_index
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -25,6 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 DROP_ACTIVATION, DROP_SIGMOID, DROP_VALUE, DROP_EMBEDDING = range(4)  # branches of the dropout counter
 
 _INF = float("inf")
+_ALL = slice(None)
 _BLOCK_ELEMENTS = {"cpu": 1 << 19, "gpu": 1 << 24}
 
 
@@ -48,6 +50,14 @@ def _types(compute_dtype: torch.dtype | None, x: Tensor, *others: Tensor | None)
     """Of accumulation, and of products with ``x``: its own, or that of autocast; float64 where anything is."""
     acc = _accumulation_dtype(x, *others)
     return acc, acc if acc == torch.float64 else compute_dtype or x.dtype
+
+
+def _plain() -> bool:
+    """Whether someone looks into the ops: a compiler, a trace, or a transform.  They get PyTorch's own operators, for
+    all rows at once and never in place, which they differentiate themselves."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return _torch.transforming() or _torch.batching_gradients()
 
 
 def _without_autocast(fn):
@@ -75,8 +85,14 @@ def _take(t: Tensor, index: Tensor) -> Tensor:
     return t[index] if _adds_by_sorting(t) else t.index_select(0, index)
 
 
-def _add_rows(rows: Tensor, index: Tensor, num_bags: int) -> Tensor:
+def _add_rows(rows: Tensor, index: Tensor, num_bags: int, total: Tensor | None = None) -> Tensor:
+    """The sum of rows in each bag, on top of ``total``, which is written to."""
+    if total is not None:
+        sorting = _adds_by_sorting(rows)
+        return total.index_put_((index,), rows, True) if sorting else total.index_add_(0, index, rows)
     total = rows.new_zeros((num_bags, *rows.shape[1:]))
+    if _torch.in_onnx_export():  # the older exporter has the others keep the last row of each bag, without a word
+        return total.scatter_add(0, index.view(-1, *[1] * (rows.ndim - 1)).expand_as(rows), rows)
     if _adds_by_sorting(rows):
         return total.index_put((index,), rows, accumulate=True)
     return total.index_add(0, index, rows)
@@ -88,7 +104,9 @@ class _Segments:
     def __init__(self, offsets: Tensor | None, rows: Tensor):
         self.num_rows = rows.shape[0]
         self.num_bags = 1 if offsets is None else offsets.shape[0] - 1
-        self.index = None if self.num_bags == 1 else bag_index(offsets, self.num_rows)
+        # A trace is of use for any number of bags.
+        one_bag = offsets is None or (self.num_bags == 1 and not _torch.exporting())
+        self.index = None if one_bag else bag_index(offsets, self.num_rows)
 
     def to_rows(self, per_bag: Tensor) -> Tensor:
         """The value of each row's bag: ``[B, ...]`` to ``[N, ...]``, or ``[1, ...]`` for one bag."""
@@ -105,7 +123,11 @@ class _Segments:
         none = rows.new_full((self.num_bags, rows.shape[1]), -_INF)
         if self.index is None:
             return none
-        return none.scatter_reduce(0, self.index[:, None].expand_as(rows), rows, "amax")
+        return self._reduce(rows, none, "amax")
+
+    def _reduce(self, rows: Tensor, none: Tensor, how: str) -> Tensor:
+        # The shape is said again, since an exporter to ONNX loses it.
+        return none.scatter_reduce(0, self.index[:, None].expand_as(rows), rows, how).view(none.shape)
 
     def first_max(self, rows: Tensor, dead: Tensor) -> Tensor:
         """The lowest row with the maximum of each bag, ``[B, C]``; -1 where all of them are dead."""
@@ -118,23 +140,30 @@ class _Segments:
         row = torch.arange(self.num_rows, device=rows.device)[:, None]
         candidates = torch.where(best, row, self.num_rows)
         none = candidates.new_full((self.num_bags, rows.shape[1]), self.num_rows)
-        first = none.scatter_reduce(0, self.index[:, None].expand_as(candidates), candidates, "amin")
+        first = self._reduce(candidates, none, "amin")
         return torch.where(first == self.num_rows, -1, first)
 
 
 def _blocks(num_rows: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows whose temporaries stay in cache, on a GPU below 64 MB; all rows at once when tracing."""
+    """Slices of rows whose temporaries stay in cache, on a GPU below 64 MB."""
+    if _plain() or not isinstance(num_rows, int):
+        yield _ALL
+        return
     size = max(1, _BLOCK_ELEMENTS["cpu" if device.type == "cpu" else "gpu"] // max(width, 1))
-    if torch.compiler.is_compiling() or not isinstance(num_rows, int) or num_rows <= size:
-        yield slice(None)
+    if num_rows <= size:
+        yield _ALL
         return
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
 
 
+def _cut(t: Tensor, rows: slice) -> Tensor:
+    return t if rows == _ALL else t[rows]  # an alias of all would be one more view, which not every transform knows
+
+
 def _zero_dead(values: Tensor, dead: Tensor) -> Tensor:
     """``values`` with 0 in dead rows; ``dead`` is [N, 1]."""
-    if torch.compiler.is_compiling():
+    if _plain():
         return values.masked_fill(dead, 0)
     # A broadcast masked_fill goes element by element on a CPU; & on the bits is as exact and 9 times faster.
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.dtype.itemsize]
@@ -152,37 +181,53 @@ def _pool_formula(x: Tensor, weights: Tensor, dead: Tensor | None, index: Tensor
     """``sum_i weights[i,k] x[i]`` over each bag: [B, K, L]."""
     num_rows, heads = weights.shape
     groups = _head_groups(dead, heads, index)
-    parts = [weights.new_zeros((num_bags, stop - start, x.shape[1])) for start, stop in groups]
+    parts = [None] * len(groups)
     for rows in _blocks(num_rows, x.shape[1], x.device):
-        values = x[rows].to(weights.dtype)
-        for (start, stop), part in zip(groups, parts, strict=True):
-            alive = values if dead is None else _zero_dead(values, _column(dead[rows], start))
-            w = weights[rows, start:stop]
-            if index is None:
-                part.add_((w.t() @ alive)[None])
-            elif _adds_by_sorting(x):
-                part.index_put_((index[rows],), (w * alive)[:, None], accumulate=True)
+        values = _cut(x, rows).to(weights.dtype)
+        for k, (start, stop) in enumerate(groups):
+            alive = values if dead is None else _zero_dead(values, _column(_cut(dead, rows), start))
+            w = _cut(weights, rows).narrow(1, start, stop - start)
+            if index is not None:
+                parts[k] = _add_rows((w * alive)[:, None], _cut(index, rows), num_bags, parts[k])
+            elif parts[k] is None:
+                parts[k] = (w.t() @ alive)[None]
             else:
-                part.index_add_(0, index[rows], (w * alive)[:, None])
+                parts[k].add_((w.t() @ alive)[None])
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 @_without_autocast
 def _score_formula(x: Tensor, query: Tensor, dead: Tensor | None, index: Tensor | None) -> Tensor:
     """``<x[i], query[bag(i),k]>``: [N, K], 0 where dead."""
+    if dead is not None and _plain():  # whose derivative has to be rid of dead rows as well
+        return _score_alive(x.to(query.dtype), query, dead, index)
     if index is None and x.dtype == query.dtype:
         scores = x @ query[0].t()
         return scores if dead is None else scores.masked_fill(dead, 0)
     parts = []
     for rows in _blocks(x.shape[0], x.shape[1], x.device):
-        values = x[rows].to(query.dtype)
+        values = _cut(x, rows).to(query.dtype)
         if index is None:
             parts.append(values @ query[0].t())
         else:
-            heads = [(values * _take(query[:, k], index[rows])).sum(1) for k in range(query.shape[1])]
+            bag = _cut(index, rows)
+            heads = [(values * _take(query[:, k], bag)).sum(1) for k in range(query.shape[1])]
             parts.append(torch.stack(heads, 1))
     scores = parts[0] if len(parts) == 1 else torch.cat(parts)
     return scores if dead is None else scores.masked_fill(dead, 0)
+
+
+def _score_alive(x: Tensor, query: Tensor, dead: Tensor, index: Tensor | None) -> Tensor:
+    parts = []
+    for start, stop in _head_groups(dead, query.shape[1], index):
+        column = _column(dead, start)
+        alive = _zero_dead(x, column)
+        if index is None:
+            scores = alive @ query[0, start:stop].t()
+        else:
+            scores = (alive * _take(query[:, start], index)).sum(1, keepdim=True)
+        parts.append(scores.masked_fill(column, 0))
+    return torch.cat(parts, 1)
 
 
 @_without_autocast
@@ -195,9 +240,9 @@ def _expand_formula(
     for rows in _blocks(weights.shape[0], query.shape[2], weights.device):
         total = None
         for start, stop in groups:
-            w = weights[rows, start:stop]
-            term = w @ query[0, start:stop] if index is None else w * _take(query[:, start], index[rows])
-            term = term if dead is None else _zero_dead(term, _column(dead[rows], start))
+            w = _cut(weights, rows).narrow(1, start, stop - start)
+            term = w @ query[0, start:stop] if index is None else w * _take(query[:, start], _cut(index, rows))
+            term = term if dead is None else _zero_dead(term, _column(_cut(dead, rows), start))
             total = term if total is None else total + term
         parts.append(total.to(dtype))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -215,12 +260,9 @@ def _column(dead: Tensor, head: int) -> Tensor:
 
 
 class _Formula(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @classmethod
     def of(cls, *inputs):
-        # A compiler differentiates the formula itself and decides what to keep.
-        return (cls.forward if torch.compiler.is_compiling() else cls.apply)(*inputs)
+        return (cls.forward if _plain() else cls.apply)(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -234,8 +276,8 @@ class _Pool(_Formula):
     def backward(ctx, grad):
         x, weights, dead, index = ctx.saved_tensors
         need_x, need_weights = ctx.needs_input_grad[:2]
-        grad_x = _Expand.apply(weights, grad, dead, index, x.dtype) if need_x else None
-        return grad_x, _Score.apply(x, grad, dead, index) if need_weights else None, None, None, None
+        grad_x = _Expand.of(weights, grad, dead, index, x.dtype) if need_x else None
+        return grad_x, _Score.of(x, grad, dead, index) if need_weights else None, None, None, None
 
 
 class _Score(_Formula):
@@ -245,8 +287,8 @@ class _Score(_Formula):
     def backward(ctx, grad):
         x, query, dead, index = ctx.saved_tensors
         need_x, need_query = ctx.needs_input_grad[:2]
-        grad_x = _Expand.apply(grad, query, dead, index, x.dtype) if need_x else None
-        return grad_x, _Pool.apply(x, grad, dead, index, query.shape[0]) if need_query else None, None, None
+        grad_x = _Expand.of(grad, query, dead, index, x.dtype) if need_x else None
+        return grad_x, _Pool.of(x, grad, dead, index, query.shape[0]) if need_query else None, None, None
 
 
 class _Expand(_Formula):
@@ -256,8 +298,8 @@ class _Expand(_Formula):
     def backward(ctx, grad):
         weights, query, dead, index = ctx.saved_tensors
         need_weights, need_query = ctx.needs_input_grad[:2]
-        grad_weights = _Score.apply(grad, query, dead, index) if need_weights else None
-        grad_query = _Pool.apply(grad, weights, dead, index, query.shape[0]) if need_query else None
+        grad_weights = _Score.of(grad, query, dead, index) if need_weights else None
+        grad_query = _Pool.of(grad, weights, dead, index, query.shape[0]) if need_query else None
         return grad_weights, grad_query, None, None, None
 
 
@@ -270,7 +312,7 @@ class _ZeroDead(_Formula):
 
     @staticmethod
     def backward(ctx, grad):
-        return _ZeroDead.apply(grad, *ctx.saved_tensors), None
+        return _ZeroDead.of(grad, *ctx.saved_tensors), None
 
 
 # Selection, softmax, linear layers
@@ -348,11 +390,12 @@ def philox_keep(seed: Tensor, rows: int | Tensor, num_units: int, branch: int, p
     high, unit >> 3, branch); ``unit & 7`` picks 16 bits of the result, low half of a word first.
     """
     threshold, num_groups = dropout_threshold(p), -(-num_units // 8)
-    row = rows[:, None] if isinstance(rows, Tensor) else torch.arange(rows, device=seed.device)[:, None]
+    counted = not isinstance(rows, Tensor) or rows.ndim == 0  # a jit trace counts in tensors
+    row = (torch.arange(rows, device=seed.device) if counted else rows)[:, None]
     group = torch.arange(num_groups, device=seed.device)[None]
     parts = []
     for block in _blocks(row.shape[0], 16 * num_groups, seed.device):
-        words = _philox(seed, (row[block] & _LOW, row[block] >> 32, group, torch.full_like(group, branch)))
+        words = _philox(seed, (_cut(row, block) & _LOW, _cut(row, block) >> 32, group, torch.full_like(group, branch)))
         lanes = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
         parts.append(lanes.flatten(1)[:, :num_units] >= threshold)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -568,9 +611,9 @@ def topk_instances(scores, k, offsets, largest, mask):
     dead = scores == -_INF
     index = torch.zeros_like(scores[:, 0], dtype=torch.int64) if segments.index is None else segments.index
     # Stable sorts, the least significant key first: by score, then the dead after the alive, then by bag.
-    order = torch.argsort(scores.detach(), dim=0, descending=largest, stable=True)
+    order = _stable_order(scores.detach(), largest)
     key = (2 * index[:, None] + dead).gather(0, order)
-    order = order.gather(0, torch.argsort(key, dim=0, stable=True))
+    order = order.gather(0, _stable_order(key, False))
 
     size = segments.sum(torch.ones_like(index))
     alive = segments.sum((~dead).to(torch.int64))
@@ -581,3 +624,10 @@ def topk_instances(scores, k, offsets, largest, mask):
     values = _gather(scores, indices, -_INF if largest else _INF)
     shape = (segments.num_bags, k)
     return values.unflatten(0, shape).transpose(1, 2), indices.unflatten(0, shape).transpose(1, 2)
+
+
+def _stable_order(t: Tensor, descending: bool) -> Tensor:
+    """How to sort columns."""
+    if _torch.in_onnx_export():  # where all sorting is stable, and none can be asked for
+        return t.sort(dim=0, descending=descending).indices
+    return torch.argsort(t, dim=0, descending=descending, stable=True)

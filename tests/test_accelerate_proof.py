@@ -210,6 +210,16 @@ def test_what_can_not_be_looked_into():
     assert "no floating parameters with values" in entry.remark
 
 
+@pytest.mark.parametrize("name", ["hi-ml", "clam-sb", "dsmil"])
+def test_another_default_device(name):
+    """Models are built under that of no values; the example bags are made on the device of the model."""
+    expected = str(milkernels.accelerate(CASES[name].model(), min_instances=0))
+    assert "changed" in expected
+    model = CASES[name].model()
+    with torch.device("meta"):
+        assert str(milkernels.accelerate(model, min_instances=0)) == expected
+
+
 # Memory
 
 ROWS, WIDTH, HIDDEN = 20_000, 96, 96

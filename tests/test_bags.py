@@ -93,6 +93,21 @@ def test_values_are_not_read_while_tracing():
         f(wrong)
 
 
+def test_values_of_a_subclass_are_read():
+    """It has them, unless it is one of those that dispatch."""
+
+    class Tagged(torch.Tensor):
+        pass
+
+    check_offsets(torch.tensor([0, 2, 5]).as_subclass(Tagged), 5, CPU)
+    with pytest.raises(ValueError, match="decrease; got 5 after 9"):
+        check_offsets(torch.tensor([0, 9, 5]).as_subclass(Tagged), 5, CPU)
+    long = torch.arange(501)
+    long[400] = 3
+    with pytest.raises(ValueError, match="got 3 after 399"):
+        check_offsets(long.as_subclass(Tagged), 500, CPU)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_bag_index(lengths, dtype):

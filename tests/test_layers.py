@@ -14,6 +14,8 @@ PACKAGE = Path(milkernels.__file__).parent
 
 # A module may import modules of lower layers, and of its own folder; never of its own layer.
 LAYERS = {
+    "_torch": -2,
+    "_context": -1,
     "bags": 0,
     "results": 0,
     "arguments": 1,

@@ -45,7 +45,8 @@ def accelerate(model: nn.Module, *, min_instances: int | None = None) -> Report:
     A module is swapped only if its own methods and the fused ones return the same, in type, shape, order and value, on
     small random bags.  Parameters, keys of the state dict, attributes and ``isinstance`` stay; nothing outside of the
     model is touched.  Whenever a layer that is passed over has hooks, a computed weight (pruning, weight_norm,
-    parametrizations), another type than was proven, or dropout that no op has, the module's own method runs.
+    parametrizations), another type than was proven, or dropout that no op has, the module's own method runs; and so it
+    does under torch.func and forward mode, in a jit trace and in an export to ONNX.
 
     The last ``Linear[, activation][, Dropout]`` of an embedding in front goes into the op, so that embedded instances
     are not stored, and features may be stored in half.  Layers before it, an embedding that is anything else or whose

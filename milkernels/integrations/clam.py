@@ -92,7 +92,8 @@ class CLAM(Structure):
             total = total + loss
         if module.subtyping:
             total = total / len(module.instance_classifiers)
-        arrays = {"inst_labels": torch.tensor(targets).numpy(), "inst_preds": torch.tensor(predictions).numpy()}
+        lists = {"inst_labels": targets, "inst_preds": predictions}
+        arrays = {name: torch.tensor(values, device="cpu").numpy() for name, values in lists.items()}
         return {"instance_loss": total, **arrays}
 
     def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:

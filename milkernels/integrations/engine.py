@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from milkernels import _torch
 from milkernels.integrations import proof
 from milkernels.integrations.layers import Unfusable, check_global_hooks, check_tensors, original_class, refuse
 from milkernels.reference import autocast_dtype
@@ -105,7 +106,8 @@ def _fused_method(structure: Structure, name: str, original: Callable) -> Callab
 
     @functools.wraps(original)
     def method(self, *args, **kwargs):
-        if _are_few(structure, name, self, args, kwargs):
+        # A transform or an export sees the model that it was before, in PyTorch's own operators.
+        if _torch.transforming() or _torch.exporting() or _are_few(structure, name, self, args, kwargs):
             return original(self, *args, **kwargs)
         try:
             check_global_hooks()

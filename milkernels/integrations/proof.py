@@ -32,7 +32,8 @@ class Inputs:
 
     def bag(self, dim: int, *leading: int) -> Tensor:
         shape = (*(leading or (ROWS,)), dim)
-        return (torch.randn(shape, generator=self._generator) + 0.5).to(self.device, self.dtype)
+        # Said, since the default device may be another one.
+        return (torch.randn(shape, generator=self._generator, device="cpu") + 0.5).to(self.device, self.dtype)
 
     def padded(self, dim: int) -> tuple[Tensor, Tensor]:
         """Two bags and their mask, bool.  Padding repeats a real row, so that none of it has the one maximum."""
@@ -52,7 +53,8 @@ def difference(module: nn.Module, structure: Any) -> str | None:
         refuse("it has no floating parameters with values")
     devices = [parameter.device] if parameter.is_cuda else []
     has_float64 = parameter.device.type in ("cpu", "cuda")
-    with torch.random.fork_rng(devices), torch.no_grad(), mode(module, False), _without(module, structure):
+    rng, device = torch.random.fork_rng(devices), _device_with_values()
+    with rng, device, torch.no_grad(), mode(module, False), _without(module, structure):
         structure.parts(module)  # why it cannot be fused says more than why it cannot be copied
         try:
             wide = copy.deepcopy(module).to(parameter.device if has_float64 else "cpu", torch.float64)
@@ -65,6 +67,11 @@ def difference(module: nn.Module, structure: Any) -> str | None:
                 if found := _compare(subject, structure, example, values):
                     return found
     return None
+
+
+def _device_with_values() -> contextlib.AbstractContextManager:
+    """Models are built under ``torch.device("meta")``, but what they make of a bag on the way needs values."""
+    return torch.device("cpu") if torch.get_default_device().type == "meta" else contextlib.nullcontext()
 
 
 def _compare(module: nn.Module, structure: Any, example: Example, values: bool) -> str | None:

@@ -1,0 +1,31 @@
+"""The backend that blocks of ``use_backend`` name, in this thread and this asyncio task: ``_context.backend``.
+
+torch.compile cannot trace a ContextVar.  But it reads an attribute of a module as Python does, and guards the value
+that it found; so the variable is read as one.
+"""
+
+from contextvars import ContextVar
+
+from milkernels import _torch
+
+_blocks: ContextVar[tuple[list[str], ...]] = ContextVar("milkernels.use_backend", default=())
+
+
+def __getattr__(name: str) -> str | None:
+    if name != "backend":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    blocks = _blocks.get()
+    if not blocks and (context := _torch.context_of_backward()) is not None:  # a checkpoint computes again
+        blocks = context.get(_blocks, ())
+    return blocks[-1][0] if blocks else None
+
+
+def enter(name: str) -> list[str]:
+    block = [name]
+    _blocks.set((*_blocks.get(), block))
+    return block
+
+
+def leave(block: list[str]) -> None:
+    """That block, wherever it is: blocks of generators need not be left in the order in which they were entered."""
+    _blocks.set(tuple(other for other in _blocks.get() if other is not block))
