@@ -11,6 +11,7 @@ that of the running PyTorch is looked for.
 """
 
 import importlib
+import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
@@ -66,6 +67,11 @@ def _missing(name: str) -> str:
         return "is built for another Python"
     versions = ", ".join(sorted(suffix.removeprefix("_torch").replace("_", ".") for suffix in suffixes))
     return f"is built for PyTorch {versions}, and this is {torch.__version__}"
+
+
+def is_built(instruction_set: str) -> bool:
+    """Whether there are kernels of default, avx2 or avx512 for the running PyTorch; they are not loaded."""
+    return importlib.util.find_spec(f"milkernels.{_MODULES[instruction_set.upper()]}{SUFFIX}") is not None
 
 
 def _load_cpu() -> tuple[ModuleType | None, str | None]:

@@ -1,8 +1,9 @@
 """Which of the tests run, and what they all need.
 
 ``--tier quick`` runs of each test as few parameter sets as have every value of every parameter at least once: every op,
-type, backend and shape that the test knows, but not all of their combinations; and no test marked slow. ``--tier rest``
-runs the others, ``all``, the default, both.
+type, backend and shape that the test knows, but not all of their combinations; and no test marked slow. Of the cases of
+an op, kernels that are interpreted or emulated run one, and one with an embedding. ``--tier rest`` runs the others,
+``all``, the default, both.
 
 Where there is no GPU the Triton kernels are tested by Triton's interpreter, of which two faults are mended here.
 """
@@ -92,7 +93,7 @@ def _test(item) -> str:
 
 def covering(items: list) -> list:
     """A few of the items, which have every value of every parameter; values take turns with those of the others."""
-    values = [{(name, id(value)) for name, value in _parameters(item).items()} for item in items]
+    values = [_values(item) for item in items]
     chosen, seen, used = [], set(), Counter()
     while True:
         # The most values that were not seen, then those that were used least, then the first.
@@ -104,8 +105,14 @@ def covering(items: list) -> list:
         used.update(values[best])
 
 
-def _parameters(item) -> dict:
-    return item.callspec.params if hasattr(item, "callspec") else {}
+def _values(item) -> set:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    simulated = item.get_closest_marker("simulated") or parameters.get("backend") == "triton"
+
+    def key(value):
+        return (value.op, value.embed is None) if simulated and hasattr(value, "embed") else id(value)
+
+    return {(name, key(value)) for name, value in parameters.items()}
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from torch.utils.cpp_extension import include_paths
 from milkernels import native, ops, triton
 
 pytestmark = [
+    pytest.mark.simulated,
     pytest.mark.skipif(not native.emulated(), reason="needs MILKERNELS_EMULATE_CUDA=1, as `make cuda-test` sets it"),
     pytest.mark.skipif(native.load_error() is not None, reason=f"no extension: {native.load_error()}"),
 ]

@@ -71,6 +71,7 @@ def command(name, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_train_classic_quick(classic_data, tmp_path):
     out = tmp_path / "out"
     options = ["--data", classic_data, "--quick", "--out", out, "--protocol", "authors", "--jobs", 2]
@@ -87,6 +88,7 @@ def test_train_classic_quick(classic_data, tmp_path):
     assert all(row in results["rows"] for row in before)
 
 
+@pytest.mark.slow
 def test_train_mnist_bags_quick(mnist_data, tmp_path):
     out = tmp_path / "out"
     printed = command("train_mnist_bags", "--data", mnist_data, "--quick", "--out", out, "--jobs", 1)
@@ -105,6 +107,7 @@ def test_slide_bag_quick(tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_side_by_side_quick(classic_data, tmp_path):
     printed = command("side_by_side", "--data", classic_data, "--quick", "--out", tmp_path, "--models", "dsmil")
     rows = json.loads((tmp_path / "side_by_side.json").read_text())["rows"]
@@ -139,6 +142,7 @@ class Number:
     value: int
 
 
+@pytest.mark.slow
 def test_rows_of_other_code_or_arguments_are_done_again(tmp_path, monkeypatch):
     def results(seed=0, argv=("--seed", "0")):
         args = report.argparse.Namespace(out=tmp_path, quick=False, seed=seed, device="cpu")

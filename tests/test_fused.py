@@ -12,6 +12,7 @@ import milkernels
 from milkernels import triton
 
 pytestmark = [
+    pytest.mark.simulated,
     pytest.mark.skipif(
         triton.load_error() is not None or not triton.interpreted(),
         reason=f"no interpreter: {triton.load_error() or 'there is a GPU, which test_gpu.py uses'}",

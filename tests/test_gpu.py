@@ -561,6 +561,7 @@ def test_compute_sanitizer(device):
     torch.cuda.is_available() or not triton.interpreted() or triton.load_error() is not None,
     reason="for machines without a GPU",
 )
+@pytest.mark.slow
 def test_the_code_of_these_tests(monkeypatch):
     """By the interpreter, for a few cases, so that it has run before there is a device."""
     monkeypatch.setitem(globals(), "RAGGED", (0, 9, 64, 1, 0))

@@ -98,6 +98,7 @@ def test_lengths_are_heavy_tailed():
 # The kinds of units
 
 
+@pytest.mark.slow
 def test_bench_has_rates_and_memory():
     rows = measured(unit())
     ours = rows["step", "native"]
@@ -117,6 +118,7 @@ def test_threads_are_those_of_the_unit(monkeypatch):
     assert seen == [1, before]
 
 
+@pytest.mark.slow
 def test_alone_is_another_process_and_is_judged():
     rows = measured(unit((50,), "eager accumulate native", kind="alone", seconds=300.0))
     assert set(rows) == {(m, c) for m in ("fwd", "step") for c in ("eager", "accumulate", "native")}
@@ -238,6 +240,7 @@ def tiny(monkeypatch):
     return grid
 
 
+@pytest.mark.slow
 def test_a_preset_measures_writes_and_goes_on(tiny, tmp_path, capsys):
     command = ["--preset", "quick", "--out", str(tmp_path), "--threads", "1"]
     assert cli.main(command) == 0

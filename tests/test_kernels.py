@@ -322,6 +322,7 @@ torch.save(out, sys.argv[1])
 
 @of_the_cpu
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MALLOC_PERTURB_ is glibc's")
+@pytest.mark.slow
 def test_results_do_not_depend_on_what_memory_held(tmp_path):
     """Fresh memory is filled with 3.4e38 in one run and 0 or -1.7e38 in others."""
     runs = []

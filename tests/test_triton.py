@@ -18,6 +18,7 @@ import milkernels
 from milkernels import native, ops, testing, triton
 
 pytestmark = [
+    pytest.mark.simulated,
     pytest.mark.skipif(
         triton.load_error() is not None or not triton.interpreted(),
         reason=f"no interpreter: {triton.load_error() or 'there is a GPU, which test_gpu.py uses'}",
@@ -71,6 +72,7 @@ def test_oracle(case, lengths, index, masked, sizes):
 
 
 @served(*PLAIN)
+@pytest.mark.slow
 def test_many_rows(case):
     """Segments of 256 rows; masked ones, and bags that cross them."""
     mask = some_mask(sum(LONG))
@@ -128,6 +130,7 @@ def test_error_promise(case, dtype, parameter_dtype):
 
 @pytest.mark.parametrize("lengths", [(70, 5), (133,)], ids=str)
 @served("gated_attention_pool", "attention_pool-gelu-dropout")
+@pytest.mark.slow
 def test_float32_products_in_three_parts(case, lengths):
     """No larger an error than float32 products have, and not the very same bits."""
     errors = {}
@@ -171,6 +174,7 @@ def triton_tuning():
     *("gated_attention_pool", "dsmil_pool-mlp-q-relu-v"),
     *("gated_attention_pool-embed-dropout", "dsmil_pool-embed"),
 )
+@pytest.mark.slow
 def test_float16_gradients_do_not_underflow(case):
     """Of a loss that is small the gradients are as exact as of one that is not; parameters are float32 here, so that
     they can hold them."""
@@ -188,6 +192,7 @@ def test_float16_gradients_do_not_underflow(case):
 
 
 @served("gated_attention_pool-embed-dropout", "dsmil-embed-mlp-q-relu-v")
+@pytest.mark.slow
 def test_float16_slices_have_scales_of_their_own(case, monkeypatch):
     from milkernels.triton import call
 
@@ -298,6 +303,7 @@ def test_hardly_anything(case, lengths):
 
 
 @served(*PLAIN, "attention_pool-embed-gelu")
+@pytest.mark.slow
 def test_layouts(case):
     """Rows inside wider ones, and every second row, of whatever is given."""
     lengths = (40, 0, 30)
@@ -354,6 +360,7 @@ class _unchecked:
     *("gated_attention_pool", "dsmil_pool", "dsmil-mlp-q-relu-v", "instance_max", "max_pool"),
     "gated_attention_pool-embed-dropout",
 )
+@pytest.mark.slow
 def test_same_bits_again(case):
     tensors, offsets = case.make(RAGGED, torch.float32, **FIVE), offsets_of(RAGGED)
     same_bits(run(case, tensors, offsets), run(case, tensors, offsets))
@@ -456,6 +463,7 @@ def test_every_op_has_a_kernel():
 
 
 @served(*PLAIN, "query_pool-embed-dropout", "dsmil_pool-embed")
+@pytest.mark.slow
 def test_opcheck(case):
     for calls in recorded(case, "triton"):
         for op, args, kwargs in calls:

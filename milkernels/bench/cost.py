@@ -210,7 +210,13 @@ def unavailable() -> str | None:
             return f"there is no {command}"
     if not getattr(torch._C, "_valgrind_supported_platform", bool)():
         return "this PyTorch is built without Valgrind's headers"
+    if _x86() and not native.is_built("avx2"):
+        return "kernels for AVX2, which Valgrind can run, are not built: MILKERNELS_CPU=all builds them"
     return native.load_error()
+
+
+def _x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
 
 
 def _run_child(what: str, ops: list[str], folder: str, under: Iterable[str] = (), **settings: str) -> dict:
@@ -220,7 +226,7 @@ def _run_child(what: str, ops: list[str], folder: str, under: Iterable[str] = ()
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
     environment |= {"PYTHONPATH": os.pathsep.join([str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])])}
     environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-    if platform.machine().lower() in ("x86_64", "amd64"):  # what Valgrind can run, for bytes too: a record is of one
+    if _x86() and native.is_built("avx2"):  # what Valgrind can run, for bytes too: a record is of one
         environment["ATEN_CPU_CAPABILITY"] = "avx2"
     environment |= settings
     command = [*under, sys.executable, "-m", __spec__.name, "--child", what, str(answer)]
