@@ -127,7 +127,8 @@ class CriticalQueries {
     query_ = call.mlp ? linear(hidden_, call[kQ2], call[kQ2Bias]).tanh_() : z_;
     const Tensor scaled = query_ * call.scale;
     vectors = call.mlp ? scaled : few_products(scaled, call[kQ]).contiguous();
-    shift = call.mlp || !call[kQBias].defined() ? at::zeros_like(scaled.select(2, 0)) : few_products(scaled, call[kQBias]);
+    shift = call.mlp || !call[kQBias].defined() ? at::zeros_like(scaled.select(2, 0))
+                                                : few_products(scaled, call[kQBias]);
     shift = shift.masked_fill(dead, kDead).contiguous();
   }
 
