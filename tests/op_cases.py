@@ -409,13 +409,21 @@ _BACKENDS = {
     "triton": triton.load_error() if triton.interpreted() else "there is a GPU, which test_gpu.py uses",
     "reference": None,
 }
-every_backend = pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"no {name}: {reason}"))
-        for name, reason in _BACKENDS.items()
-    ],
-)
+
+
+def backends(*names: str):
+    """Parametrises over those; what does not run here is skipped, and says why."""
+    chosen = [
+        pytest.param(
+            name, marks=pytest.mark.skipif(_BACKENDS[name] is not None, reason=f"no {name}: {_BACKENDS[name]}")
+        )
+        for name in names
+    ]
+    return pytest.mark.parametrize("backend", chosen)
+
+
+every_backend = backends(*_BACKENDS)
+every_kernels_backend = backends("native", "triton")
 
 
 def compiled(*names: str):

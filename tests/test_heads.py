@@ -6,7 +6,7 @@ import dataclasses
 import op_cases
 import pytest
 import torch
-from op_cases import CASES, NAN, close, every_backend, offsets_of, step
+from op_cases import CASES, NAN, close, every_backend, every_kernels_backend, offsets_of, step
 from oracle import INF
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what Triton's interpreter selects away
@@ -75,7 +75,7 @@ def _aim(vectors, row) -> None:
     *("softmax_pool", "query_pool", "query_pool-shared", "attention_pool", "gated_attention_pool"),
     *("dsmil_pool", "dsmil_pool-linear-v", "dsmil_pool-relu-v", "dsmil_pool-mlp-q"),
 )
-@every_backend
+@every_kernels_backend  # the reference rounds as eager PyTorch does
 def test_a_row_that_one_head_looks_at_costs_the_others_no_digit(backend, case, lengths, dtype):
     case = other_heads_of(case, _seen_by_the_first_head_alone)
     kept = op_cases.promise(case, backend, dtype, lengths=lengths, seeds=3, **SIZES)
@@ -169,7 +169,7 @@ def _one_winner(t) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @cases("instance_max", "instance_max-embed-dropout", "dsmil")
-@every_backend
+@every_kernels_backend  # the reference rounds as eager PyTorch does
 def test_a_row_that_all_classes_choose_is_rounded_once(backend, case, dtype):
     """Its gradient is a sum of twelve."""
     case, lengths = dataclasses.replace(case, edit=_one_winner), (40, 30)
