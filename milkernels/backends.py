@@ -104,14 +104,14 @@ def choose(op: str, x: Tensor, *parameters: Tensor | None, requested: str | None
         return (
             "reference"  # PyTorch's own operators: what any program loads, and what can be transformed while compiled
         )
-    return _first(op, x, *parameters)
+    return _first(op, _torch.transforming(), x, *parameters)
 
 
-def _first(op: str, *tensors: Tensor | None) -> str:
+def _first(op: str, transformed: bool, *tensors: Tensor | None) -> str:
     """Of the backends that `auto` tries; it says why the one that it would rather have taken does not serve."""
     missed = None
     for name in _AUTO.get(tensors[0].device.type, ()):
-        reason = why_not(name, op, *tensors)
+        reason = KERNELS[name].unsupported(op, *tensors) or (_beyond_kernels(*tensors) if transformed else None)
         if reason is None:
             return name
         if missed is None and op in KERNELS[name].OPS:
