@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from milkernels.bags import check_dense, check_device, check_type, readable
+from milkernels.bags import check_dense, check_device, readable
 
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _INT64 = (-(2**63), 2**63 - 1)
@@ -88,7 +88,7 @@ def _check_real(name: str, value: float) -> None:
 def check_number(name: str, value: float) -> None:
     """A finite number, or a symbolic one."""
     _check_real(name, value)
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and not -math.inf < value < math.inf:  # not by a function: value may be symbolic
         raise ValueError(f"{name} must be finite; got {value}")
     if isinstance(value, int) and not _INT64[0] <= value <= _INT64[1]:
         raise ValueError(f"{name} must fit into 64 bits; got {value}")
@@ -106,7 +106,8 @@ def check_share(name: str, value: float) -> None:
 
 
 def check_count(name: str, value: int) -> None:
-    check_type(name, value, (int, torch.SymInt), "an int")
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1; got {value}")
     if value >= _COUNTS:

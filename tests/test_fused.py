@@ -129,6 +129,7 @@ def test_float16_gradients_do_not_underflow(launched):
 
 
 @both
+@pytest.mark.slow
 def test_masked_rows_do_not_leak(case):
     offsets, mask = offsets_of(RAGGED), some_mask(sum(RAGGED))
     poison = torch.tensor([NAN, torch.inf, -torch.inf]).repeat(len(mask))[: (~mask).sum(), None].bfloat16()
@@ -218,6 +219,7 @@ def test_few_programs_go_through_all_tiles(monkeypatch, launched):
 
 
 @both
+@pytest.mark.slow
 def test_rows_in_several_slices(case, monkeypatch, launched):
     """A workspace of one segment, for the backward and, where x comes in another type, for the forward."""
     lengths, mask = (70, 0, 5, 130), some_mask(205)
@@ -237,6 +239,7 @@ def test_rows_in_several_slices(case, monkeypatch, launched):
 
 
 @pytest.mark.parametrize("tma", [True, False], ids=["descriptors", "pointers"])
+@pytest.mark.slow
 def test_embedded_slices(tma, monkeypatch, launched):
     """Embedded slice by slice, scored and pooled while they are there."""
     case = CASES["gated_attention_pool-embed-dropout"]

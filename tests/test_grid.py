@@ -268,6 +268,7 @@ def test_a_preset_measures_writes_and_goes_on(tiny, tmp_path, capsys):
     assert json.loads(path.read_text())["units"][0]["rows"] != first
 
 
+@pytest.mark.slow
 def test_an_interrupted_preset_keeps_its_rows(tiny, tmp_path, monkeypatch, capsys):
     def stopped(self, one, emit, deadline):
         if one.kind == "alone":

@@ -498,15 +498,6 @@ def test_products_without_the_librarys_micro_kernels(case):
             same_bits(run(case, tensors, offsets), alone)
 
 
-@pytest.mark.slow
-@compiled("gated_attention_pool", "loss_attention_pool", "query_pool-shared")
-def test_error_promise_of_many_bags(case):
-    """What a bag's rows have in common, such as the rounding of its vector, adds up over bags in sums over all rows."""
-    sizes = {"L": 64, "D": 32, "K": 1, "C": 2}
-    kept = op_cases.promise(case, "native", torch.float32, lengths=(100,) * 200, seeds=4, **sizes)
-    assert kept.ok, kept.broken()
-
-
 # Nothing is left out
 
 

@@ -322,7 +322,7 @@ def command(*arguments):
 def test_info():
     result = command("info")
     assert result.returncode == 0, result.stderr
-    for expected in (milkernels.__version__, torch.__version__, "attention_pool", "served by reference"):
+    for expected in (milkernels.__version__, torch.__version__, "attention_pool", "served by native"):
         assert expected in result.stdout
     assert "Compiled kernels for CUDA tensors" in result.stdout
 

@@ -86,6 +86,7 @@ def test_many_rows(case):
     *("gated_attention_pool", "gated_attention_scores", "dsmil_pool-mlp-q-relu-v", "dsmil_pool-linear-v-dropout"),
     *(name for name in EMBEDDED if name != "gated_attention_pool-embed-dropout"),  # it has scales besides, below
 )
+@pytest.mark.slow
 def test_rows_in_several_slices(case, monkeypatch):
     """A workspace that holds one segment: what is one slice of rows elsewhere is as many as there are segments."""
     lengths, mask = (70, 0, 5, 130), some_mask(205)
@@ -258,12 +259,14 @@ def test_masked_rows_do_not_leak(case, dtype):
         for poison in ((NAN, INF) if name in PLAIN else (NAN,))
     ],
 )
+@pytest.mark.slow
 def test_nan_stays_in_its_bag(case, poison):
     lengths, row = (60, 6, 70, 0, 30), 65
     op_cases.check_nan_stays_in_its_bag(case, "triton", lengths, 1, row, torch.float32, poison, **ODD)
 
 
 @embedded
+@pytest.mark.slow
 def test_embedding_without_a_gradient(case):
     """What an op has to learn alone: no gradient of embedded instances is made for it, and it is the same."""
     tensors, offsets = case.make((70, 5), torch.float32, **ODD), offsets_of((70, 5))
@@ -404,6 +407,7 @@ def test_rows_past_four_billion_are_counted_in_the_dropout():
 
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.slow
 def test_topk_is_exactly_the_references(dtype, largest):
     """Many ties, NaN, both infinities and both zeros; more asked for than a bag, or all bags, have."""
     generator = torch.Generator().manual_seed(3)
