@@ -40,7 +40,7 @@ except ImportError:
 NAMESPACE = "milkernels"
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 CPU_SOURCES = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
-TYPED_SOURCES = sorted(glob("csrc/cpu/typed/*.cpp"))  # each is compiled once for each of
+TYPED_SOURCES = sorted(glob("csrc/cpu/typed/*.cpp"))  # they are compiled once for each of
 TYPES = ("double", "float", "Half", "BFloat16")
 LONGEST = (
     "instance_max",
@@ -123,11 +123,8 @@ def cpu_extensions():
         refuse_or_warn(required, f"the compiled extension needs {missing}, and there is none.")
         return []
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    typed = [
-        wrapper(path, f"{Path(path).stem}_{name}", f"#define MILKERNELS_TYPE {name}")
-        for path in TYPED_SOURCES
-        for name in TYPES
-    ]
+    # All for one type at once: reading PyTorch's headers takes as long as compiling one of them.
+    typed = [wrapper(TYPED_SOURCES, f"cpu/typed_{name}", f"#define MILKERNELS_TYPE {name}") for name in TYPES]
     return [
         cpp_extension.CppExtension(
             **common(f"_C_{name}", CPU_SOURCES + typed, required),
@@ -200,7 +197,7 @@ def emulated_extensions():
     extension = cpp_extension.CppExtension(
         # A C++ file around each: to the build a .cu is CUDA's whoever asks for it. It names the variant, so that
         # another one is compiled anew.
-        **common("_C_emulated", [wrapper(path, Path(path).stem, f"// {value}") for path in EMULATED_SOURCES], True),
+        **common("_C_emulated", [wrapper([path], f"cuda/{Path(path).stem}", f"// {value}") for path in EMULATED_SOURCES], True),
         extra_compile_args=[CUDA_STANDARD, *EMULATE, *QUIET, *sanitize],
         extra_link_args=sanitize,
     )
@@ -208,10 +205,10 @@ def emulated_extensions():
     return [extension]
 
 
-def wrapper(path, name, line):
-    """A C++ file of this name which has this line, and the source at `path` behind it."""
-    source = Path("build", "sources", *Path(path).parent.parts[1:], f"{name}.cpp")
-    text = f'{line}\n#include "{os.path.abspath(path)}"\n'
+def wrapper(paths, name, line):
+    """A C++ file of this name which has this line, and the sources behind it."""
+    source = Path("build", "sources", f"{name}.cpp")
+    text = "\n".join([line, *(f'#include "{os.path.abspath(path)}"' for path in paths)]) + "\n"
     if not source.exists() or source.read_text() != text:
         source.parent.mkdir(parents=True, exist_ok=True)
         source.write_text(text)

@@ -1,6 +1,6 @@
 #include "embed.h"
 
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
 
 #include "dropout.h"
 #include "few_rows.h"

@@ -182,11 +182,11 @@ void combine(const acc_t<T>* coefficient, const acc_t<T>* const* vector, int64_t
   });
 }
 
-using T = MILKERNELS_TYPE;
-template void dots(const T*, int64_t, const int32_t*, int64_t, const acc_t<T>*, const acc_t<T>*, int64_t, int64_t,
-                   acc_t<T>*);
-template void weighted_sums(const T*, int64_t, const int32_t*, int64_t, const acc_t<T>*, int64_t, const acc_t<T>*,
-                            int64_t, acc_t<T>*, bool);
-template void combine(const acc_t<T>*, const acc_t<T>* const*, int64_t, int64_t, int64_t, T*, int64_t);
+template void dots(const MILKERNELS_TYPE*, int64_t, const int32_t*, int64_t, const acc_t<MILKERNELS_TYPE>*,
+                   const acc_t<MILKERNELS_TYPE>*, int64_t, int64_t, acc_t<MILKERNELS_TYPE>*);
+template void weighted_sums(const MILKERNELS_TYPE*, int64_t, const int32_t*, int64_t, const acc_t<MILKERNELS_TYPE>*,
+                            int64_t, const acc_t<MILKERNELS_TYPE>*, int64_t, acc_t<MILKERNELS_TYPE>*, bool);
+template void combine(const acc_t<MILKERNELS_TYPE>*, const acc_t<MILKERNELS_TYPE>* const*, int64_t, int64_t, int64_t,
+                      MILKERNELS_TYPE*, int64_t);
 
 }  // namespace milkernels
