@@ -13,9 +13,9 @@ Conventions of all of them:
 - **Empty bags**, and bags with every row masked: ``bag`` 0, ``lse`` -inf, indices -1.  Nothing becomes NaN.
 - **Indices** are rows of ``x`` (int64), -1 for none.  The lowest index wins a tie; NaN beats every number.
 - **Types.**  ``x`` is float16, bfloat16, float32 or float64; so are parameters, of the same type or another.
-  Matrix products run in the type of ``x``, or in that of autocast.  ``scores``, ``lse`` and ``logits`` come
-  in float32 (float64 if any input is), ``bag`` in the promoted type of ``x`` and the parameters.  Gradients
-  come in each tensor's own type.
+  Matrix products run in the type of ``x``, of autocast where it is on, or in a wider one: a CPU without units
+  for a half type multiplies in float32.  ``scores``, ``lse`` and ``logits`` come in float32 (float64 if any
+  input is), ``bag`` in the promoted type of ``x`` and the parameters.  Gradients come in each tensor's own type.
 - **Layout.**  The rows of ``x`` may have any stride from L on; other layouts are copied by compiled kernels.
 - **Embedding.**  ``embed`` is the layer in front of the aggregator, an `InstanceEmbedding` or a tuple ``(weight [E, L],
   bias, activation, dropout_p)``: instead of ``x_i`` the op takes ``h_i = drop(act(W x_i + b))``, in the type of matrix
