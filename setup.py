@@ -194,8 +194,8 @@ def emulated_extensions():
     if torch is None:
         raise SystemExit("milkernels: the emulated module needs PyTorch, and there is none.")
     sanitize = SANITIZE if value == "asan" else []
-    # A C++ file around each: to the build a .cu is CUDA's whoever asks for it. It names the variant, so that another one
-    # is compiled anew.
+    # A C++ file around each: to the build a .cu is CUDA's whoever asks for it. It names the variant, so that another
+    # one is compiled anew.
     sources = [wrapper([path], f"cuda/{Path(path).stem}", f"// {value}") for path in EMULATED_SOURCES]
     extension = cpp_extension.CppExtension(
         **common("_C_emulated", sources, True),
