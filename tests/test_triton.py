@@ -102,6 +102,7 @@ def test_rows_in_several_slices(case, monkeypatch):
     *(*PLAIN, "attention_pool-embed-gelu", "query_pool-embed-dropout", "instance_max-embed-dropout"),
     *("loss_attention_pool-embed", "dsmil-embed-mlp-q-relu-v"),
 )
+@pytest.mark.slow
 def test_some_gradients_only(case):
     """Of any of the outputs; and for each input alone, as where features or parameters are frozen."""
     lengths, mask = (30, 5), torch.arange(35) % 4 > 0

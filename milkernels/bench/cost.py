@@ -253,7 +253,7 @@ def instructions(ops: Iterable[str] = tuple(CASES)) -> tuple[Counts, dict[str, s
             counts[op][mode] = _counted(Path(f"{dumps}.{number}").read_text())
     asked = subprocess.run(["valgrind", "--version"], capture_output=True, text=True)
     return counts, versions() | {
-        "module": built["module"].rpartition(".")[2],
+        "module": built["module"].rpartition(".")[2].removesuffix(native.SUFFIX),
         "compiler": built["compiler"],
         "valgrind": asked.stdout.strip().removeprefix("valgrind-"),
     }
