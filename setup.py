@@ -124,7 +124,8 @@ def cpu_extensions():
         return []
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     # All for one type at once: reading PyTorch's headers takes as long as compiling one of them.
-    typed = [wrapper(TYPED_SOURCES, f"cpu/typed_{name}", f"#define MILKERNELS_TYPE {name}") for name in TYPES]
+    types = TYPES if TYPED_SOURCES else ()
+    typed = [wrapper(TYPED_SOURCES, f"cpu/typed_{name}", f"#define MILKERNELS_TYPE {name}") for name in types]
     return [
         cpp_extension.CppExtension(
             **common(f"_C_{name}", CPU_SOURCES + typed, required),
