@@ -26,6 +26,9 @@ def offsets_of(lengths, dtype=torch.int64) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype)
 
 
+_ENOUGH = 16  # numbers in each draw, to compare two errors of them
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A call: sizes of tensors by argument name (see SMALL; "N": rows, "B": bags), and other arguments."""
@@ -122,15 +125,19 @@ class Case:
         return "seed" in self.options
 
     def heads(self, results) -> dict[str, int]:
-        """The dimension along which those of its outputs and gradients that have heads or classes have them; but that
-        of a bias is a number for each, whose error may be small by luck."""
+        """The dimension along which those of its outputs and gradients that have heads or classes have them, where each
+        has enough numbers: the error of a few, such as a bias or the lse of two bags, may be small by luck."""
         sizes = self.tensors | self.fixed
         if not any({"K", "C"} & set(size) for size in sizes.values()):
             return {}
         found = {name: 1 for name in results if name.startswith("output")}
         for name, size in ((name, size) for name, size in sizes.items() if len(size) > 1):
             found |= {f"gradient of {name}": i for i, symbol in enumerate(size) if symbol in ("K", "C")}
-        return {name: dim for name, dim in found.items() if name in results}
+        return {
+            name: dim
+            for name, dim in found.items()
+            if name in results and results[name].numel() >= _ENOUGH * results[name].shape[dim]
+        }
 
     def has_rows(self, name: str) -> bool:
         """Whether the tensor has one row per instance."""
