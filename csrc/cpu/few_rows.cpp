@@ -53,6 +53,22 @@ void sums_of_rows(int64_t n, int64_t terms, const A* b, int64_t m, const Coeffic
   });
 }
 
+// out [n, m] = a [n, k] times what is packed: of tiles of rows, as the kernels over all rows multiply.
+template <typename A>
+void tiled_product(const Tensor& a, const Packed<A>& packed, Tensor& out) {
+  const int64_t n = a.size(0), k = a.size(1), m = out.size(1);
+  const A* const from = a.const_data_ptr<A>();
+  A* const to = out.mutable_data_ptr<A>();
+  at::parallel_for(0, ceil_div(n, kBlock), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin * kBlock; r < std::min(end * kBlock, n); r += kBlock) {
+      for (int64_t c = 0; c < m; c += kBlock) {
+        product<A>(std::min(kBlock, n - r), std::min(kBlock, m - c), k, {from + r * k, k}, packed.block(c / kBlock), 1,
+                   to + r * m + c, m, false);
+      }
+    }
+  });
+}
+
 // f(vector of inputs) -> outputs, element by element, in steps that do not depend on the threads.
 template <typename A, typename F>
 void elementwise(int64_t n, const F& f) {
@@ -70,11 +86,13 @@ void elementwise(int64_t n, const F& f) {
 Tensor product_nt(const Tensor& a, const Tensor& b) {
   check(a, b, a.size(1) == b.size(1));
   const int64_t n = a.size(0), k = a.size(1), m = b.size(0);
-  // Sums of rows are formed without adding up the lanes of a vector, which is worth a copy where there are some rows.
-  if (n >= 2 * kRowsTogether) return product_nn(a, b.t().contiguous());
   Tensor out = at::empty({n, m}, a.options());
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "product_nt", [&] {
     const scalar_t *const rows = a.const_data_ptr<scalar_t>(), *const vectors = b.const_data_ptr<scalar_t>();
+    if (n >= kBlock) {
+      const auto column = [&](int64_t c) { return vectors + c * k; };
+      return tiled_product<scalar_t>(a, Packed<scalar_t>::from_columns(k, m, 1, column), out);
+    }
     scalar_t* const to = out.mutable_data_ptr<scalar_t>();
     for_row_blocks(n, k * m, [&](int64_t first, int64_t count) {
       constexpr int32_t kInOrder[kRowsTogether] = {0, 1, 2, 3};
@@ -89,8 +107,12 @@ Tensor product_nn(const Tensor& a, const Tensor& b) {
   const int64_t n = a.size(0), k = a.size(1), m = b.size(1);
   Tensor out = at::empty({n, m}, a.options());
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "product_nn", [&] {
-    const scalar_t* const c = a.const_data_ptr<scalar_t>();
-    sums_of_rows<scalar_t>(n, k, b.const_data_ptr<scalar_t>(), m, [&](int64_t i, int64_t j) { return c[i * k + j]; },
+    const scalar_t *const c = a.const_data_ptr<scalar_t>(), *const vectors = b.const_data_ptr<scalar_t>();
+    if (n >= kBlock) {
+      const auto row = [&](int64_t j) { return vectors + j * m; };
+      return tiled_product<scalar_t>(a, Packed<scalar_t>::from_rows(k, m, 1, row), out);
+    }
+    sums_of_rows<scalar_t>(n, k, vectors, m, [&](int64_t i, int64_t j) { return c[i * k + j]; },
                            out.mutable_data_ptr<scalar_t>());
   });
   return out;
