@@ -21,8 +21,7 @@ Tensor plus_bias(Tensor product, const Tensor& bias) { return bias.defined() ? p
 }  // namespace
 
 CriticalQueries::CriticalQueries(const DSMILCall& call, const Tensor& critical)
-    : dead((critical < 0).reshape({-1})), call_(call), instances_(call, critical),
-      classes_(critical.size(1)) {
+    : dead((critical < 0).reshape({-1})), call_(call), instances_(call, critical), classes_(critical.size(1)) {
   z_ = plus_bias(product_nt(instances_.rows, call.q_weight()), call.q_bias());
   if (call.mlp()) {
     hidden_ = activated(z_, Activation::kRelu);
@@ -44,7 +43,7 @@ CriticalQueries::CriticalQueries(const DSMILCall& call, const Tensor& critical)
 }
 
 void CriticalQueries::backward(const Tensor& grad_vectors, const Tensor& grad_shift, std::array<Tensor, 4> grads,
-              RowGradients& of_rows) const {
+                               RowGradients& of_rows) const {
   const Tensor q_weight = call_.q_weight(), scaled = q_ * call_.scale;
   Tensor grad_q;
   if (call_.mlp()) {

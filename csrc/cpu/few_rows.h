@@ -1,6 +1,6 @@
 // Linear algebra on a few rows, such as the critical instances of DSMIL. A library's bits change with the number of
 // threads, the alignment of its operands and the processor; those of these products depend on shapes and on the
-// instruction set alone. Matrices are contiguous and all of one type, that of accumulation.
+// instruction sets of the processor alone. Matrices are contiguous and all of one type, that of accumulation.
 #pragma once
 
 #include <ATen/core/Tensor.h>
