@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from milkernels import _torch, backends
+from milkernels import triton as adapter
 from milkernels.dtypes import accumulation_dtype
 
 _LIBRARY = torch.library.Library("milkernels", "DEF")
@@ -39,6 +40,10 @@ class Backward:
     saves: str
     outputs: str  # that have a gradient
     options: tuple[str, ...] = ()
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.name}_bwd"
 
     def saved(self) -> list[str]:
         return [name.strip("[]") for name in self.saves.split()]
@@ -64,6 +69,10 @@ class Forward:
     backward: Backward
     indices: str = ""  # outputs of int64
     typed: str = ""  # outputs in the type of the first input; the others accumulate in float32, float64 for float64
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.name}_fwd"
 
     def schema(self) -> str:
         outputs = [f"Tensor {name}" for name in self.outputs.split()]
@@ -134,49 +143,44 @@ def _backward_fake(op: Backward):
 # Autograd
 
 
-def _op(name: str, backend: str) -> torch._ops.OpOverload:
-    return getattr(getattr(torch.ops.milkernels, name), backend)
-
-
-def _below_autograd(name: str, backend: str, inputs):
-    with torch._C._AutoDispatchBelowAutograd():
-        return _op(name, backend)(*inputs)
-
-
 def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function]:
     """The forward as a function whose backward is an op of its own, so that a compiler sees one node."""
     backward, names, outputs = op.backward, op.names(), op.outputs.split()
+    forward_op, backward_op = _overload(f"{op.name}_fwd", backend), _overload(f"{backward.name}_bwd", backend)
     options = [names.index(option.split()[-1]) for option in backward.options]
-    graded = [outputs.index(name) if name in outputs else None for name in backward.outputs.split()]
-    fixed = [i for i, name in enumerate(outputs) if name not in backward.outputs.split()]
+    grad_outputs = [outputs.index(name) if name in outputs else None for name in backward.outputs.split()]
+    non_differentiable = [i for i, name in enumerate(outputs) if name not in backward.outputs.split()]
     # An input of another name than its saved form is the output of that name: the scores of softmax_pool.
-    inputs_of = [names.index(name if name in names else "given") for name in backward.inputs.split()]
-    whence = [
-        ("output", outputs.index(name)) if name in outputs else ("input", names.index(name)) if name in names else None
+    differentiable = [names.index(name if name in names else "given") for name in backward.inputs.split()]
+    # Where what is saved comes from, as places in (inputs, outputs); None for what this op of several does not have.
+    values = [*names, *outputs]
+    saved_sources = [
+        len(names) + outputs.index(name) if name in outputs else values.index(name) if name in values else None
         for name in backward.saved()
     ]
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            result = _below_autograd(op.name + "_fwd", backend, inputs)
+            with _torch.below_autograd():
+                result = forward_op(*inputs)
             results = result if isinstance(result, tuple) else (result,)
-            sources = {"input": inputs, "output": results}
+            known = (*inputs, *results)
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*(place and sources[place[0]][place[1]] for place in whence))
-            ctx.mark_non_differentiable(*(results[i] for i in fixed))
+            ctx.save_for_backward(*[None if i is None else known[i] for i in saved_sources])
+            ctx.mark_non_differentiable(*[results[i] for i in non_differentiable])
             ctx.options = [inputs[i] for i in options]
             return result
 
         @staticmethod
         def backward(ctx, *grads):
             found = [None] * len(names)
-            grads = [None if i is None else grads[i] for i in graded]
+            grads = [None if i is None else grads[i] for i in grad_outputs]
             if any(g is not None for g in grads):
-                needs = [ctx.needs_input_grad[i] for i in inputs_of]
-                results = _op(backward.name + "_bwd", backend)(*ctx.saved_tensors, *ctx.options, *grads, needs)
+                needs = [ctx.needs_input_grad[i] for i in differentiable]
+                results = backward_op(*ctx.saved_tensors, *ctx.options, *grads, needs)
                 results = (results,) if isinstance(results, Tensor) else results
-                for i, gradient, need in zip(inputs_of, results, needs, strict=True):
+                for i, gradient, need in zip(differentiable, results, needs, strict=True):
                     found[i] = gradient if need else None
             return tuple(found)
 
@@ -185,10 +189,13 @@ def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function
 
 
 def _backward_function(op: Backward, backend: str) -> type[torch.autograd.Function]:
+    backward_op = _overload(f"{op.name}_bwd", backend)
+
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            return _below_autograd(op.name + "_bwd", backend, inputs)
+            with _torch.below_autograd():
+                return backward_op(*inputs)
 
         @staticmethod
         def backward(ctx, *grads):
@@ -197,34 +204,57 @@ def _backward_function(op: Backward, backend: str) -> type[torch.autograd.Functi
     return Function
 
 
-def _register(name: str, backend: str, schema: str, fake, function: type[torch.autograd.Function]) -> None:
-    """Defines one op of one backend. torch.library.register_autograd would do, but it rebuilds the argument list from
-    the schema on every call: 90 us a call against 40 us, which bags of a few instances feel."""
+# Registration
+
+
+def declare(*ops: Forward, triton: str) -> None:
+    """Registers ops, the backwards that they share, and Triton's kernels for them: those of ``milkernels.triton``'s
+    module of that name.  Kernels in C++ register themselves when their module is loaded."""
+    FORWARDS.extend(ops)
+    EMBEDDED.update(op.name for op in ops if "e_weight" in op.names())
+    backwards = dict.fromkeys(op.backward for op in ops)
+    for backend in backends.KERNELS:
+        for op in (*ops, *backwards):
+            _define(op, backend)
+        for op in ops:
+            _implement(op, backend, _forward_fake(op), _forward_function(op, backend))
+            _CALLS[op.name, backend] = _overload(f"{op.name}_fwd", backend)
+        for op in backwards:
+            _implement(op, backend, _backward_fake(op), _backward_function(op, backend))
+    for op in (*ops, *backwards):
+        adapter.register(op.full_name, triton)
+
+
+_CALLS: dict[tuple[str, str], torch._ops.OpOverload] = {}  # by (op, backend)
+
+
+def _overload(name: str, backend: str) -> torch._ops.OpOverload:
+    return getattr(getattr(torch.ops.milkernels, name), backend)
+
+
+def _define(op: Forward | Backward, backend: str) -> None:
+    _LIBRARY.define(f"{op.full_name}.{backend}{op.schema()}", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _implement(op: Forward | Backward, backend: str, fake, function: type[torch.autograd.Function]) -> None:
+    """Autograd and fake of one op of one backend. torch.library.register_autograd would do, but it rebuilds the
+    argument list from the schema on every call: 90 us a call against 40 us, which bags of a few instances feel."""
+    overload = _overload(op.full_name, backend)
 
     def autograd_kernel(*inputs):
         if _torch.transforming() and any(isinstance(t, Tensor) and _torch.differentiated(t) for t in inputs):
-            raise RuntimeError(f"milkernels: {name}: {backends.DIFFERENTIATED_ONCE}")
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
-            return function.apply(*inputs)
-        return _below_autograd(name, backend, inputs)
+            raise RuntimeError(f"milkernels: {op.full_name}: {backends.DIFFERENTIATED_ONCE}")
+        if torch.is_grad_enabled():
+            for t in inputs:
+                if isinstance(t, Tensor) and t.requires_grad:
+                    return function.apply(*inputs)
+        with _torch.below_autograd():
+            return overload(*inputs)
 
-    overload = f"{name}.{backend}"
-    _LIBRARY.define(overload + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(overload, autograd_kernel, "Autograd")
-    torch.library.register_fake(f"milkernels::{overload}", fake, lib=_LIBRARY)
-
-
-def declare(*ops: Forward) -> None:
-    """Registers ops, and the backwards that they share."""
-    FORWARDS.extend(ops)
-    EMBEDDED.update(op.name for op in ops if "e_weight" in op.names())
-    for backend in backends.KERNELS:
-        for op in ops:
-            _register(f"{op.name}_fwd", backend, op.schema(), _forward_fake(op), _forward_function(op, backend))
-        for op in dict.fromkeys(op.backward for op in ops):
-            _register(f"{op.name}_bwd", backend, op.schema(), _backward_fake(op), _backward_function(op, backend))
+    _LIBRARY.impl(f"{op.full_name}.{backend}", autograd_kernel, "Autograd")
+    torch.library.register_fake(f"milkernels::{op.full_name}.{backend}", fake, lib=_LIBRARY)
 
 
 def call(op: str, backend: str, *inputs, embed: tuple = NO_EMBEDDING):
     """The outputs of ``<op>_fwd``, both in the order declared above; scores and sums in the accumulation type."""
-    return _op(f"{op}_fwd", backend)(*inputs, *(embed if op in EMBEDDED else ()))
+    return _CALLS[op, backend](*inputs, *(embed if op in EMBEDDED else ()))
