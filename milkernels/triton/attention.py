@@ -7,18 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from milkernels.triton import fused, pool, rows, split, tuning
-from milkernels.triton.call import (
-    Call,
-    Products,
-    ceil_div,
-    dropout_bits,
-    dropout_of,
-    launch,
-    power_of_two,
-    product_dtype,
-)
 from milkernels.triton.common import activate, activation_gradient, dropout_factors, kept, kernel, sigmoid
-from milkernels.triton.embedding import embedding_of
 from milkernels.triton.gradients import (
     PoolGradients,
     RowGradients,
@@ -28,6 +17,16 @@ from milkernels.triton.gradients import (
     power_of_two_scale,
     wanted,
 )
+from milkernels.triton.host import (
+    Products,
+    ceil_div,
+    dropout_bits,
+    dropout_of,
+    launch,
+    power_of_two,
+    product_dtype,
+)
+from milkernels.triton.instances import Instances
 
 
 @kernel
@@ -146,11 +145,11 @@ def gate_backward(
     tl.store(sums + (K + 1) * D, du_bias, mask=d < D)
 
 
-class _Attention(Call):
+class _Attention(Instances):
     """The parameters as kernels take them: V over U in the type of products, the rest in that of accumulation."""
 
     def __init__(self, x, parameters, offsets, mask, seed, activation, dropout_p, compute_dtype, *embed):
-        super().__init__(x, offsets, mask, embedding_of(x, *embed))
+        super().__init__(x, offsets, mask, *embed)
         v_weight, v_bias, u_weight, u_bias, w_weight, w_bias = parameters
         self.gated, self.activation = u_weight is not None, activation
         self.type = product_dtype(self.dtype, compute_dtype)

@@ -6,11 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from milkernels.triton import pool, rows
-from milkernels.triton.call import Call, ceil_div, launch
+from milkernels.triton import pool
+from milkernels.triton.call import Call
 from milkernels.triton.common import bag_rows, kernel, real_rows, segment, slots_of
-from milkernels.triton.embedding import embedding_of
 from milkernels.triton.gradients import RowGradients, alive, in_their_types, wanted
+from milkernels.triton.host import ceil_div, launch
+from milkernels.triton.instances import Instances
 from milkernels.triton.pooling import class_logits, linear_gradients
 
 _NONE = tl.constexpr(1 << 62)  # later than any row
@@ -168,7 +169,7 @@ def put(indices: Tensor, values: Tensor, out: Tensor, k: int = 1, *, add: bool =
 
 
 def instance_max_fwd(x, weight, bias, offsets, mask, *embed):
-    call = Call(x, offsets, mask, embedding_of(x, *embed))
+    call = Instances(x, offsets, mask, *embed)
     logits = class_logits(call, weight, bias)
     return *first_max(call, logits, dead=True, empty=float("-inf")), logits
 
@@ -178,14 +179,16 @@ def instance_max_bwd(
     grad_values, grad_logits, needs,
 ):  # fmt: skip
     inputs = wanted(needs, x=x, weight=weight, bias=bias, e_weight=e_weight, e_bias=e_bias)
-    call = Call(x, offsets, mask, embedding_of(x, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype))
+    call = Instances(x, offsets, mask, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
     sink = RowGradients(call, needs)
     of_layer = instance_max_gradients(call, weight, indices, logits, grad_values, grad_logits, needs[1:3], sink)
     found = (sink.of_x(), *of_layer, sink.weight, sink.bias)
     return in_their_types(call, inputs, found, needs)
 
 
-def instance_max_gradients(call: Call, weight, indices, logits, grad_values, grad_logits, needs, sink, chosen=None):
+def instance_max_gradients(
+    call: Instances, weight, indices, logits, grad_values, grad_logits, needs, sink, chosen=None
+):
     """Those of W and b; that of the rows is added to ``sink``. Few rows have one, unless the logits do; ``chosen`` are
     these few where they are at hand."""
     indices = indices.contiguous()
@@ -195,7 +198,7 @@ def instance_max_gradients(call: Call, weight, indices, logits, grad_values, gra
         if grad_values is not None:
             put(indices, grad_values, of_logits, add=True)
         return linear_gradients(call, weight, of_logits, None, needs[0], sink)
-    chosen = chosen or rows.gathered(call, indices)
+    chosen = chosen or call.gathered(indices)
     g = grad_values.masked_fill(indices < 0, 0)[:, :, None]
     if sink.wanted:
         sink.add_gathered(chosen, g * call.take(weight))

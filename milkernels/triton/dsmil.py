@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from milkernels.triton import pool, rows
-from milkernels.triton.call import Call, Rows, dropout_of, product, product_dtype
 from milkernels.triton.choice import first_max, instance_max_gradients
-from milkernels.triton.embedding import embedding_of
 from milkernels.triton.gradients import (
     PoolGradients,
     RowGradients,
@@ -22,14 +20,16 @@ from milkernels.triton.gradients import (
     power_of_two_scale,
     wanted,
 )
+from milkernels.triton.host import dropout_of, product, product_dtype
+from milkernels.triton.instances import Instances, Rows
 from milkernels.triton.pooling import class_logits, masked, pool_by_products, pool_by_products_backward
 
 _DEAD = float("-inf")
 
 
-class _DSMIL(Call):
+class _DSMIL(Instances):
     def __init__(self, x, parameters, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, *embed):
-        super().__init__(x, offsets, mask, embedding_of(x, *embed))
+        super().__init__(x, offsets, mask, *embed)
         self.q, self.q_bias, self.q2, self.q2_bias, self.v, self.v_bias = (self.take(p) for p in parameters)
         self.type = product_dtype(self.dtype, compute_dtype)
         self.activation = v_activation or "identity"
@@ -87,7 +87,7 @@ class _CriticalQueries:
     """The queries of the critical instances, computed here so that the gradient flows through both uses of q."""
 
     def __init__(self, call: _DSMIL, critical: Tensor):
-        self.call, self.chosen = call, rows.gathered(call, critical)
+        self.call, self.chosen = call, call.gathered(critical)
         self.dead = critical < 0
         self.x = self.chosen.values
         self.z = _linear(self.x, call.q, call.q_bias)
@@ -186,7 +186,7 @@ def dsmil_pool_bwd(
 _NAMES = ("q", "q_bias", "q2", "q2_bias", "v", "v_bias")
 
 
-def _in_order(call: Call, inputs, found: dict[str, Tensor], needs, sink: RowGradients, names=_NAMES):
+def _in_order(call: _DSMIL, inputs, found: dict[str, Tensor], needs, sink: RowGradients, names=_NAMES):
     gradients = [sink.of_x(), *(found.get(name) for name in names), sink.weight, sink.bias]
     gradients = [
         torch.zeros_like(like) if need and gradient is None else gradient

@@ -11,8 +11,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from milkernels.triton import tuning
-from milkernels.triton.call import ceil_div, launch, power_of_two
 from milkernels.triton.common import activate, activation_gradient, dropout_factors, kept, kernel
+from milkernels.triton.host import ceil_div, launch, power_of_two
 
 _MOST_HEADS = 8  # the sums over hidden units are unrolled over the heads
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from milkernels.triton import pool, rows
-from milkernels.triton.call import Call, Rows
+from milkernels.triton.call import Call
+from milkernels.triton.instances import Instances, Rows
 
 
 class PoolGradients:
@@ -79,7 +80,7 @@ class RowGradients:
     """Where the gradient of the rows goes: to those of x; or through their embedding, slice by slice, to its weight,
     its bias and x. ``needs`` are those of an op, of x first and of the embedding last."""
 
-    def __init__(self, call: Call, needs):
+    def __init__(self, call: Instances, needs):
         self.call, (need_x, *_, need_weight, need_bias) = call, needs
         self.x = call.x.new_empty(call.x.shape) if need_x else None
         self.weight = call.zeros(call.width, call.x.shape[1]) if need_weight else None
@@ -120,7 +121,7 @@ class RowGradients:
             rows.expand(call, out, product=products.of_rows(z), scale=None if scale is None else 1 / scale, rows=block)
 
     def add_gathered(self, at: Rows, grad: Tensor) -> None:
-        """That of rows that `rows.gathered` has found, [B, C, width]."""
+        """That of rows that `Instances.gathered` has found, [B, C, width]."""
         if not self.wanted or self.call.rows == 0:
             return
         if self.call.embedding is not None:

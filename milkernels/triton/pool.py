@@ -7,8 +7,9 @@ their slots. Nothing is added atomically, so results are the same from run to ru
 import triton.language as tl
 from torch import Tensor
 
-from milkernels.triton.call import Call, ceil_div, launch, power_of_two
+from milkernels.triton.call import Call
 from milkernels.triton.common import finite_or_zero, kernel, log_sum_exp, real_rows, segment, slots_of
+from milkernels.triton.host import ceil_div, launch, power_of_two
 
 HEADS = 4  # that share a read of the rows
 

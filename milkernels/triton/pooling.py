@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from milkernels.triton import pool, rows, single_pass
-from milkernels.triton.call import Call, Rows
-from milkernels.triton.embedding import embedding_of
+from milkernels.triton.call import Call
 from milkernels.triton.gradients import PoolGradients, RowGradients, alive, in_their_types, wanted
+from milkernels.triton.instances import Instances, Rows
 
 _DEAD = float("-inf")
 
@@ -85,11 +85,11 @@ def _query(call: Call, query: Tensor, scale: float) -> Tensor:
 
 
 def query_scores_fwd(x, query, offsets, mask, scale, *embed):
-    call = Call(x, offsets, mask, embedding_of(x, *embed))
+    call = Instances(x, offsets, mask, *embed)
     return row_products(call, _query(call, query, scale), None)
 
 
-def row_products(call: Call, vectors: Tensor, shift: Tensor | None) -> Tensor:
+def row_products(call: Instances, vectors: Tensor, shift: Tensor | None) -> Tensor:
     """``<x_i, vectors[b, k]> + shift[b, k]`` [N, K], -inf where masked."""
     out = call.empty(call.rows, vectors.shape[-2])
     for block in call.slices():
@@ -98,11 +98,11 @@ def row_products(call: Call, vectors: Tensor, shift: Tensor | None) -> Tensor:
 
 
 def query_pool_fwd(x, query, offsets, mask, scale, *embed):
-    call = Call(x, offsets, mask, embedding_of(x, *embed))
+    call = Instances(x, offsets, mask, *embed)
     return pool_by_products(call, _query(call, query, scale), None)
 
 
-def pool_by_products(call: Call, vectors: Tensor, shift: Tensor | None):
+def pool_by_products(call: Instances, vectors: Tensor, shift: Tensor | None):
     """``(bag, scores, lse)`` for the scores ``<x_i, vectors[b, k]> + shift[b, k]``."""
     pooled = single_pass.score_pool(call, vectors, shift, classes=False)
     if pooled is not None:
@@ -118,7 +118,7 @@ def pool_by_products(call: Call, vectors: Tensor, shift: Tensor | None):
     return bag, scores, lse
 
 
-def pool_by_products_backward(call: Call, gradients: PoolGradients, vectors: Tensor, sink: RowGradients) -> Tensor:
+def pool_by_products_backward(call: Instances, gradients: PoolGradients, vectors: Tensor, sink: RowGradients) -> Tensor:
     """Adds to the gradient of the rows; returns that of the vectors [B, K, L]."""
     sums = None
     if gradients.bag is not None:
@@ -139,7 +139,7 @@ def query_bwd(
     grad_bag, grad_scores, grad_lse, needs,
 ):  # fmt: skip
     inputs = wanted(needs, x=x, query=query, e_weight=e_weight, e_bias=e_bias)
-    call = Call(x, offsets, mask, embedding_of(x, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype))
+    call = Instances(x, offsets, mask, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
     sink = RowGradients(call, needs)
     gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.wanted)
     grad_query = pool_by_products_backward(call, gradients, _query(call, query, scale), sink) * scale
@@ -152,7 +152,7 @@ def query_bwd(
 
 
 def loss_attention_pool_fwd(x, weight, bias, offsets, mask, *embed):
-    call = Call(x, offsets, mask, embedding_of(x, *embed))
+    call = Instances(x, offsets, mask, *embed)
     vectors, shift = call.take(weight), _per_bag(call, bias)
     pooled = single_pass.score_pool(call, vectors, shift, classes=True)
     if pooled is not None:
@@ -169,7 +169,7 @@ def loss_attention_pool_fwd(x, weight, bias, offsets, mask, *embed):
     return bag, scores, lse, logits
 
 
-def class_logits(call: Call, weight: Tensor, bias: Tensor | None) -> Tensor:
+def class_logits(call: Instances, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``W x_i + b`` [N, C], -inf where masked."""
     return row_products(call, call.take(weight), _per_bag(call, bias))
 
@@ -183,7 +183,7 @@ def loss_attention_pool_bwd(
     e_dtype, grad_bag, grad_scores, grad_lse, grad_logits, needs,
 ):  # fmt: skip
     inputs = wanted(needs, x=x, weight=weight, bias=bias, e_weight=e_weight, e_bias=e_bias)
-    call = Call(x, offsets, mask, embedding_of(x, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype))
+    call = Instances(x, offsets, mask, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
     sink, gradients = RowGradients(call, needs), None
     if grad_bag is not None or grad_scores is not None or grad_lse is not None:
         gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.wanted)
@@ -206,7 +206,7 @@ def loss_attention_pool_bwd(
 
 
 def linear_gradients(
-    call: Call,
+    call: Instances,
     weight: Tensor,
     of_logits: Tensor,
     gradients: PoolGradients | None,

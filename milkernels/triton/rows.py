@@ -4,13 +4,12 @@ With the sums of ``pool`` these are the three derivatives of  sum_ik weight[i,k]
 op and its backward are made.
 """
 
-from dataclasses import replace
-
 import triton.language as tl
 from torch import Tensor
 
-from milkernels.triton.call import Call, Rows, ceil_div, launch, power_of_two
+from milkernels.triton.call import Call
 from milkernels.triton.common import activation_gradient, dropout_factors, kernel, real_rows, segment, shifted
+from milkernels.triton.host import ceil_div, launch, power_of_two
 from milkernels.triton.pool import row_tile
 
 
@@ -304,21 +303,6 @@ def operand(call: Call, x: Tensor, block: slice, dtype, *, clean: bool) -> Tenso
     """The slice's rows, which ``x`` holds, for products: a copy where the type is another, or masked rows, which may
     hold anything, are in the way of sums."""
     return staged(call, x, block, dtype) if x.dtype != dtype or (clean and call.mask is not None) else x
-
-
-# Few rows
-
-
-def gathered(call: Call, indices: Tensor) -> Rows:
-    """Rows by their numbers [B, C], 0 for -1: values [B, C, width] in the accumulation type."""
-    if call.rows == 0:
-        return Rows(indices, call.zeros(*indices.shape, call.width))
-    flat = indices.flatten()
-    found = call.x.index_select(0, flat.clamp(0, call.rows - 1)).masked_fill((flat < 0)[:, None], 0)
-    if call.embedding is None:
-        return Rows(indices, call.take(found).unflatten(0, indices.shape))
-    found = call.embedding.of_rows(call, found.to(call.embedding.type), indices, keep=True)
-    return replace(found, values=call.take(found.values).unflatten(0, indices.shape))
 
 
 def add_to_rows(indices: Tensor, vectors: Tensor, out: Tensor) -> None:

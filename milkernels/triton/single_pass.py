@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from milkernels.triton import pool
-from milkernels.triton.call import Call, launch, power_of_two
 from milkernels.triton.common import finite_or_zero, kernel, log_sum_exp, real_rows, segment, shifted
 from milkernels.triton.gradients import PoolGradients, RowGradients
+from milkernels.triton.host import launch, power_of_two
+from milkernels.triton.instances import Instances
 
 
 @kernel
@@ -173,7 +174,7 @@ def score_and_pool_backward(
 # Launches
 
 
-def tile(call: Call, vectors: int, kept: int, tiles: int) -> dict[str, int] | None:
+def tile(call: Instances, vectors: int, kept: int, tiles: int) -> dict[str, int] | None:
     """A tile of whole rows, of which ``tiles`` are alive at once, beside vectors of which ``kept`` numbers each stay in
     registers for a column; None where they do not fit, or rows come slice by slice."""
     if call.embedding is not None:
@@ -188,7 +189,7 @@ def tile(call: Call, vectors: int, kept: int, tiles: int) -> dict[str, int] | No
     return {"BL": columns, "BN": max(2, min(16, power_of_two(rows + 1) // 2)), "num_warps": warps}
 
 
-def score_pool(call: Call, vectors: Tensor, shift: Tensor | None, classes: bool):
+def score_pool(call: Instances, vectors: Tensor, shift: Tensor | None, classes: bool):
     """``(bag, scores, lse, products)``: vectors [B, J, L], or [J, L] for all bags; shift [B, J]. None: too large."""
     J = vectors.shape[-2]
     shape = tile(call, J, kept=2, tiles=2)
@@ -214,7 +215,7 @@ def _stride(vectors: Tensor) -> int:
 
 
 def score_pool_backward(
-    call: Call, gradients: PoolGradients, vectors: Tensor, sink: RowGradients, logits=None, grad_logits=None
+    call: Instances, gradients: PoolGradients, vectors: Tensor, sink: RowGradients, logits=None, grad_logits=None
 ):
     """``(sums [B, J, L], sums of coefficients [B, J] of classes)``; the gradient of x is written. None: too large.
 

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from milkernels.triton import tuning
-from milkernels.triton.call import Products, ceil_div, launch, power_of_two, product
 from milkernels.triton.common import kernel
+from milkernels.triton.host import Products, ceil_div, launch, power_of_two, product
 
 
 @kernel

@@ -1,15 +1,18 @@
 """The instance stage, ``h = drop(act(W x + b))``: the library's product on a slice of rows and a kernel for the rest,
 both again in the backward, so that no more than a slice of h is ever there."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from milkernels.triton import rows, split, tuning
-from milkernels.triton.call import (
-    Call,
-    Rows,
+from milkernels.triton.call import Call
+from milkernels.triton.common import activate, activation_gradient, dropout_factors, kept, kernel, tanh_slope
+from milkernels.triton.host import (
     accumulation_dtype,
     ceil_div,
     dropout_bits,
@@ -18,7 +21,6 @@ from milkernels.triton.call import (
     power_of_two,
     product_dtype,
 )
-from milkernels.triton.common import activate, activation_gradient, dropout_factors, kept, kernel, tanh_slope
 
 
 @triton.jit
@@ -94,6 +96,16 @@ def embed_gradients(
         sums += tl.sum(g, axis=0)
         tl.store(OUT + at, (g * grad_scale).to(OUT.dtype.element_ty), mask=inside)
     tl.store(SUMS + tl.program_id(0) * E + e, sums, mask=e < E)
+
+
+@dataclass
+class Rows:
+    """Some rows as an op sees them, and what the gradient of embedded ones goes back through."""
+
+    which: slice | Tensor  # their numbers; there is no row -1
+    values: Tensor
+    x: Tensor | None = None  # what is embedded, in the type of products
+    argument: Tensor | None = None  # of the activation, as `Embedding` keeps it
 
 
 _SUMMED_ROWS = 64  # by one program of embed_gradients
@@ -174,13 +186,39 @@ class Embedding:
         return min(max(power_of_two(self.width), 16), 128)
 
 
-def embedding_of(
-    x: Tensor, weight=None, bias=None, seed=None, activation=None, dropout_p=0.0, dtype=None
-) -> Embedding | None:
-    """From the arguments of an op; None where it has no instance stage."""
-    return None if weight is None else Embedding(x, weight, bias, seed, activation, dropout_p, dtype)
-
-
 def _places(which: slice | Tensor) -> tuple[int, Tensor | None]:
     """``(first row, None)`` or ``(0, numbers)``, as kernels take them."""
     return (which.start, None) if isinstance(which, slice) else (0, which.flatten())
+
+
+class Instances(Call):
+    """A call whose op sees the rows ``x [N, L]`` as they are, or embedded [N, E] where a weight is given."""
+
+    def __init__(self, x, offsets, mask, weight=None, bias=None, seed=None, activation=None, dropout_p=0.0, dtype=None):
+        super().__init__(x, offsets, mask)
+        self.embedding = None
+        if weight is not None:
+            self.embedding = Embedding(x, weight, bias, seed, activation, dropout_p, dtype)
+            self.width, self.dtype = self.embedding.width, self.embedding.type
+
+    def rows_at(self, block: slice, *, keep: bool = False) -> Rows:
+        """A slice of rows as the op sees them; ``keep`` what their gradient goes back through."""
+        if self.embedding is None:
+            return Rows(block, self.x[block])
+        return self.embedding.of_slice(self, block, keep)
+
+    def slices(self, bytes_per_row: int | None = None) -> Iterable[slice]:
+        if self.embedding is not None:
+            return self.blocks((bytes_per_row or 0) + self.embedding.bytes_per_row(self))
+        return super().slices(bytes_per_row)
+
+    def gathered(self, indices: Tensor) -> Rows:
+        """Rows by their numbers [B, C], 0 for -1: values [B, C, width] in the accumulation type."""
+        if self.rows == 0:
+            return Rows(indices, self.zeros(*indices.shape, self.width))
+        flat = indices.flatten()
+        found = self.x.index_select(0, flat.clamp(0, self.rows - 1)).masked_fill((flat < 0)[:, None], 0)
+        if self.embedding is None:
+            return Rows(indices, self.take(found).unflatten(0, indices.shape))
+        found = self.embedding.of_rows(self, found.to(self.embedding.type), indices, keep=True)
+        return replace(found, values=self.take(found.values).unflatten(0, indices.shape))
