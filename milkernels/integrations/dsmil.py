@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from milkernels import ops
-from milkernels.integrations.engine import Structure, has, structure_of
+from milkernels.integrations.engine import Structure, has, register, structure_of
 from milkernels.integrations.layers import (
     Embedding,
     activation,
@@ -262,4 +262,4 @@ class MILLabDSMIL(Structure):
 
 
 SECOND_STREAM, MILLAB_SECOND_STREAM = BClassifier(), MILLabBClassifier()
-STRUCTURES = (SECOND_STREAM, MILNet(), TorchmilDSMIL(), MILLAB_SECOND_STREAM, MILLabDSMIL())
+register(SECOND_STREAM, MILNet(), TorchmilDSMIL(), MILLAB_SECOND_STREAM, MILLabDSMIL())

@@ -60,6 +60,14 @@ class Structure:
         raise NotImplementedError
 
 
+_STRUCTURES: list[Structure] = []  # in the order in which they are tried
+
+
+def register(*structures: Structure) -> None:
+    """Has `accelerate` recognise them; a pickled module finds them by their names, which differ."""
+    _STRUCTURES.extend(structures)
+
+
 def has(module: nn.Module, *names: str) -> bool:
     """Whether all of these are submodules."""
     return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
@@ -145,9 +153,7 @@ def _reduce_ex(self, protocol):
 
 
 def _rebuild(original: type, names: tuple[str, ...], minimum: int | None, waiting: bool, *arguments) -> nn.Module:
-    from milkernels.integrations.structures import STRUCTURES
-
-    candidates = tuple(s for name in names for s in STRUCTURES if s.name == name)
+    candidates = tuple(s for name in names for s in _STRUCTURES if s.name == name)
     cls = _subclass(original, candidates, minimum, waiting)
     return cls.__new__(cls, *arguments)
 
@@ -245,10 +251,10 @@ def rebind_captured(model: nn.Module) -> None:
                     vars(holder)[key] = types.MethodType(now, value.__self__)
 
 
-def candidates_among(structures: Iterable[Structure], model: nn.Module) -> Iterator[tuple[str, nn.Module, list]]:
+def candidates_among(model: nn.Module) -> Iterator[tuple[str, nn.Module, list]]:
     """Modules that look like a structure, inner ones first: outer ones build on what their parts turned out to be."""
     for name, module in reversed(list(model.named_modules())):
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        if found := [s for s in structures if s.looks_like(module)]:
+        if found := [s for s in _STRUCTURES if s.looks_like(module)]:
             yield name, module, found
