@@ -7,15 +7,15 @@ import triton.language as tl
 from torch import Tensor
 
 from milkernels.triton import fused, pool, rows, split, tuning
-from milkernels.triton.common import activate, activation_gradient, dropout_factors, kept, kernel, sigmoid
+from milkernels.triton.common import activate, activation_gradient, apply_dropout, dropout_factors, kernel, sigmoid
 from milkernels.triton.gradients import (
     PoolGradients,
     RowGradients,
     add_scaled,
+    checked_inputs,
     in_their_types,
-    largest,
+    largest_finite,
     power_of_two_scale,
-    wanted,
 )
 from milkernels.triton.host import (
     Products,
@@ -47,7 +47,7 @@ def gate_scores(
         inside = (r < last)[:, None] & (d < D)[None, :]
         gate = activate(_units(z_rows, BIAS, d, inside, D, A), ACTIVATION)
         if SEED is not None:
-            gate = kept(gate, dropout_factors(SEED, r, unit, threshold, 0, BD, A))
+            gate = apply_dropout(gate, dropout_factors(SEED, r, unit, threshold, 0, BD, A))
         if GATED:
             u = sigmoid(_units(z_rows + D, None if BIAS is None else BIAS + D, d, inside, D, A))
             if SEED is not None:
@@ -106,8 +106,8 @@ def gate_backward(
         dt = activation_gradient(v, t, ACTIVATION)
         if SEED is not None:
             factor = dropout_factors(SEED, r, unit, threshold, 0, BD, A)
-            t = kept(t, factor)
-            dt = kept(dt, factor)
+            t = apply_dropout(t, factor)
+            dt = apply_dropout(dt, factor)
         gate = t
         if GATED:
             u = sigmoid(_units(z_rows + D, None if BIAS is None else BIAS + D, d, inside, D, A))
@@ -117,10 +117,10 @@ def gate_backward(
                 u = u * factor
                 du = du * factor
             gate = t * u
-        alive = inside
+        real = inside
         if MASK is not None:
-            alive = inside & (tl.load(MASK + r, mask=r < last, other=0) != 0)[:, None]
-            gate = tl.where(alive, gate, 0.0)
+            real = inside & (tl.load(MASK + r, mask=r < last, other=0) != 0)[:, None]
+            gate = tl.where(real, gate, 0.0)
         dgate = tl.zeros([BN, BD], A)
         added = ()
         for j in tl.static_range(K):
@@ -130,12 +130,12 @@ def gate_backward(
             added = added + (dw[j] + tl.sum(gate * ds[:, None], axis=0),)
         dw = added
         if GATED:
-            dz = tl.where(alive, dgate * u * dt, 0.0)
-            dz_u = tl.where(alive, dgate * t * du, 0.0)
+            dz = tl.where(real, dgate * u * dt, 0.0)
+            dz_u = tl.where(real, dgate * t * du, 0.0)
             du_bias += tl.sum(dz_u, axis=0)
             tl.store(z_rows + D + d[None, :], (dz_u * grad_scale).to(Z.dtype.element_ty), mask=inside)
         else:
-            dz = tl.where(alive, dgate * dt, 0.0)
+            dz = tl.where(real, dgate * dt, 0.0)
         dv_bias += tl.sum(dz, axis=0)
         tl.store(z_rows + d[None, :], (dz * grad_scale).to(Z.dtype.element_ty), mask=inside)
     sums = SUMS + tl.program_id(0) * ((K + 2) * D) + d
@@ -157,7 +157,7 @@ class _Attention(Instances):
         self.weight = torch.cat([w.to(self.type) for w in weights]) if self.gated else v_weight.to(self.type)
         self.weight = self.weight.contiguous()
         self.heads, self.hidden = w_weight.shape
-        self.w, self.w_bias = self.take(w_weight), self.take(w_bias)
+        self.w, self.w_bias = self.to_acc(w_weight), self.to_acc(w_bias)
         self.bias = None
         if v_bias is not None or u_bias is not None:
             none = self.zeros(self.hidden)
@@ -192,7 +192,7 @@ class _Attention(Instances):
         """What gradients of units are multiplied by in float16, from those of scores."""
         if self.type != torch.float16:
             return None
-        return power_of_two_scale(largest(ds) * self.w.abs().nan_to_num(0, 0, 0).sum(0).amax(), self.headroom())
+        return power_of_two_scale(largest_finite(ds) * self.w.abs().nan_to_num(0, 0, 0).sum(0).amax(), self.headroom())
 
     def headroom(self) -> int:
         """Bits by which a unit's gradient may exceed its score's: factors of dropout, and what a gate multiplies."""
@@ -250,7 +250,7 @@ def attention_bwd(
     e_weight, e_bias, e_seed, activation, dropout_p, compute_dtype, e_activation, e_dropout_p, e_dtype,
     grad_bag, grad_scores, grad_lse, needs,
 ):  # fmt: skip
-    inputs = wanted(
+    inputs = checked_inputs(
         needs, x=x, v_weight=v_weight, v_bias=v_bias, u_weight=u_weight, u_bias=u_bias, w_weight=w_weight,
         w_bias=w_bias, e_weight=e_weight, e_bias=e_bias,
     )  # fmt: skip
@@ -258,7 +258,7 @@ def attention_bwd(
     call = _Attention(x, parameters, offsets, mask, seed, activation, dropout_p, compute_dtype, *embed)
     embedded, sink = call.embedding is not None, RowGradients(call, needs)
     pooled = None if embedded else call.x
-    gradients = PoolGradients(call, pooled, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.wanted)
+    gradients = PoolGradients(call, pooled, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.needed)
     ds, D, K = gradients.scores, call.hidden, call.heads
 
     need_weight = needs[1] or needs[3]
@@ -278,11 +278,11 @@ def attention_bwd(
         z, part = gradients_of_products(call, x_rows, block, ds, scale)
         sums += part.sum(0)
         if need_weight:
-            add_scaled(grad_weight, call.products.of_weight(z, x_rows), scale)
+            add_scaled(grad_weight, call.products.weight_gradient(z, x_rows), scale)
         if direct:
-            call.products.of_rows(z, sink.x[block])
-        elif sink.wanted:
-            sink.add(at, *terms, product=call.products.of_rows(z), scale=None if scale is None else 1 / scale)
+            call.products.rows_gradient(z, sink.x[block])
+        elif sink.needed:
+            sink.add(at, *terms, product=call.products.rows_gradient(z), scale=None if scale is None else 1 / scale)
         at = x_rows = z = None  # before those of the next slice
     if direct and gradients.weights is not None:
         rows.expand(call, sink.x, *terms, product=sink.x)

@@ -1,4 +1,4 @@
-"""One call of an op on the host: its tensors as kernels take them, its schedule.
+"""One call of an op on the host: its tensors as kernels take them, and its schedule of chunks, slots and slices.
 
 Nothing here waits for the device or reads from it, so every op can be captured in a CUDA graph.
 """
@@ -12,15 +12,16 @@ from torch import Tensor
 from milkernels import ragged
 from milkernels.triton.host import accumulation_dtype, ceil_div, power_of_two
 
-# Of row chunks between two kernels, in bytes: large enough that launches hide, small enough to stay in the L2 of a
-# data-centre GPU, and under the 64 MB that DESIGN allows.
+# The bytes that a slice of rows may take between two kernels: enough that launches hide behind the work, few enough to
+# stay in the L2 of a data-centre GPU.
 WORKSPACE = 32 << 20
-_MOST_CHUNKS = 1 << 14  # partial results of one bag are merged a hundred at a time
+_MOST_CHUNKS = 1 << 14  # one program merges the partial results of a bag, a hundred at a time
 
 
 @dataclass
 class Call:
-    """Rows ``x [N, L]`` in bags. ``offsets`` None is one bag, ``mask`` bool [N] or None."""
+    """The rows ``x`` [N, L] of a call, in bags: ``offsets`` int64 [B + 1], None for one bag; ``mask`` bool [N] or
+    None."""
 
     x: Tensor
     offsets: Tensor | None
@@ -29,12 +30,12 @@ class Call:
     def __post_init__(self):
         self.x = self.x if self.x.stride(1) == 1 and self.x.stride(0) >= self.x.shape[1] else self.x.contiguous()
         self.rows = self.x.shape[0]
-        self.width, self.dtype = self.x.shape[1], self.x.dtype  # of rows as the op sees them
+        self.width, self.dtype = self.x.shape[1], self.x.dtype  # `Instances` replaces both where rows are embedded
         self.bags = 1 if self.offsets is None else self.offsets.shape[0] - 1
         self.offsets = None if self.offsets is None else self.offsets.contiguous()
         self.mask = None if self.mask is None else self.mask.contiguous().view(torch.uint8)
         self.acc = accumulation_dtype(self.x)
-        # The schedule of `ragged`, with longer chunks where there are very many rows.
+        # Chunks are as long as `ragged` says, and longer where there are very many rows.
         self.chunk = ragged.chunk_rows(self.rows)
         self.chunk *= power_of_two(ceil_div(self.rows, self.chunk * _MOST_CHUNKS))
 
@@ -44,22 +45,23 @@ class Call:
     def zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.x.new_zeros(shape, dtype=dtype or self.acc)
 
-    def take(self, t: Tensor | None) -> Tensor | None:
-        """A parameter or a gradient as kernels read it: contiguous, in the accumulation type."""
+    def to_acc(self, t: Tensor | None) -> Tensor | None:
+        """Converts a parameter or a gradient to what kernels read: contiguous, in the accumulation type."""
         return None if t is None else t.to(self.acc).contiguous()
 
     @property
     def slots(self) -> int:
-        """Of partial results: one for each chunk and bag."""
+        """How many partial results there are at most: a slot is a chunk number plus a bag number."""
         return ceil_div(self.rows, self.chunk) + self.bags
 
     def slots_in(self, rows: slice) -> int:
-        """How many slots the rows need; the first is ``start // chunk``, and ``start`` begins a chunk."""
+        """How many slots a slice of rows needs; its first slot is ``start // chunk``, where ``start`` begins a
+        chunk."""
         return ceil_div(rows.stop - rows.start, self.chunk) + self.bags - 1
 
     @property
     def parts(self) -> int:
-        """Programs that share a segment, where rows need no sums."""
+        """How many programs share a segment in kernels that sum nothing over rows."""
         return ceil_div(self.chunk, 64)
 
     @property
@@ -67,11 +69,11 @@ class Call:
         return slice(0, self.rows)
 
     def slices(self, bytes_per_row: int | None = None) -> Iterable[slice]:
-        """Of rows, whose workspace stays within bounds; where there is none, all of them at once."""
+        """Cuts the rows into slices whose workspace stays within `WORKSPACE`; all are one slice where there is none."""
         return [self.whole] if bytes_per_row is None else self.blocks(bytes_per_row)
 
     def blocks(self, bytes_per_row: int) -> Iterator[slice]:
-        """Even slices of rows, of whole chunks, whose workspace stays within bounds."""
+        """Cuts the rows into slices of whole chunks, about equally long, whose workspace stays within `WORKSPACE`."""
         chunks = ceil_div(self.rows, self.chunk)
         most = max(1, WORKSPACE // (bytes_per_row * self.chunk))
         count = ceil_div(chunks, most)

@@ -9,7 +9,7 @@ from torch import Tensor
 from milkernels.triton import pool
 from milkernels.triton.call import Call
 from milkernels.triton.common import bag_rows, kernel, real_rows, segment, slots_of
-from milkernels.triton.gradients import RowGradients, alive, in_their_types, wanted
+from milkernels.triton.gradients import RowGradients, checked_inputs, in_their_types, zero_where_dead
 from milkernels.triton.host import ceil_div, launch
 from milkernels.triton.instances import Instances
 from milkernels.triton.pooling import class_logits, linear_gradients
@@ -18,7 +18,7 @@ _NONE = tl.constexpr(1 << 62)  # later than any row
 
 
 @triton.jit
-def _first(values, index, eligible, none):
+def _first_largest(values, index, eligible, none):
     """``(value, index)`` of the first largest, down the columns; NaN is the largest; ``none``, beyond any index, where
     nothing is eligible."""
     nan = tl.min(tl.where(eligible & (values != values), index, none), axis=0)
@@ -54,7 +54,7 @@ def max_partial(
             x = tl.load(X + r[:, None] * x_stride + c[None, :], mask=used, other=float("-inf")).to(A)
             if DEAD:
                 used = used & (x != float("-inf"))
-            value, at = _first(x, tl.arange(0, BN)[:, None], used, BN)
+            value, at = _first_largest(x, tl.arange(0, BN)[:, None], used, BN)
             best, best_at = _better(value, tl.where(at < BN, tl.cast(row, tl.int64) + at, _NONE), best, best_at)
         tl.store(VALUES + tl.cast(slot, tl.int64) * L + c, best, mask=c < L)
         tl.store(ROWS + tl.cast(slot, tl.int64) * L + c, best_at, mask=c < L)
@@ -77,7 +77,7 @@ def max_combine(
         used = (s < end)[:, None] & (c < L)[None, :]
         value = tl.load(VALUES + s[:, None] * L + c[None, :], mask=used, other=float("-inf"))
         at = tl.load(ROWS + s[:, None] * L + c[None, :], mask=used, other=_NONE)
-        value, at = _first(value, at, used & (at < _NONE), _NONE)
+        value, at = _first_largest(value, at, used & (at < _NONE), _NONE)
         best, best_at = _better(value, at, best, best_at)
     none = best_at == _NONE
     out = tl.cast(bag, tl.int64) * L + c
@@ -126,12 +126,12 @@ def pick(X, MASK, OFFSETS, ORDER, VALUES, INDICES, rows, K, k, x_stride, NONE: t
     inside = (i < k) & (start + i < end)
     row = tl.load(ORDER + tl.cast(column, tl.int64) * rows + start + i, mask=inside, other=0)
     x = tl.load(X + row * x_stride + column, mask=inside, other=float("-inf"))
-    alive = inside & (x != float("-inf"))
+    living = inside & (x != float("-inf"))
     if MASK is not None:
-        alive = alive & (tl.load(MASK + row, mask=inside, other=0) != 0)
+        living = living & (tl.load(MASK + row, mask=inside, other=0) != 0)
     at = tl.cast(tl.program_id(0), tl.int64) * k + i
-    tl.store(VALUES + at, tl.where(alive, x, NONE), mask=i < k)
-    tl.store(INDICES + at, tl.where(alive, row, -1), mask=i < k)
+    tl.store(VALUES + at, tl.where(living, x, NONE), mask=i < k)
+    tl.store(INDICES + at, tl.where(living, row, -1), mask=i < k)
 
 
 # Launches
@@ -178,7 +178,7 @@ def instance_max_bwd(
     x, weight, bias, offsets, mask, indices, logits, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype,
     grad_values, grad_logits, needs,
 ):  # fmt: skip
-    inputs = wanted(needs, x=x, weight=weight, bias=bias, e_weight=e_weight, e_bias=e_bias)
+    inputs = checked_inputs(needs, x=x, weight=weight, bias=bias, e_weight=e_weight, e_bias=e_bias)
     call = Instances(x, offsets, mask, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
     sink = RowGradients(call, needs)
     of_layer = instance_max_gradients(call, weight, indices, logits, grad_values, grad_logits, needs[1:3], sink)
@@ -192,16 +192,16 @@ def instance_max_gradients(
     """Those of W and b; that of the rows is added to ``sink``. Few rows have one, unless the logits do; ``chosen`` are
     these few where they are at hand."""
     indices = indices.contiguous()
-    grad_values = call.take(grad_values)
+    grad_values = call.to_acc(grad_values)
     if grad_logits is not None:
-        of_logits = alive(call.take(grad_logits), logits)
+        of_logits = zero_where_dead(call.to_acc(grad_logits), logits)
         if grad_values is not None:
             put(indices, grad_values, of_logits, add=True)
         return linear_gradients(call, weight, of_logits, None, needs[0], sink)
     chosen = chosen or call.gathered(indices)
     g = grad_values.masked_fill(indices < 0, 0)[:, :, None]
-    if sink.wanted:
-        sink.add_gathered(chosen, g * call.take(weight))
+    if sink.needed:
+        sink.add_gathered(chosen, g * call.to_acc(weight))
     return (g * chosen.values).sum(0) if needs[0] else None, g.sum((0, 2)) if needs[1] else None
 
 

@@ -12,7 +12,7 @@ kernel = triton.jit(do_not_specialize=("bags", "rows", "first", "last", "count",
 
 @triton.jit
 def bag_rows(OFFSETS, bag, num_rows):
-    """The rows ``[start, end)`` of a bag, within ``[0, num_rows]`` whatever the offsets say."""
+    """The rows ``[start, end)`` of a bag, kept within ``[0, num_rows]`` whatever the offsets say."""
     if OFFSETS is None:
         start = tl.cast(0, tl.int64)
         end = tl.cast(num_rows, tl.int64)
@@ -53,10 +53,10 @@ def slots_of(OFFSETS, bag, num_rows, R: tl.constexpr):
 @triton.jit
 def real_rows(MASK, rows, end):
     """Which of the rows are inside the segment and not masked."""
-    alive = rows < end
+    real = rows < end
     if MASK is not None:
-        alive = alive & (tl.load(MASK + rows, mask=alive, other=0) != 0)
-    return alive
+        real = real & (tl.load(MASK + rows, mask=real, other=0) != 0)
+    return real
 
 
 @triton.jit
@@ -67,14 +67,15 @@ def finite_or_zero(top):
 
 @triton.jit
 def log_sum_exp(top, total):
-    """From a maximum and the sum of exponentials less it. Of a score of inf the sum is NaN, as its weight is."""
+    """The logsumexp of scores, from their maximum and the sum of exp(score - maximum). A score of inf makes that sum
+    NaN, as it does its weight."""
     lse = tl.where(total == 0, float("-inf"), finite_or_zero(top) + tl.log(total))
     return tl.where(top == float("inf"), float("inf"), lse)
 
 
 @triton.jit
 def shifted(product, shift):
-    """A product and the shift of its vector; one of -inf hides the vector from rows that hold anything."""
+    """product + shift; -inf where the shift is -inf, which hides a vector from rows that may hold anything."""
     return tl.where(shift == _DEAD, _DEAD, product + shift)
 
 
@@ -117,7 +118,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_gradient(x, y, ACTIVATION: tl.constexpr):
-    """The derivative at ``x``, where the activation is ``y``."""
+    """The derivative of the activation at ``x``, where its value is ``y``."""
     if ACTIVATION == "tanh":
         return 1.0 - y * y
     elif ACTIVATION == "relu":
@@ -143,12 +144,12 @@ def dropout_factors(SEED, rows, unit, threshold, BRANCH: tl.constexpr, UNITS: tl
     w0, w1, w2, w3 = tl.philox(seed, low, high, group[None, :] + zero, zero + BRANCH)
     words = tl.permute(tl.join(tl.join(w0, w1), tl.join(w2, w3)), (0, 1, 3, 2))  # last: word >> 1, word & 1
     lanes = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (rows.shape[0], UNITS))
-    # Nothing is kept where the threshold is 65536.
+    # A threshold of 65536 drops every unit, and the scale is never used.
     scale = tl.cast(65536, A) / tl.cast(tl.maximum(65536 - threshold, 1), A)
     return tl.where(lanes.to(tl.int32) >= threshold, scale, 0.0)
 
 
 @triton.jit
-def kept(x, factor):
-    """Dropped units are selected away: an activation may be infinite."""
+def apply_dropout(x, factor):
+    """x * factor, and 0 where the factor is 0: a dropped activation may be infinite."""
     return tl.where(factor == 0, 0.0, x * factor)

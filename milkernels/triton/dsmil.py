@@ -14,11 +14,11 @@ from milkernels.triton.choice import first_max, instance_max_gradients
 from milkernels.triton.gradients import (
     PoolGradients,
     RowGradients,
-    alive,
+    checked_inputs,
     in_their_types,
-    largest,
+    largest_finite,
     power_of_two_scale,
-    wanted,
+    zero_where_dead,
 )
 from milkernels.triton.host import dropout_of, product, product_dtype
 from milkernels.triton.instances import Instances, Rows
@@ -30,14 +30,14 @@ _DEAD = float("-inf")
 class _DSMIL(Instances):
     def __init__(self, x, parameters, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, *embed):
         super().__init__(x, offsets, mask, *embed)
-        self.q, self.q_bias, self.q2, self.q2_bias, self.v, self.v_bias = (self.take(p) for p in parameters)
+        self.q, self.q_bias, self.q2, self.q2_bias, self.v, self.v_bias = (self.to_acc(p) for p in parameters)
         self.type = product_dtype(self.dtype, compute_dtype)
         self.activation = v_activation or "identity"
         self.dropout = dropout_of(seed, v_dropout_p)
         self.mlp = self.q2 is not None
         self.folded = self.v is not None and self.activation == "identity"
         self.layered = self.v is not None and not self.folded  # the value is no linear map of what is pooled
-        self.staged = self.layered or self.dropout[0] is not None  # and its rows are not those of x
+        self.computes_values = self.layered or self.dropout[0] is not None  # and its rows are not those of x
         self.scale = (self.q2 if self.mlp else self.q).shape[0] ** -0.5 if scale is None else scale
 
     @property
@@ -71,7 +71,7 @@ class _DSMIL(Instances):
         """``(input, what is pooled, its argument or value)`` of a staged value of the slice's rows, which ``x`` holds;
         the last one is for its derivative."""
         if self.dropout[0] is not None:
-            x = rows.staged(self, x, block, self.type if self.layered else self.dtype, dropout=self.dropout)
+            x = rows.copied(self, x, block, self.type if self.layered else self.dtype, dropout=self.dropout)
         else:
             x = self.operand(x, block, clean=clean)
         if not self.layered:
@@ -136,7 +136,7 @@ def _add(found: dict[str, Tensor], name: str, part: Tensor) -> None:
 
 def dsmil_pool_fwd(x, instance_logits, q, q_bias, q2, q2_bias, v, v_bias, offsets, mask, *options):
     call = _DSMIL(x, (q, q_bias, q2, q2_bias, v, v_bias), offsets, mask, *options)
-    _, critical = first_max(call, masked(call.take(instance_logits), mask), dead=True, empty=_DEAD)
+    _, critical = first_max(call, masked(call.to_acc(instance_logits), mask), dead=True, empty=_DEAD)
     return _second_stream(call, critical)
 
 
@@ -144,19 +144,19 @@ def _second_stream(call: _DSMIL, critical: Tensor):
     queries = _CriticalQueries(call, critical)
     C = critical.shape[1]
     scores = call.empty(call.rows, C)
-    if not call.mlp and not call.staged:
+    if not call.mlp and not call.computes_values:
         bag, scores, lse = pool_by_products(call, queries.vectors.contiguous(), queries.shift)
     else:
         if not call.mlp and call.embedding is None:
             rows.products(call, call.x, queries.vectors, shift=queries.shift, fill=_DEAD, out=scores)
         partials = pool.Partials(call, C, call.pooled_width)
-        for block in call.slices(call.workspace(of_query=call.mlp, of_value=call.staged, gradient=False)):
+        for block in call.slices(call.workspace(of_query=call.mlp, of_value=call.computes_values, gradient=False)):
             values = scored = call.rows_at(block).values
             if call.mlp:
                 _, scored = call.query_rows(call.operand(values, block, clean=False))
             if call.mlp or call.embedding is not None:
                 rows.products(call, scored, queries.vectors, shift=queries.shift, fill=_DEAD, rows=block, out=scores)
-            pooled = call.value_rows(values, block, clean=False)[1] if call.staged else values
+            pooled = call.value_rows(values, block, clean=False)[1] if call.computes_values else values
             partials.add(pooled, scores, block, call.mask)
             values = scored = pooled = None  # before those of the next slice
         bag, lse = partials.result()
@@ -171,7 +171,7 @@ def dsmil_pool_bwd(
     e_seed, v_activation, v_dropout_p, scale, compute_dtype, e_activation, e_dropout_p, e_dtype,
     grad_bag, grad_scores, grad_lse, needs,
 ):  # fmt: skip
-    inputs = wanted(
+    inputs = checked_inputs(
         needs, x=x, q_weight=q, q_bias=q_bias, q2_weight=q2, q2_bias=q2_bias, v_weight=v, v_bias=v_bias,
         e_weight=e_weight, e_bias=e_bias,
     )  # fmt: skip
@@ -200,19 +200,19 @@ def _second_stream_backward(
 ) -> dict[str, Tensor]:
     """The gradients of the parameters by name; that of the rows is added to ``sink``."""
     call, found = queries.call, {}
-    grad_bag = call.take(grad_bag)
+    grad_bag = call.to_acc(grad_bag)
     if call.folded and grad_bag is not None:
         grad_bag = grad_bag.masked_fill((lse == _DEAD)[..., None], 0)
         found["v"], found["v_bias"] = _outer(grad_bag, pooled), grad_bag.sum((0, 1))
         grad_bag = (grad_bag @ call.v).contiguous()
     bag = pooled if call.folded else bag
-    ds, dlse = call.take(grad_scores), call.take(grad_lse)
+    ds, dlse = call.to_acc(grad_scores), call.to_acc(grad_lse)
     # A shift of all scores of a bag and class leaves the weights as they are.
     grad_shift = None
     if not call.mlp and call.q_bias is not None and (ds is not None or dlse is not None):
         grad_shift = torch.zeros_like(lse) if dlse is None else dlse
         if ds is not None:
-            grad_shift = grad_shift + pool.column_sums(call, alive(ds, scores))
+            grad_shift = grad_shift + pool.column_sums(call, zero_where_dead(ds, scores))
         grad_shift = grad_shift.masked_fill(queries.dead, 0)
 
     if grad_bag is None and ds is None and dlse is None:
@@ -229,25 +229,25 @@ class _Backward:
         self.call, self.queries, self.sink, self.found = call, queries, sink, found
         # Rows that lie in x are read once for all of it, where neither a value nor a query is made of them.
         self.at_once = call.embedding is None
-        pooled = call.x if self.at_once and call.mlp and not call.staged else None
-        self.pool = PoolGradients(call, pooled, scores, bag, grad_bag, ds, dlse, weights=sink.wanted or call.layered)
-        self.values = call.staged and grad_bag is not None
+        pooled = call.x if self.at_once and call.mlp and not call.computes_values else None
+        self.pool = PoolGradients(call, pooled, scores, bag, grad_bag, ds, dlse, weights=sink.needed or call.layered)
+        self.values = call.computes_values and grad_bag is not None
 
     def run(self) -> Tensor:
         """The gradient of the queries' vectors [B, C, Q or L]; those of the rows and of the layers are added."""
         call = self.call
-        if not call.mlp and not call.staged:
+        if not call.mlp and not call.computes_values:
             return pool_by_products_backward(call, self.pool, self.queries.vectors.contiguous(), self.sink)
-        of_vectors = pool.Partials(call, self.pool.given.shape[1], self.queries.vectors.shape[2], softmax=False)
-        for at in self.sink.slices(call.workspace(of_query=call.mlp, of_value=call.staged, gradient=True)):
-            part = self._value(at) if call.staged else None
-            if not call.staged and not self.at_once:
+        of_vectors = pool.Partials(call, self.pool.input_scores.shape[1], self.queries.vectors.shape[2], softmax=False)
+        for at in self.sink.slices(call.workspace(of_query=call.mlp, of_value=call.computes_values, gradient=True)):
+            part = self._value(at) if call.computes_values else None
+            if not call.computes_values and not self.at_once:
                 self.pool.add(at.values, at.which)
             if call.mlp:
                 part = self._query(at, of_vectors, part)
             elif not self.at_once:
                 of_vectors.add(at.values, self.pool.scores, at.which, call.mask)
-            weights = None if call.staged else self.pool.weights
+            weights = None if call.computes_values else self.pool.weights
             linear = (None, None) if call.mlp else (self.pool.scores, self.queries.vectors)
             self.sink.add(at, weights, self.pool.bag_of(weights), *linear, product=part)
             at = part = None  # before the next slice
@@ -265,10 +265,10 @@ class _Backward:
         grad = call.empty(block.stop - block.start, call.pooled_width)
         rows.expand(call, grad, self.pool.weights, self.pool.bag, rows=block)
         if call.layered:
-            rows.staged(call, grad, block, call.acc, z=argument, activation=call.activation, out=grad)
-            grad = self._through(grad, x, call.v, "v", self.sink.wanted)
-        if self.sink.wanted and call.dropout[0] is not None:
-            rows.staged(call, grad, block, call.acc, dropout=call.dropout, out=grad)
+            rows.copied(call, grad, block, call.acc, z=argument, activation=call.activation, out=grad)
+            grad = self._through(grad, x, call.v, "v", self.sink.needed)
+        if self.sink.needed and call.dropout[0] is not None:
+            rows.copied(call, grad, block, call.acc, dropout=call.dropout, out=grad)
         return grad
 
     def _query(self, at: Rows, of_vectors: pool.Partials, onto: Tensor | None) -> Tensor | None:
@@ -279,10 +279,10 @@ class _Backward:
         of_vectors.add(query, self.pool.scores, block, call.mask)
         grad = call.empty(block.stop - block.start, call.q2.shape[0])
         rows.expand(call, grad, self.pool.scores, self.queries.vectors, rows=block)
-        rows.staged(call, grad, block, call.acc, z=query, activation="tanh", out=grad)
+        rows.copied(call, grad, block, call.acc, z=query, activation="tanh", out=grad)
         grad = self._through(grad, hidden, call.q2, "q2", True)
-        rows.staged(call, grad, block, call.acc, z=hidden, activation="relu", out=grad)
-        grad = self._through(grad, x, call.q, "q", self.sink.wanted)
+        rows.copied(call, grad, block, call.acc, z=hidden, activation="relu", out=grad)
+        grad = self._through(grad, x, call.q, "q", self.sink.needed)
         return grad if onto is None or grad is None else grad.add_(onto)
 
     def _through(self, grad: Tensor, x: Tensor, weight: Tensor, name: str, wanted: bool) -> Tensor | None:
@@ -291,7 +291,7 @@ class _Backward:
         _add(self.found, f"{name}_bias", grad.sum(0))
         scale = None
         if call.type == torch.float16:
-            scale = power_of_two_scale(largest(grad))
+            scale = power_of_two_scale(largest_finite(grad))
             grad = grad * scale
         grad = grad.to(call.type)
         of_weight = product(grad.t(), x, call.acc)
@@ -318,7 +318,7 @@ def dsmil_bwd(
     e_weight, e_bias, e_seed, v_activation, v_dropout_p, scale, compute_dtype, e_activation, e_dropout_p, e_dtype,
     grad_bag, grad_scores, grad_lse, grad_values, grad_logits, needs,
 ):  # fmt: skip
-    inputs = wanted(
+    inputs = checked_inputs(
         needs, x=x, weight=weight, bias=bias, q_weight=q, q_bias=q_bias, q2_weight=q2, q2_bias=q2_bias, v_weight=v,
         v_bias=v_bias, e_weight=e_weight, e_bias=e_bias,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from milkernels.triton import tuning
-from milkernels.triton.common import activate, activation_gradient, dropout_factors, kept, kernel
+from milkernels.triton.common import activate, activation_gradient, apply_dropout, dropout_factors, kernel
 from milkernels.triton.host import ceil_div, launch, power_of_two
 
 _MOST_HEADS = 8  # the sums over hidden units are unrolled over the heads
@@ -149,7 +149,7 @@ def score_tiles(
                 u += tl.load(BIAS + D + d, mask=d < D, other=0.0)[None, :]
         gate = _gate(v, u, GATED, ACTIVATION, FAST)
         if SEED is not None:
-            gate = kept(gate, _factors(SEED, instance, unit, threshold, GATED, BD))
+            gate = apply_dropout(gate, _factors(SEED, instance, unit, threshold, GATED, BD))
         # Past the last unit stand those of U or nothing: not for sure finite, so they are selected away.
         gate = tl.where((d < D)[None, :], gate, 0.0)
         score = tl.zeros([BN, BK], tl.float32)
@@ -235,9 +235,9 @@ def _part_gradients(
             u += tl.load(BIAS + D + d, mask=d < D, other=0.0)[:, None]
     r = row + tl.arange(0, BN)
     instance = tl.cast(first, tl.int64) + r
-    alive = r < count
+    real = r < count
     if MASK is not None:
-        alive = alive & (tl.load(MASK + instance, mask=r < count, other=0) != 0)
+        real = real & (tl.load(MASK + instance, mask=r < count, other=0) != 0)
 
     t, s = _branches(v, u, GATED, ACTIVATION, FAST)
     gate = t
@@ -247,26 +247,26 @@ def _part_gradients(
         dv = s * dv
         du = gate * (1.0 - s)
     # Selected, not multiplied: a masked row may hold NaN.
-    gate = tl.where(alive[None, :], gate, 0.0)
+    gate = tl.where(real[None, :], gate, 0.0)
     if SEED is not None:
         factors = _factors(SEED, instance, unit, threshold, GATED, BD).T
-        gate = kept(gate, factors)
+        gate = apply_dropout(gate, factors)
     scale = tl.cast(1.0, tl.float32)  # a power of two, so it rounds nothing
     if SCALE is not None:
         scale = tl.load(SCALE)
     dgate = tl.zeros([BD, BN], tl.float32)
     sums = SUMS + tl.cast(part, tl.int64) * ((K + 2) * D) + d
     for j in tl.static_range(K):
-        ds = tl.load(DS + instance * K + j, mask=alive, other=0.0)
+        ds = tl.load(DS + instance * K + j, mask=real, other=0.0)
         dgate += tl.load(W + j * D + d, mask=d < D, other=0.0)[:, None] * (ds * scale)[None, :]
         tl.store(sums + j * D, tl.sum(gate * ds[None, :], axis=1), mask=d < D)
     if SEED is not None:
         dgate = dgate * factors
-    dv = tl.where(alive[None, :], dgate * dv, 0.0)
+    dv = tl.where(real[None, :], dgate * dv, 0.0)
     tl.store(sums + K * D, tl.sum(dv, axis=1) / scale, mask=d < D)
     _store_units(OUT, dv, 0, unit, row, D, out_stride, TMA, BN, BD)
     if GATED:
-        du = tl.where(alive[None, :], dgate * du, 0.0)
+        du = tl.where(real[None, :], dgate * du, 0.0)
         tl.store(sums + (K + 1) * D, tl.sum(du, axis=1) / scale, mask=d < D)
         _store_units(OUT, du, 1, unit, row, D, out_stride, TMA, BN, BD)
     else:
@@ -331,9 +331,9 @@ def scores(call, x: Tensor, block: slice, out: Tensor) -> None:
     of_chunks = out[block] if chunks == 1 else call.empty(chunks, count, call.heads)
     x_tiles, weight = x, call.weight
     if options["TMA"]:
-        x_tiles = _described(x, options["BN"], options["BL"])
+        x_tiles = _descriptor(x, options["BN"], options["BL"])
         weight = weight.view(-1, call.hidden, call.width)
-        weight = _described(weight, weight.shape[0], options["BD"], options["BL"])
+        weight = _descriptor(weight, weight.shape[0], options["BD"], options["BL"])
     programs = min(tuning.multiprocessors(x.device), ceil_div(count, options["BN"]) * chunks)
     seed, threshold = call.dropout
     launch(
@@ -356,9 +356,9 @@ def gradients_of_products(call, x: Tensor, block: slice, ds: Tensor, scale: Tens
     sums = call.empty(tiles * parts, call.heads + 2, D)
     x_tiles, weight, out = x, call.weight, z
     if options["TMA"]:
-        x_tiles = _described(x, BN, options["BL"])
-        weight = _described(weight, BD, options["BL"])
-        out = _described(z.view(-1, D, tiles * BN), 1, BD, BN // parts)
+        x_tiles = _descriptor(x, BN, options["BL"])
+        weight = _descriptor(weight, BD, options["BL"])
+        out = _descriptor(z.view(-1, D, tiles * BN), 1, BD, BN // parts)
     seed, threshold = call.dropout
     launch(
         gate_gradients, (tiles * chunks,),
@@ -368,7 +368,7 @@ def gradients_of_products(call, x: Tensor, block: slice, ds: Tensor, scale: Tens
     return z[:, :count].t(), sums
 
 
-def _described(t: Tensor, *tile: int) -> TensorDescriptor:
+def _descriptor(t: Tensor, *tile: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(t, list(tile))
 
 
