@@ -75,9 +75,9 @@ def accelerate(model: nn.Module, *, min_instances: int | None = None) -> Report:
     for name, module, candidates in engine.candidates_among(model):
         kind, names = original_class(module).__name__, " or ".join(s.name for s in candidates)
         if engine.structure_of(module) is None and engine.is_lazy(module):
-            engine.wait(module, candidates, min_instances)
+            engine.fuse_after_first_call(module, candidates, min_instances)
             report.waiting.insert(0, Entry(name, kind, names, ""))
-        elif reason := engine.settle(module, candidates, min_instances):
+        elif reason := engine.fuse_if_proven(module, candidates, min_instances):
             report.left.insert(0, Entry(name, kind, names, reason))
         else:
             structure, reason = engine.structure_of(module), engine.training_reason(module)

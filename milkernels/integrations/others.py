@@ -36,7 +36,7 @@ class LossAttention(Structure):
 
     name = "Loss-Attention"
     methods = {"forward": ("x", "flag")}
-    few = (200, 1000)
+    min_instances = (200, 1000)
     opaque = ("feature_extractor_part1",)
 
     def instances(self, x: Tensor) -> int:
