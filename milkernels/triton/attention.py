@@ -1,5 +1,5 @@
-"""Attention and gated attention pooling (Ilse, Tomczak, Welling 2018) on chunks of rows: the library's products with V
-and U into a workspace, kernels for gate and score behind them, then the pooling driver."""
+"""Attention and gated attention pooling (Ilse, Tomczak, Welling 2018) on slices of rows: the library writes the
+products with V and U into a workspace, kernels compute gates and scores from it, and the pooling driver follows."""
 
 import torch
 import triton
@@ -35,7 +35,8 @@ def gate_scores(
     GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Scores of rows [first, last) from Z = x [V; U]^T, which begins at row `first`; BIAS is that of V, then of U."""
+    """Writes to OUT [N, K] the scores of rows [first, last) from Z = x [V; U]^T, which holds these rows alone. BIAS is
+    that of V, then of U."""
     A: tl.constexpr = OUT.dtype.element_ty
     WIDE: tl.constexpr = 2 if GATED else 1
     r = tl.cast(first, tl.int64) + tl.program_id(0) * BN + tl.arange(0, BN)
@@ -70,6 +71,7 @@ def gate_scores(
 
 @triton.jit
 def _units(Z_ROWS, BIAS, d, inside, D, A: tl.constexpr):
+    """Z + bias at units d, 0 outside."""
     z = tl.load(Z_ROWS + d[None, :], mask=inside, other=0.0).to(A)
     if BIAS is not None:
         z += tl.load(BIAS + d, mask=d < D, other=0.0)[None, :]
@@ -82,8 +84,8 @@ def gate_backward(
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of Z, times SCALE, over Z, and into SUMS [programs, K + 2, D] what these rows add to the
-    gradients of w (K rows) and of the biases of V and U. DS: gradients of the scores, [N, K]."""
+    """Writes the gradient of Z, times SCALE, over Z, and to SUMS [programs, K + 2, D] what these rows add to the
+    gradients of w (K rows) and of the biases of V and U. DS [N, K] is the gradient of the scores."""
     A: tl.constexpr = SUMS.dtype.element_ty
     WIDE: tl.constexpr = 2 if GATED else 1
     unit = tl.program_id(1) * BD
@@ -146,7 +148,8 @@ def gate_backward(
 
 
 class _Attention(Instances):
-    """The parameters as kernels take them: V over U in the type of products, the rest in that of accumulation."""
+    """A call with the parameters as kernels take them: ``weight`` [units, L] is V over U in the type of products, and
+    ``w`` [K, D] and the biases have the accumulation type."""
 
     def __init__(self, x, parameters, offsets, mask, seed, activation, dropout_p, compute_dtype, *embed):
         super().__init__(x, offsets, mask, *embed)
@@ -172,52 +175,55 @@ class _Attention(Instances):
 
     @property
     def units(self) -> int:
+        """The rows of V and U."""
         return self.weight.shape[0]
 
     def workspace(self) -> int | None:
-        """Bytes per row of the forward; None where it has none."""
+        """The bytes of workspace per row in the forward; None where it needs none."""
         converted = self.width * self.type.itemsize if self.type != self.dtype else 0
         if self.fused:
             return converted or None
         return self.units * self.type.itemsize + converted + self.products.bytes_per_row
 
     def gradient_workspace(self, direct: bool, need_x: bool) -> int:
-        """Of the backward, where it is not the embedding that has it."""
+        """The bytes of workspace per row in the backward, beside what the embedding needs. ``direct`` says that
+        products are written to the gradient of x."""
         size, embedded = self.type.itemsize, self.embedding is not None
         aside = self.width * self.acc.itemsize if need_x and not direct and not embedded else 0
         copied = (self.mask is not None and not embedded) or self.type != self.dtype
         return self.units * size + aside + self.products.bytes_per_row + (self.width * size if copied else 0)
 
     def scale(self, ds: Tensor) -> Tensor | None:
-        """What gradients of units are multiplied by in float16, from those of scores."""
+        """The factor for gradients of units in float16, from the gradient ``ds`` of scores; None in other types."""
         if self.type != torch.float16:
             return None
         return power_of_two_scale(largest_finite(ds) * self.w.abs().nan_to_num(0, 0, 0).sum(0).amax(), self.headroom())
 
     def headroom(self) -> int:
-        """Bits by which a unit's gradient may exceed its score's: factors of dropout, and what a gate multiplies."""
-        factor = dropout_bits(self.dropout[1])
-        return factor * (2 if self.gated else 1) + (6 if self.gated and self.activation != "tanh" else 0)
+        """Bits by which the gradient of a unit may exceed that of its score: those of dropout in each branch, and 6 for
+        an activation without bound, which multiplies the gradient of the gate."""
+        bits = dropout_bits(self.dropout[1])
+        return bits * (2 if self.gated else 1) + (6 if self.gated and self.activation != "tanh" else 0)
 
     def options(self) -> dict:
         return {"GATED": self.gated, "ACTIVATION": self.activation}
 
 
 def _scores(call: _Attention, partials: pool.Partials | None = None) -> Tensor:
-    """Scores [N, K], -inf for masked rows; ``partials`` pools the rows slice by slice."""
+    """Computes the scores [N, K], -inf for masked rows; adds the rows to ``partials`` slice by slice, if given."""
     out = call.empty(call.rows, call.heads)
-    score = fused.scores if call.fused else _scores_on_chunks
+    score = fused.scores if call.fused else _scores_of_slice
     for block in call.slices(call.workspace()):
         values = call.rows_at(block).values
         score(call, rows.operand(call, values, block, call.type, clean=False), block, out)
         if partials is not None:
             partials.add(values, out, block, call.mask)
-        values = None  # before those of the next slice
+        values = None  # freed before the next slice comes
     return out
 
 
-def _scores_on_chunks(call: _Attention, x: Tensor, block: slice, out: Tensor) -> None:
-    """Writes those of a slice, whose rows x holds, into ``out`` [N, K]."""
+def _scores_of_slice(call: _Attention, x: Tensor, block: slice, out: Tensor) -> None:
+    """Writes the scores of a slice, whose rows x [n, L] holds, into ``out`` [N, K]."""
     seed, threshold = call.dropout
     units = min(max(power_of_two(call.hidden), 16), 64)
     launch(
@@ -283,7 +289,7 @@ def attention_bwd(
             call.products.rows_gradient(z, sink.x[block])
         elif sink.needed:
             sink.add(at, *terms, product=call.products.rows_gradient(z), scale=None if scale is None else 1 / scale)
-        at = x_rows = z = None  # before those of the next slice
+        at = x_rows = z = None  # freed before the next slice comes
     if direct and gradients.weights is not None:
         rows.expand(call, sink.x, *terms, product=sink.x)
     of_v, of_u = (None, None) if grad_weight is None else (grad_weight[:D], grad_weight[D:])
@@ -291,12 +297,12 @@ def attention_bwd(
     return in_their_types(call, inputs, found, needs)
 
 
-_SUMMED_ROWS = 64  # by one program of gate_backward
+_SUMMED_ROWS = 64  # whose gradients of w and the biases one program of gate_backward sums
 
 
 def _gradients_of_products(call: _Attention, x: Tensor, block: slice, ds: Tensor, scale: Tensor | None):
-    """``(z, sums)`` of a block, whose rows x holds: the gradient of ``x [V; U]^T`` [rows, units], times the scale, and
-    what programs add to the gradients of w and of the biases [programs, K + 2, D]."""
+    """``(z [n, units], sums [programs, K + 2, D])`` of a slice, whose rows x [n, L] holds: z is the gradient of
+    ``x [V; U]^T``, times the scale; sums is what programs add to the gradients of w and of the biases."""
     z = call.products.forward(x)
     D, K = call.hidden, call.heads
     units = min(max(power_of_two(D), 16), 64)

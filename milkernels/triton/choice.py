@@ -1,5 +1,5 @@
 """Ops that choose: the largest logit or feature of each bag, and the k best instances. The lowest row wins a tie, NaN
-beats every number, and what is dead is never chosen."""
+beats every number, and dead rows are never chosen."""
 
 import torch
 import triton
@@ -14,13 +14,13 @@ from milkernels.triton.host import ceil_div, launch
 from milkernels.triton.instances import Instances
 from milkernels.triton.pooling import class_logits, linear_gradients
 
-_NONE = tl.constexpr(1 << 62)  # later than any row
+_NONE = tl.constexpr(1 << 62)  # stands for no row: it is past any
 
 
 @triton.jit
 def _first_largest(values, index, eligible, none):
-    """``(value, index)`` of the first largest, down the columns; NaN is the largest; ``none``, beyond any index, where
-    nothing is eligible."""
+    """``(value, index)`` of the first largest in each column of [rows, columns]; NaN is the largest. The index is
+    ``none``, which is past any other, where nothing is eligible."""
     nan = tl.min(tl.where(eligible & (values != values), index, none), axis=0)
     top = tl.max(tl.where(eligible & (values == values), values, float("-inf")), axis=0)
     at = tl.min(tl.where(eligible & (values == top[None, :]), index, none), axis=0)
@@ -30,7 +30,7 @@ def _first_largest(values, index, eligible, none):
 
 @triton.jit
 def _better(value, at, best, best_at):
-    """The better of two candidates, of which the first one comes from later rows."""
+    """The better of two candidates, the first of which comes from later rows."""
     wins = (at < _NONE) & ((best_at == _NONE) | ((best == best) & ((value > best) | (value != value))))
     return tl.where(wins, value, best), tl.where(wins, at, best_at)
 
@@ -40,7 +40,7 @@ def max_partial(
     X, MASK, OFFSETS, VALUES, ROWS, bags, rows, x_stride, L,
     DEAD: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr,
 ):  # fmt: skip
-    """The first largest of each column of a segment, and its row. DEAD: -inf is not eligible."""
+    """Writes the first largest of each column of a segment, and its row. If DEAD, -inf is not eligible."""
     A: tl.constexpr = VALUES.dtype.element_ty
     slot = tl.program_id(0)
     bag, start, end = segment(OFFSETS, slot, bags, rows, R)
@@ -65,7 +65,7 @@ def max_combine(
     OFFSETS, VALUES, ROWS, OUT, INDICES, rows, L,
     EMPTY: tl.constexpr, R: tl.constexpr, BS: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """The first largest of each bag and column; EMPTY and -1 where there is none."""
+    """Writes the first largest of each bag and column [B, L] and its row; EMPTY and -1 where there is none."""
     A: tl.constexpr = VALUES.dtype.element_ty
     bag = tl.program_id(0)
     c = tl.program_id(1) * BL + tl.arange(0, BL)
@@ -87,7 +87,7 @@ def max_combine(
 
 @kernel
 def scatter(INDICES, G, OUT, count, columns, k, stride, rows, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """OUT[indices[j, c, i], c] = or += g[j, c, i], of j `columns` columns c of k each. No two go to one place."""
+    """OUT[indices[j, c, i], c] = g[j, c, i], or += if ADD, for g [B, columns, k]. No two numbers go to one place."""
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(INDICES + j, mask=j < count, other=-1)
     used = (row >= 0) & (row < rows)
@@ -100,7 +100,8 @@ def scatter(INDICES, G, OUT, count, columns, k, stride, rows, ADD: tl.constexpr,
 
 @kernel
 def sort_keys(X, MASK, OFFSETS, KEYS, bags, rows, x_stride, LARGEST: tl.constexpr, R: tl.constexpr, BN: tl.constexpr):
-    """KEYS [K, N]: bag, dead or not, then (but of float64) a number that orders as the scores do, NaN above all."""
+    """Writes KEYS [K, N] that order rows by their bag, then the dead last, then (except for float64) by their score,
+    NaN above all."""
     k = tl.program_id(1)
     bag, start, end = segment(OFFSETS, tl.program_id(0), bags, rows, R)
     for row in tl.range(start, end, BN):
@@ -118,7 +119,8 @@ def sort_keys(X, MASK, OFFSETS, KEYS, bags, rows, x_stride, LARGEST: tl.constexp
 
 @kernel
 def pick(X, MASK, OFFSETS, ORDER, VALUES, INDICES, rows, K, k, x_stride, NONE: tl.constexpr, BLOCK: tl.constexpr):
-    """The first k rows of a bag and column in their order; NONE and -1 where the living end."""
+    """Writes the values and numbers [B, K, k] of the first k rows of a bag and column in ORDER [K, N]; NONE and -1
+    where no row is left that is not dead."""
     bag = tl.program_id(0) // K
     column = tl.program_id(0) % K
     start, end = bag_rows(OFFSETS, bag, rows)
@@ -138,7 +140,8 @@ def pick(X, MASK, OFFSETS, ORDER, VALUES, INDICES, rows, K, k, x_stride, NONE: t
 
 
 def first_max(call: Call, values: Tensor, *, dead: bool, empty: float) -> tuple[Tensor, Tensor]:
-    """``(values, rows)`` [B, L] of the first largest of the columns of [N, L], in the type of ``values``."""
+    """``(values, rows)`` [B, L] of the first largest in each column and bag of ``values`` [N, L], in their type.
+    ``dead`` says that -inf is not eligible, ``empty`` is the value of a bag that has none."""
     L = values.shape[1]
     best, at = call.empty(call.slots, L), call.empty(call.slots, L, dtype=torch.int64)
     out, indices = call.empty(call.bags, L, dtype=values.dtype), call.empty(call.bags, L, dtype=torch.int64)
@@ -157,7 +160,8 @@ def first_max(call: Call, values: Tensor, *, dead: bool, empty: float) -> tuple[
 
 
 def put(indices: Tensor, values: Tensor, out: Tensor, k: int = 1, *, add: bool = False) -> None:
-    """``out[indices[j, c, i], c] = values[j, c, i]``, or added; an index of -1 goes nowhere."""
+    """``out[indices[j, c, i], c] = values[j, c, i]``, or ``+=`` with ``add``, for values [B, columns, k]; an index of
+    -1 goes nowhere."""
     count, columns = indices.numel(), out.shape[1]
     launch(
         scatter, (ceil_div(count, 256),), indices, values.contiguous(), out, count, columns, k, out.stride(0),
@@ -189,8 +193,8 @@ def instance_max_bwd(
 def instance_max_gradients(
     call: Instances, weight, indices, logits, grad_values, grad_logits, needs, sink, chosen=None
 ):
-    """Those of W and b; that of the rows is added to ``sink``. Few rows have one, unless the logits do; ``chosen`` are
-    these few where they are at hand."""
+    """The gradients of W [C, L] and b [C]; adds that of the rows to ``sink``. Where the logits have no gradient of
+    their own, only the chosen rows [B, C] have one; ``chosen`` are these rows where they are at hand."""
     indices = indices.contiguous()
     grad_values = call.to_acc(grad_values)
     if grad_logits is not None:
@@ -231,7 +235,7 @@ def topk_instances_fwd(scores, k, offsets, largest, mask):
 
 
 def _order(call: Call, largest: bool) -> Tensor:
-    """Rows [K, N], bag after bag, in each of them the best first and the dead last: one sort by the library."""
+    """The order [K, N] of rows: bag after bag, in each of them the best first and the dead last. The library sorts."""
     K = call.x.shape[1]
     keys = call.empty(K, call.rows, dtype=torch.int64)
     if call.rows:
@@ -239,7 +243,7 @@ def _order(call: Call, largest: bool) -> Tensor:
             sort_keys, (call.slots_in(call.whole), K), call.x, call.mask, call.offsets, keys, call.bags, call.rows,
             call.x.stride(0), LARGEST=largest, R=call.chunk, BN=256, num_warps=4,
         )  # fmt: skip
-    if call.acc == torch.float64:  # whose numbers fill 64 bits: they are sorted first
+    if call.acc == torch.float64:  # scores fill 64 bits, so they are sorted first
         numbers = call.x.t().contiguous()
         order = torch.sort(numbers, dim=1, descending=largest, stable=True).indices
         return order.gather(1, torch.sort(keys.gather(1, order), dim=1, stable=True).indices)

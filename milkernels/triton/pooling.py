@@ -14,6 +14,7 @@ _DEAD = float("-inf")
 
 
 def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """The scores [N, K], -inf where the mask is False."""
     return scores if mask is None else scores.masked_fill(~mask[:, None], _DEAD)
 
 
@@ -64,6 +65,7 @@ def mean_pool_fwd(x, offsets, mask):
 
 
 def _counts(call: Call) -> Tensor:
+    """How many real rows each bag has: [B, 1]."""
     return pool.column_sums(call, call.empty(call.rows, 1).fill_(1))
 
 
@@ -81,6 +83,7 @@ def mean_pool_bwd(x, offsets, mask, grad_bag, needs):
 
 
 def _query(call: Call, query: Tensor, scale: float) -> Tensor:
+    """The query [K, L] or [B, K, L] times the scale."""
     return (call.to_acc(query) * scale).contiguous()
 
 
@@ -103,7 +106,7 @@ def query_pool_fwd(x, query, offsets, mask, scale, *embed):
 
 
 def pool_by_products(call: Instances, vectors: Tensor, shift: Tensor | None):
-    """``(bag, scores, lse)`` for the scores ``<x_i, vectors[b, k]> + shift[b, k]``."""
+    """Pools by the scores ``<x_i, vectors[b, k]> + shift[b, k]``: ``(bag [B, K, L], scores [N, K], lse [B, K])``."""
     pooled = single_pass.score_pool(call, vectors, shift, classes=False)
     if pooled is not None:
         return pooled[:3]
@@ -113,7 +116,7 @@ def pool_by_products(call: Instances, vectors: Tensor, shift: Tensor | None):
         values = call.rows_at(block).values
         rows.products(call, values, vectors, shift=shift, fill=_DEAD, rows=block, out=scores)
         partials.add(values, scores, block, call.mask)
-        values = None  # before those of the next slice
+        values = None  # freed before the next slice comes
     bag, lse = partials.result()
     return bag, scores, lse
 
@@ -130,7 +133,7 @@ def pool_by_products_backward(call: Instances, gradients: PoolGradients, vectors
         gradients.add(at.values, at.which)
         partials.add(at.values, gradients.scores, at.which, call.mask, gradients.centre)
         sink.add(at, gradients.weights, gradients.bag_of(gradients.weights), gradients.scores, vectors)
-        at = None  # before the next slice
+        at = None  # freed before the next slice comes
     return gradients.of_vectors(partials.result()[0])
 
 
@@ -164,7 +167,7 @@ def loss_attention_pool_fwd(x, weight, bias, offsets, mask, *embed):
         rows.products(call, values, vectors, shift=shift, fill=_DEAD, rows=block, out=logits)
         torch.logsumexp(logits[block], 1, keepdim=True, out=scores[block])
         partials.add(values, scores, block, call.mask)
-        values = None  # before those of the next slice
+        values = None  # freed before the next slice comes
     bag, lse = partials.result()
     return bag, scores, lse, logits
 
@@ -175,6 +178,7 @@ def class_logits(call: Instances, weight: Tensor, bias: Tensor | None) -> Tensor
 
 
 def _per_bag(call: Call, bias: Tensor | None) -> Tensor | None:
+    """The bias [C] repeated for each bag: [B, C]."""
     return None if bias is None else call.to_acc(bias).expand(call.bags, -1).contiguous()
 
 
@@ -214,8 +218,8 @@ def linear_gradients(
     sink: RowGradients,
     before: Callable[[Rows], None] | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """Those of W and b from the gradient [N, C] of ``W x + b``, which ``before`` completes for a slice of rows; that of
-    the rows, with a pooling's if given, is added to ``sink``."""
+    """The gradients of W [C, L] and b [C] from the gradient ``of_logits`` [N, C] of ``W x + b``, which ``before``
+    completes for a slice of rows. Adds the gradient of the rows to ``sink``, with that of a pooling if given."""
     weights = None if gradients is None else gradients.weights
     pooled = (None, None) if weights is None else (weights, gradients.bag)
     partials = pool.Partials(call, of_logits.shape[1], call.width, softmax=False) if need_weight else None
@@ -225,7 +229,7 @@ def linear_gradients(
         if need_weight:
             partials.add(at.values, of_logits, at.which, call.mask)
         sink.add(at, *pooled, of_logits, call.to_acc(weight))
-        at = None  # before the next slice
+        at = None  # freed before the next slice comes
     return partials.result()[0].sum(0) if need_weight else None, of_logits.sum(0)
 
 

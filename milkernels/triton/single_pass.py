@@ -176,8 +176,8 @@ def score_and_pool_backward(
 
 
 def tile(call: Instances, vectors: int, numbers: int, tiles: int) -> dict[str, int] | None:
-    """A tile of whole rows, ``tiles`` of which are in registers at once, beside ``vectors`` that hold ``numbers`` of
-    them for each column; None where they do not fit, or rows come slice by slice."""
+    """A tile of whole rows: registers hold ``tiles`` of them at once, and ``numbers`` per column for each of the
+    vectors. None where these do not fit, or rows come slice by slice."""
     if call.embedding is not None:
         return None
     columns = max(power_of_two(call.width), 16)
