@@ -1,4 +1,4 @@
-"""What kernels share: the ragged schedule of ``bags.segments`` found on the device, activations, the dropout mask."""
+"""What kernels share: the ragged schedule of ``ragged.segments`` found on the device, activations, the dropout mask."""
 
 import triton
 import triton.language as tl

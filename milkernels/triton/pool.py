@@ -1,6 +1,6 @@
 """The pooling driver: sums of rows by weights or by the softmax of scores, bag by bag.
 
-A program reduces one segment (``bags.segments``) to a partial result; another merges those of a bag in the order of
+A program reduces one segment (``ragged.segments``) to a partial result; another merges those of a bag in the order of
 their slots. Nothing is added atomically, so results are the same from run to run.
 """
 
