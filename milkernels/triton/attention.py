@@ -297,7 +297,7 @@ def attention_bwd(
     return in_their_types(call, inputs, found, needs)
 
 
-_SUMMED_ROWS = 64  # whose gradients of w and the biases one program of gate_backward sums
+_SUMMED_ROWS = 64  # so many rows one program of gate_backward sums for the gradients of w and of the biases
 
 
 def _gradients_of_products(call: _Attention, x: Tensor, block: slice, ds: Tensor, scale: Tensor | None):

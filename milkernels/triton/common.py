@@ -5,8 +5,8 @@ import triton.language as tl
 
 _DEAD = tl.constexpr(float("-inf"))
 
-# A kernel is compiled again for integers that are 1 or divisible by 16; not for those that only bound loops, which
-# differ from bag to bag.
+# A kernel is compiled again for integers that are 1 or divisible by 16, but not for these, which only bound loops
+# and differ from call to call.
 kernel = triton.jit(do_not_specialize=("bags", "rows", "first", "last", "count", "threshold"))
 
 
@@ -90,7 +90,7 @@ def tanh(x):
     e = tl.exp(-2.0 * size)
     wide = (1.0 - e) / (1.0 + e)
     if x.dtype == tl.float32:
-        # 1 - e loses the digits of a small x; 3e-8 at the switch.
+        # 1 - e loses the digits of a small x; the error is 3e-8 at the switch.
         s = x * x
         narrow = size * (1.0 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835 - s * (1382 / 155925))))))
         wide = tl.where(size < 0.3, narrow, wide)

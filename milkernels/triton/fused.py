@@ -248,7 +248,7 @@ def _part_gradients(
         gate = t * s
         dv = s * dv
         du = gate * (1.0 - s)
-    # Selected, not multiplied: a masked row may hold NaN.
+    # The gate is selected, not multiplied by 0: a masked row may hold NaN.
     gate = tl.where(real[None, :], gate, 0.0)
     if SEED is not None:
         factors = _factors(SEED, instance, unit, threshold, GATED, BD).T

@@ -21,11 +21,7 @@ class PoolGradients:
 
     def __init__(self, call: Call, x, scores, bag, grad_bag, grad_scores, grad_lse, *, weights: bool):
         self.call, self.input_scores = call, scores
-        self.bag, self.grad_scores, self.grad_lse = (
-            call.to_acc(grad_bag),
-            call.to_acc(grad_scores),
-            call.to_acc(grad_lse),
-        )
+        self.bag, self.grad_scores, self.grad_lse = map(call.to_acc, (grad_bag, grad_scores, grad_lse))
         self.centre = self.shift = None
         self.pooled = self.bag is not None or self.grad_lse is not None
         self.weights = call.empty(*scores.shape) if weights and self.bag is not None else None

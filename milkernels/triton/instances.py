@@ -114,7 +114,7 @@ class Rows:
     argument: Tensor | None = None  # [n, E]: what the derivative of the activation is computed from (see `Embedding`)
 
 
-_SUMMED_ROWS = 64  # whose gradients one program of embed_gradients sums for the bias
+_SUMMED_ROWS = 64  # so many rows one program of embed_gradients sums for the gradient of the bias
 _TILE = {"BN": 32, "num_warps": 8}
 
 

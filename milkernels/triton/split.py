@@ -17,7 +17,7 @@ from milkernels.triton.host import Products, ceil_div, launch, power_of_two, pro
 
 @kernel
 def split_rows(X, OUT, rows, x_stride, L, BN: tl.constexpr, BL: tl.constexpr):
-    """OUT [rows, 3 L]: the three parts of X, side by side."""
+    """Writes to OUT [rows, 3 L] the three parts of X [rows, L], side by side."""
     r = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     c = tl.program_id(1) * BL + tl.arange(0, BL)
     inside = (r < rows)[:, None] & (c < L)[None, :]
@@ -27,7 +27,7 @@ def split_rows(X, OUT, rows, x_stride, L, BN: tl.constexpr, BL: tl.constexpr):
         part = rest.to(tl.bfloat16)
         tl.store(out + i * L, part, mask=inside)
         taken = part.to(tl.float32)
-        # What is infinite or NaN is so in the first part; inf - inf would make the others NaN.
+        # The first part of a number that is infinite or NaN is too; inf - inf would make the others NaN.
         rest = tl.where(tl.abs(taken) < float("inf"), rest - taken, 0.0)
 
 
