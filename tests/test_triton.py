@@ -354,11 +354,11 @@ class _unchecked:
     def __enter__(self):
         from milkernels import ragged
 
-        self.module, self.check = ragged, ragged.check_offsets
-        ragged.check_offsets = lambda *_: None
+        self.module, self.check = ragged, ragged.check_offset_values
+        ragged.check_offset_values = lambda *_: None
 
     def __exit__(self, *_):
-        self.module.check_offsets = self.check
+        self.module.check_offset_values = self.check
 
 
 @served(
