@@ -95,7 +95,7 @@ def source_of(path: Path) -> str | None:
 
 
 def names(content: dict, path: Path) -> list[str]:
-    """The digests in the pictures that there are for this file."""
+    """The names of the pictures that there are for this file."""
     drawn = {"roofline": any(r["ours"] for _, r in _one_bag(content)), "scaling": any(_timed(content, "scaling"))}
     drawn["memory"] = bool(_memory_rows(content))
     return [f"{path.stem}-{name}.png" for name, there in drawn.items() if there]
