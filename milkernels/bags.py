@@ -434,7 +434,7 @@ def collate_bags(
 
 
 def _kind(sample) -> type | None:
-    """Of a sample of `collate_bags`: a mapping, a tuple, or features alone, as a tensor."""
+    """What a sample of `collate_bags` is: a mapping, a tuple, or features alone, as a tensor; None: none of them."""
     if isinstance(sample, Mapping):
         return Mapping
     if isinstance(sample, tuple | list):

@@ -30,7 +30,7 @@ PADDING = "padding can no longer be the critical instance, as it can in the orig
 
 
 def query(name: str, module: nn.Module) -> dict[str, Any]:
-    """Of ``Linear``, or ``Sequential(Linear, ReLU, Linear, Tanh)``."""
+    """The query that ``Linear``, or ``Sequential(Linear, ReLU, Linear, Tanh)``, is, as arguments of the ops."""
     if class_of(module) is nn.Linear:
         return {"q": linear(name, module)}
     layers = children(name, module)
@@ -42,7 +42,7 @@ def query(name: str, module: nn.Module) -> dict[str, Any]:
 
 
 def value(name: str, module: nn.Module) -> dict[str, Any]:
-    """Of ``Identity``, or ``Sequential([Dropout, ]Linear[, activation])``."""
+    """The value that ``Identity``, or ``Sequential([Dropout, ]Linear[, activation])``, is, as arguments of the ops."""
     if class_of(module) is nn.Identity:
         check_plain(name, module)
         return {}

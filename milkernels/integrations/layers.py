@@ -58,7 +58,7 @@ def check_tensors(*values: Any) -> None:
 
 
 def exactly(name: str, module: nn.Module, *types: type) -> None:
-    """Of one of these types, no subclass: parametrizations, quantized layers and adapters are subclasses or others."""
+    """Refuses a module of another type or a subclass: so are parametrizations, quantized layers and adapters."""
     if original_class(module) not in types:
         refuse(f"{name} is {type(module).__name__}, not {' or '.join(t.__name__ for t in types)}")
     check_plain(name, module)
@@ -114,7 +114,7 @@ class Embedding(NamedTuple):
 
 
 def embedding(*layers: nn.Module) -> Embedding:
-    """Of layers that follow each other, or of one Sequential, that end in ``Linear[, activation][, Dropout]``.
+    """The embedding that layers, or one Sequential, are if they end in ``Linear[, activation][, Dropout]``.
 
     Nothing is refused: where the end is anything else, or more than it seems, all of them are called as they are.
     """
@@ -167,7 +167,7 @@ class Branch(NamedTuple):
 
 
 def branch(name: str, module: nn.Module) -> Branch:
-    """Of ``Sequential(Linear, activation[, Dropout])``; the activation of a gate's second branch is "sigmoid"."""
+    """``Sequential(Linear, activation[, Dropout])`` as a branch; a gate's second one has the activation "sigmoid"."""
     layers = children(name, module)
     if not 2 <= len(layers) <= 3:
         refuse(f"{name} has {len(layers)} layers, not Linear, activation and perhaps Dropout")
@@ -223,7 +223,7 @@ class Gate(NamedTuple):
         return op(x, *parameters, offsets, mask=mask, seed=seed, **options)
 
     def seed(self, x: Tensor) -> Tensor | None:
-        """Of a pooling whose embedded instances something else reads as well: the same units are dropped there."""
+        """A seed for a pooling whose embedded instances are read elsewhere too: the same units are dropped there."""
         drops = self.embedding.embed is not None and self.embedding.embed.dropout_p > 0
         return torch.randint(2**63 - 1, (1,), device=x.device) if drops else None
 
@@ -241,7 +241,7 @@ def gate_of(v: Branch, u: Branch | None, w: tuple[Tensor, Tensor | None]) -> Gat
 
 
 def scorer(name: str, module: nn.Module) -> Gate:
-    """Of ``Sequential(Linear, activation[, Dropout], Linear)``."""
+    """The gate that ``Sequential(Linear, activation[, Dropout], Linear)`` is."""
     layers = children(name, module)
     if not 3 <= len(layers) <= 4:
         refuse(f"{name} has {len(layers)} layers, not Linear, activation, perhaps Dropout, and Linear")

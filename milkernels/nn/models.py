@@ -279,7 +279,7 @@ def _pool(pooling: str, x: Tensor, bags: _Ragged, r: float | None) -> Tensor:
 
 
 def _log_sum_exp(z: Tensor, bags: _Ragged) -> Tensor:
-    """Of each bag, over its instances: ``[B, C]``."""
+    """The log-sum-exp over the instances of each bag: ``[B, C]``."""
     offsets, mask = bags
     return ops.softmax_pool(z[:, :1], z, offsets, mask=mask).lse
 

@@ -23,7 +23,7 @@ from milkernels.dtypes import accumulation_dtype
 
 _LIBRARY = torch.library.Library("milkernels", "DEF")
 FORWARDS: list["Forward"] = []  # every op that was declared
-EMBEDDED: set[str] = set()  # ops that have an instance stage
+EMBEDDED: set[str] = set()  # ops that take an embedding
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def num_bags(offsets: Tensor | None) -> int:
 
 
 def pooled_width(x, e_weight=None):
-    """Of what is pooled."""
+    """The width of the instances that an op pools, embedded or not."""
     return x.shape[1] if e_weight is None else e_weight.shape[0]
 
 
@@ -97,7 +97,7 @@ def pooled_shapes(x, offsets, heads, width):
 
 
 BAGS = "Tensor? offsets, Tensor? mask"
-# The instance stage: ``drop(act(W x + b))`` takes the place of x. All None: there is none. It has a seed and a type of
+# The embedding: ``drop(act(W x + b))`` takes the place of x. All None: there is none. It has a seed and a type of
 # its own, so that it is the same for every op.
 EMBED = "Tensor? e_weight, Tensor? e_bias, Tensor? e_seed, str? e_activation, float e_dropout_p, ScalarType? e_dtype"
 EMBED_SAVES, EMBED_INPUTS = " [e_weight] [e_bias] [e_seed]", " e_weight e_bias"

@@ -241,7 +241,7 @@ def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def bag_logsumexp(scores: Tensor, inputs: Inputs) -> Tensor:
-    """Of the scores ``[N, K]`` in each bag: ``[B, K]``."""
+    """The log-sum-exp of the scores ``[N, K]`` in each bag: ``[B, K]``."""
     return torch.stack([torch.logsumexp(scores[s:e], dim=0) for s, e in inputs.bounds()])
 
 
