@@ -1,5 +1,5 @@
-// DSMIL on the CPU (Li, Li, Eliceiri 2021): a call, its critical instances, and the two passes of its second stream over
-// the rows, which typed/dsmil.cpp has for each type of these.
+// DSMIL on the CPU (Li, Li, Eliceiri 2021): a call, its critical instances, and the two passes of its second stream
+// over the rows, which typed/dsmil.cpp has for each type of these.
 //
 // What is linear never meets the instances: <Wq x_i + bq, q_m> = <x_i, Wq^T q_m> + <bq, q_m>, so a linear query is one
 // vector for each bag and class, and V sum_i a_i x_i = sum_i a_i V x_i, since the weights sum to 1. The few critical

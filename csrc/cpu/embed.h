@@ -1,5 +1,5 @@
-// The instance stage: the layer in front of an aggregator, h_i = drop(act(W x_i + b)), as the rows that an op sees. They
-// are made for a tile at a time, in the forward and again in the backward, and never stored.
+// The instance stage: the layer in front of an aggregator, h_i = drop(act(W x_i + b)), as the rows that an op sees.
+// They are made for a tile at a time, in the forward and again in the backward, and never stored.
 #pragma once
 
 #include "call.h"
@@ -23,8 +23,8 @@ struct RowGradients {
   void add(const RowGradients& other) {
     x.add_(other.x), weight.add_(other.weight), bias.add_(other.bias);
   }
-  // Adds values [n, width of x], in the accumulation type, to rows of x's gradient (-1: to none) when `finish` is called:
-  // what several give to one row is summed before it is rounded.
+  // Adds values [n, width of x], in the accumulation type, to rows of x's gradient (-1: to none) when `finish` is
+  // called: what several give to one row is summed before it is rounded.
   void add_to_rows(const Tensor& indices, const Tensor& values) { few_.emplace_back(indices, values); }
   void finish();
   // Those of weight and bias in the types of these.

@@ -294,8 +294,8 @@ inline Matrix<E> stage_right(Matrix<E> a, int64_t rows, int64_t first, int64_t w
   return {panel, kBlock, rows * kBlock};
 }
 
-// sum [columns, width] = or += left^T right over `rows`; `columns` is a multiple of kBlock. `transposed` and `panel` are
-// scratch of planes * rows * columns and planes * rows * kBlock.
+// sum [columns, width] = or += left^T right over `rows`; `columns` is a multiple of kBlock. `transposed` and `panel`
+// are scratch of planes * rows * columns and planes * rows * kBlock.
 template <typename E>
 inline void add_outer_products(Matrix<E> left, int64_t columns, Matrix<E> right, int64_t width, int64_t rows,
                                int planes, bool add, E* transposed, E* panel, acc_t<E>* sum) {

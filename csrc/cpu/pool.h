@@ -6,8 +6,8 @@
 // or both grow. Slots of a bag are merged in order, so results do not depend on the number of threads.
 //
 // Score programs (attention_score.h, query_score.h, mlp_score.h) plug in as a Score, what is done with the scores as a
-// reduction. Rows lie in memory or come from a source (embed.h), which makes them for a tile at a time; a stage (value.h)
-// makes other rows to be pooled than were scored.
+// reduction. Rows lie in memory or come from a source (embed.h), which makes them for a tile at a time; a stage
+// (value.h) makes other rows to be pooled than were scored.
 #pragma once
 
 #include <memory>

@@ -159,8 +159,8 @@ class ScoreGradients {
   }
 
  private:
-  // The head whose bag vector is the smallest of those that are finite and of some rows: a head that looks at an outlier
-  // or at NaN must not take the digits of the others.
+  // The head whose bag vector is the smallest of those that are finite and of some rows: a head that looks at an
+  // outlier or at NaN must not take the digits of the others.
   int64_t smallest_bag(int64_t b) const {
     double least = std::numeric_limits<double>::infinity();
     int64_t head = 0;

@@ -68,7 +68,8 @@ struct PoolBackward {
   int heads;
   Vectors<A> vectors;  // of kQuery, kClasses
   const A *bag, *scores, *lse, *logits;  // of the forward; logits of kClasses
-  const A* normal;  // [slots, heads]: what sums over a bag's slots to sum_i exp(score - lse); not read where bags are whole
+  // [slots, heads]: what sums over a bag's slots to sum_i exp(score - lse); not read where bags are whole
+  const A* normal;
   const A *grad_bag, *grad_scores, *grad_lse, *grad_logits;  // all but the first may be null
   T* grad_x;                           // [rows, width] or null
   A* grad_given;                       // [rows, heads] of kGiven or null

@@ -6,8 +6,8 @@
 namespace milkernels {
 namespace {
 
-// A block's numbers, in shared memory. Its vectors [V] are those that scores are products with, its heads [K] those that
-// were pooled.
+// A block's numbers, in shared memory. Its vectors [V] are those that scores are products with, its heads [K] those
+// that were pooled.
 template <typename T>
 struct Shared {
   using A = acc_t<T>;

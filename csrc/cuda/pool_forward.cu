@@ -113,8 +113,8 @@ struct Block {
     }
   }
 
-  // sum[k] = sum[k] scale[k] + weights x, K heads at a time; a vector of columns for each thread in turn. A tile is summed
-  // by itself: beside a row of weight 1 many small ones would be rounded away one by one.
+  // sum[k] = sum[k] scale[k] + weights x, K heads at a time; a vector of columns for each thread in turn. A tile is
+  // summed by itself: beside a row of weight 1 many small ones would be rounded away one by one.
   template <int K>
   __device__ void add(const Tile<T>& tile) const {
     for (int c = static_cast<int>(threadIdx.x) * V; c < pitch; c += static_cast<int>(blockDim.x) * V) {
