@@ -24,33 +24,62 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_fwd(
     const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& u_weight,
     const OptionalTensor& u_bias, const Tensor& w_weight, const OptionalTensor& w_bias, const OptionalTensor& offsets,
     const OptionalTensor& mask, const OptionalTensor& seed, std::string_view activation, double dropout_p,
-    std::optional<ScalarType> compute_dtype, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
-  return forward({x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, offsets, mask, seed, activation, dropout_p,
-                  compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype}}, true);
+    std::optional<ScalarType> compute_dtype, const OptionalTensor& e_weight, const OptionalTensor& e_bias,
+    const OptionalTensor& e_seed, std::optional<std::string_view> e_activation, double e_dropout_p,
+    std::optional<ScalarType> e_dtype) {
+  return forward({x,
+                  v_weight,
+                  v_bias,
+                  u_weight,
+                  u_bias,
+                  w_weight,
+                  w_bias,
+                  offsets,
+                  mask,
+                  seed,
+                  activation,
+                  dropout_p,
+                  compute_dtype,
+                  {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype}},
+                 true);
 }
 
-Tensor attention_scores_fwd(
-    const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& u_weight,
-    const OptionalTensor& u_bias, const Tensor& w_weight, const OptionalTensor& w_bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const OptionalTensor& seed, std::string_view activation, double dropout_p,
-    std::optional<ScalarType> compute_dtype, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
-  return std::get<1>(forward({x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, offsets, mask, seed, activation,
-                              dropout_p, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype}}, false));
+Tensor attention_scores_fwd(const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias,
+                            const OptionalTensor& u_weight, const OptionalTensor& u_bias, const Tensor& w_weight,
+                            const OptionalTensor& w_bias, const OptionalTensor& offsets, const OptionalTensor& mask,
+                            const OptionalTensor& seed, std::string_view activation, double dropout_p,
+                            std::optional<ScalarType> compute_dtype, const OptionalTensor& e_weight,
+                            const OptionalTensor& e_bias, const OptionalTensor& e_seed,
+                            std::optional<std::string_view> e_activation, double e_dropout_p,
+                            std::optional<ScalarType> e_dtype) {
+  return std::get<1>(forward({x,
+                              v_weight,
+                              v_bias,
+                              u_weight,
+                              u_bias,
+                              w_weight,
+                              w_bias,
+                              offsets,
+                              mask,
+                              seed,
+                              activation,
+                              dropout_p,
+                              compute_dtype,
+                              {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype}},
+                             false));
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients attention_bwd(
-    const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& u_weight,
-    const OptionalTensor& u_bias, const Tensor& w_weight, const OptionalTensor& w_bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const OptionalTensor& seed, const OptionalTensor& bag, const Tensor& scores,
-    const OptionalTensor& lse, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-    std::string_view activation, double dropout_p, std::optional<ScalarType> compute_dtype,
-    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
-    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
-    std::array<bool, 9> needs) {
+Gradients attention_bwd(const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias,
+                        const OptionalTensor& u_weight, const OptionalTensor& u_bias, const Tensor& w_weight,
+                        const OptionalTensor& w_bias, const OptionalTensor& offsets, const OptionalTensor& mask,
+                        const OptionalTensor& seed, const OptionalTensor& bag, const Tensor& scores,
+                        const OptionalTensor& lse, const OptionalTensor& e_weight, const OptionalTensor& e_bias,
+                        const OptionalTensor& e_seed, std::string_view activation, double dropout_p,
+                        std::optional<ScalarType> compute_dtype, std::optional<std::string_view> e_activation,
+                        double e_dropout_p, std::optional<ScalarType> e_dtype, const OptionalTensor& grad_bag,
+                        const OptionalTensor& grad_scores, const OptionalTensor& grad_lse, std::array<bool, 9> needs) {
   const AttentionCall call(x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, offsets, mask, seed, activation,
                            dropout_p, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   const PoolTensors pooled(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);

@@ -15,8 +15,8 @@ class AttentionCall : public Call {
                 const OptionalTensor& offsets, const OptionalTensor& mask, const OptionalTensor& seed,
                 std::string_view activation, double dropout_p, std::optional<ScalarType> compute_dtype,
                 const EmbedArguments& embed)
-      : Call(x, offsets, mask, embed), activation(parse_activation(activation)), dropout(checked_dropout(seed, dropout_p)),
-        planes(bf16_planes(x.scalar_type(), compute_dtype)) {
+      : Call(x, offsets, mask, embed), activation(parse_activation(activation)),
+        dropout(checked_dropout(seed, dropout_p)), planes(bf16_planes(x.scalar_type(), compute_dtype)) {
     TORCH_CHECK_VALUE(v_weight.dim() == 2 && w_weight.dim() == 2, "v_weight and w_weight must be 2-D; got ",
                       v_weight.sizes(), " and ", w_weight.sizes());
     hidden = v_weight.size(0), heads = w_weight.size(0);

@@ -168,9 +168,12 @@ class PoolTensors {
               const OptionalTensor& lse, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
               const OptionalTensor& grad_lse) {
     const int64_t B = call.bags(), N = call.rows;
-    tensors_ = {call.take(bag, "bag", {B, heads, width}),           call.take(scores, "scores", {N, heads}),
-                call.take(lse, "lse", {B, heads}),                  call.take(grad_bag, "grad_bag", {B, heads, width}),
-                call.take(grad_scores, "grad_scores", {N, heads}), call.take(grad_lse, "grad_lse", {B, heads})};
+    tensors_ = {call.take(bag, "bag", {B, heads, width}),
+                call.take(scores, "scores", {N, heads}),
+                call.take(lse, "lse", {B, heads}),
+                call.take(grad_bag, "grad_bag", {B, heads, width}),
+                call.take(grad_scores, "grad_scores", {N, heads}),
+                call.take(grad_lse, "grad_lse", {B, heads})};
     const bool pooling = grad_bag || grad_lse;
     TORCH_CHECK_VALUE(scores && (!pooling || (lse && bag)), "the backward needs what the forward returned");
   }

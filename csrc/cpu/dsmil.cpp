@@ -139,9 +139,8 @@ std::array<Tensor, 6> second_stream_backward(const DSMILCall& call, const std::a
   }
 
   Tensor grad_vectors = call.empty({B * C, queries.vectors.size(1)});
-  with_rows(call, &of_rows, [&](const auto& in) {
-    second_stream_rows_backward(call, in, queries, tensors, grad_vectors, grads);
-  });
+  with_rows(call, &of_rows,
+            [&](const auto& in) { second_stream_rows_backward(call, in, queries, tensors, grad_vectors, grads); });
   grad_vectors.masked_fill_(queries.dead.unsqueeze(1), 0.);  // a class that pools nothing may have summed 0 * NaN
   queries.backward(grad_vectors, grad_shift, {grads[0], grads[1], grads[2], grads[3]}, of_rows);
   for (int i = 0; i < 6; ++i) {
@@ -157,10 +156,13 @@ Outputs dsmil_pool_fwd(const Tensor& x, const Tensor& instance_logits, const Ten
                        const OptionalTensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& offsets,
                        const OptionalTensor& mask, const OptionalTensor& seed,
                        std::optional<std::string_view> v_activation, double v_dropout_p, std::optional<double> scale,
-                       std::optional<ScalarType> compute_dtype, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-                       std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
+                       std::optional<ScalarType> compute_dtype, const OptionalTensor& e_weight,
+                       const OptionalTensor& e_bias, const OptionalTensor& e_seed,
+                       std::optional<std::string_view> e_activation, double e_dropout_p,
+                       std::optional<ScalarType> e_dtype) {
   const DSMILCall call(x, q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias, offsets, mask, seed, v_activation,
-                       v_dropout_p, scale, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+                       v_dropout_p, scale, compute_dtype,
+                       {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   return second_stream(call, instance_logits);
 }
 
@@ -170,16 +172,20 @@ Gradients dsmil_pool_bwd(const Tensor& x, const Tensor& q_weight, const Optional
                          const OptionalTensor& q2_weight, const OptionalTensor& q2_bias, const OptionalTensor& v_weight,
                          const OptionalTensor& v_bias, const OptionalTensor& offsets, const OptionalTensor& mask,
                          const OptionalTensor& seed, const Tensor& bag, const Tensor& scores, const Tensor& lse,
-                         const Tensor& critical, const Tensor& pooled, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed, std::optional<std::string_view> v_activation,
-                         double v_dropout_p, std::optional<double> scale, std::optional<ScalarType> compute_dtype,
-                         std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
-                         const OptionalTensor& grad_lse, std::array<bool, 9> needs) {
+                         const Tensor& critical, const Tensor& pooled, const OptionalTensor& e_weight,
+                         const OptionalTensor& e_bias, const OptionalTensor& e_seed,
+                         std::optional<std::string_view> v_activation, double v_dropout_p, std::optional<double> scale,
+                         std::optional<ScalarType> compute_dtype, std::optional<std::string_view> e_activation,
+                         double e_dropout_p, std::optional<ScalarType> e_dtype, const OptionalTensor& grad_bag,
+                         const OptionalTensor& grad_scores, const OptionalTensor& grad_lse, std::array<bool, 9> needs) {
   const DSMILCall call(x, q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias, offsets, mask, seed, v_activation,
-                       v_dropout_p, scale, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+                       v_dropout_p, scale, compute_dtype,
+                       {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   RowGradients of_rows(call, needs[0], needs[7], needs[8]);
-  const auto [q, qb, q2, q2b, v, vb] = second_stream_backward(
-      call, {q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias}, bag, scores, lse, critical, pooled,
-      {grad_bag, grad_scores, grad_lse}, {needs[1], needs[2], needs[3], needs[4], needs[5], needs[6]}, of_rows);
+  const auto [q, qb, q2, q2b, v, vb] =
+      second_stream_backward(call, {q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias}, bag, scores, lse, critical,
+                             pooled, {grad_bag, grad_scores, grad_lse},
+                             {needs[1], needs[2], needs[3], needs[4], needs[5], needs[6]}, of_rows);
   of_rows.finish();
   return {of_rows.x, q, qb, q2, q2b, v, vb, of_rows.typed_weight(call), of_rows.typed_bias(call)};
 }
@@ -189,9 +195,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_fwd(
     const OptionalTensor& q_bias, const OptionalTensor& q2_weight, const OptionalTensor& q2_bias,
     const OptionalTensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& offsets,
     const OptionalTensor& mask, const OptionalTensor& seed, std::optional<std::string_view> v_activation,
-    double v_dropout_p, std::optional<double> scale, std::optional<ScalarType> compute_dtype, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
+    double v_dropout_p, std::optional<double> scale, std::optional<ScalarType> compute_dtype,
+    const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
     std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
-  const EmbedArguments embed {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype};
+  const EmbedArguments embed{e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype};
   auto [values, indices, logits] = instance_max_forward({x, weight, bias, offsets, mask, embed});
   const DSMILCall call(x, q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias, offsets, mask, seed, v_activation,
                        v_dropout_p, scale, compute_dtype, embed);
@@ -204,18 +211,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const OptionalTensor& q_bias, const OptionalTensor& q2_weight, const OptionalTensor& q2_bias,
     const OptionalTensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& offsets,
     const OptionalTensor& mask, const OptionalTensor& seed, const Tensor& bag, const Tensor& scores, const Tensor& lse,
-    const Tensor& critical, const Tensor& logits, const Tensor& pooled, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-    std::optional<std::string_view> v_activation, double v_dropout_p, std::optional<double> scale,
-    std::optional<ScalarType> compute_dtype, std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
+    const Tensor& critical, const Tensor& logits, const Tensor& pooled, const OptionalTensor& e_weight,
+    const OptionalTensor& e_bias, const OptionalTensor& e_seed, std::optional<std::string_view> v_activation,
+    double v_dropout_p, std::optional<double> scale, std::optional<ScalarType> compute_dtype,
+    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
     const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
     const OptionalTensor& grad_values, const OptionalTensor& grad_logits, std::array<bool, 11> needs) {
-  const EmbedArguments embed {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype};
+  const EmbedArguments embed{e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype};
   const DSMILCall call(x, q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias, offsets, mask, seed, v_activation,
                        v_dropout_p, scale, compute_dtype, embed);
   RowGradients of_rows(call, needs[0], needs[9], needs[10]);
-  const auto [q, qb, q2, q2b, v, vb] = second_stream_backward(
-      call, {q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias}, bag, scores, lse, critical, pooled,
-      {grad_bag, grad_scores, grad_lse}, {needs[3], needs[4], needs[5], needs[6], needs[7], needs[8]}, of_rows);
+  const auto [q, qb, q2, q2b, v, vb] =
+      second_stream_backward(call, {q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias}, bag, scores, lse, critical,
+                             pooled, {grad_bag, grad_scores, grad_lse},
+                             {needs[3], needs[4], needs[5], needs[6], needs[7], needs[8]}, of_rows);
   Tensor grad_weight = at::empty({0}, x.options()), grad_bias = grad_weight.clone();
   if (grad_values || grad_logits) {
     const ClassCall first(x, weight, bias, offsets, mask, embed);
@@ -229,8 +238,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     if (needs[2]) grad_bias = at::zeros_like(*bias, at::MemoryFormat::Contiguous);
   }
   of_rows.finish();
-  return {of_rows.x, grad_weight, grad_bias, q, qb, q2, q2b, v, vb, of_rows.typed_weight(call),
-          of_rows.typed_bias(call)};
+  return {
+      of_rows.x, grad_weight, grad_bias, q, qb, q2, q2b, v, vb, of_rows.typed_weight(call), of_rows.typed_bias(call)};
 }
 
 TORCH_LIBRARY_IMPL(milkernels, CPU, m) {

@@ -17,7 +17,8 @@ class DSMILCall : public Call {
             const OptionalTensor& offsets, const OptionalTensor& mask, const OptionalTensor& seed,
             const std::optional<std::string_view>& v_activation, double v_dropout_p, std::optional<double> scale,
             std::optional<ScalarType> compute_dtype, const EmbedArguments& embed)
-      : Call(x, offsets, mask, embed), v_activation(v_activation ? parse_activation(*v_activation) : Activation::kIdentity),
+      : Call(x, offsets, mask, embed),
+        v_activation(v_activation ? parse_activation(*v_activation) : Activation::kIdentity),
         v_dropout(checked_dropout(seed, v_dropout_p)), planes(bf16_planes(x.scalar_type(), compute_dtype)) {
     const auto rows_of_weight = [](const Tensor& t, const char* name) {
       TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) > 0, name, " must be 2-D and not empty; got ", t.sizes());
@@ -67,9 +68,9 @@ class CriticalQueries {
   void backward(const Tensor& grad_vectors, const Tensor& grad_shift, std::array<Tensor, 4> grads,
                 RowGradients& of_rows) const;
 
-  Tensor dead;     // [bags * classes]
+  Tensor dead;  // [bags * classes]
   Tensor vectors;  // what instances are multiplied with, scale included: [bags * classes, width or padded hidden]
-  Tensor shift;    // [bags * classes]
+  Tensor shift;  // [bags * classes]
 
  private:
   const DSMILCall& call_;

@@ -56,8 +56,8 @@ class EmbedSource final : public EmbeddedRows<H> {
         : p(p), staged(p.layer_.planes() * rows * p.layer_.depth()),
           left(p.has_gradient() ? p.layer_.planes() * rows * p.layer_.columns() : 0),
           transposed(p.needs_weight() ? p.layer_.planes() * rows * p.layer_.columns() : 0),
-          panel(p.needs_weight() ? p.layer_.planes() * rows * kBlock : 0),
-          made(rows * p.layer_.columns()), block(kBlock * kBlock), keep(p.dropout_ ? kBlock * kBlock : 0),
+          panel(p.needs_weight() ? p.layer_.planes() * rows * kBlock : 0), made(rows * p.layer_.columns()),
+          block(kBlock * kBlock), keep(p.dropout_ ? kBlock * kBlock : 0),
           slopes(p.has_gradient() && p.keeps_slopes_ ? rows * p.layer_.columns() : 0) {}
 
     Tile<H> rows(const Tile<H>& tile) override { return p.make(tile, *this); }
@@ -201,7 +201,8 @@ template std::unique_ptr<EmbeddedRows<double>> embedded_rows(const Call&, RowGra
 template std::unique_ptr<EmbeddedRows<float>> embedded_rows(const Call&, RowGradients*);
 template std::unique_ptr<EmbeddedRows<BFloat16>> embedded_rows(const Call&, RowGradients*);
 
-SomeRows::SomeRows(const Call& call, const Tensor& indices) : call_(call), indices_(indices.reshape({-1}).contiguous()) {
+SomeRows::SomeRows(const Call& call, const Tensor& indices)
+    : call_(call), indices_(indices.reshape({-1}).contiguous()) {
   const int64_t n = indices_.numel(), width = call.x.size(1);
   const int64_t* const row = indices_.const_data_ptr<int64_t>();
   x_ = call.empty({n, width});

@@ -95,18 +95,22 @@ std::tuple<Tensor, Tensor> instance_max_gradients(const ClassCall& call, const T
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
-  return instance_max_forward({x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype}});
+std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                    const OptionalTensor& offsets, const OptionalTensor& mask,
+                                                    const OptionalTensor& e_weight, const OptionalTensor& e_bias,
+                                                    const OptionalTensor& e_seed,
+                                                    std::optional<std::string_view> e_activation, double e_dropout_p,
+                                                    std::optional<ScalarType> e_dtype) {
+  return instance_max_forward(
+      {x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype}});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_max_bwd(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const Tensor& indices, const Tensor& logits, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
-    const OptionalTensor& grad_values, const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
+    const OptionalTensor& mask, const Tensor& indices, const Tensor& logits, const OptionalTensor& e_weight,
+    const OptionalTensor& e_bias, const OptionalTensor& e_seed, std::optional<std::string_view> e_activation,
+    double e_dropout_p, std::optional<ScalarType> e_dtype, const OptionalTensor& grad_values,
+    const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
   const ClassCall call(x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   RowGradients of_rows(call, needs[0], needs[3], needs[4]);
   auto [grad_weight, grad_bias] = instance_max_gradients(call, indices, logits, grad_values, grad_logits, needs[1],

@@ -66,7 +66,7 @@ struct Ragged {
   const bool* mask;
   std::vector<int64_t> offsets;
   const Source<T>* source = nullptr;  // where x is null
-  T* grad_x = nullptr;                // where the gradient of x goes in a backward; null: nowhere, or to the source
+  T* grad_x = nullptr;  // where the gradient of x goes in a backward; null: nowhere, or to the source
 
   bool has_gradient() const { return grad_x != nullptr || (source && source->has_gradient()); }
   int64_t bags() const { return static_cast<int64_t>(offsets.size()) - 1; }
@@ -391,9 +391,7 @@ template <typename T, typename Reduction>
 void pool_forward(const Score<T>& score, const Ragged<T>& in, acc_t<T>* scores, Reduction&& reduction) {
   using A = acc_t<T>;
   const int64_t heads = score.heads();
-  const auto make_worker = [&] {
-    return std::tuple(Reader<T>(in), score.forward_worker(), reduction.worker());
-  };
+  const auto make_worker = [&] { return std::tuple(Reader<T>(in), score.forward_worker(), reduction.worker()); };
   for_tiles(in, make_worker, [&](const Tile<T>& tile, auto& worker) {
     A* const out = scores + tile.first * heads;
     if (!tile.any_real()) {

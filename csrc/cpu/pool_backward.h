@@ -228,9 +228,10 @@ class Slices {
  public:
   // As many as fit into 64 MB, but at least 4 and at most 16; `size` numbers each.
   Slices(int64_t rows, int64_t size)
-      : size_(size), count_(std::clamp<int64_t>(
-                         ceil_div(rows, chunk_rows(rows)), 1,
-                         std::clamp<int64_t>((int64_t{64} << 20) / std::max<int64_t>(size * sizeof(A), 1), 4, 16))),
+      : size_(size),
+        count_(std::clamp<int64_t>(ceil_div(rows, chunk_rows(rows)), 1,
+                                   std::clamp<int64_t>((int64_t{64} << 20) / std::max<int64_t>(size * sizeof(A), 1), 4,
+                                                       16))),
         used_(count_, 0), buffer_(count_ * size) {}
 
   int64_t count() const { return count_; }
@@ -257,8 +258,8 @@ class Slices {
 
 // `slices`: of the sums of score program and stage; programs without sums take one for each chunk.
 template <typename T>
-void pool_backward(const Score<T>& score, const Stage<T>* stage, const Ragged<T>& in,
-                   const PoolGradients<acc_t<T>>& g, int64_t slices) {
+void pool_backward(const Score<T>& score, const Stage<T>* stage, const Ragged<T>& in, const PoolGradients<acc_t<T>>& g,
+                   int64_t slices) {
   using A = acc_t<T>;
   const int64_t heads = score.heads(), width = in.width, pooled_width = stage ? stage->width() : width;
   if (in.source) slices = std::min(slices, in.source->slices());

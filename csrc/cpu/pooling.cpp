@@ -87,8 +87,10 @@ class QueryCall : public Call {
 
 std::tuple<Tensor, Tensor, Tensor> query_pool_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets,
                                                   const OptionalTensor& mask, double scale,
-                                                  const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-                                                  std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
+                                                  const OptionalTensor& e_weight, const OptionalTensor& e_bias,
+                                                  const OptionalTensor& e_seed,
+                                                  std::optional<std::string_view> e_activation, double e_dropout_p,
+                                                  std::optional<ScalarType> e_dtype) {
   const QueryCall call(x, query, offsets, mask, scale, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   Forward out(call, call.heads);
   with_rows(call, nullptr, [&]<typename T>(const Ragged<T>& in) { out.pool(call.program<T>(in), in); });
@@ -96,8 +98,9 @@ std::tuple<Tensor, Tensor, Tensor> query_pool_fwd(const Tensor& x, const Tensor&
 }
 
 Tensor query_scores_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
-                        double scale, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-                        std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
+                        double scale, const OptionalTensor& e_weight, const OptionalTensor& e_bias,
+                        const OptionalTensor& e_seed, std::optional<std::string_view> e_activation, double e_dropout_p,
+                        std::optional<ScalarType> e_dtype) {
   const QueryCall call(x, query, offsets, mask, scale, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   Tensor scores = call.empty({call.rows, call.heads});
   with_rows(call, nullptr, [&]<typename T>(const Ragged<T>& in) {
@@ -106,12 +109,15 @@ Tensor query_scores_fwd(const Tensor& x, const Tensor& query, const OptionalTens
   return scores;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(
-    const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
-    const OptionalTensor& bag, const Tensor& scores, const OptionalTensor& lse, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed, double scale,
-    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
-    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
-    std::array<bool, 4> needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(const Tensor& x, const Tensor& query,
+                                                     const OptionalTensor& offsets, const OptionalTensor& mask,
+                                                     const OptionalTensor& bag, const Tensor& scores,
+                                                     const OptionalTensor& lse, const OptionalTensor& e_weight,
+                                                     const OptionalTensor& e_bias, const OptionalTensor& e_seed,
+                                                     double scale, std::optional<std::string_view> e_activation,
+                                                     double e_dropout_p, std::optional<ScalarType> e_dtype,
+                                                     const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
+                                                     const OptionalTensor& grad_lse, std::array<bool, 4> needs) {
   const QueryCall call(x, query, offsets, mask, scale, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   const PoolTensors pooled(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   RowGradients of_rows(call, needs[0], needs[2], needs[3]);
@@ -134,8 +140,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> loss_attention_pool_fwd(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
+    const OptionalTensor& mask, const OptionalTensor& e_weight, const OptionalTensor& e_bias,
+    const OptionalTensor& e_seed, std::optional<std::string_view> e_activation, double e_dropout_p,
+    std::optional<ScalarType> e_dtype) {
   const ClassCall call(x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   Forward out(call, 1);
   Tensor logits = call.empty({call.rows, call.classes});

@@ -49,8 +49,15 @@ class AttentionCall : public Call {
 
   template <typename A>
   Gate<A> gate() const {
-    return {gated, activation_, dropout_.typed(), static_cast<int>(hidden), static_cast<int>(heads),
-            data<A>(v_bias_), data<A>(u_bias_), data<A>(w), data<A>(w_bias_)};
+    return {gated,
+            activation_,
+            dropout_.typed(),
+            static_cast<int>(hidden),
+            static_cast<int>(heads),
+            data<A>(v_bias_),
+            data<A>(u_bias_),
+            data<A>(w),
+            data<A>(w_bias_)};
   }
   template <typename E>
   GateRows<E> gate_rows(const Tensor& z, int64_t first) const {
@@ -113,9 +120,8 @@ void scores_in_slices(const AttentionCall& call, const Tensor& scores, Sums* poo
   call.in_slices(bytes, [&](int64_t first, int64_t count) {
     const Slice slice = instances(call, first, count);
     const Tensor z = product(rows_for_products(call, slice, call.type, false), weight.t(), call.type);
-    dispatch(call.type, [&]<typename E>() {
-      gate_scores(call.gate_rows<E>(z, first), data<acc_t<E>>(scores), call.stream());
-    });
+    dispatch(call.type,
+             [&]<typename E>() { gate_scores(call.gate_rows<E>(z, first), data<acc_t<E>>(scores), call.stream()); });
     if (pooled != nullptr) pooled->add(slice.x, first, scores);
   });
 }
@@ -240,8 +246,8 @@ bool backward_at_once(AttentionCall& call, const PooledTensors& of, const RowGra
       return false;
     } else {
       using A = acc_t<T>;
-      SmallBackward<T> p{call.small<T>(), data<A>(ds), data<T>(dz), data<A>(found.sums),
-                         data_if<T>(rows.wanted(), rows.x), pooled};
+      SmallBackward<T> p{
+          call.small<T>(), data<A>(ds), data<T>(dz), data<A>(found.sums), data_if<T>(rows.wanted(), rows.x), pooled};
       if (!fits(p)) return false;
       if (!pooled) {
         PoolGradients gradients(call, of, false);
@@ -264,15 +270,15 @@ bool backward_at_once(AttentionCall& call, const PooledTensors& of, const RowGra
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients attention_bwd(
-    const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& u_weight,
-    const OptionalTensor& u_bias, const Tensor& w_weight, const OptionalTensor& w_bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const OptionalTensor& seed, const OptionalTensor& bag, const Tensor& scores,
-    const OptionalTensor& lse, const OptionalTensor& e_weight, const OptionalTensor& e_bias,
-    const OptionalTensor& e_seed, std::string_view activation, double dropout_p,
-    std::optional<ScalarType> compute_dtype, std::optional<c10::string_view> e_activation, double e_dropout_p,
-    std::optional<ScalarType> e_dtype, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
-    const OptionalTensor& grad_lse, std::array<bool, 9> needs) {
+Gradients attention_bwd(const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias,
+                        const OptionalTensor& u_weight, const OptionalTensor& u_bias, const Tensor& w_weight,
+                        const OptionalTensor& w_bias, const OptionalTensor& offsets, const OptionalTensor& mask,
+                        const OptionalTensor& seed, const OptionalTensor& bag, const Tensor& scores,
+                        const OptionalTensor& lse, const OptionalTensor& e_weight, const OptionalTensor& e_bias,
+                        const OptionalTensor& e_seed, std::string_view activation, double dropout_p,
+                        std::optional<ScalarType> compute_dtype, std::optional<c10::string_view> e_activation,
+                        double e_dropout_p, std::optional<ScalarType> e_dtype, const OptionalTensor& grad_bag,
+                        const OptionalTensor& grad_scores, const OptionalTensor& grad_lse, std::array<bool, 9> needs) {
   AttentionCall call(x, {v_weight, v_bias, u_weight, u_bias, w_weight, w_bias}, offsets, mask, seed, activation,
                      dropout_p, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   check_wanted(needs[2], v_bias.has_value(), "v_bias");
@@ -293,12 +299,9 @@ Gradients attention_bwd(
   const auto part = [](const Tensor& t, int64_t first, int64_t count) {
     return t.defined() ? t.narrow(0, first, count) : t;
   };
-  const std::array<Tensor, 6> all{part(found.weight, 0, D),
-                                  found.sums[K],
-                                  call.gated ? part(found.weight, D, D) : Tensor(),
-                                  found.sums[K + 1],
-                                  part(found.sums, 0, K),
-                                  ds.sum(0)};
+  const std::array<Tensor, 6> all{
+      part(found.weight, 0, D), found.sums[K],          call.gated ? part(found.weight, D, D) : Tensor(),
+      found.sums[K + 1],        part(found.sums, 0, K), ds.sum(0)};
   const std::array<OptionalTensor, 6> like{v_weight, v_bias, u_weight, u_bias, w_weight, w_bias};
   std::array<Tensor, 6> own;
   for (int i = 0; i < 6; ++i) {

@@ -64,7 +64,7 @@ inline int64_t workspace = 32 << 20;  // tests make it small
 struct Slice {
   Tensor x;  // [count, any], of row `first` on
   int64_t first, count;
-  Tensor places = {};     // int64 [count]: the rows that these are instead; one outside of x is 0
+  Tensor places = {};  // int64 [count]: the rows that these are instead; one outside of x is 0
   bool embedded = false;  // masked rows are 0
   // What the backward of embedded rows needs: rows of x as they went into the product, masked ones 0, and what the
   // derivative of the activation is taken at.
@@ -106,8 +106,12 @@ class Call {
   }
 
   Bags ragged() const {
-    return {data<void>(offsets), offsets.defined() && offsets.scalar_type() == at::kLong, static_cast<int>(bags), shift,
-            rows, data<bool>(mask)};
+    return {data<void>(offsets),
+            offsets.defined() && offsets.scalar_type() == at::kLong,
+            static_cast<int>(bags),
+            shift,
+            rows,
+            data<bool>(mask)};
   }
   // All rows in one bag: for what is summed over all of them.
   Bags one_bag() const { return {nullptr, true, 1, chunk_shift_, rows, data<bool>(mask)}; }
@@ -185,9 +189,9 @@ class Call {
   static cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
 #endif
 
-  Tensor x;              // rows of consecutive numbers
-  ScalarType acc;        // of scores, sums and gradients
-  int64_t rows, width;   // of what is scored and pooled: x, or its embedding
+  Tensor x;  // rows of consecutive numbers
+  ScalarType acc;  // of scores, sums and gradients
+  int64_t rows, width;  // of what is scored and pooled: x, or its embedding
   int64_t bags = 1;
   int shift = 0;
   Tensor offsets, mask;

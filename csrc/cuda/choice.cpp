@@ -118,8 +118,8 @@ std::tuple<Tensor, Tensor> instance_max_gradients(Call& call, const Tensor& weig
                of_values = call.take(grad_values, "grad_values", {call.bags, C});
   Tensor grad_weight = call.empty({0}), grad_bias = call.gradient(needs[1], {C});
   if (grad_logits) {
-    const Tensor of_logits = alive(call.take(grad_logits, "grad_logits", {call.rows, C}),
-                                   call.take(logits, "logits", {call.rows, C}));
+    const Tensor of_logits =
+        alive(call.take(grad_logits, "grad_logits", {call.rows, C}), call.take(logits, "logits", {call.rows, C}));
     if (of_values.defined()) put_at(call, chosen, of_values, true, of_logits);
     std::optional<Sums> of_weight;
     if (needs[0]) of_weight.emplace(call, call.one_bag(), C, call.width, Scoring::kWeights);

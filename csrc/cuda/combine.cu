@@ -8,8 +8,7 @@ constexpr int kColumns = 32, kLanes = 8, kCombiners = kColumns * kLanes;  // of 
 
 template <typename A>
 __global__ void __launch_bounds__(kCombiners)
-    combine_kernel(Bags bags, int heads, int width, Merge merge, Partials<A> partials, A* out,
-                   A* out_total) {
+    combine_kernel(Bags bags, int heads, int width, Merge merge, Partials<A> partials, A* out, A* out_total) {
   MILKERNELS_SHARED(memory);
   A* const parts = reinterpret_cast<A*>(memory);  // [2, kLanes, kColumns]
   A* const totals = parts + kLanes * kColumns;
@@ -59,8 +58,8 @@ void combine(const Bags& bags, int heads, int width, Merge merge, const Partials
              cudaStream_t stream) {
   if (bags.count == 0 || heads == 0) return;
   const dim3 grid(static_cast<unsigned>(int64_t{bags.count} * heads), ceil_div(width, kColumns));
-  launch<combine_kernel<A>>(grid, kCombiners, 2 * kCombiners * sizeof(A), stream, bags, heads, width,
-                            merge, partials, out, total);
+  launch<combine_kernel<A>>(grid, kCombiners, 2 * kCombiners * sizeof(A), stream, bags, heads, width, merge, partials,
+                            out, total);
 }
 
 template void combine(const Bags&, int, int, Merge, const Partials<float>&, float*, float*, cudaStream_t);

@@ -37,12 +37,11 @@ void add_to(Tensor& sum, const Tensor& part) { sum = sum.defined() ? sum + part 
 class DSMILCall : public Call {
  public:
   DSMILCall(const Tensor& x, const std::array<OptionalTensor, kParameters>& given, const OptionalTensor& offsets,
-            const OptionalTensor& mask, const OptionalTensor& seed,
-            const std::optional<c10::string_view>& v_activation, double v_dropout_p, std::optional<double> scale,
-            std::optional<ScalarType> compute_dtype, const EmbeddingArguments& embedding)
+            const OptionalTensor& mask, const OptionalTensor& seed, const std::optional<c10::string_view>& v_activation,
+            double v_dropout_p, std::optional<double> scale, std::optional<ScalarType> compute_dtype,
+            const EmbeddingArguments& embedding)
       : Call(x, offsets, mask, embedding), type(product_type(row_type(), compute_dtype)),
-        activation(v_activation ? activation_of(*v_activation) : Activation::kIdentity),
-        dropout(x, seed, v_dropout_p) {
+        activation(v_activation ? activation_of(*v_activation) : Activation::kIdentity), dropout(x, seed, v_dropout_p) {
     const auto units = [&](Parameter i, const char* name) -> int64_t {
       if (!given[i]) return 0;
       TORCH_CHECK_VALUE(given[i]->dim() == 2 && given[i]->size(0) > 0, name, " must be 2-D and not empty; got ",
@@ -83,7 +82,7 @@ class DSMILCall : public Call {
   DropoutTensors dropout;
   Parameters parameters;  // in the accumulation type; undefined where absent
   bool mlp, folded, layered, staged;  // layered: the value is no linear map of what is pooled; staged: nor are its rows
-                                      // those of x
+  // those of x
   int64_t pooled_width, bag_width;
   double scale;
 };
@@ -127,8 +126,8 @@ class CriticalQueries {
     query_ = call.mlp ? linear(hidden_, call[kQ2], call[kQ2Bias]).tanh_() : z_;
     const Tensor scaled = query_ * call.scale;
     vectors = call.mlp ? scaled : few_products(scaled, call[kQ]).contiguous();
-    shift = call.mlp || !call[kQBias].defined() ? at::zeros_like(scaled.select(2, 0))
-                                                : few_products(scaled, call[kQBias]);
+    shift =
+        call.mlp || !call[kQBias].defined() ? at::zeros_like(scaled.select(2, 0)) : few_products(scaled, call[kQBias]);
     shift = shift.masked_fill(dead, kDead).contiguous();
   }
 
@@ -155,10 +154,10 @@ class CriticalQueries {
     return few_products(of_z, call_[kQ]);
   }
 
-  Tensor dead;     // [bags, classes]
-  Slice rows;      // the instances
+  Tensor dead;  // [bags, classes]
+  Slice rows;  // the instances
   Tensor vectors;  // what instances, or their queries, are multiplied with, scale included: [bags, classes, L or Q2]
-  Tensor shift;    // [bags, classes]
+  Tensor shift;  // [bags, classes]
 
  private:
   const DSMILCall& call_;
@@ -201,8 +200,7 @@ class RowsBackward {
  public:
   RowsBackward(DSMILCall& call, const CriticalQueries& queries, const PooledTensors& of, RowGradients& to,
                Parameters& grads)
-      : call_(call), queries_(queries), of_(of), to_(to), grads_(grads),
-        pool_(call, of, to.wanted() || call.layered) {}
+      : call_(call), queries_(queries), of_(of), to_(to), grads_(grads), pool_(call, of, to.wanted() || call.layered) {}
 
   // The gradient of the queries' vectors.
   Tensor run() {
@@ -322,8 +320,8 @@ Parameters second_stream_backward(DSMILCall& call, const SecondStreamSaved& save
 }
 
 void check_wanted(const std::array<OptionalTensor, kParameters>& given, const bool* needs) {
-  constexpr std::array<const char*, kParameters> kNames{"q_weight",  "q_bias",   "q2_weight",
-                                                        "q2_bias", "v_weight", "v_bias"};
+  constexpr std::array<const char*, kParameters> kNames{"q_weight", "q_bias",   "q2_weight",
+                                                        "q2_bias",  "v_weight", "v_bias"};
   for (int i = 0; i < kParameters; ++i) milkernels::check_wanted(needs[i], given[i].has_value(), kNames[i]);
 }
 
@@ -349,8 +347,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_pool_fwd(
     const OptionalTensor& e_seed, std::optional<c10::string_view> e_activation, double e_dropout_p,
     std::optional<ScalarType> e_dtype) {
   DSMILCall call(x, {q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias}, offsets, mask, seed, v_activation,
-                 v_dropout_p, scale, compute_dtype,
-                 {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+                 v_dropout_p, scale, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   TORCH_CHECK_VALUE(instance_logits.dim() == 2 && instance_logits.size(1) > 0, "instance_logits must be [", call.rows,
                     ", any]; got ", instance_logits.sizes());
   Tensor logits = call.take(instance_logits, "instance_logits", {call.rows, instance_logits.size(1)});
@@ -390,8 +387,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_fwd(
     const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
     std::optional<c10::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
   DSMILCall call(x, {q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias}, offsets, mask, seed, v_activation,
-                 v_dropout_p, scale, compute_dtype,
-                 {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+                 v_dropout_p, scale, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0, "weight must be [any, ", call.width, "]; got ",
                     weight.sizes());
   const int64_t C = weight.size(0);
@@ -401,20 +397,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_fwd(
   return {bag, scores, lse, critical, values, logits, pooled};
 }
 
-using BothStreams =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using BothStreams = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-BothStreams dsmil_bwd(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& q_weight,
-    const OptionalTensor& q_bias, const OptionalTensor& q2_weight, const OptionalTensor& q2_bias,
-    const OptionalTensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const OptionalTensor& seed, const Tensor& bag, const Tensor& scores, const Tensor& lse,
-    const Tensor& critical, const Tensor& logits, const Tensor& pooled, const OptionalTensor& e_weight,
-    const OptionalTensor& e_bias, const OptionalTensor& e_seed, std::optional<c10::string_view> v_activation,
-    double v_dropout_p, std::optional<double> scale, std::optional<ScalarType> compute_dtype,
-    std::optional<c10::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
-    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
-    const OptionalTensor& grad_values, const OptionalTensor& grad_logits, std::array<bool, 11> needs) {
+BothStreams dsmil_bwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& q_weight,
+                      const OptionalTensor& q_bias, const OptionalTensor& q2_weight, const OptionalTensor& q2_bias,
+                      const OptionalTensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& offsets,
+                      const OptionalTensor& mask, const OptionalTensor& seed, const Tensor& bag, const Tensor& scores,
+                      const Tensor& lse, const Tensor& critical, const Tensor& logits, const Tensor& pooled,
+                      const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
+                      std::optional<c10::string_view> v_activation, double v_dropout_p, std::optional<double> scale,
+                      std::optional<ScalarType> compute_dtype, std::optional<c10::string_view> e_activation,
+                      double e_dropout_p, std::optional<ScalarType> e_dtype, const OptionalTensor& grad_bag,
+                      const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
+                      const OptionalTensor& grad_values, const OptionalTensor& grad_logits,
+                      std::array<bool, 11> needs) {
   const std::array<OptionalTensor, kParameters> given{q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias};
   DSMILCall call(x, given, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype,
                  {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
@@ -426,9 +422,9 @@ BothStreams dsmil_bwd(
       second_stream_backward(call, {bag, scores, lse, critical, pooled, grad_bag, grad_scores, grad_lse}, rows);
   std::array<Tensor, 2> first;
   if (grad_values || grad_logits) {
-    std::tie(first[0], first[1]) = instance_max_gradients(
-        call, call.take(weight, "weight", {C, call.width}), critical, call.take(logits, "logits", {call.rows, C}),
-        grad_values, grad_logits, {needs[1], needs[2]}, rows, /*onto=*/true);
+    std::tie(first[0], first[1]) = instance_max_gradients(call, call.take(weight, "weight", {C, call.width}), critical,
+                                                          call.take(logits, "logits", {call.rows, C}), grad_values,
+                                                          grad_logits, {needs[1], needs[2]}, rows, /*onto=*/true);
   }
   return std::tuple_cat(std::make_tuple(rows.x),
                         in_their_types<2>(first, {weight, bias ? *bias : weight}, needs.data() + 1),

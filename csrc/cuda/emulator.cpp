@@ -183,7 +183,8 @@ bool release() {
       const unsigned mask = fibers[i].mask;
       bool all = true;
       for (int j = first; j < first + kLanes; ++j) {
-        if (mask >> (j - first) & 1) all = all && j < end && fibers[j].state == State::kAtWarp && fibers[j].mask == mask;
+        if (mask >> (j - first) & 1)
+          all = all && j < end && fibers[j].state == State::kAtWarp && fibers[j].mask == mask;
       }
       for (int j = first; all && j < end; ++j) {
         if (mask >> (j - first) & 1) fibers[j].state = State::kReady, any = true;
@@ -243,7 +244,8 @@ void run(dim3 grid, dim3 block, int64_t shared_bytes, const std::function<void()
   body = &kernel;
   failure.clear();
   // Those of a run that failed were left where they stood.
-  if (!std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == State::kDone; })) stacks.clear();
+  if (!std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == State::kDone; }))
+    stacks.clear();
   while (static_cast<int>(stacks.size()) < threads) stacks.emplace_back(new unsigned char[kStack]);
   fibers.resize(threads);
   warps.assign(threads / kLanes, {});

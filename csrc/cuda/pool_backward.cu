@@ -212,7 +212,8 @@ struct Block {
       A shared = 0;
       if (SCORING == Scoring::kQuery) {
         shared = s.total[j];
-        if (first && p.grad_lse != nullptr && s.normal[j] != 0) shared += p.grad_lse[int64_t{segment.bag} * p.heads + j];
+        if (first && p.grad_lse != nullptr && s.normal[j] != 0)
+          shared += p.grad_lse[int64_t{segment.bag} * p.heads + j];
       }
       A* const out = (whole ? p.grad_vectors : p.partials.sum) + (slot * vectors + j) * p.rows.width;
       for (int c = static_cast<int>(threadIdx.x); c < p.rows.width; c += kThreads) {
@@ -235,7 +236,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks) pool_backward_kernel(PoolBa
   if (segment.begin >= segment.end && !p.bags.whole()) return;
   const int vectors = SCORING == Scoring::kGiven ? 0 : p.vectors.count, pitch = tile_pitch<T>(p.rows.width);
   const Shared<T> s(memory, tile_size, pitch, p.heads, vectors);
-  const Block<T, SCORING> block{p, s, segment, vectors, pitch, p.vectors.at + segment.bag * p.vectors.of_bag,
+  const Block<T, SCORING> block{p,
+                                s,
+                                segment,
+                                vectors,
+                                pitch,
+                                p.vectors.at + segment.bag * p.vectors.of_bag,
                                 p.grad_bag + int64_t{segment.bag} * p.heads * p.rows.width};
   Pipeline<T> pipeline(s.stages, p.rows, p.bags, {segment.begin, segment.end}, p.rows.width, tile_size);
   block.begin();
@@ -284,7 +290,8 @@ void pool_backward(const PoolBackward<T>& p, cudaStream_t stream) {
     launch<pool_backward_kernel<T, Scoring::kClasses>>(grid, kThreads, shared, stream, p, tile);
   }
   if (p.grad_vectors != nullptr && !p.bags.whole()) {
-    combine<acc_t<T>>(p.bags, p.vectors.count, p.rows.width, Merge::kSum, p.partials, p.grad_vectors, p.grad_shift, stream);
+    combine<acc_t<T>>(p.bags, p.vectors.count, p.rows.width, Merge::kSum, p.partials, p.grad_vectors, p.grad_shift,
+                      stream);
   }
 }
 

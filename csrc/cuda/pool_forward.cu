@@ -15,9 +15,7 @@ struct Cut {
 };
 
 // Whether scores are made of products with the rows.
-__host__ __device__ constexpr bool scored(Scoring s) {
-  return s == Scoring::kQuery || s == Scoring::kClasses;
-}
+__host__ __device__ constexpr bool scored(Scoring s) { return s == Scoring::kQuery || s == Scoring::kClasses; }
 
 // A weight that stands for: this row is not summed, whatever it holds.
 template <typename A>
@@ -243,12 +241,17 @@ bool pool_forward(const PoolForward<T>& p, cudaStream_t stream) {
   Cut cut;
   if (!make_cut(p, cut)) return false;
   if (p.bags.count == 0) return true;
-  const dim3 grid(static_cast<unsigned>(p.bags.slots_in(p.first, p.count)), ceil_div(p.heads, cut.heads), ceil_div(p.rows.width, cut.columns));
+  const dim3 grid(static_cast<unsigned>(p.bags.slots_in(p.first, p.count)), ceil_div(p.heads, cut.heads),
+                  ceil_div(p.rows.width, cut.columns));
   switch (p.scoring) {
     case Scoring::kGiven: launch<pool_kernel<T, Scoring::kGiven>>(grid, kThreads, cut.shared, stream, p, cut); break;
     case Scoring::kQuery: launch<pool_kernel<T, Scoring::kQuery>>(grid, kThreads, cut.shared, stream, p, cut); break;
-    case Scoring::kClasses: launch<pool_kernel<T, Scoring::kClasses>>(grid, kThreads, cut.shared, stream, p, cut); break;
-    case Scoring::kWeights: launch<pool_kernel<T, Scoring::kWeights>>(grid, kThreads, cut.shared, stream, p, cut); break;
+    case Scoring::kClasses:
+      launch<pool_kernel<T, Scoring::kClasses>>(grid, kThreads, cut.shared, stream, p, cut);
+      break;
+    case Scoring::kWeights:
+      launch<pool_kernel<T, Scoring::kWeights>>(grid, kThreads, cut.shared, stream, p, cut);
+      break;
   }
   if (!p.bags.whole() && p.last) {
     const Merge merge = p.scoring != Scoring::kWeights ? Merge::kSoftmax : p.mean ? Merge::kMean : Merge::kSum;

@@ -74,13 +74,15 @@ Tensor query_scores_fwd(const Tensor& x, const Tensor& query, const OptionalTens
   return scores;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(
-    const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
-    const OptionalTensor& bag, const Tensor& scores, const OptionalTensor& lse, const OptionalTensor& e_weight,
-    const OptionalTensor& e_bias, const OptionalTensor& e_seed, double scale,
-    std::optional<c10::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
-    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
-    std::array<bool, 4> needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(const Tensor& x, const Tensor& query,
+                                                     const OptionalTensor& offsets, const OptionalTensor& mask,
+                                                     const OptionalTensor& bag, const Tensor& scores,
+                                                     const OptionalTensor& lse, const OptionalTensor& e_weight,
+                                                     const OptionalTensor& e_bias, const OptionalTensor& e_seed,
+                                                     double scale, std::optional<c10::string_view> e_activation,
+                                                     double e_dropout_p, std::optional<ScalarType> e_dtype,
+                                                     const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
+                                                     const OptionalTensor& grad_lse, std::array<bool, 4> needs) {
   QueryCall call(x, query, offsets, mask, scale, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
   const PooledTensors of(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   RowGradients rows(call, needs[0], needs[2], needs[3]);

@@ -120,9 +120,8 @@ inline std::tuple<Tensor, Tensor, Tensor> pool_by_products(Call& call, const Ten
     return pool_forward(p, call.stream());
   });
   if (done) return {out.bag, out.scores, out.lse};
-  return pool_as_scored(call, out.scores, [&](const Slice& slice) {
-    products(call, slice, vectors, shift, kDead, out.scores);
-  });
+  return pool_as_scored(call, out.scores,
+                        [&](const Slice& slice) { products(call, slice, vectors, shift, kDead, out.scores); });
 }
 
 // Writes the gradient of the rows; returns that of the vectors [B, K, L], if wanted.

@@ -96,9 +96,7 @@ void dots(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T
         unroll<H>([&](auto h) { sum[i][h] = fmadd(p.hi, w[h].hi, fmadd(p.lo, w[h].lo, sum[i][h])); });
       });
     });
-    unroll<R>([&](auto i) {
-      unroll<H>([&](auto h) { out[(r + i) * heads + k + h] = horizontal_sum(sum[i][h]); });
-    });
+    unroll<R>([&](auto i) { unroll<H>([&](auto h) { out[(r + i) * heads + k + h] = horizontal_sum(sum[i][h]); }); });
   };
   for_blocks<4>(n, [&](int64_t r, auto rows) {
     for_blocks<kHeadBlock>(heads, [&](int64_t k, auto block_heads) {
@@ -126,9 +124,7 @@ void weighted_sums(const T* x, int64_t ld, const int32_t* index, int64_t n, cons
     });
     for_steps<Pair<T>::width>(wide, [&](int64_t at, auto step) {
       Pair<A> sum[H];
-      unroll<H>([&](auto h) {
-        sum[h] = first ? Pair<A>{V(A(0)), V(A(0))} : Pair<A>::load(sums + h * kStrip + at);
-      });
+      unroll<H>([&](auto h) { sum[h] = first ? Pair<A>{V(A(0)), V(A(0))} : Pair<A>::load(sums + h * kStrip + at); });
       unroll<R>([&](auto i) {
         if (fresh && sizeof(T) < sizeof(float)) prefetch<T>(row[i] + R * ld + at);
         const auto v = load_quick(row[i] + at, step);
@@ -141,8 +137,9 @@ void weighted_sums(const T* x, int64_t ld, const int32_t* index, int64_t n, cons
     constexpr int H = decltype(block_heads)::value;
     for (int64_t l = 0; l < width; l += kStrip) {
       const int64_t wide = std::min(kStrip, width - l);
-      for_blocks<kWeightRegisters / H>(
-          n, [&](int64_t r, auto rows) { add_rows(k, l, wide, r, r == 0, block_heads, rows); });
+      for_blocks<kWeightRegisters / H>(n, [&](int64_t r, auto rows) {
+        add_rows(k, l, wide, r, r == 0, block_heads, rows);
+      });
       unroll<H>([&](auto h) {
         const V s(scale[k + h]);
         A* const to = out + (k + h) * width + l;
