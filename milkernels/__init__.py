@@ -5,20 +5,26 @@ from importlib import metadata
 from milkernels import nn as nn  # not in __all__: a star would put it over torch's
 from milkernels.backends import use_backend
 from milkernels.bags import Bags, collate_bags
-from milkernels.classical import generalized_mean_pool, isr_pool, log_sum_exp_pool, noisy_or_pool
-from milkernels.embedding import InstanceEmbedding, embed_instances
-from milkernels.functional import (
+from milkernels.integrations import accelerate, restore
+from milkernels.merging import merge_pooled
+from milkernels.ops import (
+    InstanceEmbedding,
     attention_pool,
     attention_scores,
     attention_weights,
     dsmil,
     dsmil_pool,
+    embed_instances,
     gated_attention_pool,
     gated_attention_scores,
+    generalized_mean_pool,
     instance_max,
+    isr_pool,
+    log_sum_exp_pool,
     loss_attention_pool,
     max_pool,
     mean_pool,
+    noisy_or_pool,
     query_pool,
     query_scores,
     segment_softmax,
@@ -26,8 +32,6 @@ from milkernels.functional import (
     topk_instances,
     weighted_pool,
 )
-from milkernels.integrations import accelerate, restore
-from milkernels.merging import merge_pooled
 from milkernels.results import (
     DSMIL,
     DSMILPooled,

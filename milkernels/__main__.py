@@ -9,18 +9,23 @@ import textwrap
 import torch
 
 import milkernels
-from milkernels import backends, functional, native
+from milkernels import backends, native
 
 
 def _ops() -> tuple[str, ...]:
     """The public ops, without what is composed of them; a gated one is its plain op with two more parameters."""
-    public = {name: getattr(functional, name, None) for name in milkernels.__all__}
-    chosen = (name for name, f in public.items() if inspect.isfunction(f) and _takes_backend(f))
+    public = {name: getattr(milkernels, name) for name in milkernels.__all__}
+    chosen = (name for name, f in public.items() if inspect.isfunction(f) and _takes_backend(f) and not _composed(f))
     return tuple(dict.fromkeys(name.removeprefix("gated_") for name in sorted(chosen)))
 
 
 def _takes_backend(function) -> bool:
     return "backend" in inspect.signature(function).parameters
+
+
+def _composed(function) -> bool:
+    """Whether it is made of other ops."""
+    return function.__module__ == "milkernels.ops.classical"
 
 
 def info() -> None:

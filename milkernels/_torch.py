@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _functorch = torch._C._functorch
+_TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # fake, proxy, functional
 _VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")  # of PyTorch's older vmap
 
 
@@ -47,3 +48,16 @@ def differentiated(tensor: Tensor) -> bool:
             return True
         tensor = _functorch.get_unwrapped(tensor)
     return forward and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether the values of a CPU tensor are real and may be read, i.e. nothing is tracing."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return False  # FakeTensor, FunctionalTensor and others that are more than their own values
+    if _functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return True
+    return all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACING_MODES)

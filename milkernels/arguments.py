@@ -9,11 +9,35 @@ import math
 import torch
 from torch import Tensor
 
-from milkernels.bags import check_dense, check_device, readable
+from milkernels._torch import has_values
 
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _INT64 = (-(2**63), 2**63 - 1)
 _COUNTS = 2**31  # what is counted in 64 bits stays far from their end, whatever it is multiplied by
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether reading the values is possible and free: on the CPU, outside of a trace."""
+    return tensor.device.type == "cpu" and has_values(tensor)
+
+
+def check_dense(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
+    if t.layout is not torch.strided or t.is_nested:
+        got = "a nested tensor" if t.is_nested else f"layout {t.layout}"
+        raise TypeError(f"{name} must be a dense tensor; got {got}")
+
+
+def check_type(name: str, value, kinds: type | tuple[type, ...], words: str) -> None:
+    """What is of these kinds by accident is refused: a bool as an int, text as a sequence, a tensor of one number."""
+    if not isinstance(value, kinds) or isinstance(value, bool | str | bytes) or getattr(value, "ndim", 1) == 0:
+        raise TypeError(f"{name} must be {words}; got {type(value).__name__}")
+
+
+def check_device(name: str, t: Tensor, x: Tensor) -> None:
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on the device of the instances, {x.device}; got {t.device}")
 
 
 def check_tensor(name: str, t: Tensor, ndim: int) -> None:

@@ -1,179 +1,21 @@
-"""Ragged bags: the layout, its checks, its conversions and the schedule that every backend shares.
-
-**Layout.** ``x [N, L]`` holds the instances of all bags back to back.  ``offsets [B + 1]`` (int32 or int64,
-on the device of ``x``) starts at 0, never decreases and ends at N.  Bag ``b`` is
-``x[offsets[b]:offsets[b + 1]]`` and may be empty.  ``offsets=None`` is one bag.
-
-**Schedule.** Rows are cut into flat chunks of ``chunk_rows(N)`` rows, which may cross bag boundaries.  A
-*segment* is a maximal run of rows inside one chunk and one bag: what one worker reduces to one partial result.
-The segment of chunk ``c`` and bag ``b`` writes its partial into slot ``c + b``.  From a segment to the next
-one ``c`` or ``b`` or both grow and neither shrinks, so slots are unique and in row order, and
-``ceil(N / chunk) + B`` of them are enough.  No table is needed: a bag of rows ``[start, end)`` that is not
-empty owns the chunks ``start // chunk`` to ``(end - 1) // chunk``, and merging its partials in slot order
-gives the same bits whatever ran in parallel.  ``segments`` is this paragraph as code.
-"""
+"""Bags as one value: what carries instances and offsets, makes them of other layouts and of samples."""
 
 import itertools
 import operator
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from milkernels import _torch
+from milkernels._torch import has_values
+from milkernels.arguments import check_dense, check_type, readable
+from milkernels.ragged import INT_TYPES, bag_index, bag_lengths, check_offset_values, check_offsets, checked_mask
 
 Extras = Mapping[str, Tensor] | None
 
-_INT_TYPES = (torch.int32, torch.int64)
-_COUNT_TYPES = (torch.uint8, torch.int8, torch.int16, *_INT_TYPES)
-_TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # fake, proxy, functional
-
-
-def _has_values(tensor: Tensor) -> bool:
-    """Whether the values of a CPU tensor are real and may be read, i.e. nothing is tracing."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return False  # FakeTensor, FunctionalTensor and others that are more than their own values
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return False
-    if torch._C._len_torch_dispatch_stack() == 0:
-        return True
-    return all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACING_MODES)
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether reading the values is possible and free: on the CPU, outside of a trace."""
-    return tensor.device.type == "cpu" and _has_values(tensor)
-
-
-def check_dense(name: str, t: Tensor) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
-    if t.layout is not torch.strided or t.is_nested:
-        got = "a nested tensor" if t.is_nested else f"layout {t.layout}"
-        raise TypeError(f"{name} must be a dense tensor; got {got}")
-
-
-def check_type(name: str, value, kinds: type | tuple[type, ...], words: str) -> None:
-    """What is of these kinds by accident is refused: a bool as an int, text as a sequence, a tensor of one number."""
-    if not isinstance(value, kinds) or isinstance(value, bool | str | bytes) or getattr(value, "ndim", 1) == 0:
-        raise TypeError(f"{name} must be {words}; got {type(value).__name__}")
-
-
-def check_device(name: str, t: Tensor, x: Tensor) -> None:
-    if t.device != x.device:
-        raise ValueError(f"{name} must be on the device of the instances, {x.device}; got {t.device}")
-
-
-def checked_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """The mask of the rows of ``x`` as bool ``[N]``.
-
-    Raises:
-        TypeError: not a dense tensor.
-        ValueError: another shape or device; for floating-point values that are read: others than 0 and 1, such as the
-            0 and -inf of a mask that is added to scores.
-    """
-    if mask is None:
-        return None
-    check_dense("mask", mask)
-    if mask.ndim != 1 or mask.shape[0] != x.shape[0]:
-        raise ValueError(f"mask must be [{x.shape[0]}]; got shape {tuple(mask.shape)}")
-    check_device("mask", mask, x)
-    if mask.dtype == torch.bool:
-        return mask.contiguous()
-    if mask.is_complex() or mask.is_quantized:
-        raise TypeError(f"mask must be bool or of real numbers; got {mask.dtype}")
-    if mask.is_floating_point() and readable(mask):
-        other = mask[(mask != 0) & (mask != 1)]
-        if len(other):
-            value = other[0].item()
-            hint = ", as of a mask that is added to scores" if value < 0 else ""
-            raise ValueError(f"mask must be bool, or 1 for a real instance and 0 for none; got {value}{hint}")
-    return (mask != 0).contiguous()
-
-
-def check_offsets(offsets: Tensor, num_rows: int, device: torch.device) -> None:
-    """Checks that ``offsets`` cuts ``num_rows`` rows on ``device`` into bags.
-
-    Values are read on the CPU only: never on another device, where that would synchronise, and never under
-    tracing.
-
-    Raises:
-        TypeError: not a dense tensor, or neither int32 nor int64.
-        ValueError: not 1-D, without elements, on another device than the rows; for values that are read: not
-            starting at 0, decreasing, not ending at ``num_rows``.
-    """
-    check_dense("offsets", offsets)
-    if offsets.dtype not in _INT_TYPES:
-        raise TypeError(f"offsets must be int32 or int64; got {offsets.dtype}")
-    if offsets.ndim != 1 or offsets.shape[0] < 1:
-        raise ValueError(f"offsets must be 1-D, one element more than bags; got shape {tuple(offsets.shape)}")
-    if offsets.device != device:
-        raise ValueError(f"offsets must be on the device of the instances, {device}; got {offsets.device}")
-    if offsets.device.type == "cpu" and _has_values(offsets):
-        _check_values(offsets, num_rows)
-    elif offsets.shape[0] == 1 and isinstance(num_rows, int) and num_rows > 0:
-        raise ValueError(f"offsets of no bags, [0], need no instances; got {num_rows}")
-
-
-def _check_values(offsets: Tensor, num_rows: int) -> None:
-    if offsets.shape[0] > 256 and bool((offsets[1:] >= offsets[:-1]).all()):
-        offsets = offsets[:: offsets.shape[0] - 1]  # in order: reading the ends is enough
-    offsets = offsets.tolist()  # the cheapest way to look at a few
-    if offsets[0] != 0:
-        raise ValueError(f"offsets must start at 0; got {offsets[0]}")
-    if offsets != sorted(offsets):
-        at = next(i for i in range(1, len(offsets)) if offsets[i] < offsets[i - 1])
-        got = f"{offsets[at]} after {offsets[at - 1]} at position {at}"
-        raise ValueError(f"offsets must not decrease; got {got}")
-    if offsets[-1] != num_rows:
-        raise ValueError(f"offsets must end at the number of instances, {num_rows}; got {offsets[-1]}")
-
-
-def bag_lengths(offsets: Tensor) -> Tensor:
-    """The number of instances of each bag, ``[B]`` in the type of ``offsets``."""
-    return offsets[1:] - offsets[:-1]
-
-
-def bag_index(offsets: Tensor | None, num_rows: int, device: torch.device | None = None) -> Tensor:
-    """The bag of each row, ``[num_rows]`` int64, always within ``[0, B - 1]`` even if ``offsets`` are wrong.
-
-    Does not synchronise and can be traced with a dynamic ``num_rows``.  ``device`` is where the result lies
-    when ``offsets`` is None (one bag); otherwise it lies with ``offsets``.
-    """
-    if offsets is None:
-        return torch.zeros(num_rows, dtype=torch.int64, device=device)
-    # Not repeat_interleave(lengths, output_size=num_rows): on CUDA it trusts output_size and writes out of
-    # bounds when the offsets do not end there; without output_size it synchronises.
-    rows = torch.arange(num_rows, device=offsets.device)
-    if _torch.in_onnx_export():  # ONNX has no search
-        return (rows[:, None] >= offsets[1:]).sum(1).clamp(0, offsets.shape[0] - 2)
-    bag = torch.searchsorted(offsets.to(torch.int64).contiguous(), rows, right=True) - 1
-    return bag.clamp(0, offsets.shape[0] - 2)
-
-
-def chunk_rows(num_rows: int) -> int:
-    """Rows of one chunk: fewer where there are few, so that all workers find work; from shapes alone."""
-    return 64 if num_rows <= 2048 else 256
-
-
-def num_partials(num_rows: int, num_bags: int) -> int:
-    """How many slots for partial results the schedule needs."""
-    return -(-num_rows // chunk_rows(num_rows)) + num_bags
-
-
-def segments(offsets: Tensor | None, num_rows: int) -> Iterator[tuple[int, int, int, int]]:
-    """The segments ``(slot, bag, start, end)`` in row order, on the host: what kernels must agree with."""
-    bounds, rows = [0, num_rows] if offsets is None else offsets.tolist(), chunk_rows(num_rows)
-    for bag, (bag_start, bag_end) in enumerate(itertools.pairwise(bounds)):
-        if bag_start == bag_end:
-            continue
-        for chunk in range(bag_start // rows, (bag_end - 1) // rows + 1):
-            start, end = max(bag_start, chunk * rows), min(bag_end, (chunk + 1) * rows)
-            yield chunk + bag, bag, start, end
+_COUNT_TYPES = (torch.uint8, torch.int8, torch.int16, *INT_TYPES)
 
 
 class Bags:
@@ -207,8 +49,8 @@ class Bags:
             offsets = _even_offsets(1, num_rows, values.device)
         else:
             check_offsets(offsets, num_rows, values.device)
-            if offsets.device.type not in ("cpu", "meta") and _has_values(offsets):
-                _check_values(offsets, num_rows)
+            if offsets.device.type not in ("cpu", "meta") and has_values(offsets):
+                check_offset_values(offsets, num_rows)
         self.values, self.offsets = values, offsets
         self.mask, self.extras = checked_mask(mask, values), _checked_extras(extras, values)
 
@@ -340,7 +182,7 @@ class Bags:
         """
         _check_dims("x", x)
         _check_rows("batch", batch, (x.shape[0],), x.device)
-        if batch.dtype not in _INT_TYPES:
+        if batch.dtype not in INT_TYPES:
             raise TypeError(f"batch must be int32 or int64; got {batch.dtype}")
         if batch.ndim != 1:
             raise ValueError(f"batch must be 1-D; got shape {list(batch.shape)}")

@@ -13,10 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from milkernels import functional
-from milkernels.arguments import DTYPES, check_choice, check_instances, check_number, checked_indices
-from milkernels.bags import bag_index, bag_lengths, check_dense, check_device, check_offsets, check_type, checked_mask
+from milkernels import ops
+from milkernels.arguments import (
+    DTYPES,
+    check_choice,
+    check_dense,
+    check_device,
+    check_instances,
+    check_number,
+    check_type,
+    checked_indices,
+)
 from milkernels.nn import DSMILPrediction, Prediction
+from milkernels.ragged import bag_index, bag_lengths, check_offsets, checked_mask
 
 __all__ = [
     "WeightEnsemble",
@@ -58,7 +67,7 @@ def _widened(*tensors: Tensor) -> Iterator[Tensor]:
 
 def _sums(terms: Tensor, weights: Tensor, offsets: Tensor | None, mask: Tensor | None) -> Tensor:
     """``sum_{i in b} weights[i] terms[i]`` ``[B]``, in the type of ``terms``."""
-    return functional.weighted_pool(terms[:, None], weights[:, None], offsets, mask=mask)[:, 0, 0]
+    return ops.weighted_pool(terms[:, None], weights[:, None], offsets, mask=mask)[:, 0, 0]
 
 
 def _lengths(terms: Tensor, offsets: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -254,7 +263,7 @@ def loss_attention_loss(
     check_choice("instances", instances, _REDUCTIONS)
     if omega and targets is None:
         raise ValueError(f"omega is the weight of the consistency with targets; got {omega}, targets=None")
-    weights = functional.attention_weights(prediction.pooled, offsets, mask=mask)[:, 0]
+    weights = ops.attention_weights(prediction.pooled, offsets, mask=mask)[:, 0]
     (logits,) = _widened(prediction.logits)
     loss = _visible(F.cross_entropy(logits, labels, reduction="none"), wrong)
     if lambda_:

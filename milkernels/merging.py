@@ -8,10 +8,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from milkernels.arguments import check_shape, check_tensor
-from milkernels.bags import bag_index, check_dense, check_offsets, check_type, readable
-from milkernels.functional import attention_weights, weighted_pool
-from milkernels.reference import result_dtype
+from milkernels.arguments import check_dense, check_shape, check_tensor, check_type, readable
+from milkernels.dtypes import result_dtype
+from milkernels.ops.pooling import weighted_pool
+from milkernels.ops.scores import attention_weights
+from milkernels.ragged import bag_index, check_offsets
 from milkernels.results import DSMIL, DSMILPooled, LossAttentionPooled, Pooled
 
 Part = TypeVar("Part", Pooled, DSMILPooled, DSMIL, LossAttentionPooled)

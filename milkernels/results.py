@@ -1,4 +1,4 @@
-"""What the ops return: named tuples, whose fields are described in ``functional``'s conventions."""
+"""What the ops return: named tuples, whose fields are described in ``milkernels.ops``."""
 
 from typing import NamedTuple
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from milkernels.arguments import check_choice, check_number
-from milkernels.bags import Bags, check_dense
-from milkernels.functional import attention_weights
+from milkernels.arguments import check_choice, check_dense, check_number
+from milkernels.bags import Bags
+from milkernels.ops.scores import attention_weights
 from milkernels.results import DSMILPooled, LossAttentionPooled, Pooled
 
 SCALES = {"linear": "attention weight", "log": "attention weight", "percentile": "attention percentile"}

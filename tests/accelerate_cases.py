@@ -12,7 +12,7 @@ import upstream_padded as pad
 from torch import Tensor, nn
 
 import milkernels
-from milkernels import functional
+from milkernels import ops
 
 L, E, D, N = 24, 20, 16, 40  # width, of the embedding, hidden units, instances
 LENGTHS = (12, 5, 9)
@@ -594,5 +594,5 @@ def counted(monkeypatch) -> list[str]:
         return lambda *args, **kwargs: (calls.append(name), op(*args, **kwargs))[1]
 
     for name in OPS:
-        monkeypatch.setattr(functional, name, counting(name, getattr(functional, name)))
+        monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
     return calls

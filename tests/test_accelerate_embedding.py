@@ -13,7 +13,8 @@ from test_accelerate_guards import CHANGES, KINDS
 from torch import nn
 
 import milkernels
-from milkernels import InstanceEmbedding, embed_instances, functional
+from milkernels import InstanceEmbedding, embed_instances
+from milkernels import ops as public
 from milkernels.integrations import layers
 
 EMBEDDED = {name: case for name, case in CASES.items() if case.embedding}
@@ -37,7 +38,7 @@ def seen(monkeypatch):
         return lambda *args, **options: (ops.append((name, options.get("embed") is not None)), op(*args, **options))[1]
 
     for name in OPS:
-        monkeypatch.setattr(functional, name, noting(name, getattr(functional, name)))
+        monkeypatch.setattr(public, name, noting(name, getattr(public, name)))
     forward = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: (linear.append(self), forward(self, x))[1])
     return ops, linear

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from milkernels import ops, triton
+from milkernels import triton
+from milkernels.ops import contract
 
 pytestmark = pytest.mark.skipif(triton.load_error() is not None, reason=f"{triton.load_error()}")
 
@@ -71,7 +72,7 @@ def test_host_code_waits_for_nothing(op, extras):
 
 
 @pytest.mark.parametrize("extras", ["embed", "embed-gelu bags mask grads gated drop mlp value relu", "embed nobias"])
-@pytest.mark.parametrize("op", sorted(ops.EMBEDDED))
+@pytest.mark.parametrize("op", sorted(contract.EMBEDDED))
 def test_embedded_instances_are_never_all_there(op, extras):
     """A million of them; nor is anything else of their size, but the gradient of x where it is asked for."""
     sizes = {"dtype": "fp32", "N": 1_000_000, "L": 64, "D": 32, "K": 2}

@@ -8,7 +8,8 @@ from op_cases import of_the_cpu
 from torch import Tensor
 
 import milkernels
-from milkernels import native, ops, testing
+from milkernels import native, testing
+from milkernels.ops import contract
 from milkernels.testing import CASES, Shape
 
 pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=f"no extension: {native.load_error()}")
@@ -163,9 +164,9 @@ def test_gradcheck_of_the_kernels(activation, gated, threads):
         full = [None if p is None else next(given) for p in parameters]
         for dropout_p in (0.0, 0.5):
             options = (torch.tensor([3]), activation, dropout_p, None)
-            bag, scores, lse = ops.call("attention_pool", "native", x, *full, offsets, mask, *options)
+            bag, scores, lse = contract.call("attention_pool", "native", x, *full, offsets, mask, *options)
             yield bag, scores[mask], lse[2:]
-        yield (ops.call("attention_scores", "native", x, *full, None, mask, *options)[mask],)
+        yield (contract.call("attention_scores", "native", x, *full, None, mask, *options)[mask],)
 
     def flat(x, *live):
         return tuple(t for outputs in run(x, *live) for t in outputs)
@@ -179,7 +180,7 @@ def test_raw_ops_refuse_options_that_have_no_kernel():
     x, v, w = torch.randn(5, 4), torch.randn(3, 4), torch.randn(1, 3)
 
     def call(*options, bias=None):
-        return ops.call("attention_pool", "native", x, v, bias, None, None, w, None, None, None, *options)
+        return contract.call("attention_pool", "native", x, v, bias, None, None, w, None, None, None, *options)
 
     with pytest.raises(ValueError, match="v_bias"):
         call(None, "tanh", 0.0, None, bias=torch.randn(4))

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from milkernels import Bags, collate_bags
-from milkernels.bags import bag_index, bag_lengths, check_offsets, chunk_rows, num_partials, segments
+from milkernels.ragged import bag_index, bag_lengths, check_offsets, chunk_rows, num_partials, segments
 
 LENGTHS = [[4], [1], [0], [2, 0, 3], [0, 1, 0], [1, 1, 1], [0, 0], [5, 2]]
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import milkernels
-from milkernels import classical
+from milkernels.ops import classical
 
 OFFSETS = torch.tensor([0, 4, 4, 9, 10, 12])  # the second bag is empty
 MASK = torch.tensor([1, 1, 0, 1, 1, 0, 1, 1, 1, 1, 0, 0])  # and so is the last one, once masked

@@ -18,7 +18,8 @@ from test_contract import num_bytes, peak_allocated
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.cpp_extension import include_paths
 
-from milkernels import native, ops, triton
+from milkernels import native, triton
+from milkernels.ops import contract
 
 pytestmark = [
     pytest.mark.simulated,
@@ -164,7 +165,7 @@ def test_indices_that_are_none_reach_nothing_outside(case):
                 changed = replaced(args, chosen, wreck)
                 found = found or any(a is not b for a, b in zip(changed, args, strict=True))
                 op(*changed)
-    saved = next(op for op in ops.FORWARDS if op.name == case.kernel).backward.saved()
+    saved = next(op for op in contract.FORWARDS if op.name == case.kernel).backward.saved()
     assert found == bool({"indices", "critical"} & set(saved))
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from functional_cases import DTYPES, OPS, ROWS, L, N, arguments, call, randn, takes
 
 import milkernels
-from milkernels import InstanceEmbedding, backends, embed_instances, ops, reference
+from milkernels import InstanceEmbedding, backends, embed_instances
+from milkernels.ops import contract
 
 pytestmark = pytest.mark.filterwarnings("ignore:milkernels")  # of what runs on the reference
 E = 7
@@ -51,7 +52,7 @@ def same(got, expected, **tolerance):
 
 
 def test_which_ops_have_an_embedding():
-    assert {op.removeprefix("gated_") for op in EMBEDDED} == ops.EMBEDDED
+    assert {op.removeprefix("gated_") for op in EMBEDDED} == contract.EMBEDDED
     for op in EMBEDDED:
         parameters = inspect.signature(getattr(milkernels, op)).parameters
         for name in ("embed", "seed"):
@@ -109,7 +110,7 @@ def no_work(monkeypatch):
         raise AssertionError("an error came too late")
 
     monkeypatch.setattr(backends, "choose", works)
-    monkeypatch.setattr(reference, "embedded", works)
+    monkeypatch.setattr("milkernels.ops.embedding.embedded", works)
 
 
 @every_op

@@ -12,7 +12,7 @@ from functional_cases import OFFSETS, OPS, C, L, N, arguments, randn, takes
 
 import milkernels as mk
 from milkernels import losses, nn, visualize
-from milkernels.bags import check_dense
+from milkernels.arguments import check_dense
 
 numpy = pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")

@@ -12,7 +12,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import milkernels
-from milkernels import InstanceEmbedding, functional, nn
+from milkernels import InstanceEmbedding, nn
+from milkernels.ops import attention, dual_stream, embedding, loss_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:milkernels")  # of what runs on the reference
 MODELS = {
@@ -26,13 +27,14 @@ every_model = pytest.mark.parametrize("make_model", MODELS.values(), ids=MODELS)
 @pytest.fixture
 def handed(monkeypatch):
     """The embeddings that ops are given, in order."""
-    seen, stage_of = [], functional.stage_of
+    seen, stage_of = [], embedding.stage_of
 
     def recording(x, embed, *rest):
         seen.append(embed)
         return stage_of(x, embed, *rest)
 
-    monkeypatch.setattr(functional, "stage_of", recording)
+    for family in (attention, dual_stream, loss_attention):
+        monkeypatch.setattr(family, "stage_of", recording)
     return seen
 
 

@@ -6,12 +6,12 @@ import torch
 from op_cases import CASES, every_backend, offsets_of, step
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from milkernels import ops
+from milkernels.ops import contract
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what Triton's interpreter selects away
 
 LENGTHS = (5, 0, 12)
-BACKWARDS = {f"milkernels::{op.backward.name}_bwd": op.backward for op in ops.FORWARDS}
+BACKWARDS = {f"milkernels::{op.backward.name}_bwd": op.backward for op in contract.FORWARDS}
 
 
 class Calls(TorchDispatchMode):

@@ -13,7 +13,7 @@ from oracle import INF
 from torch._subclasses import FakeTensorMode
 
 import milkernels
-from milkernels import reference
+from milkernels.ops import dropout, segments, trilinear
 
 N, L, K, B = sum(LENGTHS), SMALL["L"], SMALL["K"], len(LENGTHS)
 OFFSETS = offsets_of(LENGTHS)
@@ -45,7 +45,7 @@ def test_oracle(case, lengths, mask):
 def test_blocks_of_rows(case, monkeypatch):
     whole = step(ours(case), case.make(), OFFSETS, MASK)
     one = step(ours(case), case.make((N,)), None, MASK)
-    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", {"cpu": 4 * L})
+    monkeypatch.setattr(trilinear, "_BLOCK_ELEMENTS", {"cpu": 4 * L})
     close(step(ours(case), case.make(), OFFSETS, MASK), whole)
     close(step(ours(case), case.make((N,)), None, MASK), one)
 
@@ -53,7 +53,7 @@ def test_blocks_of_rows(case, monkeypatch):
 @every_case
 def test_the_ops_that_are_deterministic_on_a_gpu(case, monkeypatch):
     expected = step(ours(case), case.make(), OFFSETS, MASK)
-    monkeypatch.setattr(reference, "_adds_by_sorting", lambda t: True)
+    monkeypatch.setattr(segments, "_adds_by_sorting", lambda t: True)
     close(step(ours(case), case.make(), OFFSETS, MASK), expected)
 
 
@@ -95,21 +95,21 @@ def test_philox_vectors():
     for counter, key, words in vectors:
         assert oracle.philox(counter, key) == words
         seed = torch.tensor([*key], dtype=torch.int64).to(torch.uint32).view(torch.int64)
-        got = reference._philox(seed, tuple(torch.tensor([c]) for c in counter))
+        got = dropout._philox(seed, tuple(torch.tensor([c]) for c in counter))
         assert tuple(int(w) for w in got) == words
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**40 + 3, -1, -(2**63)])
 def test_dropout_mask_is_the_oracles(seed):
     for branch, p, units in [(0, 0.25, 11), (1, 0.5, 8), (2, 1.0, 3), (0, 1 / 65536, 70)]:
-        got = reference.philox_keep(torch.tensor([seed]), 9, units, branch, p)
+        got = dropout.philox_keep(torch.tensor([seed]), 9, units, branch, p)
         assert torch.equal(got, oracle.dropout_keep(seed, 9, units, branch, p))
 
 
 def test_dropout_keeps_the_right_share():
-    keep = reference.philox_keep(torch.tensor([3]), 2000, 100, 0, 0.3)
+    keep = dropout.philox_keep(torch.tensor([3]), 2000, 100, 0, 0.3)
     assert abs(keep.double().mean().item() - 0.7) < 5 * (0.21 / keep.numel()) ** 0.5
-    assert reference.dropout_scale(1.0) == 0 and reference.dropout_scale(0.5) == 2
+    assert dropout.dropout_scale(1.0) == 0 and dropout.dropout_scale(0.5) == 2
 
 
 def test_everything_dropped():

@@ -15,7 +15,8 @@ from op_cases import CASES, NAN, PLAIN, close, offsets_of, same_bits, step
 from test_contract import detached, recorded
 
 import milkernels
-from milkernels import native, ops, testing, triton
+from milkernels import native, testing, triton
+from milkernels.ops import contract
 
 pytestmark = [
     pytest.mark.simulated,
@@ -348,13 +349,13 @@ def _padded_by_nan(tensors):
 
 
 class _unchecked:
-    """Within the block functional takes offsets as they are, as it does on a device."""
+    """Within the block ops take offsets as they are, as they do on a device."""
 
     def __enter__(self):
-        from milkernels import functional
+        from milkernels import ragged
 
-        self.module, self.check = functional, functional.check_offsets
-        functional.check_offsets = lambda *_: None
+        self.module, self.check = ragged, ragged.check_offsets
+        ragged.check_offsets = lambda *_: None
 
     def __exit__(self, *_):
         self.module.check_offsets = self.check
@@ -460,7 +461,7 @@ def test_scores_far_from_zero(name):
 
 def test_every_op_has_a_kernel():
     assert {case.kernel for case in CASES.values()} == triton.OPS
-    declared = {f"{op.name}_fwd" for op in ops.FORWARDS} | {f"{op.backward.name}_bwd" for op in ops.FORWARDS}
+    declared = {f"{op.name}_fwd" for op in contract.FORWARDS} | {f"{op.backward.name}_bwd" for op in contract.FORWARDS}
     assert set(triton.kernels()) == declared
 
 

@@ -104,14 +104,14 @@ def device_slug(name: str | None = None) -> str:
 
 
 def source_digest(root: Path = ROOT, *, gpu: bool = False) -> str | None:
-    """SHA-256 over names and contents of what decides the speed: ``csrc``, the contracts and the reference; on a GPU
+    """SHA-256 over names and contents of what decides the speed: ``csrc``, the ops' contracts and reference; on a GPU
     the Triton kernels too, and only there ``csrc/cuda``."""
     if not (root / "csrc").is_dir():
         return None  # installed without sources
     package = root / "milkernels"
     cuda = root / "csrc" / "cuda"
     files = [p for p in (root / "csrc").rglob("*") if p.is_file() and (gpu or cuda not in p.parents)]
-    files += [*package.glob("ops.py"), *package.glob("reference.py")]
+    files += (package / "ops").rglob("*.py")
     files += (package / "triton").rglob("*.py") if gpu else ()
     digest = hashlib.sha256()
     for path in sorted(files, key=lambda p: p.relative_to(root).as_posix()):

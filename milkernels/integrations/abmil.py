@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from milkernels import functional as F
+from milkernels import ops
 from milkernels.integrations.engine import Structure, has, structure_of
 from milkernels.integrations.layers import (
     Branch,
@@ -69,7 +69,7 @@ class AttentionDeepMIL(Structure):
         h = gate.embedding(image_features(module, x))
         pooled, dtype = gate.pool(h), gate.dtype(h)
         probability = module.classifier(pooled.bag[0].to(dtype))
-        weights = F.attention_weights(pooled).to(dtype).T
+        weights = ops.attention_weights(pooled).to(dtype).T
         return probability, torch.ge(probability, 0.5).float(), weights
 
     def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
@@ -306,7 +306,7 @@ class CAMILPool(Structure):
             return NotImplemented
         (rows, offsets, mask), dtype = padded(T, mask), gate.dtype(T)
         scores = gate.scores(rows, mask)
-        bag = F.softmax_pool(padded(M, None)[0], scores, offsets, mask=mask).bag[:, 0].to(dtype)
+        bag = ops.softmax_pool(padded(M, None)[0], scores, offsets, mask=mask).bag[:, 0].to(dtype)
         return (bag, scores.to(dtype).reshape(T.shape[:2])) if return_att else bag
 
     def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
@@ -348,7 +348,7 @@ class WeightsLayer(Structure):
         if x.ndim != 2:
             return NotImplemented
         scores = gate.scores(x)
-        return (F.segment_softmax(scores) if isNorm else scores).to(gate.dtype(x)).T
+        return (ops.segment_softmax(scores) if isNorm else scores).to(gate.dtype(x)).T
 
     def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
         yield Example("forward", (inputs.bag(gate.in_dim),))
@@ -370,7 +370,7 @@ class PoolingLayer(Structure):
     def forward(self, module, gate, features):
         x = features.reshape(-1, gate.in_dim)
         pooled, dtype = gate.pool(x), gate.dtype(x)
-        return F.attention_weights(pooled).to(dtype).T, pooled.bag[0].to(dtype)
+        return ops.attention_weights(pooled).to(dtype).T, pooled.bag[0].to(dtype)
 
     def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
         yield Example("forward", (inputs.bag(gate.in_dim),))

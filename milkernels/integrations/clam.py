@@ -6,12 +6,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from milkernels import functional as F
+from milkernels import ops
 from milkernels.integrations.abmil import torchmil_gate, torchmil_prediction
 from milkernels.integrations.engine import Structure, has
 from milkernels.integrations.layers import Embedding, Gate, Unfusable, check_plain, children, embedding, refuse
 from milkernels.integrations.proof import Example, Inputs
 from milkernels.integrations.scores import GATED, GATED_AND_X, PLAIN, PLAIN_AND_X, eager_scores, proven_gate
+from milkernels.results import Pooled
 
 # Methods that are given what is embedded, or give it.
 _OF_INSTANCES = ("inst_eval", "inst_eval_out", "compute_inst_loss", "forward_instance_heads")
@@ -68,13 +69,13 @@ class CLAM(Structure):
         predicted = torch.topk(logits, 1, dim=1).indices
         return logits, torch.softmax(logits, dim=1), predicted, pooled.scores.to(dtype).T, results
 
-    def _instance_results(self, module, gate: Gate, pooled: F.Pooled, x: Tensor, seed, label: Tensor) -> dict:
+    def _instance_results(self, module, gate: Gate, pooled: Pooled, x: Tensor, seed, label: Tensor) -> dict:
         """The losses of each class's instance classifier, by the module's own methods.
 
         They rank the instances.  Weights do not tell the least attended apart once they are rounded, in float16 all
         below 6e-8 are 0; scores have the same order.
         """
-        attention = (F.attention_weights(pooled) if _replaced(module) else pooled.scores).T
+        attention = (ops.attention_weights(pooled) if _replaced(module) else pooled.scores).T
         own_branch = attention.shape[0] > 1 or isinstance(module.classifiers, nn.ModuleList)
         in_class = nn.functional.one_hot(label, num_classes=module.n_classes).squeeze().tolist()
         total, predictions, targets = 0.0, [], []

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from milkernels import functional as F
+from milkernels import ops
 from milkernels.integrations.engine import Structure, has, structure_of
 from milkernels.integrations.layers import (
     Embedding,
@@ -23,6 +23,7 @@ from milkernels.integrations.layers import (
 )
 from milkernels.integrations.layers import original_class as class_of
 from milkernels.integrations.proof import Example, Inputs
+from milkernels.results import DSMIL, DSMILPooled
 
 FEW = (200, 1000)  # linear queries gain from a few hundred on, MLP queries with gradients from some thousands
 PADDING = "padding can no longer be the critical instance, as it can in the original"
@@ -57,7 +58,7 @@ def value(name: str, module: nn.Module) -> dict[str, Any]:
 
 
 class _Parts(NamedTuple):
-    stream: dict[str, Any]  # arguments of dsmil_pool and dsmil
+    stream: dict[str, Any]  # arguments of ops.dsmil_pool and ops.dsmil
     classifier: tuple[Tensor, Tensor | None] | None = None  # of instances
     embedding: Embedding = Embedding()
 
@@ -70,9 +71,9 @@ class _Parts(NamedTuple):
     def dtype(self, x: Tensor):
         return their_dtype(x, self.stream["q_weight"], *self.embedding.parameters)
 
-    def both(self, x: Tensor, offsets: Tensor | None = None, mask: Tensor | None = None) -> F.DSMIL:
+    def both(self, x: Tensor, offsets: Tensor | None = None, mask: Tensor | None = None) -> DSMIL:
         weight, bias = self.classifier
-        return F.dsmil(x, weight, bias, offsets=offsets, mask=mask, embed=self.embedding.embed, **self.stream)
+        return ops.dsmil(x, weight, bias, offsets=offsets, mask=mask, embed=self.embedding.embed, **self.stream)
 
 
 def _second_stream(module: nn.Module) -> _Parts:
@@ -95,15 +96,15 @@ class BClassifier(Structure):
     def forward(self, module, parts, feats, c):
         if feats.ndim != 2 or c.ndim != 2:
             return NotImplemented
-        return predict(module, F.dsmil_pool(feats, c, **parts.stream), parts.dtype(feats))
+        return predict(module, ops.dsmil_pool(feats, c, **parts.stream), parts.dtype(feats))
 
     def examples(self, module: nn.Module, parts: _Parts, inputs: Inputs) -> Iterable[Example]:
         yield Example("forward", (inputs.bag(parts.dim), inputs.bag(module.fcc.in_channels)))
 
 
-def predict(module: nn.Module, pooled: F.DSMIL | F.DSMILPooled, dtype) -> tuple[Tensor, Tensor, Tensor]:
+def predict(module: nn.Module, pooled: DSMIL | DSMILPooled, dtype) -> tuple[Tensor, Tensor, Tensor]:
     bag = pooled.bag.to(dtype)
-    return module.fcc(bag).view(1, -1), F.attention_weights(pooled).to(dtype), bag
+    return module.fcc(bag).view(1, -1), ops.attention_weights(pooled).to(dtype), bag
 
 
 class MILNet(Structure):
@@ -179,7 +180,7 @@ class TorchmilDSMIL(Structure):
         results = [module.bag_classifier(pooled.bag.to(dtype)).squeeze(-1).squeeze(-1)]
         if return_att:
             bags = padded(X, None)[1]
-            results.append(_rows(F.attention_weights(pooled, bags), X).to(dtype))
+            results.append(_rows(ops.attention_weights(pooled, bags), X).to(dtype))
         if return_inst_pred:
             results.append(_rows(pooled.logits, X).squeeze(-1).to(dtype))
         return tuple(results) if len(results) > 1 else results[0]
@@ -210,8 +211,8 @@ class MILLabBClassifier(Structure):
         if h.ndim != 3 or c.ndim != 3:
             return NotImplemented
         (x, offsets, mask), dtype = padded(h, attn_mask), parts.dtype(h)
-        pooled = F.dsmil_pool(x, c.flatten(0, 1), offsets=offsets, mask=mask, **parts.stream)
-        weights = F.attention_weights(pooled, offsets)
+        pooled = ops.dsmil_pool(x, c.flatten(0, 1), offsets=offsets, mask=mask, **parts.stream)
+        weights = ops.attention_weights(pooled, offsets)
         return module.norm(pooled.bag.to(dtype)), _rows(weights, h).to(masked_dtype(dtype, attn_mask))
 
     def examples(self, module: nn.Module, parts: _Parts, inputs: Inputs) -> Iterable[Example]:
@@ -251,7 +252,7 @@ class MILLabDSMIL(Structure):
         pooled = parts.both(x, offsets, mask)
         found = {"instance_classes": _rows(pooled.logits, h).to(dtype)}
         if return_attention:
-            found["attention"] = _rows(F.attention_weights(pooled, offsets), h).to(masked_dtype(dtype, attn_mask))
+            found["attention"] = _rows(ops.attention_weights(pooled, offsets), h).to(masked_dtype(dtype, attn_mask))
         return module.b_classifier.norm(pooled.bag.to(dtype)), found
 
     def examples(self, module: nn.Module, parts: _Parts, inputs: Inputs) -> Iterable[Example]:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from milkernels import _torch
+from milkernels.dtypes import autocast_dtype
 from milkernels.integrations import proof
 from milkernels.integrations.layers import Unfusable, check_global_hooks, check_tensors, original_class, refuse
-from milkernels.reference import autocast_dtype
 
 _MASKS = ("mask", "attn_mask", "lens")  # arguments that say what is padding
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _globals
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from milkernels import functional as F
-from milkernels import reference
+from milkernels import ops
 from milkernels.bags import Bags
-from milkernels.embedding import InstanceEmbedding, compute_dtype_of, embed_instances
+from milkernels.dtypes import compute_dtype_of, result_dtype
+from milkernels.ops.embedding import InstanceEmbedding, embed_instances
+from milkernels.results import Pooled
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ACTIVATIONS = {nn.Tanh: "tanh", nn.ReLU: "relu", nn.Identity: "identity"}
@@ -206,14 +207,14 @@ class Gate(NamedTuple):
     def _arguments(self) -> tuple[Any, Any, tuple, dict]:
         options = {"activation": self.activation, "dropout_p": self.dropout_p, "embed": self.embedding.embed}
         if self.u_weight is None:
-            return F.attention_scores, F.attention_pool, self[:2] + self[4:6], options
-        return F.gated_attention_scores, F.gated_attention_pool, self[:6], options
+            return ops.attention_scores, ops.attention_pool, self[:2] + self[4:6], options
+        return ops.gated_attention_scores, ops.gated_attention_pool, self[:6], options
 
     def scores(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         op, _, parameters, options = self._arguments()
         return op(x, *parameters, mask=mask, **options)
 
-    def pool(self, x: Tensor, offsets: Tensor | None = None, mask: Tensor | None = None, seed=None) -> F.Pooled:
+    def pool(self, x: Tensor, offsets: Tensor | None = None, mask: Tensor | None = None, seed=None) -> Pooled:
         _, op, parameters, options = self._arguments()
         return op(x, *parameters, offsets, mask=mask, seed=seed, **options)
 
@@ -257,7 +258,7 @@ def is_score_network(module: nn.Module) -> bool:
 
 def their_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
     """The type in which eager layers with these parameters return: that of autocast, or the promoted one."""
-    return compute_dtype_of(x) or reference.result_dtype(x, *parameters)
+    return compute_dtype_of(x) or result_dtype(x, *parameters)
 
 
 def masked_dtype(dtype: torch.dtype, mask: Tensor | None) -> torch.dtype:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from milkernels import functional as F
+from milkernels import ops
 from milkernels.integrations.abmil import flat_features, image_embedding, image_features
 from milkernels.integrations.engine import Structure, has
 from milkernels.integrations.layers import (
@@ -54,9 +54,9 @@ class LossAttention(Structure):
             return NotImplemented
         weight, bias, front = parts
         h = front(image_features(module, x))
-        pooled = F.loss_attention_pool(h, weight, bias, embed=front.embed)
+        pooled = ops.loss_attention_pool(h, weight, bias, embed=front.embed)
         dtype = their_dtype(h, weight, bias, *front.parameters)
-        weights = F.attention_weights(pooled).to(dtype).squeeze()
+        weights = ops.attention_weights(pooled).to(dtype).squeeze()
         return module.linear(pooled.bag[0].to(dtype)), pooled.logits.to(dtype), weights
 
     def examples(self, module: nn.Module, parts: Any, inputs: Inputs) -> Iterable[Example]:
@@ -96,14 +96,14 @@ class AttentionMIL(Structure):
         prediction = module.head(pooled.bag[:, 0].to(dtype))
         if not return_attention:
             return prediction
-        return prediction, F.attention_weights(pooled, offsets).to(dtype).unflatten(0, h.shape[:2])
+        return prediction, ops.attention_weights(pooled, offsets).to(dtype).unflatten(0, h.shape[:2])
 
     def _masked_attention_scores(self, module, gate, embeddings, lens, *, apply_softmax=True):
         gate = gate.behind(Embedding())
         rows, offsets, mask = padded(embeddings, _mask(embeddings, lens))
         scores = gate.scores(rows, mask)
         if apply_softmax:
-            scores = F.segment_softmax(scores, offsets, mask=mask)
+            scores = ops.segment_softmax(scores, offsets, mask=mask)
         return scores.to(gate.dtype(embeddings)).unflatten(0, embeddings.shape[:2])
 
     def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
@@ -166,7 +166,7 @@ class AttentionalAggregation(Structure):
         else:
             scores = module.gate_nn(x)
         dtype = torch.promote_types(values.dtype, scores.dtype if parts.gate is None else values.dtype)
-        return F.softmax_pool(values, scores, offsets).bag[:, 0].to(dtype)
+        return ops.softmax_pool(values, scores, offsets).bag[:, 0].to(dtype)
 
     def examples(self, module: nn.Module, parts: _Aggregation, inputs: Inputs) -> Iterable[Example]:
         x = inputs.bag(parts.in_dim, 23)

@@ -1,4 +1,4 @@
-"""Modules: the parameters of the ops in ``functional``, and small complete models made of them.
+"""Modules: the parameters of ``milkernels.ops``, and small complete models made of them.
 
 Every ``forward(x, offsets=None, mask=None)`` takes bags in any of these forms, and copies none of them:
 

@@ -9,11 +9,13 @@ from torch.nn import functional as F
 from torch.nn.modules import module as _globals
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from milkernels import classical, functional, results
-from milkernels.arguments import DTYPES, check_choice, check_count, check_share
-from milkernels.bags import check_type, checked_mask
-from milkernels.embedding import InstanceEmbedding, compute_dtype_of
+from milkernels import ops, results
+from milkernels.arguments import DTYPES, check_choice, check_count, check_share, check_type
+from milkernels.dtypes import compute_dtype_of
 from milkernels.nn.pools import DSMIL, AttentionPool, Instances, LossAttention, ragged
+from milkernels.ops.classical import check_exponent
+from milkernels.ops.embedding import InstanceEmbedding
+from milkernels.ragged import checked_mask
 
 Dims = int | Sequence[int] | None
 
@@ -280,17 +282,17 @@ _Ragged = tuple[Tensor | None, Tensor | None]  # offsets and mask
 def _pool(pooling: str, x: Tensor, bags: _Ragged, r: float | None) -> Tensor:
     offsets, mask = bags
     if pooling == "max":
-        return functional.max_pool(x, offsets, mask=mask).values
+        return ops.max_pool(x, offsets, mask=mask).values
     if pooling == "mean":
-        return functional.mean_pool(x, offsets, mask=mask)
-    pool = classical.log_sum_exp_pool if pooling == "log_sum_exp" else classical.generalized_mean_pool
+        return ops.mean_pool(x, offsets, mask=mask)
+    pool = ops.log_sum_exp_pool if pooling == "log_sum_exp" else ops.generalized_mean_pool
     return pool(x, offsets, r=r, mask=mask)
 
 
 def _log_sum_exp(z: Tensor, bags: _Ragged) -> Tensor:
     """Of each bag, over its instances: ``[B, C]``."""
     offsets, mask = bags
-    return functional.softmax_pool(z[:, :1], z, offsets, mask=mask).lse
+    return ops.softmax_pool(z[:, :1], z, offsets, mask=mask).lse
 
 
 def _mean_logits(z: Tensor, bags: _Ragged) -> Tensor:
@@ -301,7 +303,7 @@ def _noisy_or_logits(z: Tensor, bags: _Ragged) -> Tensor:
     """``log((1 - q) / q)`` of q, the product of ``1 - sigmoid(z)``: no probability is rounded to 1, or to 0."""
     of_one = F.softplus(z)  # -log(1 - sigmoid(z))
     offsets, mask = bags
-    none = functional.weighted_pool(of_one, torch.ones_like(z[:, :1]), offsets, mask=mask)[:, 0]  # -log q
+    none = ops.weighted_pool(of_one, torch.ones_like(z[:, :1]), offsets, mask=mask)[:, 0]  # -log q
     few = 1e-4
     large = none.clamp(min=few)
     low = z < -20  # softplus is exp there, which underflows where its logarithm does not
@@ -343,7 +345,7 @@ class _Pooling(nn.Module):
         elif pooling not in _EXPONENTS:
             raise ValueError(f"r is the exponent of {' and '.join(_EXPONENTS)}; got {r} beside pooling={pooling!r}")
         else:
-            classical.check_exponent(r)
+            check_exponent(r)
         self.in_dim, self.pooling, self.r = in_dim, pooling, r
         self.embed, width = _hidden_embedding(in_dim, hidden_dims, dropout, **factory)
         self.classifier = nn.Linear(width, num_classes, **factory)
@@ -382,7 +384,7 @@ class InstancePooling(_Pooling):
         eps, bags = torch.finfo(z.dtype).eps, (offsets, mask)
         if self.pooling in _LOGITS:
             logits = _LOGITS[self.pooling](z, bags)
-            there = functional.mean_pool(torch.ones_like(z[:, :1]), offsets, mask=mask) > 0
+            there = ops.mean_pool(torch.ones_like(z[:, :1]), offsets, mask=mask) > 0
             logits = torch.where(there, logits, torch.full_like(logits, eps).logit())
         else:
             logits = _pool(self.pooling, z.sigmoid(), bags, self.r).logit(eps)

@@ -5,11 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from milkernels import functional, results
+from milkernels import ops, results
 from milkernels.arguments import check_choice, check_count, check_flag, check_instances, check_number, check_share
 from milkernels.bags import Bags
-from milkernels.embedding import Embed
-from milkernels.reference import ACTIVATIONS
+from milkernels.ops.embedding import ACTIVATIONS, Embed
 
 Instances = Tensor | Bags
 Seed = Tensor | int | None
@@ -148,9 +147,9 @@ class AttentionPool(_Linears):
     ) -> results.Pooled:
         """``Pooled(bag [B, K, L], scores [N, K], lse [B, K])``; ``seed`` fixes what dropout drops."""
         values, offsets, mask = ragged(x, offsets, mask, self._width(embed))
-        pool, gate = functional.attention_pool, ()
+        pool, gate = ops.attention_pool, ()
         if self.gated:
-            pool, gate = functional.gated_attention_pool, (self.u_weight, self.u_bias)
+            pool, gate = ops.gated_attention_pool, (self.u_weight, self.u_bias)
         parameters = (self.v_weight, self.v_bias, *gate, self.w_weight, self.w_bias)
         options = {"dropout_p": self.dropout if self.training else 0.0, "seed": seed, "embed": embed, "mask": mask}
         return pool(values, *parameters, offsets, activation=self.activation, **options)
@@ -161,7 +160,7 @@ class AttentionPool(_Linears):
 
 
 class SoftmaxPool(nn.Module):
-    """Pooling by given scores: `functional.softmax_pool`."""
+    """Pooling by given scores: `softmax_pool`."""
 
     def forward(
         self, x: Instances, scores: Tensor, offsets: Tensor | None = None, mask: Tensor | None = None
@@ -171,7 +170,7 @@ class SoftmaxPool(nn.Module):
         ``scores`` are ``[N, K]``, one row per row of ``x``; beside padded or nested ``x`` also in its form.
         """
         values, offsets, mask = ragged(x, offsets, mask)
-        return functional.softmax_pool(values, _per_row("scores", scores, x), offsets, mask=mask)
+        return ops.softmax_pool(values, _per_row("scores", scores, x), offsets, mask=mask)
 
 
 class DSMIL(_Linears):
@@ -256,7 +255,7 @@ class DSMIL(_Linears):
             options |= {"v_weight": self.v_weight, "v_bias": self.v_bias}
             options |= {"v_activation": None if self.value == "linear" else self.value}
             options |= {"v_dropout_p": self.value_dropout if self.training else 0.0}
-        return functional.dsmil(values, self.weight, self.bias, self.q_weight, self.q_bias, offsets, **options)
+        return ops.dsmil(values, self.weight, self.bias, self.q_weight, self.q_bias, offsets, **options)
 
     def extra_repr(self) -> str:
         value = ("value_dim", "value_dropout") if self.value else ()
@@ -300,25 +299,25 @@ class LossAttention(_Linears):
         dropout of ``embed`` drops."""
         values, offsets, mask = ragged(x, offsets, mask, self._width(embed))
         options = {"seed": seed, "embed": embed, "mask": mask}
-        return functional.loss_attention_pool(values, self.weight, self.bias, offsets, **options)
+        return ops.loss_attention_pool(values, self.weight, self.bias, offsets, **options)
 
     def extra_repr(self) -> str:
         return f"{self._describe('in_dim', 'num_classes')}, bias={self.bias is not None}"
 
 
 class MeanPool(nn.Module):
-    """The mean of each bag: `functional.mean_pool`."""
+    """The mean of each bag: `mean_pool`."""
 
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """``[B, L]``."""
         values, offsets, mask = ragged(x, offsets, mask)
-        return functional.mean_pool(values, offsets, mask=mask)
+        return ops.mean_pool(values, offsets, mask=mask)
 
 
 class MaxPool(nn.Module):
-    """The maximum of each bag, feature by feature: `functional.max_pool`."""
+    """The maximum of each bag, feature by feature: `max_pool`."""
 
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> results.MaxPooled:
         """``MaxPooled(values [B, L], indices [B, L])``."""
         values, offsets, mask = ragged(x, offsets, mask)
-        return functional.max_pool(values, offsets, mask=mask)
+        return ops.max_pool(values, offsets, mask=mask)

@@ -160,9 +160,10 @@ name = "milkernels." + sys.argv[1].rpartition("/")[2].partition(".")[0]
 spec = importlib.util.spec_from_file_location(name, sys.argv[1])
 sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-from milkernels import native, ops
+from milkernels import native
+from milkernels.ops import contract
 assert native.load_error("cuda") is None, native.load_error("cuda")
-names = [f"{op.name}_fwd" for op in ops.FORWARDS] + [f"{op.name}_bwd" for op in {op.backward for op in ops.FORWARDS}]
+names = [f"{op.name}_fwd" for op in contract.FORWARDS] + [f"{op.name}_bwd" for op in {op.backward for op in contract.FORWARDS}]
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 missing = sorted(name for name in names if not has(f"milkernels::{name}.native", "CUDA"))
 print(json.dumps([len(names), missing, module.build_info()]))

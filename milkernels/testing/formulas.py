@@ -1,7 +1,7 @@
 """What people write today: the formula of each op for one bag, after the public code of its authors.
 
 They promise nothing for an empty bag (PyTorch's mean of nothing is NaN, its maximum an error); what the ops
-return there is in ``milkernels.functional``.
+return there is in ``milkernels.ops``.
 """
 
 import contextlib

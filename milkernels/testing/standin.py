@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from milkernels import ops
 from milkernels import triton as adapter
+from milkernels.ops import contract
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 _GRID = (2**31 - 1, 65535, 65535)  # CUDA's limits
@@ -302,7 +302,7 @@ _ROWWISE = ("x", "given", "scores", "weights", "instance_logits")
 _ACTIVATIONS = ("tanh", "relu", "gelu", "identity")
 
 
-def _inputs(use: Usage, op: ops.Forward) -> dict:
+def _inputs(use: Usage, op: contract.Forward) -> dict:
     """The inputs of a forward by name."""
     # A value layer of DSMIL keeps the width.
     shapes = _SHAPES | ({"v_weight": "LL", "v_bias": "L"} if op.name.startswith("dsmil") else {})
@@ -342,7 +342,7 @@ def _inputs(use: Usage, op: ops.Forward) -> dict:
     return {declaration.split()[-1]: value(declaration) for declaration in op.inputs.split(", ")}
 
 
-def _backward(use: Usage, op: ops.Forward, inputs: dict, outputs: dict) -> None:
+def _backward(use: Usage, op: contract.Forward, inputs: dict, outputs: dict) -> None:
     known, backward = inputs | outputs, op.backward
     graded = backward.outputs.split()
     # As in training, unless all are asked for: from the first output alone.
@@ -361,7 +361,7 @@ def call_op(use: Usage, record: Record) -> tuple[Record, Record]:
     """Calls the op and its backward within a `standin`; what each launched."""
     from milkernels.triton import tuning
 
-    op = next(op for op in ops.FORWARDS if op.name == use.op)
+    op = next(op for op in contract.FORWARDS if op.name == use.op)
     forced = {"scores": "fused"} if "fused" in use else {}
     forced |= {"products": "split"} if "split" in use else {}
     with tuning.use(**forced), _precision("high" if "tf32" in use else "highest"):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from milkernels import bags
+from milkernels import ragged
 
 if TYPE_CHECKING:
     from milkernels.triton.embedding import Embedding
@@ -88,8 +88,8 @@ class Call:
         self.offsets = None if self.offsets is None else self.offsets.contiguous()
         self.mask = None if self.mask is None else self.mask.contiguous().view(torch.uint8)
         self.acc = accumulation_dtype(self.x)
-        # The schedule of `bags`, with longer chunks where there are very many rows.
-        self.chunk = bags.chunk_rows(self.rows)
+        # The schedule of `ragged`, with longer chunks where there are very many rows.
+        self.chunk = ragged.chunk_rows(self.rows)
         self.chunk *= power_of_two(ceil_div(self.rows, self.chunk * _MOST_CHUNKS))
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

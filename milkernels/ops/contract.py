@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from milkernels import _torch, backends
+from milkernels.dtypes import accumulation_dtype
 
 _LIBRARY = torch.library.Library("milkernels", "DEF")
+FORWARDS: list["Forward"] = []  # every op that was declared
+EMBEDDED: set[str] = set()  # ops that have an instance stage
 
 
 @dataclass(frozen=True)
@@ -70,222 +73,30 @@ class Forward:
         return [declaration.split()[-1].split("=")[0] for declaration in self.inputs.split(", ")]
 
 
-def _bags(offsets: Tensor | None) -> int:
+def num_bags(offsets: Tensor | None) -> int:
     return 1 if offsets is None else offsets.shape[0] - 1
 
 
-def _width(x, e_weight=None):
+def pooled_width(x, e_weight=None):
     """Of what is pooled."""
     return x.shape[1] if e_weight is None else e_weight.shape[0]
 
 
-def _pooled(x, offsets, heads, width):
-    num_bags, rows = _bags(offsets), x.shape[0]
-    return (num_bags, heads, width), (rows, heads), (num_bags, heads)
+def pooled_shapes(x, offsets, heads, width):
+    bags, rows = num_bags(offsets), x.shape[0]
+    return (bags, heads, width), (rows, heads), (bags, heads)
 
 
-_BAGS = "Tensor? offsets, Tensor? mask"
+BAGS = "Tensor? offsets, Tensor? mask"
 # The instance stage: ``drop(act(W x + b))`` takes the place of x. All None: there is none. It has a seed and a type of
 # its own, so that it is the same for every op.
-_EMBED = "Tensor? e_weight, Tensor? e_bias, Tensor? e_seed, str? e_activation, float e_dropout_p, ScalarType? e_dtype"
-_EMBED_SAVES, _EMBED_INPUTS = " [e_weight] [e_bias] [e_seed]", " e_weight e_bias"
-_EMBED_OPTIONS = ("str? e_activation", "float e_dropout_p", "ScalarType? e_dtype")
+EMBED = "Tensor? e_weight, Tensor? e_bias, Tensor? e_seed, str? e_activation, float e_dropout_p, ScalarType? e_dtype"
+EMBED_SAVES, EMBED_INPUTS = " [e_weight] [e_bias] [e_seed]", " e_weight e_bias"
+EMBED_OPTIONS = ("str? e_activation", "float e_dropout_p", "ScalarType? e_dtype")
 NO_EMBEDDING = (None, None, None, None, 0.0, None)
-_ATTENTION = (
-    "Tensor x, Tensor v_weight, Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, Tensor w_weight, Tensor? w_bias, "
-    f"{_BAGS}, Tensor? seed, str activation, float dropout_p, ScalarType? compute_dtype, {_EMBED}"
-)
-_ATTENTION_BACKWARD = Backward(
-    "attention",
-    inputs="x v_weight v_bias u_weight u_bias w_weight w_bias" + _EMBED_INPUTS,
-    saves="x v_weight [v_bias] [u_weight] [u_bias] w_weight [w_bias] [offsets] [mask] [seed] [bag] scores [lse]"
-    + _EMBED_SAVES,
-    options=("str activation", "float dropout_p", "ScalarType? compute_dtype", *_EMBED_OPTIONS),
-    outputs="bag scores lse",
-)
-_QUERY = f"Tensor x, Tensor query, {_BAGS}, float scale, {_EMBED}"
-_QUERY_BACKWARD = Backward(
-    "query",
-    inputs="x query" + _EMBED_INPUTS,
-    saves="x query [offsets] [mask] [bag] scores [lse]" + _EMBED_SAVES,
-    options=("float scale", *_EMBED_OPTIONS),
-    outputs="bag scores lse",
-)
-_DSMIL = (
-    "Tensor q_weight, Tensor? q_bias, Tensor? q2_weight, Tensor? q2_bias, Tensor? v_weight, Tensor? v_bias, "
-    f"{_BAGS}, Tensor? seed, str? v_activation, float v_dropout_p, float? scale, ScalarType? compute_dtype, {_EMBED}"
-)
-_DSMIL_OPTIONS = (
-    *("str? v_activation", "float v_dropout_p", "float? scale", "ScalarType? compute_dtype"),
-    *_EMBED_OPTIONS,
-)
-
-FORWARDS = (
-    Forward(
-        "attention_pool",
-        _ATTENTION,
-        "bag scores lse",
-        lambda x, w_weight, offsets, e_weight, **_: _pooled(x, offsets, w_weight.shape[0], _width(x, e_weight)),
-        _ATTENTION_BACKWARD,
-    ),
-    Forward(
-        "attention_scores",
-        _ATTENTION,
-        "scores",
-        lambda x, w_weight, **_: ((x.shape[0], w_weight.shape[0]),),
-        _ATTENTION_BACKWARD,
-    ),
-    Forward(
-        "softmax_pool",
-        f"Tensor x, Tensor given, {_BAGS}",
-        "bag scores lse",
-        lambda x, given, offsets, **_: _pooled(x, offsets, given.shape[1], _width(x)),
-        Backward("softmax_pool", "x scores", "x [offsets] [mask] bag scores lse", "bag scores lse"),
-    ),
-    Forward(
-        "query_pool",
-        _QUERY,
-        "bag scores lse",
-        lambda x, query, offsets, e_weight, **_: _pooled(x, offsets, query.shape[-2], _width(x, e_weight)),
-        _QUERY_BACKWARD,
-    ),
-    Forward(
-        "query_scores",
-        _QUERY,
-        "scores",
-        lambda x, query, **_: ((x.shape[0], query.shape[-2]),),
-        _QUERY_BACKWARD,
-    ),
-    Forward(
-        "weighted_pool",
-        f"Tensor x, Tensor weights, {_BAGS}",
-        "bag",
-        lambda x, weights, offsets, **_: _pooled(x, offsets, weights.shape[1], _width(x))[:1],
-        Backward("weighted_pool", "x weights", "x weights [offsets] [mask]", "bag"),
-    ),
-    Forward(
-        "instance_max",
-        f"Tensor x, Tensor weight, Tensor? bias, {_BAGS}, {_EMBED}",
-        "values indices logits",
-        lambda x, weight, offsets, **_: (*[(_bags(offsets), weight.shape[0])] * 2, (x.shape[0], weight.shape[0])),
-        Backward(
-            "instance_max",
-            inputs="x weight bias" + _EMBED_INPUTS,
-            saves="x weight [bias] [offsets] [mask] indices logits" + _EMBED_SAVES,
-            outputs="values logits",
-            options=_EMBED_OPTIONS,
-        ),
-        indices="indices",
-    ),
-    Forward(
-        "dsmil_pool",
-        f"Tensor x, Tensor instance_logits, {_DSMIL}",
-        "bag scores lse critical pooled",
-        lambda x, instance_logits, v_weight, v_activation, offsets, e_weight, **_: _dsmil_shapes(
-            x, instance_logits.shape[1], v_weight, v_activation, offsets, e_weight
-        ),
-        Backward(
-            "dsmil_pool",
-            inputs="x q_weight q_bias q2_weight q2_bias v_weight v_bias" + _EMBED_INPUTS,
-            saves="x q_weight [q_bias] [q2_weight] [q2_bias] [v_weight] [v_bias] [offsets] [mask] [seed] "
-            "bag scores lse critical pooled" + _EMBED_SAVES,
-            options=_DSMIL_OPTIONS,
-            outputs="bag scores lse",
-        ),
-        indices="critical",
-    ),
-    Forward(
-        "dsmil",
-        f"Tensor x, Tensor weight, Tensor? bias, {_DSMIL}",
-        "bag scores lse critical values logits pooled",
-        lambda x, weight, v_weight, v_activation, offsets, e_weight, **_: _both_streams(
-            x, *_dsmil_shapes(x, weight.shape[0], v_weight, v_activation, offsets, e_weight)
-        ),
-        Backward(
-            "dsmil",
-            inputs="x weight bias q_weight q_bias q2_weight q2_bias v_weight v_bias" + _EMBED_INPUTS,
-            saves="x weight [bias] q_weight [q_bias] [q2_weight] [q2_bias] [v_weight] [v_bias] [offsets] [mask] [seed] "
-            "bag scores lse critical logits pooled" + _EMBED_SAVES,
-            options=_DSMIL_OPTIONS,
-            outputs="bag scores lse values logits",
-        ),
-        indices="critical",
-    ),
-    Forward(
-        "loss_attention_pool",
-        f"Tensor x, Tensor weight, Tensor? bias, {_BAGS}, {_EMBED}",
-        "bag scores lse logits",
-        lambda x, weight, offsets, e_weight, **_: (
-            *_pooled(x, offsets, 1, _width(x, e_weight)),
-            (x.shape[0], weight.shape[0]),
-        ),
-        Backward(
-            "loss_attention_pool",
-            inputs="x weight bias" + _EMBED_INPUTS,
-            saves="x weight [bias] [offsets] [mask] bag scores lse logits" + _EMBED_SAVES,
-            outputs="bag scores lse logits",
-            options=_EMBED_OPTIONS,
-        ),
-    ),
-    Forward(
-        "mean_pool",
-        f"Tensor x, {_BAGS}",
-        "bag",
-        lambda x, offsets, **_: ((_bags(offsets), x.shape[1]),),
-        Backward("mean_pool", "x", "x [offsets] [mask]", "bag"),
-    ),
-    Forward(
-        "max_pool",
-        f"Tensor x, {_BAGS}",
-        "values indices",
-        lambda x, offsets, **_: ((_bags(offsets), x.shape[1]),) * 2,
-        Backward("max_pool", "x", "x indices", "values"),
-        indices="indices",
-        typed="values",
-    ),
-    Forward(
-        "segment_softmax",
-        f"Tensor scores, {_BAGS}",
-        "weights",
-        lambda scores, **_: (tuple(scores.shape),),
-        Backward("segment_softmax", "scores", "scores [offsets] weights", "weights"),
-    ),
-    Forward(
-        "attention_weights",
-        f"Tensor scores, Tensor lse, {_BAGS}",
-        "weights",
-        lambda scores, **_: (tuple(scores.shape),),
-        Backward("attention_weights", "scores lse", "scores lse [offsets] weights", "weights"),
-    ),
-    Forward(
-        "topk_instances",
-        "Tensor scores, int k, Tensor? offsets, bool largest, Tensor? mask",
-        "values indices",
-        lambda scores, k, offsets, **_: ((_bags(offsets), scores.shape[1], k),) * 2,
-        Backward("topk_instances", "scores", "scores indices", "values"),
-        indices="indices",
-        typed="values",
-    ),
-)
-
-
-def _dsmil_shapes(x, classes, v_weight, v_activation, offsets, e_weight):
-    width = _width(x, e_weight)
-    bag, scores, lse = _pooled(x, offsets, classes, width if v_weight is None else v_weight.shape[0])
-    # Saved for the backward: what is pooled before a linear value is taken of it, if that is another vector.
-    folded = v_weight is not None and v_activation in (None, "identity")
-    return bag, scores, lse, lse, ((*lse, width) if folded else (0,))
-
-
-def _both_streams(x, bag, scores, lse, critical, pooled):
-    return bag, scores, lse, critical, lse, scores, pooled
 
 
 # Fakes
-
-
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _forward_fake(op: Forward):
@@ -298,7 +109,7 @@ def _forward_fake(op: Forward):
         dtypes = {name: torch.int64 for name in op.indices.split()} | {name: first.dtype for name in op.typed.split()}
         shapes = op.shapes(**dict(zip(names, inputs, strict=True)))
         results = tuple(
-            first.new_empty(shape, dtype=dtypes.get(name, _accumulation_dtype(first)))
+            first.new_empty(shape, dtype=dtypes.get(name, accumulation_dtype(first)))
             for name, shape in zip(outputs, shapes, strict=True)
         )
         return results if len(results) > 1 else results[0]
@@ -403,18 +214,15 @@ def _register(name: str, backend: str, schema: str, fake, function: type[torch.a
     torch.library.register_fake(f"milkernels::{overload}", fake, lib=_LIBRARY)
 
 
-def _register_all(backend: str) -> None:
-    for op in FORWARDS:
-        _register(f"{op.name}_fwd", backend, op.schema(), _forward_fake(op), _forward_function(op, backend))
-    for op in dict.fromkeys(op.backward for op in FORWARDS):
-        _register(f"{op.name}_bwd", backend, op.schema(), _backward_fake(op), _backward_function(op, backend))
-
-
-for _backend in backends.KERNELS:
-    _register_all(_backend)
-
-
-EMBEDDED = frozenset(op.name for op in FORWARDS if "e_weight" in op.names())  # ops that have an instance stage
+def declare(*ops: Forward) -> None:
+    """Registers ops, and the backwards that they share."""
+    FORWARDS.extend(ops)
+    EMBEDDED.update(op.name for op in ops if "e_weight" in op.names())
+    for backend in backends.KERNELS:
+        for op in ops:
+            _register(f"{op.name}_fwd", backend, op.schema(), _forward_fake(op), _forward_function(op, backend))
+        for op in dict.fromkeys(op.backward for op in ops):
+            _register(f"{op.name}_bwd", backend, op.schema(), _backward_fake(op), _backward_function(op, backend))
 
 
 def call(op: str, backend: str, *inputs, embed: tuple = NO_EMBEDDING):

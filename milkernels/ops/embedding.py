@@ -1,20 +1,33 @@
 """The instance stage: a layer in front of an aggregator, from stored features to what is scored and pooled."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from milkernels import ops, reference
 from milkernels.arguments import (
     check_choice,
+    check_dense,
+    check_device,
     check_instances,
     check_linear,
     check_share,
     checked_indices,
     checked_seed,
 )
-from milkernels.bags import check_dense, check_device
+from milkernels.dtypes import compute_dtype_of, types_of, without_autocast
+from milkernels.ops.contract import NO_EMBEDDING
+from milkernels.ops.dropout import DROP_EMBEDDING, dropout
+from milkernels.ops.trilinear import linear, without_masked
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "identity": lambda x: x,
+}
 
 
 class InstanceEmbedding(NamedTuple):
@@ -32,19 +45,13 @@ class InstanceEmbedding(NamedTuple):
 Embed = InstanceEmbedding | tuple | None
 
 
-def compute_dtype_of(x: Tensor) -> torch.dtype | None:
-    """The type of autocast, which leaves float64 alone; None where it is off."""
-    dtype = reference.autocast_dtype(x)
-    return None if x.dtype == torch.float64 else dtype
-
-
 class Stage(NamedTuple):
     """What is scored and pooled: the instances as they are, or their embedding."""
 
     embedding: InstanceEmbedding | None
     width: int  # of an instance as the op sees it
     seed: Tensor | None  # of the op's own dropout
-    arguments: tuple = ops.NO_EMBEDDING  # as compiled ops take the embedding
+    arguments: tuple = NO_EMBEDDING  # as compiled ops take the embedding
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
@@ -52,7 +59,7 @@ class Stage(NamedTuple):
 
     def rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """What the reference takes for ``x``."""
-        return x if self.embedding is None else reference.embedded(x, mask, *self.arguments)
+        return x if self.embedding is None else embedded(x, mask, *self.arguments)
 
 
 def stage_of(x: Tensor, embed: Embed, seed: Tensor | int | None = None, p_name: str = "dropout_p", p=0.0) -> Stage:
@@ -73,7 +80,7 @@ def _checked_embedding(embed: Embed, x: Tensor) -> InstanceEmbedding:
         raise TypeError(f"embed must be an InstanceEmbedding, ({', '.join(fields)}); got {got}")
     embed = InstanceEmbedding(*embed)
     check_linear("embed.", embed.weight, embed.bias, x.shape[1], x)
-    check_choice("embed.activation", embed.activation, reference.ACTIVATIONS)
+    check_choice("embed.activation", embed.activation, ACTIVATIONS)
     check_share("embed.dropout_p", embed.dropout_p)
     return embed
 
@@ -103,5 +110,13 @@ def embed_instances(x: Tensor, embed: Embed, rows: Tensor, *, seed: Tensor | int
         raise ValueError(f"rows must have 1 dimension; got shape {tuple(rows.shape)}")
     check_device("rows", rows, x)
     rows, wrong = checked_indices("rows", rows, x.shape[0])
-    h = reference.embedded(x.index_select(0, rows), None, *stage.arguments, rows=rows)
+    h = embedded(x.index_select(0, rows), None, *stage.arguments, rows=rows)
     return h if wrong is None else h.masked_fill(wrong[:, None], torch.nan)
+
+
+@without_autocast
+def embedded(x, mask, weight, bias, seed, activation, dropout_p, compute_dtype, rows=None):
+    """The instance stage, ``drop(act(W x + b))``, in the type of products; ``rows`` says which ones ``x`` holds."""
+    acc, product = types_of(compute_dtype, x, weight, bias)
+    h = ACTIVATIONS[activation](linear(without_masked(x, mask), weight, bias, product, acc))
+    return dropout(h, dropout_p, seed, DROP_EMBEDDING, rows).to(product)

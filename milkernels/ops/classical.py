@@ -1,5 +1,5 @@
 """The pooling functions that MIL papers compare with, from before attention: log-sum-exp, noisy-or, ISR and the
-generalised mean.  They are compositions of the ops in ``functional``, whose conventions they keep.
+generalised mean.  They are compositions of ``milkernels.ops``, whose conventions they keep.
 
 Each pools column by column, ``[N, C]`` to ``[B, C]``, so they serve both ways to use a pooling (Wang et al. 2018,
 "Revisiting Multiple Instance Neural Networks"):
@@ -42,8 +42,8 @@ import torch
 from torch import Tensor
 
 from milkernels.arguments import check_instances, check_number
-from milkernels.bags import bag_index, check_offsets, checked_mask
-from milkernels.functional import max_pool, mean_pool, weighted_pool
+from milkernels.ops.pooling import max_pool, mean_pool, weighted_pool
+from milkernels.ragged import bag_index, check_offsets, checked_mask
 
 
 def log_sum_exp_pool(
