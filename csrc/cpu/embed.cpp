@@ -64,7 +64,7 @@ class EmbedSource final : public EmbeddedRows<H> {
     void backward(const Tile<H>& unit, const H* grad_rows, int64_t slice) override {
       p.backward(unit, grad_rows, slice, *this);
     }
-    void nothing(const Tile<H>& unit) override {
+    void skip_backward(const Tile<H>& unit) override {
       if (T* const grad_x = p.grad_x()) std::fill_n(grad_x + unit.first * p.x_.width, unit.rows * p.x_.width, T(0));
     }
   };
@@ -255,12 +255,12 @@ void SomeRows::backward(const Tensor& grad_rows, RowGradients& gradients) const 
 }
 
 void RowGradients::finish() {
-  if (few_.empty()) return;
+  if (added_.empty()) return;
   const int64_t width = x.size(1);
   dispatch_storage(x.scalar_type(), [&]<typename T>() {
     using A = acc_t<T>;
     std::vector<std::pair<int64_t, const A*>> given;
-    for (const auto& [indices, values] : few_) {
+    for (const auto& [indices, values] : added_) {
       const int64_t* const row = indices.template const_data_ptr<int64_t>();
       const A* const value = values.template const_data_ptr<A>();
       for (int64_t i = 0; i < indices.numel(); ++i) {
@@ -276,7 +276,7 @@ void RowGradients::finish() {
       add_to_row(x.mutable_data_ptr<T>() + row * width, sum.data(), A(1), width);
     }
   });
-  few_.clear();
+  added_.clear();
 }
 
 }  // namespace milkernels

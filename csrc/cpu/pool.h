@@ -50,7 +50,7 @@ struct Source {
     virtual Tile<T> rows(const Tile<T>& tile) = 0;  // those of the tile, until others are made
     // After `rows` of this unit, from their gradient [rows, width], 0 in masked ones: what they were made of.
     virtual void backward(const Tile<T>& unit, const T* grad_rows, int64_t slice) = 0;
-    virtual void nothing(const Tile<T>& unit) = 0;  // the same for a unit without a real row
+    virtual void skip_backward(const Tile<T>& unit) = 0;  // in its place for a unit without a real row
   };
   virtual ~Source() = default;
   virtual std::unique_ptr<Worker> worker(int64_t rows) const = 0;  // for tiles or units of at most so many
@@ -187,9 +187,9 @@ class Partials {
   struct Worker {
     Selection<A> selected;
     std::vector<A> weight, max, scale;
-    bool fresh;  // rows come from memory, nobody has read them just before
-    explicit Worker(int64_t heads, bool fresh = false)
-        : weight(kChunk * heads), max(heads), scale(heads), fresh(fresh) {}
+    bool prefetch;  // rows are not in cache yet
+    explicit Worker(int64_t heads, bool prefetch = false)
+        : weight(kChunk * heads), max(heads), scale(heads), prefetch(prefetch) {}
   };
 
   // `scores` [rows, heads of all].
@@ -214,7 +214,7 @@ class Partials {
         s[k] = {w.max[k], s[k].sum * w.scale[k] + sum};
       }
       weighted_sums(x, ld, w.selected.index, n, w.weight.data(), heads, w.scale.data(), width_, sum(slot, first),
-                    w.fresh);
+                    w.prefetch);
     });
   }
 
@@ -224,7 +224,7 @@ class Partials {
     if (n == 0) return;
     SoftmaxState<double>* const s = state_.data() + slot * heads_;
     for (int64_t k = 0; k < heads_; ++k) w.scale[k] = static_cast<A>(s[k].sum);  // 0 at first, then 1
-    weighted_sums(x, ld, index, n, weight, heads_, w.scale.data(), width_, sum(slot, 0), w.fresh);
+    weighted_sums(x, ld, index, n, weight, heads_, w.scale.data(), width_, sum(slot, 0), w.prefetch);
     for (int64_t k = 0; k < heads_; ++k) s[k] = {0., 1.};
   }
 
@@ -347,7 +347,7 @@ class SoftmaxPool {
   using A = acc_t<T>;
 
   SoftmaxPool(const Ragged<T>& in, const Score<T>& score, const Stage<T>* stage, A* bag, A* lse)
-      : in_(in), fresh_(!score.reads_rows()), stage_(stage), bag_(bag), lse_(lse),
+      : in_(in), prefetch_(!score.reads_rows()), stage_(stage), bag_(bag), lse_(lse),
         partials_(in.slots(), score.heads(), stage ? stage->width() : in.width) {}
 
   struct Worker {
@@ -355,7 +355,7 @@ class SoftmaxPool {
     std::unique_ptr<typename Stage<T>::Worker> stage;
   };
   Worker worker() const {
-    return {typename Partials<A>::Worker(partials_.heads(), fresh_), stage_ ? stage_->worker(kBlock) : nullptr};
+    return {typename Partials<A>::Worker(partials_.heads(), prefetch_), stage_ ? stage_->worker(kBlock) : nullptr};
   }
   void add(const Tile<T>& tile, const A* scores, Worker& w) {
     const int64_t heads = partials_.heads();
@@ -371,7 +371,7 @@ class SoftmaxPool {
 
  private:
   const Ragged<T>& in_;
-  bool fresh_;
+  bool prefetch_;
   const Stage<T>* stage_;
   A *bag_, *lse_;
   Partials<A> partials_;

@@ -1,5 +1,5 @@
 // The module of the CUDA kernels: what this build is. The ops register themselves (TORCH_LIBRARY_IMPL beside them);
-// their schemas are in milkernels/ops.py.
+// their schemas are in milkernels/ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>

@@ -217,7 +217,7 @@ void run_block(const std::vector<int>& turns) {
   }
 }
 
-void wait(State state, unsigned mask) {
+void wait_at(State state, unsigned mask) {
   running->state = state;
   running->mask = mask;
   leave(false);
@@ -276,8 +276,8 @@ void run(dim3 grid, dim3 block, int64_t shared_bytes, const std::function<void()
   }
 }
 
-void block_barrier() { wait(State::kAtBlock, 0); }
-void warp_barrier(unsigned mask) { wait(State::kAtWarp, mask); }
+void block_barrier() { wait_at(State::kAtBlock, 0); }
+void warp_barrier(unsigned mask) { wait_at(State::kAtWarp, mask); }
 
 uint64_t exchange(unsigned mask, uint64_t value, int from) {
   Fiber& me = *running;

@@ -4,18 +4,25 @@ One schema per op; the overload name is the backend (``milkernels::softmax_pool_
 dispatcher goes straight to the kernel of that backend and device, and the fake and autograd registrations below
 serve all of them.  Kernels are registered elsewhere: in ``csrc`` for ``native``.
 
-An op is declared as a `Forward`, what it saves and differentiates as a `Backward`; both schemas, the fakes and the
-autograd function are made from these.  Ops of one `Backward` share a kernel.
+An op is declared as a `Forward`, what it saves and differentiates as a `Backward`; both schemas, the fakes, the
+autograd function and the batching rule are made from these.  Ops of one `Backward` share a kernel.
+
+A schema has the weights of an op in one list, and the layer in front of it in another.  ``torch.autograd.Function``
+does not see tensors inside of lists, so here every tensor has a name and a place of its own, and `Arguments` says how
+these are grouped for a kernel.
 
 Autocast: an op is opaque to autocast (the key falls through).  ``compute_dtype`` carries the autocast type, and the
 kernels convert operands tile by tile; casting ``x`` as a whole would keep an [N, L] copy for the backward.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from milkernels import _torch, backends
 from milkernels.dtypes import accumulation_dtype
@@ -23,15 +30,80 @@ from milkernels.dtypes import accumulation_dtype
 _LIBRARY = torch.library.Library("milkernels", "DEF")
 FORWARDS: list["Forward"] = []  # every op that was declared
 EMBEDDED: set[str] = set()  # ops that have an instance stage
+_CALLS: dict[tuple[str, str], tuple] = {}  # by op and backend: the forward, and how its arguments are grouped
+
+
+class Arguments:
+    """The arguments of an op: flat, each tensor under a name of its own, and grouped, as its schema has them.
+
+    Declared as in a schema, but for the lists of tensors, which name their elements: ``weights[v_weight v_bias]`` is
+    ``Tensor?[] weights`` of two.  The first of a list is always there, but ``embed?[..]`` may be empty.
+    """
+
+    def __init__(self, declarations: Sequence[str]):
+        schema, self.names, self._lists = [], [], []
+        self.tensors = []  # the places of tensors among flat arguments
+        for place, declaration in enumerate(declarations):
+            if found := re.fullmatch(r"(\w+)(\??)\[(.*)\]", declaration):
+                name, optional, elements = found[1], bool(found[2]), found[3].split()
+                first = len(self.names)
+                self._lists.append((name, optional, place, first, first + len(elements)))
+                self.tensors += range(first, first + len(elements))
+                self.names += elements
+                schema.append(f"Tensor?[] {name}")
+            else:
+                if declaration.startswith("Tensor"):
+                    self.tensors.append(len(self.names))
+                self.names.append(declaration.split()[-1])
+                schema.append(declaration)
+        self.schema = ", ".join(schema)
+
+    def grouped(self, flat: Sequence) -> Sequence:
+        if not self._lists:
+            return flat
+        out, at = [], 0
+        for _, optional, _, first, last in self._lists:
+            out += flat[at:first]
+            out.append([] if optional and flat[first] is None else list(flat[first:last]))
+            at = last
+        out += flat[at:]
+        return out
+
+    def flat(self, grouped: Sequence) -> Sequence:
+        if not self._lists:
+            return grouped
+        out, at = [], 0
+        for name, optional, place, first, last in self._lists:
+            out += grouped[at:place]
+            elements, count = grouped[place], last - first
+            if len(elements) == count:
+                if elements[0] is None:
+                    raise ValueError(f"{self.names[first]} must be a tensor; got None")
+                out += elements
+            elif optional and len(elements) == 0:
+                out += [None] * count
+            else:
+                must = "must be empty or have" if optional else "must have"
+                elements = f"{count} elements, {', '.join(self.names[first:last])}; got {len(elements)}"
+                raise ValueError(f"{name} {must} {elements}")
+            at = place + 1
+        out += grouped[at:]
+        return out
+
+
+def _declared(text: str, separator: str) -> list[str]:
+    """What stands between separators outside of brackets."""
+    return re.split(separator + r"(?![^\[]*\])", text)
 
 
 @dataclass(frozen=True)
 class Backward:
     """``<name>_bwd(saves, options, gradients of outputs, needs) -> gradients of inputs``.
 
-    ``saves`` are inputs and outputs of the forward by name, those in brackets may be None; and so may be the gradient
-    of an output, where there are several.  ``needs`` says which of ``inputs`` want a gradient; the others come back as
-    empty tensors.  A gradient has the type of what is saved under its name: that of the input, or of accumulation.
+    ``saves`` are inputs and outputs of the forward by name, ``name?`` where it may be None, and lists as `Arguments`
+    has them; the gradient of an output may be None where there are several.  ``needs`` says which of ``inputs`` want a
+    gradient; the others come back as empty tensors.  A gradient has the type of what is saved under its name: that of
+    the input, or of accumulation.
     """
 
     name: str
@@ -40,17 +112,26 @@ class Backward:
     outputs: str  # that have a gradient
     options: tuple[str, ...] = ()
 
-    def saved(self) -> list[str]:
-        return [name.strip("[]") for name in self.saves.split()]
+    @cached_property
+    def _saves(self) -> list[str]:
+        """As `Arguments` takes them."""
+        saves = _declared(self.saves, " ")
+        return [s if "[" in s else f"Tensor? {s[:-1]}" if s.endswith("?") else f"Tensor {s}" for s in saves]
 
-    def schema(self) -> str:
-        saved = [f"Tensor? {name[1:-1]}" if name[0] == "[" else f"Tensor {name}" for name in self.saves.split()]
+    @cached_property
+    def saved(self) -> list[str]:
+        return Arguments(self._saves).names
+
+    @cached_property
+    def arguments(self) -> Arguments:
         optional = "?" if len(self.outputs.split()) > 1 else ""
         grads = [f"Tensor{optional} grad_{name}" for name in self.outputs.split()]
+        return Arguments([*self._saves, *self.options, *grads, f"bool[{len(self.inputs.split())}] needs"])
+
+    def schema(self) -> str:
         count = len(self.inputs.split())
         results = ", ".join(["Tensor"] * count)
-        arguments = [*saved, *self.options, *grads, f"bool[{count}] needs"]
-        return f"({', '.join(arguments)}) -> {f'({results})' if count > 1 else results}"
+        return f"({self.arguments.schema}) -> {f'({results})' if count > 1 else results}"
 
 
 @dataclass(frozen=True)
@@ -65,12 +146,13 @@ class Forward:
     indices: str = ""  # outputs of int64
     typed: str = ""  # outputs in the type of the first input; the others accumulate in float32, float64 for float64
 
+    @cached_property
+    def arguments(self) -> Arguments:
+        return Arguments(_declared(self.inputs, ", "))
+
     def schema(self) -> str:
         outputs = [f"Tensor {name}" for name in self.outputs.split()]
-        return f"({self.inputs}) -> {'(' + ', '.join(outputs) + ')' if len(outputs) > 1 else 'Tensor'}"
-
-    def names(self) -> list[str]:
-        return [declaration.split()[-1].split("=")[0] for declaration in self.inputs.split(", ")]
+        return f"({self.arguments.schema}) -> {'(' + ', '.join(outputs) + ')' if len(outputs) > 1 else 'Tensor'}"
 
 
 def num_bags(offsets: Tensor | None) -> int:
@@ -88,11 +170,12 @@ def pooled_shapes(x, offsets, heads, width):
 
 
 BAGS = "Tensor? offsets, Tensor? mask"
-# The instance stage: ``drop(act(W x + b))`` takes the place of x. All None: there is none. It has a seed and a type of
-# its own, so that it is the same for every op.
-EMBED = "Tensor? e_weight, Tensor? e_bias, Tensor? e_seed, str? e_activation, float e_dropout_p, ScalarType? e_dtype"
-EMBED_SAVES, EMBED_INPUTS = " [e_weight] [e_bias] [e_seed]", " e_weight e_bias"
-EMBED_OPTIONS = ("str? e_activation", "float e_dropout_p", "ScalarType? e_dtype")
+# The layer in front of an op: ``drop(act(W x + b))`` takes the place of x. Where the list is empty, there is none.
+# It has a seed and a type of its own, so that it is the same for every op.
+_EMBED = "embed?[e_weight e_bias e_seed]"
+EMBED_OPTIONS = ("str? embed_activation", "float embed_dropout_p", "ScalarType? embed_dtype")
+EMBED = ", ".join((_EMBED, *EMBED_OPTIONS))
+EMBED_SAVES, EMBED_INPUTS = f" {_EMBED}", " e_weight e_bias"
 NO_EMBEDDING = (None, None, None, None, 0.0, None)
 
 
@@ -100,11 +183,12 @@ NO_EMBEDDING = (None, None, None, None, 0.0, None)
 
 
 def _forward_fake(op: Forward):
-    names, outputs = op.names(), op.outputs.split()
+    names, outputs = op.arguments.names, op.outputs.split()
 
-    def fake(*inputs):
+    def fake(*arguments):
         if torch.onnx.is_in_onnx_export():  # whose own error would come late and name no way out
             raise RuntimeError(f"milkernels: {op.name}: {backends.NOT_IN_ONNX}")
+        inputs = op.arguments.flat(arguments)
         first = inputs[0]
         dtypes = {name: torch.int64 for name in op.indices.split()} | {name: first.dtype for name in op.typed.split()}
         shapes = op.shapes(**dict(zip(names, inputs, strict=True)))
@@ -118,10 +202,10 @@ def _forward_fake(op: Forward):
 
 
 def _backward_fake(op: Backward):
-    saves = op.saved()
-    places = [saves.index(name) for name in op.inputs.split()]
+    places = [op.saved.index(name) for name in op.inputs.split()]
 
-    def fake(*args):
+    def fake(*arguments):
+        args = op.arguments.flat(arguments)
         results = tuple(
             torch.empty_like(args[place], memory_format=torch.contiguous_format) if need else args[0].new_empty(0)
             for place, need in zip(places, args[-1], strict=True)
@@ -138,14 +222,16 @@ def _op(name: str, backend: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops.milkernels, name), backend)
 
 
-def _below_autograd(name: str, backend: str, inputs):
+def _below_autograd(op: torch._ops.OpOverload, arguments):
     with torch._C._AutoDispatchBelowAutograd():
-        return _op(name, backend)(*inputs)
+        return op(*arguments)
 
 
 def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function]:
     """The forward as a function whose backward is an op of its own, so that a compiler sees one node."""
-    backward, names, outputs = op.backward, op.names(), op.outputs.split()
+    backward, names, outputs = op.backward, op.arguments.names, op.outputs.split()
+    forward_op, backward_op = _op(op.name + "_fwd", backend), _op(backward.name + "_bwd", backend)
+    grouped, grouped_saves = op.arguments.grouped, backward.arguments.grouped
     options = [names.index(option.split()[-1]) for option in backward.options]
     graded = [outputs.index(name) if name in outputs else None for name in backward.outputs.split()]
     fixed = [i for i, name in enumerate(outputs) if name not in backward.outputs.split()]
@@ -153,13 +239,13 @@ def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function
     inputs_of = [names.index(name if name in names else "given") for name in backward.inputs.split()]
     whence = [
         ("output", outputs.index(name)) if name in outputs else ("input", names.index(name)) if name in names else None
-        for name in backward.saved()
+        for name in backward.saved
     ]
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            result = _below_autograd(op.name + "_fwd", backend, inputs)
+            result = _below_autograd(forward_op, grouped(inputs))
             results = result if isinstance(result, tuple) else (result,)
             sources = {"input": inputs, "output": results}
             ctx.set_materialize_grads(False)
@@ -174,7 +260,7 @@ def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function
             grads = [None if i is None else grads[i] for i in graded]
             if any(g is not None for g in grads):
                 needs = [ctx.needs_input_grad[i] for i in inputs_of]
-                results = _op(backward.name + "_bwd", backend)(*ctx.saved_tensors, *ctx.options, *grads, needs)
+                results = backward_op(*grouped_saves((*ctx.saved_tensors, *ctx.options, *grads, needs)))
                 results = (results,) if isinstance(results, Tensor) else results
                 for i, gradient, need in zip(inputs_of, results, needs, strict=True):
                     found[i] = gradient if need else None
@@ -185,10 +271,12 @@ def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function
 
 
 def _backward_function(op: Backward, backend: str) -> type[torch.autograd.Function]:
+    backward_op = _op(op.name + "_bwd", backend)
+
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            return _below_autograd(op.name + "_bwd", backend, inputs)
+            return _below_autograd(backward_op, op.arguments.grouped(inputs))
 
         @staticmethod
         def backward(ctx, *grads):
@@ -197,34 +285,72 @@ def _backward_function(op: Backward, backend: str) -> type[torch.autograd.Functi
     return Function
 
 
-def _register(name: str, backend: str, schema: str, fake, function: type[torch.autograd.Function]) -> None:
+# Batching
+
+
+def _sliced(operand: Tensor | None, dim: int | None, i: int) -> Tensor | None:
+    return operand if dim is None else operand.select(dim, i)
+
+
+def _batching_rule(op: torch._ops.OpOverload):
+    """One call for each slice. PyTorch's own fallback is this too, but does not look into lists."""
+
+    def rule(info, in_dims, *arguments):
+        operands, spec = pytree.tree_flatten(arguments)
+        dims = pytree.tree_leaves(in_dims)  # None, which is a leaf too, for what is the same in all slices
+        slices = []
+        for i in range(info.batch_size):
+            leaves = [_sliced(operand, dim, i) for operand, dim in zip(operands, dims, strict=True)]
+            slices.append(op(*pytree.tree_unflatten(leaves, spec)))
+        if isinstance(slices[0], Tensor):
+            return torch.stack(slices), 0
+        return tuple(torch.stack(parts) for parts in zip(*slices, strict=True)), (0,) * len(slices[0])
+
+    return rule
+
+
+# Registration
+
+
+def _register(name: str, backend: str, op: Forward | Backward, fake, function_of) -> None:
     """Defines one op of one backend. torch.library.register_autograd would do, but it rebuilds the argument list from
     the schema on every call: 90 us a call against 40 us, which bags of a few instances feel."""
-
-    def autograd_kernel(*inputs):
-        if _torch.transforming() and any(isinstance(t, Tensor) and _torch.differentiated(t) for t in inputs):
-            raise RuntimeError(f"milkernels: {name}: {backends.DIFFERENTIATED_ONCE}")
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
-            return function.apply(*inputs)
-        return _below_autograd(name, backend, inputs)
-
     overload = f"{name}.{backend}"
-    _LIBRARY.define(overload + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(overload + op.schema(), tags=(torch.Tag.pt2_compliant_tag,))
+    kernel, function = _op(name, backend), function_of(op, backend)
+    flat, tensors = op.arguments.flat, op.arguments.tensors
+
+    def autograd_kernel(*arguments):
+        inputs = flat(arguments)
+        if _torch.transforming():
+            given = [inputs[i] for i in tensors if inputs[i] is not None]
+            if any(_torch.differentiated(t) for t in given):
+                raise RuntimeError(f"milkernels: {name}: {backends.DIFFERENTIATED_ONCE}")
+        if torch.is_grad_enabled():
+            for i in tensors:  # a generator takes three times as long
+                if inputs[i] is not None and inputs[i].requires_grad:
+                    return function.apply(*inputs)
+        return _below_autograd(kernel, arguments)
+
     _LIBRARY.impl(overload, autograd_kernel, "Autograd")
     torch.library.register_fake(f"milkernels::{overload}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"milkernels::{overload}", _batching_rule(kernel), lib=_LIBRARY)
 
 
 def declare(*ops: Forward) -> None:
     """Registers ops, and the backwards that they share."""
     FORWARDS.extend(ops)
-    EMBEDDED.update(op.name for op in ops if "e_weight" in op.names())
+    EMBEDDED.update(op.name for op in ops if "e_weight" in op.arguments.names)
     for backend in backends.KERNELS:
+        for backward in dict.fromkeys(op.backward for op in ops):
+            _register(f"{backward.name}_bwd", backend, backward, _backward_fake(backward), _backward_function)
         for op in ops:
-            _register(f"{op.name}_fwd", backend, op.schema(), _forward_fake(op), _forward_function(op, backend))
-        for op in dict.fromkeys(op.backward for op in ops):
-            _register(f"{op.name}_bwd", backend, op.schema(), _backward_fake(op), _backward_function(op, backend))
+            _register(f"{op.name}_fwd", backend, op, _forward_fake(op), _forward_function)
+            _CALLS[op.name, backend] = _op(f"{op.name}_fwd", backend), op.arguments.grouped
 
 
 def call(op: str, backend: str, *inputs, embed: tuple = NO_EMBEDDING):
-    """The outputs of ``<op>_fwd``, both in the order declared above; scores and sums in the accumulation type."""
-    return _op(f"{op}_fwd", backend)(*inputs, *(embed if op in EMBEDDED else ()))
+    """The outputs of ``<op>_fwd``, both in the order declared above, the inputs flat; scores and sums in the
+    accumulation type."""
+    kernel, grouped = _CALLS[op, backend]
+    return kernel(*grouped((*inputs, *embed) if op in EMBEDDED else inputs))

@@ -113,7 +113,7 @@ _QUERY = f"Tensor x, Tensor query, {BAGS}, float scale, {EMBED}"
 _QUERY_BACKWARD = Backward(
     "query",
     inputs="x query" + EMBED_INPUTS,
-    saves="x query [offsets] [mask] [bag] scores [lse]" + EMBED_SAVES,
+    saves="x query offsets? mask? bag? scores lse?" + EMBED_SAVES,
     options=("float scale", *EMBED_OPTIONS),
     outputs="bag scores lse",
 )

@@ -127,14 +127,14 @@ declare(
         f"Tensor scores, {BAGS}",
         "weights",
         lambda scores, **_: (tuple(scores.shape),),
-        Backward("segment_softmax", "scores", "scores [offsets] weights", "weights"),
+        Backward("segment_softmax", "scores", "scores offsets? weights", "weights"),
     ),
     Forward(
         "attention_weights",
         f"Tensor scores, Tensor lse, {BAGS}",
         "weights",
         lambda scores, **_: (tuple(scores.shape),),
-        Backward("attention_weights", "scores lse", "scores lse [offsets] weights", "weights"),
+        Backward("attention_weights", "scores lse", "scores lse offsets? weights", "weights"),
     ),
     Forward(
         "topk_instances",

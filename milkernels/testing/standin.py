@@ -353,7 +353,7 @@ def _backward(use: Usage, op: contract.Forward, inputs: dict, outputs: dict) -> 
     options = [known[option.split()[-1]] for option in backward.options]
     needs = [isinstance(known[name], Tensor) for name in backward.inputs.split()]
     needs[0] = "frozen" not in use
-    saved = [known.get(name) for name in backward.saved()]
+    saved = [known.get(name) for name in backward.saved]
     adapter.kernel(f"{backward.name}_bwd")(*saved, *options, *grads, needs)
 
 

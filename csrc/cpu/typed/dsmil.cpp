@@ -16,7 +16,7 @@ void with_programs(const DSMILCall& call, const Ragged<T>& in, const CriticalQue
                     planes);
   };
   std::optional<ValueStage<T, E>> stage;
-  if (call.staged()) {
+  if (call.layered()) {
     stage.emplace(call.width, call.v_dropout, layer(call.v_weight(), call.v_bias(), call.v_activation));
   } else if (call.v_dropout) {
     stage.emplace(call.width, call.v_dropout, std::nullopt);
