@@ -11,14 +11,15 @@ that of the running PyTorch is looked for.
 """
 
 import importlib
-import importlib.util
 import os
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+_FOLDER = Path(__file__).parent
 _MODULES = {"AVX512": "_C_avx512", "AVX2": "_C_avx2", "DEFAULT": "_C_default"}  # best first
 SUFFIX = "_torch" + "_".join(torch.__version__.split(".")[:2])  # of those that the running PyTorch may load
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -47,20 +48,25 @@ def emulated() -> bool:
     return os.environ.get("MILKERNELS_EMULATE_CUDA") == "1"
 
 
+def _is_here(name: str) -> bool:
+    """Whether this folder has the module for the running PyTorch. Python itself would look further: where another
+    checkout is installed in editable mode, it finds the modules that were compiled there."""
+    return PathFinder.find_spec(f"milkernels.{name}{SUFFIX}", [str(_FOLDER)]) is not None
+
+
 def _imported(name: str) -> tuple[ModuleType | None, str | None]:
     """The module for the running PyTorch, or None and why not."""
-    full = f"milkernels.{name}{SUFFIX}"
+    if not _is_here(name):
+        return None, f"the compiled extension {name} {_missing(name)}; {_BUILD}"
     try:
-        return importlib.import_module(full), None
+        return importlib.import_module(f"milkernels.{name}{SUFFIX}"), None
     except ImportError as failure:
-        if not isinstance(failure, ModuleNotFoundError) or failure.name != full:
-            return None, f"the compiled extension could not be imported ({failure}); {_BUILD}"
-    return None, f"the compiled extension {name} {_missing(name)}; {_BUILD}"
+        return None, f"the compiled extension could not be imported ({failure}); {_BUILD}"
 
 
 def _missing(name: str) -> str:
     """What there is in the place of a module that is not there."""
-    suffixes = {file.name.partition(".")[0].removeprefix(name) for file in Path(__file__).parent.glob(f"{name}_torch*")}
+    suffixes = {file.name.partition(".")[0].removeprefix(name) for file in _FOLDER.glob(f"{name}_torch*")}
     if not suffixes:
         return "was not built"
     if SUFFIX in suffixes:
@@ -71,7 +77,7 @@ def _missing(name: str) -> str:
 
 def is_built(instruction_set: str) -> bool:
     """Whether there are kernels of default, avx2 or avx512 for the running PyTorch; they are not loaded."""
-    return importlib.util.find_spec(f"milkernels.{_MODULES[instruction_set.upper()]}{SUFFIX}") is not None
+    return _is_here(_MODULES[instruction_set.upper()])
 
 
 def _load_cpu() -> tuple[ModuleType | None, str | None]:

@@ -163,7 +163,8 @@ spec.loader.exec_module(module)
 from milkernels import native
 from milkernels.ops import contract
 assert native.load_error("cuda") is None, native.load_error("cuda")
-names = [f"{op.name}_fwd" for op in contract.FORWARDS] + [f"{op.name}_bwd" for op in {op.backward for op in contract.FORWARDS}]
+ops = contract.FORWARDS
+names = [f"{op.name}_fwd" for op in ops] + [f"{op.name}_bwd" for op in {op.backward for op in ops}]
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 missing = sorted(name for name in names if not has(f"milkernels::{name}.native", "CUDA"))
 print(json.dumps([len(names), missing, module.build_info()]))
