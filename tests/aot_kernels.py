@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from milkernels.testing import aot, standin
-from milkernels.triton import call
+from milkernels.triton import host
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def verdicts(arch: str) -> dict[str, list[str]]:
     with standin.standin(GPUTarget(*aot.ARCHITECTURES[arch][:3])) as record:
         x = torch.empty(1 << 16, device="cuda")
         for kernel, (block, warps) in sizes.items():
-            call.launch(kernel, (1,), x, torch.empty_like(x), BLOCK=block, num_warps=warps)
+            host.launch(kernel, (1,), x, torch.empty_like(x), BLOCK=block, num_warps=warps)
     found = {launch.name: aot.examine(launch, arch).problems for launch in record.kernels}
     return found | {"never": aot.never_launched(set(found), [sys.modules[__name__]])}
 

@@ -53,7 +53,7 @@ CORE = [path for path in FILES if unit_of(module_of(path)) not in ("triton", *TO
 
 
 def imported_modules(path: Path) -> list[tuple[str, int]]:
-    """Every module that a file imports, wherever in it, with the line; ``from milkernels import x`` is x."""
+    """Every module that a file imports, wherever in it, with the line; ``from package import module`` is the latter."""
     package = module_of(path).split(".")
     package = package if path.name == "__init__.py" else package[:-1]
     found = []
@@ -63,7 +63,7 @@ def imported_modules(path: Path) -> list[tuple[str, int]]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*base, *([node.module] if node.module else [])])
-            names = [alias.name for alias in node.names if base == "milkernels" and is_module(alias.name)]
+            names = [alias.name for alias in node.names if is_module(f"{base}.{alias.name}")]
             found += [(f"{base}.{name}", node.lineno) for name in names]
             if len(names) < len(node.names):
                 found.append((base, node.lineno))
@@ -71,7 +71,25 @@ def imported_modules(path: Path) -> list[tuple[str, int]]:
 
 
 def is_module(name: str) -> bool:
-    return (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir()
+    """Whether the package has a module of that full name."""
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return name.startswith("milkernels.") and (path.with_suffix(".py").exists() or (path / "__init__.py").exists())
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    """Some nodes of which each leads to the next and the last is the first again; empty where there is no circle."""
+    done: set[str] = set()
+
+    def search(path: list[str]) -> list[str]:
+        for node in sorted(graph.get(path[-1], ())):
+            if node in path:
+                return [*path[path.index(node) :], node]
+            if node not in done and (circle := search([*path, node])):
+                return circle
+        done.add(path[-1])
+        return []
+
+    return next((circle for node in sorted(graph) if node not in done and (circle := search([node]))), [])
 
 
 def test_every_module_has_a_layer():
@@ -89,6 +107,50 @@ def test_imports_go_down(path):
         assert other == unit or LAYERS[other] < LAYERS[unit], (
             f"{path.relative_to(PACKAGE)}:{line}: {unit or 'milkernels'} must not import {imported}"
         )
+
+
+@pytest.mark.parametrize(
+    ("graph", "circle"),
+    [
+        ({}, []),
+        ({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": {"outside"}}, []),
+        ({"a": {"a"}}, ["a", "a"]),
+        ({"a": {"b"}, "b": {"c", "d"}, "d": {"b"}}, ["b", "d", "b"]),
+        ({"a": {"b"}, "x": {"y"}, "y": {"a", "z"}, "z": {"x"}}, ["x", "y", "z", "x"]),
+    ],
+    ids=["empty", "diamond", "itself", "behind", "apart"],
+)
+def test_circles_are_found(graph, circle):
+    assert circle_in(graph) == circle
+
+
+def test_imports_anywhere_in_a_file_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path / "milkernels")
+    folder = tmp_path / "milkernels" / "folder"
+    folder.mkdir(parents=True)
+    for name in ("__init__", "other", "third", "fourth"):
+        (folder / f"{name}.py").write_text("")
+    (folder / "one.py").write_text(
+        textwrap.dedent("""
+            from typing import TYPE_CHECKING
+
+            from milkernels.folder import name, other
+
+            if TYPE_CHECKING:
+                from milkernels.folder.third import Class
+
+            def function():
+                from . import fourth
+        """)
+    )
+    found = {module for module, _ in imported_modules(folder / "one.py") if module != "typing"}
+    assert found == {f"milkernels.folder{module}" for module in ("", ".other", ".third", ".fourth")}
+
+
+def test_there_is_no_import_circle():
+    """Among all modules, in folders too. That a module of a package loads the package first is no import of it."""
+    graph = {module_of(path): {module for module, _ in imported_modules(path)} for path in FILES}
+    assert not (circle := circle_in(graph)), " -> ".join(circle)
 
 
 @pytest.mark.parametrize("path", CORE, ids=module_of)

@@ -284,19 +284,19 @@ def test_embedding_without_a_gradient(case):
 @contextlib.contextmanager
 def recorded_launches():
     """The names of the kernels launched within the block, in order."""
-    from milkernels.triton import call
+    from milkernels.triton import host
 
-    names, launch = [], call._run
+    names, launch = [], host._run
 
     def run(kernel, *rest):
         names.append(kernel.fn.__name__)
         launch(kernel, *rest)
 
-    call._run = run
+    host._run = run
     try:
         yield names
     finally:
-        call._run = launch
+        host._run = launch
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0), (1,), None], ids=str)
@@ -354,11 +354,11 @@ class _unchecked:
     def __enter__(self):
         from milkernels import ragged
 
-        self.module, self.check = ragged, ragged.check_offsets
-        ragged.check_offsets = lambda *_: None
+        self.module, self.check = ragged, ragged.check_offset_values
+        ragged.check_offset_values = lambda *_: None
 
     def __exit__(self, *_):
-        self.module.check_offsets = self.check
+        self.module.check_offset_values = self.check
 
 
 @served(

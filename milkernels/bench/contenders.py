@@ -133,15 +133,15 @@ def _workspace(megabytes: int) -> Iterator[None]:
 
 def launched(run: Callable[[], object]) -> Counter[str]:
     """The Triton kernels that ``run`` launches, by name."""
-    from milkernels.triton import call
+    from milkernels.triton import host
 
     names: Counter[str] = Counter()
 
-    def counting(kernel, *rest, launch=call._run):
+    def counting(kernel, *rest, launch=host._run):
         names[kernel.__name__] += 1
         launch(kernel, *rest)
 
-    with mock.patch.object(call, "_run", counting):
+    with mock.patch.object(host, "_run", counting):
         run()
     return names
 

@@ -1,5 +1,6 @@
 """``python -m milkernels bench --preset``: a grid of units, resumable, and the report that is made of it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +42,17 @@ def run(preset: str, out: Path | None, fresh: bool, threads: int | None) -> int:
         process.stop()
         evidence.save()
     runner.conclude(evidence)
-    for path in tables.write(evidence.path):
+    for path in write_page(evidence.path):
         runner.say(str(path))
     return int(bool(evidence.failures()))
+
+
+def write_page(path: Path) -> list[Path]:
+    """Writes the page and the pictures of the file at ``path`` beside it; returns where they are."""
+    from milkernels.bench import plots  # matplotlib takes a second to import
+
+    content = json.loads(path.read_text())
+    pictures = plots.of_grid(content, path)
+    page = path.with_suffix(".md")
+    page.write_text(tables.report(content, False, [picture.name for picture in pictures]))
+    return [page, *pictures]

@@ -1,11 +1,6 @@
-"""The tables of a grid's file, in Markdown, and what they say where milkernels is not the fastest.
+"""The tables of a grid's file, in Markdown, and what they say where milkernels is not the fastest."""
 
-``write`` leaves them beside the file, with its pictures.
-"""
-
-import json
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 _TITLES = {
     "attention": "Attention, one bag",
@@ -237,14 +232,3 @@ def _head(content: dict, stale: bool) -> str:
     if stale:
         lines.append("\n**Stale:** the kernels have changed since.")
     return "\n".join(lines) + "\n"
-
-
-def write(path: Path) -> list[Path]:
-    """Tables and pictures of the file at ``path``, beside it; returns what was written."""
-    from milkernels.bench import plots  # matplotlib takes a second to import
-
-    content = json.loads(path.read_text())
-    pictures = plots.of_grid(content, path)
-    page = path.with_suffix(".md")
-    page.write_text(report(content, False, [picture.name for picture in pictures]))
-    return [page, *pictures]

@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from milkernels.integrations import engine
+from milkernels.integrations import abmil, clam, dsmil, engine, others, scores  # noqa: F401  their structures register
 from milkernels.integrations.layers import original_class
-from milkernels.integrations.structures import STRUCTURES
 
 
 class Entry(NamedTuple):
@@ -73,12 +72,12 @@ def accelerate(model: nn.Module, *, min_instances: int | None = None) -> Report:
     if min_instances is not None and min_instances < 0:
         raise ValueError(f"min_instances must be at least 0; got {min_instances}")
     report = Report()
-    for name, module, candidates in engine.candidates_among(STRUCTURES, model):
+    for name, module, candidates in engine.candidates_among(model):
         kind, names = original_class(module).__name__, " or ".join(s.name for s in candidates)
         if engine.structure_of(module) is None and engine.is_lazy(module):
-            engine.wait(module, candidates, min_instances)
+            engine.fuse_after_first_call(module, candidates, min_instances)
             report.waiting.insert(0, Entry(name, kind, names, ""))
-        elif reason := engine.settle(module, candidates, min_instances):
+        elif reason := engine.fuse_if_proven(module, candidates, min_instances):
             report.left.insert(0, Entry(name, kind, names, reason))
         else:
             structure, reason = engine.structure_of(module), engine.training_reason(module)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from milkernels import ops
-from milkernels.integrations.engine import Structure, has, structure_of
+from milkernels.integrations.engine import Structure, has, register, structure_of
 from milkernels.integrations.layers import (
     Branch,
     Embedding,
@@ -378,6 +378,5 @@ class PoolingLayer(Structure):
 
 
 TORCHMIL_POOL, MULTI_HEAD = TorchmilPool(), MultiHeadABMIL()
-LAYERS = (WeightsLayer(), PoolingLayer())
-STRUCTURES = LAYERS + (AttentionDeepMIL(), MILLabABMIL(), MULTI_HEAD, SlideEncoder())
-STRUCTURES += (TORCHMIL_POOL, TorchmilABMIL(), CAMILPool())
+register(WeightsLayer(), PoolingLayer(), AttentionDeepMIL(), MILLabABMIL(), MULTI_HEAD, SlideEncoder())
+register(TORCHMIL_POOL, TorchmilABMIL(), CAMILPool())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from milkernels import ops
 from milkernels.integrations.abmil import torchmil_gate, torchmil_prediction
-from milkernels.integrations.engine import Structure, has
+from milkernels.integrations.engine import Structure, has, register
 from milkernels.integrations.layers import Embedding, Gate, Unfusable, check_plain, children, embedding, refuse
 from milkernels.integrations.proof import Example, Inputs
 from milkernels.integrations.scores import GATED, GATED_AND_X, PLAIN, PLAIN_AND_X, eager_scores, proven_gate
@@ -276,4 +276,4 @@ def _bags_with(real: Tensor) -> list[int]:
     return real.any(1).nonzero().flatten().tolist()
 
 
-STRUCTURES = (CLAM(), MILLabCLAM(), MILLabCLAMFeatures(), TorchmilCLAM())
+register(CLAM(), MILLabCLAM(), MILLabCLAMFeatures(), TorchmilCLAM())

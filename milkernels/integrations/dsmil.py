@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from milkernels import ops
-from milkernels.integrations.engine import Structure, has, structure_of
+from milkernels.integrations.engine import Structure, has, register, structure_of
 from milkernels.integrations.layers import (
     Embedding,
     activation,
@@ -25,7 +25,7 @@ from milkernels.integrations.layers import original_class as class_of
 from milkernels.integrations.proof import Example, Inputs
 from milkernels.results import DSMIL, DSMILPooled
 
-FEW = (200, 1000)  # linear queries gain from a few hundred on, MLP queries with gradients from some thousands
+MIN_INSTANCES = (200, 1000)  # linear queries gain from a few hundred on, MLP queries with gradients from some thousands
 PADDING = "padding can no longer be the critical instance, as it can in the original"
 
 
@@ -85,7 +85,7 @@ class BClassifier(Structure):
 
     name = "DSMIL, second stream"
     methods = {"forward": ("feats", "c")}
-    few = FEW
+    min_instances = MIN_INSTANCES
 
     def looks_like(self, module: nn.Module) -> bool:
         return has(module, "q", "v", "fcc") and not has(module, "norm")
@@ -112,7 +112,7 @@ class MILNet(Structure):
 
     name = "DSMIL, both streams"
     methods = {"forward": ("x",)}
-    few = FEW
+    min_instances = MIN_INSTANCES
     opaque = ("i_classifier.feature_extractor",)
 
     def instances(self, x: Tensor) -> int:
@@ -158,7 +158,7 @@ class TorchmilDSMIL(Structure):
 
     name = "DSMIL (torchmil)"
     methods = {"forward": ("X", "mask", "return_att", "return_inst_pred")}
-    few = FEW
+    min_instances = MIN_INSTANCES
     embedding = "feat_ext"
     note = PADDING
 
@@ -198,7 +198,7 @@ class MILLabBClassifier(Structure):
 
     name = "DSMIL, second stream (MIL-Lab)"
     methods = {"forward": ("h", "c", "attn_mask")}
-    few = FEW
+    min_instances = MIN_INSTANCES
     note = PADDING
 
     def looks_like(self, module: nn.Module) -> bool:
@@ -226,7 +226,7 @@ class MILLabDSMIL(Structure):
 
     name = "DSMIL, both streams (MIL-Lab)"
     methods = {"forward_features": ("h", "attn_mask", "return_attention")}
-    few = FEW
+    min_instances = MIN_INSTANCES
     embedding = "patch_embed"
     note = PADDING
 
@@ -262,4 +262,4 @@ class MILLabDSMIL(Structure):
 
 
 SECOND_STREAM, MILLAB_SECOND_STREAM = BClassifier(), MILLabBClassifier()
-STRUCTURES = (SECOND_STREAM, MILNet(), TorchmilDSMIL(), MILLAB_SECOND_STREAM, MILLabDSMIL())
+register(SECOND_STREAM, MILNet(), TorchmilDSMIL(), MILLAB_SECOND_STREAM, MILLabDSMIL())

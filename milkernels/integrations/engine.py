@@ -37,7 +37,8 @@ class Structure:
     opaque: ClassVar[tuple[str, ...]] = ()  # submodules that are called as they are: nothing is asked of them
     embedding: ClassVar[str] = ""  # a submodule in front, of which only the last layer is more than called
     note: ClassVar[str] = ""  # where what is returned differs from the original on purpose
-    few: ClassVar[tuple[int, int]] = (1000, 8000)  # instances below which eager is faster: in a forward, with gradients
+    # Below so many instances eager is faster: in a forward alone, and where gradients are recorded.
+    min_instances: ClassVar[tuple[int, int]] = (1000, 8000)
 
     def looks_like(self, module: nn.Module) -> bool:
         """Whether attributes and types suggest this structure; proven nothing yet."""
@@ -58,6 +59,14 @@ class Structure:
     def examples(self, module: nn.Module, parts: Any, inputs: proof.Inputs) -> Iterable[proof.Example]:
         """Calls that, between them, use everything the fused methods do."""
         raise NotImplementedError
+
+
+_STRUCTURES: list[Structure] = []  # in the order in which they are tried
+
+
+def register(*structures: Structure) -> None:
+    """Has `accelerate` recognise them; a pickled module finds them by their names, which differ."""
+    _STRUCTURES.extend(structures)
 
 
 def has(module: nn.Module, *names: str) -> bool:
@@ -87,7 +96,7 @@ def is_lazy(module: nn.Module) -> bool:
     return any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters())
 
 
-def _are_few(structure: Structure, name: str, module: nn.Module, args: tuple, kwargs: dict) -> bool:
+def _original_is_faster(structure: Structure, name: str, module: nn.Module, args: tuple, kwargs: dict) -> bool:
     """Whether the original is faster and does the same: few instances, all real, on a CPU, in a type that it takes."""
     minimum, takes = type(module)._milkernels_minimum, structure.methods[name]
     given = dict(zip(takes, args, strict=False)) | kwargs
@@ -98,7 +107,7 @@ def _are_few(structure: Structure, name: str, module: nn.Module, args: tuple, kw
         return False
     if autocast_dtype(x) is None and x.dtype != next(module.parameters()).dtype:
         return False
-    return structure.instances(x) < (structure.few[torch.is_grad_enabled()] if minimum is None else minimum)
+    return structure.instances(x) < (structure.min_instances[torch.is_grad_enabled()] if minimum is None else minimum)
 
 
 def _fused_method(structure: Structure, name: str, original: Callable) -> Callable:
@@ -107,7 +116,7 @@ def _fused_method(structure: Structure, name: str, original: Callable) -> Callab
     @functools.wraps(original)
     def method(self, *args, **kwargs):
         # A transform or an export sees the model that it was before, in PyTorch's own operators.
-        if _torch.transforming() or _torch.exporting() or _are_few(structure, name, self, args, kwargs):
+        if _torch.transforming() or _torch.exporting() or _original_is_faster(structure, name, self, args, kwargs):
             return original(self, *args, **kwargs)
         try:
             check_global_hooks()
@@ -121,12 +130,12 @@ def _fused_method(structure: Structure, name: str, original: Callable) -> Callab
     return method
 
 
-def _settling_method(candidates: tuple[Structure, ...], original: Callable) -> Callable:
+def _method_before_fusing(candidates: tuple[Structure, ...], original: Callable) -> Callable:
     @functools.wraps(original)
     def method(self, *args, **kwargs):
         result = original(self, *args, **kwargs)
         if is_waiting(self) and not torch.compiler.is_compiling() and not is_lazy(self):
-            reason = settle(self, candidates, type(self)._milkernels_minimum)
+            reason = fuse_if_proven(self, candidates, type(self)._milkernels_minimum)
             if reason is not None:
                 warnings.warn(f"milkernels: {original_class(self).__name__} was left alone: {reason}", stacklevel=2)
         return result
@@ -145,9 +154,7 @@ def _reduce_ex(self, protocol):
 
 
 def _rebuild(original: type, names: tuple[str, ...], minimum: int | None, waiting: bool, *arguments) -> nn.Module:
-    from milkernels.integrations.structures import STRUCTURES
-
-    candidates = tuple(s for name in names for s in STRUCTURES if s.name == name)
+    candidates = tuple(s for name in names for s in _STRUCTURES if s.name == name)
     cls = _subclass(original, candidates, minimum, waiting)
     return cls.__new__(cls, *arguments)
 
@@ -161,7 +168,7 @@ def _subclass(original: type, candidates: tuple[Structure, ...], minimum: int | 
         made["_milkernels_waiting"] = True
         for name in dict.fromkeys(name for structure in candidates for name in structure.methods):
             if hasattr(original, name):
-                made[name] = _settling_method(candidates, getattr(original, name))
+                made[name] = _method_before_fusing(candidates, getattr(original, name))
     else:
         (structure,) = candidates
         made["_milkernels_structure"] = structure
@@ -173,7 +180,7 @@ def _subclass(original: type, candidates: tuple[Structure, ...], minimum: int | 
 # Swapping
 
 
-def settle(module: nn.Module, candidates: Iterable[Structure], minimum: int | None) -> str | None:
+def fuse_if_proven(module: nn.Module, candidates: Iterable[Structure], minimum: int | None) -> str | None:
     """Fuses the module by the first of the structures that proves right; None, or why none did."""
     original, fused = original_class(module), structure_of(module)
     if fused is not None and not _is_ours(module):  # made of ours, by a parametrization say
@@ -192,8 +199,8 @@ def settle(module: nn.Module, candidates: Iterable[Structure], minimum: int | No
     return "; or ".join(dict.fromkeys(reasons))
 
 
-def wait(module: nn.Module, candidates: Iterable[Structure], minimum: int | None) -> None:
-    """Has the module settled after the first call that initialised its parameters."""
+def fuse_after_first_call(module: nn.Module, candidates: Iterable[Structure], minimum: int | None) -> None:
+    """Has the module fused, if a structure proves right, after the first call that initialised its parameters."""
     module.__class__ = _subclass(original_class(module), tuple(candidates), minimum, True)
 
 
@@ -245,10 +252,10 @@ def rebind_captured(model: nn.Module) -> None:
                     vars(holder)[key] = types.MethodType(now, value.__self__)
 
 
-def candidates_among(structures: Iterable[Structure], model: nn.Module) -> Iterator[tuple[str, nn.Module, list]]:
+def candidates_among(model: nn.Module) -> Iterator[tuple[str, nn.Module, list]]:
     """Modules that look like a structure, inner ones first: outer ones build on what their parts turned out to be."""
     for name, module in reversed(list(model.named_modules())):
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        if found := [s for s in structures if s.looks_like(module)]:
+        if found := [s for s in _STRUCTURES if s.looks_like(module)]:
             yield name, module, found

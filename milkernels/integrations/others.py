@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from milkernels import ops
 from milkernels.integrations.abmil import flat_features, image_embedding, image_features
-from milkernels.integrations.engine import Structure, has
+from milkernels.integrations.engine import Structure, has, register
 from milkernels.integrations.layers import (
     Embedding,
     Gate,
@@ -36,7 +36,7 @@ class LossAttention(Structure):
 
     name = "Loss-Attention"
     methods = {"forward": ("x", "flag")}
-    few = (200, 1000)
+    min_instances = (200, 1000)
     opaque = ("feature_extractor_part1",)
 
     def instances(self, x: Tensor) -> int:
@@ -185,4 +185,4 @@ def _offsets(index: Tensor, dim_size: int | None) -> Tensor:
     return torch.searchsorted(index, torch.arange(size + 1, device=index.device, dtype=index.dtype))
 
 
-STRUCTURES = (LossAttention(), AttentionMIL(), AttentionalAggregation())
+register(LossAttention(), AttentionMIL(), AttentionalAggregation())

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from milkernels.integrations.engine import Structure, has, structure_of
+from milkernels.integrations.engine import Structure, has, register, structure_of
 from milkernels.integrations.layers import (
     Gate,
     branch,
@@ -87,7 +87,7 @@ GATED = ScoreNetwork("gated attention network", _is_gated, _read_gated, False)
 GATED_AND_X = ScoreNetwork("gated attention network that returns x", _is_gated, _read_gated, True)
 SEQUENTIAL = ScoreNetwork("attention network, sequential", _is_sequential, _read_sequential, False, takes="input")
 
-STRUCTURES = (PLAIN, PLAIN_AND_X, GATED, GATED_AND_X, SEQUENTIAL)
+register(PLAIN, PLAIN_AND_X, GATED, GATED_AND_X, SEQUENTIAL)
 
 
 def proven_gate(name: str, module: nn.Module, *structures: ScoreNetwork) -> Gate:

@@ -103,7 +103,7 @@ def standin(target=None) -> Iterator[Record]:
 
     A kernel that does not compile leaves its error in the record, and the host code goes on.
     """
-    from milkernels.triton import call
+    from milkernels.triton import host
 
     record = Record()
 
@@ -117,7 +117,7 @@ def standin(target=None) -> Iterator[Record]:
 
     with contextlib.ExitStack() as stack:
         for patch in (
-            mock.patch.object(call, "_run", run),
+            mock.patch.object(host, "_run", run),
             # As of CUDA's allocator, which aligns to more than any kernel asks for.
             mock.patch.object(
                 fake_tensor.FakeTensor, "data_ptr", lambda t: t.storage_offset() * t.itemsize, create=True

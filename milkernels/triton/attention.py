@@ -1,5 +1,5 @@
-"""Attention and gated attention pooling (Ilse, Tomczak, Welling 2018) on chunks of rows: the library's products with V
-and U into a workspace, kernels for gate and score behind them, then the pooling driver."""
+"""Attention and gated attention pooling (Ilse, Tomczak, Welling 2018) on slices of rows: the library writes the
+products with V and U into a workspace, kernels compute gates and scores from it, and the pooling driver follows."""
 
 import torch
 import triton
@@ -7,8 +7,17 @@ import triton.language as tl
 from torch import Tensor
 
 from milkernels.triton import fused, pool, rows, split, tuning
-from milkernels.triton.call import (
-    Call,
+from milkernels.triton.common import activate, activation_gradient, apply_dropout, dropout_factors, kernel, sigmoid
+from milkernels.triton.gradients import (
+    PoolGradients,
+    RowGradients,
+    add_scaled,
+    checked_inputs,
+    in_their_types,
+    largest_finite,
+    power_of_two_scale,
+)
+from milkernels.triton.host import (
     Products,
     ceil_div,
     dropout_bits,
@@ -17,17 +26,7 @@ from milkernels.triton.call import (
     power_of_two,
     product_dtype,
 )
-from milkernels.triton.common import activate, activation_gradient, dropout_factors, kept, kernel, sigmoid
-from milkernels.triton.embedding import embedding_of
-from milkernels.triton.gradients import (
-    PoolGradients,
-    RowGradients,
-    add_scaled,
-    in_their_types,
-    largest,
-    power_of_two_scale,
-    wanted,
-)
+from milkernels.triton.instances import Instances
 
 
 @kernel
@@ -36,7 +35,8 @@ def gate_scores(
     GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Scores of rows [first, last) from Z = x [V; U]^T, which begins at row `first`; BIAS is that of V, then of U."""
+    """Writes to OUT [N, K] the scores of rows [first, last) from Z = x [V; U]^T, which holds these rows alone. BIAS is
+    that of V, then of U."""
     A: tl.constexpr = OUT.dtype.element_ty
     WIDE: tl.constexpr = 2 if GATED else 1
     r = tl.cast(first, tl.int64) + tl.program_id(0) * BN + tl.arange(0, BN)
@@ -48,7 +48,7 @@ def gate_scores(
         inside = (r < last)[:, None] & (d < D)[None, :]
         gate = activate(_units(z_rows, BIAS, d, inside, D, A), ACTIVATION)
         if SEED is not None:
-            gate = kept(gate, dropout_factors(SEED, r, unit, threshold, 0, BD, A))
+            gate = apply_dropout(gate, dropout_factors(SEED, r, unit, threshold, 0, BD, A))
         if GATED:
             u = sigmoid(_units(z_rows + D, None if BIAS is None else BIAS + D, d, inside, D, A))
             if SEED is not None:
@@ -71,6 +71,7 @@ def gate_scores(
 
 @triton.jit
 def _units(Z_ROWS, BIAS, d, inside, D, A: tl.constexpr):
+    """Z + bias at units d, 0 outside."""
     z = tl.load(Z_ROWS + d[None, :], mask=inside, other=0.0).to(A)
     if BIAS is not None:
         z += tl.load(BIAS + d, mask=d < D, other=0.0)[None, :]
@@ -83,8 +84,8 @@ def gate_backward(
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of Z, times SCALE, over Z, and into SUMS [programs, K + 2, D] what these rows add to the
-    gradients of w (K rows) and of the biases of V and U. DS: gradients of the scores, [N, K]."""
+    """Writes the gradient of Z, times SCALE, over Z, and to SUMS [programs, K + 2, D] what these rows add to the
+    gradients of w (K rows) and of the biases of V and U. DS [N, K] is the gradient of the scores."""
     A: tl.constexpr = SUMS.dtype.element_ty
     WIDE: tl.constexpr = 2 if GATED else 1
     unit = tl.program_id(1) * BD
@@ -107,8 +108,8 @@ def gate_backward(
         dt = activation_gradient(v, t, ACTIVATION)
         if SEED is not None:
             factor = dropout_factors(SEED, r, unit, threshold, 0, BD, A)
-            t = kept(t, factor)
-            dt = kept(dt, factor)
+            t = apply_dropout(t, factor)
+            dt = apply_dropout(dt, factor)
         gate = t
         if GATED:
             u = sigmoid(_units(z_rows + D, None if BIAS is None else BIAS + D, d, inside, D, A))
@@ -118,10 +119,10 @@ def gate_backward(
                 u = u * factor
                 du = du * factor
             gate = t * u
-        alive = inside
+        real = inside
         if MASK is not None:
-            alive = inside & (tl.load(MASK + r, mask=r < last, other=0) != 0)[:, None]
-            gate = tl.where(alive, gate, 0.0)
+            real = inside & (tl.load(MASK + r, mask=r < last, other=0) != 0)[:, None]
+            gate = tl.where(real, gate, 0.0)
         dgate = tl.zeros([BN, BD], A)
         added = ()
         for j in tl.static_range(K):
@@ -131,12 +132,12 @@ def gate_backward(
             added = added + (dw[j] + tl.sum(gate * ds[:, None], axis=0),)
         dw = added
         if GATED:
-            dz = tl.where(alive, dgate * u * dt, 0.0)
-            dz_u = tl.where(alive, dgate * t * du, 0.0)
+            dz = tl.where(real, dgate * u * dt, 0.0)
+            dz_u = tl.where(real, dgate * t * du, 0.0)
             du_bias += tl.sum(dz_u, axis=0)
             tl.store(z_rows + D + d[None, :], (dz_u * grad_scale).to(Z.dtype.element_ty), mask=inside)
         else:
-            dz = tl.where(alive, dgate * dt, 0.0)
+            dz = tl.where(real, dgate * dt, 0.0)
         dv_bias += tl.sum(dz, axis=0)
         tl.store(z_rows + d[None, :], (dz * grad_scale).to(Z.dtype.element_ty), mask=inside)
     sums = SUMS + tl.program_id(0) * ((K + 2) * D) + d
@@ -146,11 +147,12 @@ def gate_backward(
     tl.store(sums + (K + 1) * D, du_bias, mask=d < D)
 
 
-class _Attention(Call):
-    """The parameters as kernels take them: V over U in the type of products, the rest in that of accumulation."""
+class _Attention(Instances):
+    """A call with the parameters as kernels take them: ``weight`` [units, L] is V over U in the type of products, and
+    ``w`` [K, D] and the biases have the accumulation type."""
 
     def __init__(self, x, parameters, offsets, mask, seed, activation, dropout_p, compute_dtype, *embed):
-        super().__init__(x, offsets, mask, embedding_of(x, *embed))
+        super().__init__(x, offsets, mask, *embed)
         v_weight, v_bias, u_weight, u_bias, w_weight, w_bias = parameters
         self.gated, self.activation = u_weight is not None, activation
         self.type = product_dtype(self.dtype, compute_dtype)
@@ -158,7 +160,7 @@ class _Attention(Call):
         self.weight = torch.cat([w.to(self.type) for w in weights]) if self.gated else v_weight.to(self.type)
         self.weight = self.weight.contiguous()
         self.heads, self.hidden = w_weight.shape
-        self.w, self.w_bias = self.take(w_weight), self.take(w_bias)
+        self.w, self.w_bias = self.to_acc(w_weight), self.to_acc(w_bias)
         self.bias = None
         if v_bias is not None or u_bias is not None:
             none = self.zeros(self.hidden)
@@ -173,52 +175,55 @@ class _Attention(Call):
 
     @property
     def units(self) -> int:
+        """The rows of V and U."""
         return self.weight.shape[0]
 
     def workspace(self) -> int | None:
-        """Bytes per row of the forward; None where it has none."""
+        """The bytes of workspace per row in the forward; None where it needs none."""
         converted = self.width * self.type.itemsize if self.type != self.dtype else 0
         if self.fused:
             return converted or None
         return self.units * self.type.itemsize + converted + self.products.bytes_per_row
 
     def gradient_workspace(self, direct: bool, need_x: bool) -> int:
-        """Of the backward, where it is not the embedding that has it."""
+        """The bytes of workspace per row in the backward, beside what the embedding needs. ``direct`` says that
+        products are written to the gradient of x."""
         size, embedded = self.type.itemsize, self.embedding is not None
         aside = self.width * self.acc.itemsize if need_x and not direct and not embedded else 0
         copied = (self.mask is not None and not embedded) or self.type != self.dtype
         return self.units * size + aside + self.products.bytes_per_row + (self.width * size if copied else 0)
 
     def scale(self, ds: Tensor) -> Tensor | None:
-        """What gradients of units are multiplied by in float16, from those of scores."""
+        """The factor for gradients of units in float16, from the gradient ``ds`` of scores; None in other types."""
         if self.type != torch.float16:
             return None
-        return power_of_two_scale(largest(ds) * self.w.abs().nan_to_num(0, 0, 0).sum(0).amax(), self.headroom())
+        return power_of_two_scale(largest_finite(ds) * self.w.abs().nan_to_num(0, 0, 0).sum(0).amax(), self.headroom())
 
     def headroom(self) -> int:
-        """Bits by which a unit's gradient may exceed its score's: factors of dropout, and what a gate multiplies."""
-        factor = dropout_bits(self.dropout[1])
-        return factor * (2 if self.gated else 1) + (6 if self.gated and self.activation != "tanh" else 0)
+        """Bits by which the gradient of a unit may exceed that of its score: those of dropout in each branch, and 6 for
+        an activation without bound, which multiplies the gradient of the gate."""
+        bits = dropout_bits(self.dropout[1])
+        return bits * (2 if self.gated else 1) + (6 if self.gated and self.activation != "tanh" else 0)
 
     def options(self) -> dict:
         return {"GATED": self.gated, "ACTIVATION": self.activation}
 
 
 def _scores(call: _Attention, partials: pool.Partials | None = None) -> Tensor:
-    """Scores [N, K], -inf for masked rows; ``partials`` pools the rows slice by slice."""
+    """Computes the scores [N, K], -inf for masked rows; adds the rows to ``partials`` slice by slice, if given."""
     out = call.empty(call.rows, call.heads)
-    score = fused.scores if call.fused else _scores_on_chunks
+    score = fused.scores if call.fused else _scores_of_slice
     for block in call.slices(call.workspace()):
         values = call.rows_at(block).values
         score(call, rows.operand(call, values, block, call.type, clean=False), block, out)
         if partials is not None:
             partials.add(values, out, block, call.mask)
-        values = None  # before those of the next slice
+        values = None  # freed before the next slice comes
     return out
 
 
-def _scores_on_chunks(call: _Attention, x: Tensor, block: slice, out: Tensor) -> None:
-    """Writes those of a slice, whose rows x holds, into ``out`` [N, K]."""
+def _scores_of_slice(call: _Attention, x: Tensor, block: slice, out: Tensor) -> None:
+    """Writes the scores of a slice, whose rows x [n, L] holds, into ``out`` [N, K]."""
     seed, threshold = call.dropout
     units = min(max(power_of_two(call.hidden), 16), 64)
     launch(
@@ -251,7 +256,7 @@ def attention_bwd(
     e_weight, e_bias, e_seed, activation, dropout_p, compute_dtype, e_activation, e_dropout_p, e_dtype,
     grad_bag, grad_scores, grad_lse, needs,
 ):  # fmt: skip
-    inputs = wanted(
+    inputs = checked_inputs(
         needs, x=x, v_weight=v_weight, v_bias=v_bias, u_weight=u_weight, u_bias=u_bias, w_weight=w_weight,
         w_bias=w_bias, e_weight=e_weight, e_bias=e_bias,
     )  # fmt: skip
@@ -259,7 +264,7 @@ def attention_bwd(
     call = _Attention(x, parameters, offsets, mask, seed, activation, dropout_p, compute_dtype, *embed)
     embedded, sink = call.embedding is not None, RowGradients(call, needs)
     pooled = None if embedded else call.x
-    gradients = PoolGradients(call, pooled, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.wanted)
+    gradients = PoolGradients(call, pooled, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.needed)
     ds, D, K = gradients.scores, call.hidden, call.heads
 
     need_weight = needs[1] or needs[3]
@@ -279,12 +284,12 @@ def attention_bwd(
         z, part = gradients_of_products(call, x_rows, block, ds, scale)
         sums += part.sum(0)
         if need_weight:
-            add_scaled(grad_weight, call.products.of_weight(z, x_rows), scale)
+            add_scaled(grad_weight, call.products.weight_gradient(z, x_rows), scale)
         if direct:
-            call.products.of_rows(z, sink.x[block])
-        elif sink.wanted:
-            sink.add(at, *terms, product=call.products.of_rows(z), scale=None if scale is None else 1 / scale)
-        at = x_rows = z = None  # before those of the next slice
+            call.products.rows_gradient(z, sink.x[block])
+        elif sink.needed:
+            sink.add(at, *terms, product=call.products.rows_gradient(z), scale=None if scale is None else 1 / scale)
+        at = x_rows = z = None  # freed before the next slice comes
     if direct and gradients.weights is not None:
         rows.expand(call, sink.x, *terms, product=sink.x)
     of_v, of_u = (None, None) if grad_weight is None else (grad_weight[:D], grad_weight[D:])
@@ -292,12 +297,12 @@ def attention_bwd(
     return in_their_types(call, inputs, found, needs)
 
 
-_SUMMED_ROWS = 64  # by one program of gate_backward
+_SUMMED_ROWS = 64  # so many rows one program of gate_backward sums for the gradients of w and of the biases
 
 
 def _gradients_of_products(call: _Attention, x: Tensor, block: slice, ds: Tensor, scale: Tensor | None):
-    """``(z, sums)`` of a block, whose rows x holds: the gradient of ``x [V; U]^T`` [rows, units], times the scale, and
-    what programs add to the gradients of w and of the biases [programs, K + 2, D]."""
+    """``(z [n, units], sums [programs, K + 2, D])`` of a slice, whose rows x [n, L] holds: z is the gradient of
+    ``x [V; U]^T``, times the scale; sums is what programs add to the gradients of w and of the biases."""
     z = call.products.forward(x)
     D, K = call.hidden, call.heads
     units = min(max(power_of_two(D), 16), 64)

@@ -1,25 +1,26 @@
 """Ops that choose: the largest logit or feature of each bag, and the k best instances. The lowest row wins a tie, NaN
-beats every number, and what is dead is never chosen."""
+beats every number, and dead rows are never chosen."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from milkernels.triton import pool, rows
-from milkernels.triton.call import Call, ceil_div, launch
+from milkernels.triton import pool
+from milkernels.triton.call import Call
 from milkernels.triton.common import bag_rows, kernel, real_rows, segment, slots_of
-from milkernels.triton.embedding import embedding_of
-from milkernels.triton.gradients import RowGradients, alive, in_their_types, wanted
+from milkernels.triton.gradients import RowGradients, checked_inputs, in_their_types, zero_where_dead
+from milkernels.triton.host import ceil_div, launch
+from milkernels.triton.instances import Instances
 from milkernels.triton.pooling import class_logits, linear_gradients
 
-_NONE = tl.constexpr(1 << 62)  # later than any row
+_NONE = tl.constexpr(1 << 62)  # stands for no row: it is past any
 
 
 @triton.jit
-def _first(values, index, eligible, none):
-    """``(value, index)`` of the first largest, down the columns; NaN is the largest; ``none``, beyond any index, where
-    nothing is eligible."""
+def _first_largest(values, index, eligible, none):
+    """``(value, index)`` of the first largest in each column of [rows, columns]; NaN is the largest. The index is
+    ``none``, which is past any other, where nothing is eligible."""
     nan = tl.min(tl.where(eligible & (values != values), index, none), axis=0)
     top = tl.max(tl.where(eligible & (values == values), values, float("-inf")), axis=0)
     at = tl.min(tl.where(eligible & (values == top[None, :]), index, none), axis=0)
@@ -29,7 +30,7 @@ def _first(values, index, eligible, none):
 
 @triton.jit
 def _better(value, at, best, best_at):
-    """The better of two candidates, of which the first one comes from later rows."""
+    """The better of two candidates, the first of which comes from later rows."""
     wins = (at < _NONE) & ((best_at == _NONE) | ((best == best) & ((value > best) | (value != value))))
     return tl.where(wins, value, best), tl.where(wins, at, best_at)
 
@@ -39,7 +40,7 @@ def max_partial(
     X, MASK, OFFSETS, VALUES, ROWS, bags, rows, x_stride, L,
     DEAD: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr,
 ):  # fmt: skip
-    """The first largest of each column of a segment, and its row. DEAD: -inf is not eligible."""
+    """Writes the first largest of each column of a segment, and its row. If DEAD, -inf is not eligible."""
     A: tl.constexpr = VALUES.dtype.element_ty
     slot = tl.program_id(0)
     bag, start, end = segment(OFFSETS, slot, bags, rows, R)
@@ -53,7 +54,7 @@ def max_partial(
             x = tl.load(X + r[:, None] * x_stride + c[None, :], mask=used, other=float("-inf")).to(A)
             if DEAD:
                 used = used & (x != float("-inf"))
-            value, at = _first(x, tl.arange(0, BN)[:, None], used, BN)
+            value, at = _first_largest(x, tl.arange(0, BN)[:, None], used, BN)
             best, best_at = _better(value, tl.where(at < BN, tl.cast(row, tl.int64) + at, _NONE), best, best_at)
         tl.store(VALUES + tl.cast(slot, tl.int64) * L + c, best, mask=c < L)
         tl.store(ROWS + tl.cast(slot, tl.int64) * L + c, best_at, mask=c < L)
@@ -64,7 +65,7 @@ def max_combine(
     OFFSETS, VALUES, ROWS, OUT, INDICES, rows, L,
     EMPTY: tl.constexpr, R: tl.constexpr, BS: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """The first largest of each bag and column; EMPTY and -1 where there is none."""
+    """Writes the first largest of each bag and column [B, L] and its row; EMPTY and -1 where there is none."""
     A: tl.constexpr = VALUES.dtype.element_ty
     bag = tl.program_id(0)
     c = tl.program_id(1) * BL + tl.arange(0, BL)
@@ -76,7 +77,7 @@ def max_combine(
         used = (s < end)[:, None] & (c < L)[None, :]
         value = tl.load(VALUES + s[:, None] * L + c[None, :], mask=used, other=float("-inf"))
         at = tl.load(ROWS + s[:, None] * L + c[None, :], mask=used, other=_NONE)
-        value, at = _first(value, at, used & (at < _NONE), _NONE)
+        value, at = _first_largest(value, at, used & (at < _NONE), _NONE)
         best, best_at = _better(value, at, best, best_at)
     none = best_at == _NONE
     out = tl.cast(bag, tl.int64) * L + c
@@ -86,7 +87,7 @@ def max_combine(
 
 @kernel
 def scatter(INDICES, G, OUT, count, columns, k, stride, rows, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """OUT[indices[j, c, i], c] = or += g[j, c, i], of j `columns` columns c of k each. No two go to one place."""
+    """OUT[indices[j, c, i], c] = g[j, c, i], or += if ADD, for g [B, columns, k]. No two numbers go to one place."""
     j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(INDICES + j, mask=j < count, other=-1)
     used = (row >= 0) & (row < rows)
@@ -99,7 +100,8 @@ def scatter(INDICES, G, OUT, count, columns, k, stride, rows, ADD: tl.constexpr,
 
 @kernel
 def sort_keys(X, MASK, OFFSETS, KEYS, bags, rows, x_stride, LARGEST: tl.constexpr, R: tl.constexpr, BN: tl.constexpr):
-    """KEYS [K, N]: bag, dead or not, then (but of float64) a number that orders as the scores do, NaN above all."""
+    """Writes KEYS [K, N] that order rows by their bag, then the dead last, then (except for float64) by their score,
+    NaN above all."""
     k = tl.program_id(1)
     bag, start, end = segment(OFFSETS, tl.program_id(0), bags, rows, R)
     for row in tl.range(start, end, BN):
@@ -117,7 +119,8 @@ def sort_keys(X, MASK, OFFSETS, KEYS, bags, rows, x_stride, LARGEST: tl.constexp
 
 @kernel
 def pick(X, MASK, OFFSETS, ORDER, VALUES, INDICES, rows, K, k, x_stride, NONE: tl.constexpr, BLOCK: tl.constexpr):
-    """The first k rows of a bag and column in their order; NONE and -1 where the living end."""
+    """Writes the values and numbers [B, K, k] of the first k rows of a bag and column in ORDER [K, N]; NONE and -1
+    where no row is left that is not dead."""
     bag = tl.program_id(0) // K
     column = tl.program_id(0) % K
     start, end = bag_rows(OFFSETS, bag, rows)
@@ -125,19 +128,20 @@ def pick(X, MASK, OFFSETS, ORDER, VALUES, INDICES, rows, K, k, x_stride, NONE: t
     inside = (i < k) & (start + i < end)
     row = tl.load(ORDER + tl.cast(column, tl.int64) * rows + start + i, mask=inside, other=0)
     x = tl.load(X + row * x_stride + column, mask=inside, other=float("-inf"))
-    alive = inside & (x != float("-inf"))
+    living = inside & (x != float("-inf"))
     if MASK is not None:
-        alive = alive & (tl.load(MASK + row, mask=inside, other=0) != 0)
+        living = living & (tl.load(MASK + row, mask=inside, other=0) != 0)
     at = tl.cast(tl.program_id(0), tl.int64) * k + i
-    tl.store(VALUES + at, tl.where(alive, x, NONE), mask=i < k)
-    tl.store(INDICES + at, tl.where(alive, row, -1), mask=i < k)
+    tl.store(VALUES + at, tl.where(living, x, NONE), mask=i < k)
+    tl.store(INDICES + at, tl.where(living, row, -1), mask=i < k)
 
 
 # Launches
 
 
 def first_max(call: Call, values: Tensor, *, dead: bool, empty: float) -> tuple[Tensor, Tensor]:
-    """``(values, rows)`` [B, L] of the first largest of the columns of [N, L], in the type of ``values``."""
+    """``(values, rows)`` [B, L] of the first largest in each column and bag of ``values`` [N, L], in their type.
+    ``dead`` says that -inf is not eligible, ``empty`` is the value of a bag that has none."""
     L = values.shape[1]
     best, at = call.empty(call.slots, L), call.empty(call.slots, L, dtype=torch.int64)
     out, indices = call.empty(call.bags, L, dtype=values.dtype), call.empty(call.bags, L, dtype=torch.int64)
@@ -156,7 +160,8 @@ def first_max(call: Call, values: Tensor, *, dead: bool, empty: float) -> tuple[
 
 
 def put(indices: Tensor, values: Tensor, out: Tensor, k: int = 1, *, add: bool = False) -> None:
-    """``out[indices[j, c, i], c] = values[j, c, i]``, or added; an index of -1 goes nowhere."""
+    """``out[indices[j, c, i], c] = values[j, c, i]``, or ``+=`` with ``add``, for values [B, columns, k]; an index of
+    -1 goes nowhere."""
     count, columns = indices.numel(), out.shape[1]
     launch(
         scatter, (ceil_div(count, 256),), indices, values.contiguous(), out, count, columns, k, out.stride(0),
@@ -168,7 +173,7 @@ def put(indices: Tensor, values: Tensor, out: Tensor, k: int = 1, *, add: bool =
 
 
 def instance_max_fwd(x, weight, bias, offsets, mask, *embed):
-    call = Call(x, offsets, mask, embedding_of(x, *embed))
+    call = Instances(x, offsets, mask, *embed)
     logits = class_logits(call, weight, bias)
     return *first_max(call, logits, dead=True, empty=float("-inf")), logits
 
@@ -177,28 +182,30 @@ def instance_max_bwd(
     x, weight, bias, offsets, mask, indices, logits, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype,
     grad_values, grad_logits, needs,
 ):  # fmt: skip
-    inputs = wanted(needs, x=x, weight=weight, bias=bias, e_weight=e_weight, e_bias=e_bias)
-    call = Call(x, offsets, mask, embedding_of(x, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype))
+    inputs = checked_inputs(needs, x=x, weight=weight, bias=bias, e_weight=e_weight, e_bias=e_bias)
+    call = Instances(x, offsets, mask, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
     sink = RowGradients(call, needs)
     of_layer = instance_max_gradients(call, weight, indices, logits, grad_values, grad_logits, needs[1:3], sink)
     found = (sink.of_x(), *of_layer, sink.weight, sink.bias)
     return in_their_types(call, inputs, found, needs)
 
 
-def instance_max_gradients(call: Call, weight, indices, logits, grad_values, grad_logits, needs, sink, chosen=None):
-    """Those of W and b; that of the rows is added to ``sink``. Few rows have one, unless the logits do; ``chosen`` are
-    these few where they are at hand."""
+def instance_max_gradients(
+    call: Instances, weight, indices, logits, grad_values, grad_logits, needs, sink, chosen=None
+):
+    """The gradients of W [C, L] and b [C]; adds that of the rows to ``sink``. Where the logits have no gradient of
+    their own, only the chosen rows [B, C] have one; ``chosen`` are these rows where they are at hand."""
     indices = indices.contiguous()
-    grad_values = call.take(grad_values)
+    grad_values = call.to_acc(grad_values)
     if grad_logits is not None:
-        of_logits = alive(call.take(grad_logits), logits)
+        of_logits = zero_where_dead(call.to_acc(grad_logits), logits)
         if grad_values is not None:
             put(indices, grad_values, of_logits, add=True)
         return linear_gradients(call, weight, of_logits, None, needs[0], sink)
-    chosen = chosen or rows.gathered(call, indices)
+    chosen = chosen or call.gathered(indices)
     g = grad_values.masked_fill(indices < 0, 0)[:, :, None]
-    if sink.wanted:
-        sink.add_gathered(chosen, g * call.take(weight))
+    if sink.needed:
+        sink.add_gathered(chosen, g * call.to_acc(weight))
     return (g * chosen.values).sum(0) if needs[0] else None, g.sum((0, 2)) if needs[1] else None
 
 
@@ -228,7 +235,7 @@ def topk_instances_fwd(scores, k, offsets, largest, mask):
 
 
 def _order(call: Call, largest: bool) -> Tensor:
-    """Rows [K, N], bag after bag, in each of them the best first and the dead last: one sort by the library."""
+    """The order [K, N] of rows: bag after bag, in each of them the best first and the dead last. The library sorts."""
     K = call.x.shape[1]
     keys = call.empty(K, call.rows, dtype=torch.int64)
     if call.rows:
@@ -236,7 +243,7 @@ def _order(call: Call, largest: bool) -> Tensor:
             sort_keys, (call.slots_in(call.whole), K), call.x, call.mask, call.offsets, keys, call.bags, call.rows,
             call.x.stride(0), LARGEST=largest, R=call.chunk, BN=256, num_warps=4,
         )  # fmt: skip
-    if call.acc == torch.float64:  # whose numbers fill 64 bits: they are sorted first
+    if call.acc == torch.float64:  # scores fill 64 bits, so they are sorted first
         numbers = call.x.t().contiguous()
         order = torch.sort(numbers, dim=1, descending=largest, stable=True).indices
         return order.gather(1, torch.sort(keys.gather(1, order), dim=1, stable=True).indices)

@@ -1,18 +1,18 @@
-"""What kernels share: the ragged schedule of ``bags.segments`` found on the device, activations, the dropout mask."""
+"""What kernels share: the ragged schedule of ``ragged.segments`` found on the device, activations, the dropout mask."""
 
 import triton
 import triton.language as tl
 
 _DEAD = tl.constexpr(float("-inf"))
 
-# A kernel is compiled again for integers that are 1 or divisible by 16; not for those that only bound loops, which
-# differ from bag to bag.
+# A kernel is compiled again for integers that are 1 or divisible by 16, but not for these, which only bound loops
+# and differ from call to call.
 kernel = triton.jit(do_not_specialize=("bags", "rows", "first", "last", "count", "threshold"))
 
 
 @triton.jit
 def bag_rows(OFFSETS, bag, num_rows):
-    """The rows ``[start, end)`` of a bag, within ``[0, num_rows]`` whatever the offsets say."""
+    """The rows ``[start, end)`` of a bag, kept within ``[0, num_rows]`` whatever the offsets say."""
     if OFFSETS is None:
         start = tl.cast(0, tl.int64)
         end = tl.cast(num_rows, tl.int64)
@@ -53,10 +53,10 @@ def slots_of(OFFSETS, bag, num_rows, R: tl.constexpr):
 @triton.jit
 def real_rows(MASK, rows, end):
     """Which of the rows are inside the segment and not masked."""
-    alive = rows < end
+    real = rows < end
     if MASK is not None:
-        alive = alive & (tl.load(MASK + rows, mask=alive, other=0) != 0)
-    return alive
+        real = real & (tl.load(MASK + rows, mask=real, other=0) != 0)
+    return real
 
 
 @triton.jit
@@ -67,14 +67,15 @@ def finite_or_zero(top):
 
 @triton.jit
 def log_sum_exp(top, total):
-    """From a maximum and the sum of exponentials less it. Of a score of inf the sum is NaN, as its weight is."""
+    """The logsumexp of scores, from their maximum and the sum of exp(score - maximum). A score of inf makes that sum
+    NaN, as it does its weight."""
     lse = tl.where(total == 0, float("-inf"), finite_or_zero(top) + tl.log(total))
     return tl.where(top == float("inf"), float("inf"), lse)
 
 
 @triton.jit
 def shifted(product, shift):
-    """A product and the shift of its vector; one of -inf hides the vector from rows that hold anything."""
+    """product + shift; -inf where the shift is -inf, which hides a vector from rows that may hold anything."""
     return tl.where(shift == _DEAD, _DEAD, product + shift)
 
 
@@ -89,7 +90,7 @@ def tanh(x):
     e = tl.exp(-2.0 * size)
     wide = (1.0 - e) / (1.0 + e)
     if x.dtype == tl.float32:
-        # 1 - e loses the digits of a small x; 3e-8 at the switch.
+        # 1 - e loses the digits of a small x; the error is 3e-8 at the switch.
         s = x * x
         narrow = size * (1.0 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835 - s * (1382 / 155925))))))
         wide = tl.where(size < 0.3, narrow, wide)
@@ -117,7 +118,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_gradient(x, y, ACTIVATION: tl.constexpr):
-    """The derivative at ``x``, where the activation is ``y``."""
+    """The derivative of the activation at ``x``, where its value is ``y``."""
     if ACTIVATION == "tanh":
         return 1.0 - y * y
     elif ACTIVATION == "relu":
@@ -143,12 +144,12 @@ def dropout_factors(SEED, rows, unit, threshold, BRANCH: tl.constexpr, UNITS: tl
     w0, w1, w2, w3 = tl.philox(seed, low, high, group[None, :] + zero, zero + BRANCH)
     words = tl.permute(tl.join(tl.join(w0, w1), tl.join(w2, w3)), (0, 1, 3, 2))  # last: word >> 1, word & 1
     lanes = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (rows.shape[0], UNITS))
-    # Nothing is kept where the threshold is 65536.
+    # A threshold of 65536 drops every unit, and the scale is never used.
     scale = tl.cast(65536, A) / tl.cast(tl.maximum(65536 - threshold, 1), A)
     return tl.where(lanes.to(tl.int32) >= threshold, scale, 0.0)
 
 
 @triton.jit
-def kept(x, factor):
-    """Dropped units are selected away: an activation may be infinite."""
+def apply_dropout(x, factor):
+    """x * factor, and 0 where the factor is 0: a dropped activation may be infinite."""
     return tl.where(factor == 0, 0.0, x * factor)

@@ -1,5 +1,5 @@
-"""Attention scores and their backward with gates computed where the products are: no workspace of [rows, hidden] in the
-forward, one write of it in the backward. Which calls come here is for ``tuning`` to say.
+"""Attention scores and their backward whose kernels compute gates where the products are: no workspace of [rows,
+hidden] in the forward, one write of it in the backward. ``tuning`` says which calls come here.
 
 Tiles are read through tensor descriptors (TMA) where the device has them and the layout allows it, else by pointers.
 """
@@ -11,8 +11,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from milkernels.triton import tuning
-from milkernels.triton.call import ceil_div, launch, power_of_two
-from milkernels.triton.common import activate, activation_gradient, dropout_factors, kept, kernel
+from milkernels.triton.common import activate, activation_gradient, apply_dropout, dropout_factors, kernel
+from milkernels.triton.host import ceil_div, launch, power_of_two
 
 _MOST_HEADS = 8  # the sums over hidden units are unrolled over the heads
 
@@ -76,7 +76,7 @@ def _branches(v, u, GATED: tl.constexpr, ACTIVATION: tl.constexpr, FAST: tl.cons
 
 @triton.jit
 def _factors(SEED, instance, unit, threshold, GATED: tl.constexpr, BD: tl.constexpr):
-    """What dropout multiplies the product of both branches by, and so its gradients."""
+    """The factors by which dropout scales the product of both branches, and so its gradients: [rows, BD]."""
     factors = dropout_factors(SEED, instance, unit, threshold, 0, BD, tl.float32)
     if GATED:
         factors = factors * dropout_factors(SEED, instance, unit, threshold, 1, BD, tl.float32)
@@ -87,7 +87,7 @@ def _factors(SEED, instance, unit, threshold, GATED: tl.constexpr, BD: tl.conste
 def _row_tile(
     X, row, column, count, L, x_stride, TMA: tl.constexpr, EVEN: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr
 ):
-    """[BN, BL]. Past the last row anything may stand, past the last column 0."""
+    """A tile [BN, BL] of X. Past the last row it holds anything, past the last column 0."""
     if TMA:
         return X.load([row, column])
     else:
@@ -102,6 +102,7 @@ def _row_tile(
 
 @triton.jit
 def _unit_rows(WEIGHT, rows, column, L, EVEN: tl.constexpr, BL: tl.constexpr):
+    """A tile [rows, BL] of the weight, 0 past the last column."""
     c = column + tl.arange(0, BL)
     at = WEIGHT + rows.to(tl.int64)[:, None] * L + c[None, :]
     if EVEN:
@@ -117,8 +118,9 @@ def score_tiles(
     TMA: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """OUT [chunks of BD units, count, K]: what a chunk adds to the scores of the rows from `first` on, `count` of which
-    are in X. WEIGHT is V over U. A program goes through tiles; those of the same rows stand together, to meet in L2."""
+    """Writes to OUT [chunks, count, K] what a chunk of BD units adds to the scores of `count` rows from `first` on,
+    which X holds. WEIGHT is V over U. A program goes through tiles; those of the same rows are neighbours, to meet in
+    L2."""
     tl.assume(L > 0)  # else ptxas may serialise the products, for the sake of no product at all
     WIDE: tl.constexpr = 2 if GATED else 1
     chunks = tl.cdiv(D, BD)
@@ -149,8 +151,8 @@ def score_tiles(
                 u += tl.load(BIAS + D + d, mask=d < D, other=0.0)[None, :]
         gate = _gate(v, u, GATED, ACTIVATION, FAST)
         if SEED is not None:
-            gate = kept(gate, _factors(SEED, instance, unit, threshold, GATED, BD))
-        # Past the last unit stand those of U or nothing: not for sure finite, so they are selected away.
+            gate = apply_dropout(gate, _factors(SEED, instance, unit, threshold, GATED, BD))
+        # Past the last unit the tile holds those of U or anything: they may not be finite, so they are selected away.
         gate = tl.where((d < D)[None, :], gate, 0.0)
         score = tl.zeros([BN, BK], tl.float32)
         for j in tl.static_range(K):
@@ -170,7 +172,7 @@ def score_tiles(
 
 @triton.jit
 def _halves(t):
-    """The left half of the columns and the right one. In an accumulator's layout a thread has columns of both, so that
+    """Splits the columns into a left and a right half. In an accumulator's layout a thread has columns of both, so that
     nothing moves."""
     return tl.split(tl.permute(tl.reshape(t, [t.shape[0], 2, t.shape[1] // 2]), [0, 2, 1]))
 
@@ -182,9 +184,9 @@ def gate_gradients(
     TMA: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """OUT [V and U, D, count]: the gradient of the products, times SCALE, 0 for masked rows. SUMS [parts, K + 2, D]:
-    what parts of tiles add to the gradients of w and of the biases. Units lie across the warps, so that sums over rows
-    shuffle little."""
+    """Writes to OUT [V and U, D, count] the gradient of the products, times SCALE, 0 for masked rows; to SUMS [parts, K
+    + 2, D] what parts of tiles add to the gradients of w and of the biases. Units lie across the warps, so that sums
+    over rows shuffle little."""
     tl.assume(L > 0)
     chunks = tl.cdiv(D, BD)
     tile = tl.program_id(0) // chunks
@@ -235,9 +237,9 @@ def _part_gradients(
             u += tl.load(BIAS + D + d, mask=d < D, other=0.0)[:, None]
     r = row + tl.arange(0, BN)
     instance = tl.cast(first, tl.int64) + r
-    alive = r < count
+    real = r < count
     if MASK is not None:
-        alive = alive & (tl.load(MASK + instance, mask=r < count, other=0) != 0)
+        real = real & (tl.load(MASK + instance, mask=r < count, other=0) != 0)
 
     t, s = _branches(v, u, GATED, ACTIVATION, FAST)
     gate = t
@@ -246,27 +248,27 @@ def _part_gradients(
         gate = t * s
         dv = s * dv
         du = gate * (1.0 - s)
-    # Selected, not multiplied: a masked row may hold NaN.
-    gate = tl.where(alive[None, :], gate, 0.0)
+    # The gate is selected, not multiplied by 0: a masked row may hold NaN.
+    gate = tl.where(real[None, :], gate, 0.0)
     if SEED is not None:
         factors = _factors(SEED, instance, unit, threshold, GATED, BD).T
-        gate = kept(gate, factors)
+        gate = apply_dropout(gate, factors)
     scale = tl.cast(1.0, tl.float32)  # a power of two, so it rounds nothing
     if SCALE is not None:
         scale = tl.load(SCALE)
     dgate = tl.zeros([BD, BN], tl.float32)
     sums = SUMS + tl.cast(part, tl.int64) * ((K + 2) * D) + d
     for j in tl.static_range(K):
-        ds = tl.load(DS + instance * K + j, mask=alive, other=0.0)
+        ds = tl.load(DS + instance * K + j, mask=real, other=0.0)
         dgate += tl.load(W + j * D + d, mask=d < D, other=0.0)[:, None] * (ds * scale)[None, :]
         tl.store(sums + j * D, tl.sum(gate * ds[None, :], axis=1), mask=d < D)
     if SEED is not None:
         dgate = dgate * factors
-    dv = tl.where(alive[None, :], dgate * dv, 0.0)
+    dv = tl.where(real[None, :], dgate * dv, 0.0)
     tl.store(sums + K * D, tl.sum(dv, axis=1) / scale, mask=d < D)
     _store_units(OUT, dv, 0, unit, row, D, out_stride, TMA, BN, BD)
     if GATED:
-        du = tl.where(alive[None, :], dgate * du, 0.0)
+        du = tl.where(real[None, :], dgate * du, 0.0)
         tl.store(sums + (K + 1) * D, tl.sum(du, axis=1) / scale, mask=d < D)
         _store_units(OUT, du, 1, unit, row, D, out_stride, TMA, BN, BD)
     else:
@@ -277,7 +279,7 @@ def _part_gradients(
 def _store_units(
     OUT, values, BRANCH: tl.constexpr, unit, row, D, out_stride, TMA: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
 ):
-    """Into rows of OUT, which has room for whole tiles of columns; a branch ends at its last unit."""
+    """Stores units as rows of OUT, which has room for whole tiles of columns; a branch ends at its last unit."""
     if TMA:
         OUT.store([BRANCH, unit, row], tl.reshape(values.to(OUT.dtype), [1, BD, BN]))
     else:
@@ -290,7 +292,7 @@ def _store_units(
 
 
 def serves(call) -> bool:
-    """Whether these kernels can take the place of products on chunks, at their accuracy."""
+    """Whether these kernels can take the place of products on slices of rows, at their accuracy."""
     if call.type == torch.float64 or call.heads > _MOST_HEADS:
         return False
     backend, architecture = tuning.target(call.x.device)
@@ -300,29 +302,29 @@ def serves(call) -> bool:
 
 
 def tf32_allowed() -> bool:
-    """What PyTorch's own float32 products do at this moment; the older of its two switches refuses to be read where the
-    newer one was set."""
+    """Whether PyTorch's own float32 products use tf32 at this moment. The older of its two switches refuses to be read
+    where the newer one was set."""
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)
     return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
 def prepared(weight: Tensor) -> Tensor:
-    """V over U as the kernels take it: float32 rounded to tf32, for tensor cores cut off what is past it. With rows and
-    weights both cut off the errors come to more than twice those of rounded ones."""
+    """V over U [units, L] as the kernels take it: float32 is rounded to tf32, for tensor cores cut off what is past it.
+    Where rows and weights are both cut off, errors are more than twice those of rounded ones."""
     if weight.dtype != torch.float32 or tuning.target(weight.device)[0] != "cuda":
         return weight
     return as_tf32(weight)
 
 
 def as_tf32(t: Tensor) -> Tensor:
-    """The nearest numbers of 11 significant bits (Veltkamp 1968)."""
+    """Rounds to the nearest numbers of 11 significant bits (Veltkamp 1968)."""
     high = t * (2**13 + 1)
     return high - (high - t)
 
 
 def scores(call, x: Tensor, block: slice, out: Tensor) -> None:
-    """Writes those of a slice, whose rows x holds, into ``out`` [N, K]; -inf for masked rows."""
+    """Writes the scores of a slice, whose rows x [n, L] holds, into ``out`` [N, K]; -inf for masked rows."""
     count = block.stop - block.start
     if count == 0:
         return
@@ -331,9 +333,9 @@ def scores(call, x: Tensor, block: slice, out: Tensor) -> None:
     of_chunks = out[block] if chunks == 1 else call.empty(chunks, count, call.heads)
     x_tiles, weight = x, call.weight
     if options["TMA"]:
-        x_tiles = _described(x, options["BN"], options["BL"])
+        x_tiles = _descriptor(x, options["BN"], options["BL"])
         weight = weight.view(-1, call.hidden, call.width)
-        weight = _described(weight, weight.shape[0], options["BD"], options["BL"])
+        weight = _descriptor(weight, weight.shape[0], options["BD"], options["BL"])
     programs = min(tuning.multiprocessors(x.device), ceil_div(count, options["BN"]) * chunks)
     seed, threshold = call.dropout
     launch(
@@ -346,8 +348,8 @@ def scores(call, x: Tensor, block: slice, out: Tensor) -> None:
 
 
 def gradients_of_products(call, x: Tensor, block: slice, ds: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``(z, sums)`` of a block, whose rows x holds: the gradient of ``x [V; U]^T`` [rows, units], times the scale, and
-    what parts of tiles add to the gradients of w and of the biases [parts, K + 2, D]."""
+    """``(z [n, units], sums [parts, K + 2, D])`` of a slice, whose rows x [n, L] holds: z is the gradient of
+    ``x [V; U]^T``, times the scale; sums is what parts of tiles add to the gradients of w and of the biases."""
     options = _options(call, x, forward=False)
     BN, BD, parts = options["BN"], options["BD"], options["PARTS"]
     count, D = block.stop - block.start, call.hidden
@@ -356,9 +358,9 @@ def gradients_of_products(call, x: Tensor, block: slice, ds: Tensor, scale: Tens
     sums = call.empty(tiles * parts, call.heads + 2, D)
     x_tiles, weight, out = x, call.weight, z
     if options["TMA"]:
-        x_tiles = _described(x, BN, options["BL"])
-        weight = _described(weight, BD, options["BL"])
-        out = _described(z.view(-1, D, tiles * BN), 1, BD, BN // parts)
+        x_tiles = _descriptor(x, BN, options["BL"])
+        weight = _descriptor(weight, BD, options["BL"])
+        out = _descriptor(z.view(-1, D, tiles * BN), 1, BD, BN // parts)
     seed, threshold = call.dropout
     launch(
         gate_gradients, (tiles * chunks,),
@@ -368,12 +370,12 @@ def gradients_of_products(call, x: Tensor, block: slice, ds: Tensor, scale: Tens
     return z[:, :count].t(), sums
 
 
-def _described(t: Tensor, *tile: int) -> TensorDescriptor:
+def _descriptor(t: Tensor, *tile: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(t, list(tile))
 
 
 def _options(call, x: Tensor, *, forward: bool) -> dict:
-    """The variant of a kernel and its tile."""
+    """The options of a launch: the variant of a kernel and its tile."""
     itemsize = call.type.itemsize
     aligned = call.width * itemsize % 16 == 0 and x.stride(0) * itemsize % 16 == 0
     aligned = aligned and call.weight.data_ptr() % 16 == 0 and x.data_ptr() % 16 == 0
@@ -384,7 +386,7 @@ def _options(call, x: Tensor, *, forward: bool) -> dict:
     return {**call.options(), **variant, "FAST": nvidia, "PRECISION": "tf32" if nvidia else "ieee", **tile}
 
 
-# Tiles are the largest whose accumulators and epilogue the registers hold, as the compiler reports them.
+# Tiles are the largest whose accumulators and epilogue fit into the registers that the compiler reports.
 
 
 def _large_tile(call, forward: bool) -> dict[str, int]:

@@ -1,16 +1,17 @@
 """The pooling driver: sums of rows by weights or by the softmax of scores, bag by bag.
 
-A program reduces one segment (``bags.segments``) to a partial result; another merges those of a bag in the order of
+A program reduces one segment (``ragged.segments``) to a partial result; another merges those of a bag in the order of
 their slots. Nothing is added atomically, so results are the same from run to run.
 """
 
 import triton.language as tl
 from torch import Tensor
 
-from milkernels.triton.call import Call, ceil_div, launch, power_of_two
+from milkernels.triton.call import Call
 from milkernels.triton.common import finite_or_zero, kernel, log_sum_exp, real_rows, segment, slots_of
+from milkernels.triton.host import ceil_div, launch, power_of_two
 
-HEADS = 4  # that share a read of the rows
+HEADS = 4  # at most so many heads share a read of the rows
 
 
 @kernel
@@ -19,8 +20,8 @@ def pool_partial(
     bags, rows, first, last, x_stride, L, K,
     SOFTMAX: tl.constexpr, R: tl.constexpr, J: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of rows [first, last), which begin at X, less the centre of their bag if given. S: scores with -inf
-    for dead rows, or weights, [N, K]."""
+    """Writes partial sums of rows [first, last), the first of which is at X, less the centre of their bag if given. S
+    [N, K] holds scores, -inf for dead rows, or weights."""
     A: tl.constexpr = SUM.dtype.element_ty
     slot = first // R + tl.program_id(0)
     bag, start, end = segment(OFFSETS, slot, bags, rows, R)
@@ -31,7 +32,7 @@ def pool_partial(
         totals = ()
         sums = ()
         for j in tl.static_range(J):
-            # Past the last head this is the last one, once more.
+            # Past the last head the last one is computed once more.
             heads = heads + (tl.minimum(tl.program_id(2) * J + j, K - 1),)
             totals = totals + (tl.cast(0.0, A),)
             sums = sums + (tl.zeros([BL], A),)
@@ -46,10 +47,10 @@ def pool_partial(
             centre = tl.load(CENTRE + tl.cast(bag, tl.int64) * L + columns, mask=columns < L, other=0.0)
         for row in tl.range(start, end, BN, num_stages=NS):
             r = row + tl.arange(0, BN)
-            alive = real_rows(MASK, r, end)
+            real = real_rows(MASK, r, end)
             x = tl.load(
                 X + (r - first)[:, None] * x_stride + columns[None, :],
-                mask=alive[:, None] & (columns < L)[None, :],
+                mask=real[:, None] & (columns < L)[None, :],
                 other=0.0,
             ).to(A)
             if CENTRE is not None:
@@ -59,11 +60,11 @@ def pool_partial(
             for j in tl.static_range(J):
                 at = S + r * K + heads[j]
                 if SOFTMAX:
-                    s = tl.load(at, mask=alive, other=float("-inf")).to(A)
+                    s = tl.load(at, mask=real, other=float("-inf")).to(A)
                     weight = tl.exp(s - finite_or_zero(tops[j]))
                     term = tl.where((s == float("-inf"))[:, None], 0.0, x * weight[:, None])
                 else:
-                    weight = tl.load(at, mask=alive, other=0.0).to(A)
+                    weight = tl.load(at, mask=real, other=0.0).to(A)
                     term = x * weight[:, None]
                 next_sums = next_sums + (sums[j] + tl.sum(term, axis=0),)
                 next_totals = next_totals + (totals[j] + tl.sum(weight, axis=0),)
@@ -82,7 +83,8 @@ def pool_combine(
     OFFSETS, TOP, TOTAL, SUM, OUT, LSE,
     rows, L, K, SOFTMAX: tl.constexpr, R: tl.constexpr, BS: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """The partial sums of a bag and head, together; in a softmax less their maxima, over the sum of weights."""
+    """Merges the partial sums of a bag and head; in a softmax each is scaled by its own maximum, and the sum is divided
+    by that of the weights."""
     A: tl.constexpr = OUT.dtype.element_ty
     bag = tl.program_id(0) // K
     k = tl.program_id(0) % K
@@ -126,7 +128,8 @@ def sums_partial(
     V, W, MASK, OFFSETS, TOP, TOTAL, bags, rows, K,
     SOFTMAX: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Of values V [N, K]: their largest and the sum of their exponentials, or the sum of them (times W)."""
+    """Writes, for a segment of values V [N, K], their maximum and the sum of exp(value - maximum), or their sum (times
+    W [N, K] if given)."""
     A: tl.constexpr = TOTAL.dtype.element_ty
     slot = tl.program_id(0)
     bag, start, end = segment(OFFSETS, slot, bags, rows, R)
@@ -160,7 +163,7 @@ def sums_combine(
     OFFSETS, TOP, TOTAL, BAG_TOP, BAG_TOTAL, rows, K,
     SOFTMAX: tl.constexpr, R: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """TOP (finite) and TOTAL of each bag [B, K], from the partial ones."""
+    """Merges partial maxima TOP and sums TOTAL to those of each bag [B, K]; a maximum of -inf becomes 0."""
     A: tl.constexpr = BAG_TOTAL.dtype.element_ty
     bag = tl.program_id(0)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
@@ -189,8 +192,8 @@ def sums_combine(
 def bag_centres(
     BAG, TOTAL, GRAD, CENTRE, SHIFT, L, K, BK: tl.constexpr, BL: tl.constexpr
 ):  # fmt: skip
-    """CENTRE [B, L]: the shortest of the vectors of a bag's heads, of those with living rows (TOTAL is finite and not
-    0) and finite numbers. SHIFT[b, k] = <bag[b, k] - centre[b], grad[b, k]>."""
+    """CENTRE [B, L] is the shortest bag vector among a bag's heads that have a row which is not dead (TOTAL is finite
+    and not 0) and only finite numbers. SHIFT[b, k] = <bag[b, k] - centre[b], grad[b, k]>."""
     A: tl.constexpr = CENTRE.dtype.element_ty
     bag = tl.cast(tl.program_id(0), tl.int64)
     shortest = tl.cast(float("inf"), A)
@@ -236,26 +239,26 @@ def row_tile(width: int, itemsize: int, most: int = 2048) -> dict[str, int]:
     columns = max(min(power_of_two(width), most), 16)
     lane = 16 // itemsize
     warps = min(max(columns // (32 * lane), 1), 8)
-    numbers = 16 if itemsize == 8 else 64  # of a thread, in registers of 4 bytes
+    numbers = 16 if itemsize == 8 else 64  # that a thread holds, in registers of 4 bytes
     rows = max(4, min(16, numbers * 32 * warps // columns))
     return {"BL": columns, "BN": rows, "num_warps": warps}
 
 
 def head_groups(heads: int) -> tuple[int, int]:
-    """``(groups, heads of a group)``."""
+    """Splits heads into groups that share a read of the rows: ``(groups, heads of a group)``."""
     groups = ceil_div(heads, HEADS)
     return groups, ceil_div(heads, groups)
 
 
 def slots_at_once(call: Call) -> int:
-    """Of partial results that a program reads together."""
+    """How many partial results a program reads together."""
     mean, longest = ceil_div(call.slots, max(call.bags, 1)), ceil_div(call.rows, call.chunk) + 1
-    # Of many small bags and a large one, that one would wait for itself.
+    # The mean of many small bags and a large one is short, and the large one would be read in many steps.
     return min(max(power_of_two(mean), min(power_of_two(longest), 32), 4), 128)
 
 
 class Partials:
-    """The partial sums of one pooling: of all rows together, or of one slice of rows after the other."""
+    """The partial sums of one pooling, of all rows at once or of one slice of rows after the other."""
 
     def __init__(self, call: Call, heads: int, width: int, *, softmax: bool = True):
         self.call, self.heads, self.width, self.softmax = call, heads, width, softmax
@@ -264,8 +267,8 @@ class Partials:
         self.total = self.top if self.top is None else call.empty(call.slots, heads)
 
     def add(self, x: Tensor, weights: Tensor, rows: slice | None = None, mask=None, centre=None) -> None:
-        """Of ``x``, which holds the rows of the slice, less the bag's ``centre``; ``weights`` [N, heads], scores in a
-        softmax, are of all rows."""
+        """Adds the rows of a slice, which ``x`` [n, width] holds, less the ``centre`` [B, width] of their bag.
+        ``weights`` [N, heads] are those of all rows, and scores in a softmax."""
         call, rows = self.call, rows or self.call.whole
         if call.rows == 0:
             return
@@ -292,7 +295,7 @@ class Partials:
 
 
 def softmax_pool(call: Call, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """``(bag, lse)`` of rows ``x`` by scores that have -inf where a row is dead."""
+    """Pools rows ``x`` [N, L] by scores [N, K], which are -inf where a row is dead: ``(bag [B, K, L], lse [B, K])``."""
     partials = Partials(call, scores.shape[1], x.shape[1])
     partials.add(x, scores, mask=call.mask)
     return partials.result()
@@ -338,8 +341,8 @@ def _merged(call: Call, top: Tensor | None, total: Tensor, softmax: bool):
 
 
 def softmax_terms(call: Call, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """``(top, total)`` [B, K]: a weight is ``exp(score - top) / total``, exact where ``exp(score - lse)`` is not:
-    a rounding of an lse of 500 is 3e-5."""
+    """``(top, total)`` [B, K] of scores [N, K]: a weight is ``exp(score - top) / total``, which is exact where
+    ``exp(score - lse)`` is not, since an lse of 500 is rounded by 3e-5."""
     return _column_sums(call, scores, None, True)
 
 
@@ -347,15 +350,14 @@ def centres(call: Call, bag: Tensor, total: Tensor, grad_bag: Tensor) -> tuple[T
     """``(c [B, L], <bag - c, grad_bag> [B, K])``. The gradient of a score is  a (<x - c, grad> - <bag - c, grad>)  for
     any c; near the bag vectors it keeps the digits of features with a mean.
 
-    All heads of a bag share it, so that rows are read once. One that is no longer than a head's own vector costs that
-    head no digit, whatever the others look at; and nothing of what is NaN in one head reaches another. ``total`` is
-    that of `softmax_terms`.
+    All heads of a bag share the centre, so that rows are read once. It is no longer than any head's own vector, so it
+    costs no head a digit, and NaN in one head does not reach another. ``total`` [B, K] comes from `softmax_terms`.
     """
     K, L = bag.shape[1:]
     centre, shift = call.empty(call.bags, L), call.empty(call.bags, K)
     block = min(power_of_two(K), 8)
     launch(
-        bag_centres, (call.bags,), call.take(bag), total, grad_bag, centre, shift, L, K,
+        bag_centres, (call.bags,), call.to_acc(bag), total, grad_bag, centre, shift, L, K,
         BK=block, BL=min(max(power_of_two(L), 16), 2048 // block), num_warps=4,
     )  # fmt: skip
     return centre, shift
@@ -367,5 +369,5 @@ def column_sums(call: Call, values: Tensor, factors: Tensor | None = None) -> Te
 
 
 def merged_sums(call: Call, partial: Tensor) -> Tensor:
-    """The partial sums [slots, K] of each bag, together: [B, K]."""
+    """Merges the partial sums [slots, K] of each bag: [B, K]."""
     return _merged(call, None, partial, False)[1]

@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 from milkernels.triton import pool, rows, single_pass
-from milkernels.triton.call import Call, Rows
-from milkernels.triton.embedding import embedding_of
-from milkernels.triton.gradients import PoolGradients, RowGradients, alive, in_their_types, wanted
+from milkernels.triton.call import Call
+from milkernels.triton.gradients import PoolGradients, RowGradients, checked_inputs, in_their_types, zero_where_dead
+from milkernels.triton.instances import Instances, Rows
 
 _DEAD = float("-inf")
 
 
 def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """The scores [N, K], -inf where the mask is False."""
     return scores if mask is None else scores.masked_fill(~mask[:, None], _DEAD)
 
 
@@ -42,16 +43,16 @@ def softmax_pool_bwd(x, offsets, mask, bag, scores, lse, grad_bag, grad_scores, 
 
 def weighted_pool_fwd(x, weights, offsets, mask):
     call = Call(x, offsets, mask)
-    return pool.weighted_sums(call, call.x, call.take(weights))
+    return pool.weighted_sums(call, call.x, call.to_acc(weights))
 
 
 def weighted_pool_bwd(x, weights, offsets, mask, grad_bag, needs):
     call = Call(x, offsets, mask)
-    grad_bag = call.take(grad_bag)
+    grad_bag = call.to_acc(grad_bag)
     grad_x = grad_weights = None
     if needs[0]:
         grad_x = x.new_empty(x.shape)
-        rows.expand(call, grad_x, call.take(weights), grad_bag)
+        rows.expand(call, grad_x, call.to_acc(weights), grad_bag)
     if needs[1]:
         grad_weights = rows.products(call, call.x, grad_bag)
     return in_their_types(call, (x, weights), (grad_x, grad_weights), needs)
@@ -64,6 +65,7 @@ def mean_pool_fwd(x, offsets, mask):
 
 
 def _counts(call: Call) -> Tensor:
+    """How many real rows each bag has: [B, 1]."""
     return pool.column_sums(call, call.empty(call.rows, 1).fill_(1))
 
 
@@ -72,7 +74,7 @@ def mean_pool_bwd(x, offsets, mask, grad_bag, needs):
     if not needs[0]:
         return x.new_empty(0)
     grad_x = x.new_empty(x.shape)
-    vectors = (call.take(grad_bag) / _counts(call).clamp(min=1))[:, None]
+    vectors = (call.to_acc(grad_bag) / _counts(call).clamp(min=1))[:, None]
     rows.expand(call, grad_x, call.empty(call.rows, 1).fill_(1), vectors)
     return grad_x
 
@@ -81,15 +83,16 @@ def mean_pool_bwd(x, offsets, mask, grad_bag, needs):
 
 
 def _query(call: Call, query: Tensor, scale: float) -> Tensor:
-    return (call.take(query) * scale).contiguous()
+    """The query [K, L] or [B, K, L] times the scale."""
+    return (call.to_acc(query) * scale).contiguous()
 
 
 def query_scores_fwd(x, query, offsets, mask, scale, *embed):
-    call = Call(x, offsets, mask, embedding_of(x, *embed))
+    call = Instances(x, offsets, mask, *embed)
     return row_products(call, _query(call, query, scale), None)
 
 
-def row_products(call: Call, vectors: Tensor, shift: Tensor | None) -> Tensor:
+def row_products(call: Instances, vectors: Tensor, shift: Tensor | None) -> Tensor:
     """``<x_i, vectors[b, k]> + shift[b, k]`` [N, K], -inf where masked."""
     out = call.empty(call.rows, vectors.shape[-2])
     for block in call.slices():
@@ -98,12 +101,12 @@ def row_products(call: Call, vectors: Tensor, shift: Tensor | None) -> Tensor:
 
 
 def query_pool_fwd(x, query, offsets, mask, scale, *embed):
-    call = Call(x, offsets, mask, embedding_of(x, *embed))
+    call = Instances(x, offsets, mask, *embed)
     return pool_by_products(call, _query(call, query, scale), None)
 
 
-def pool_by_products(call: Call, vectors: Tensor, shift: Tensor | None):
-    """``(bag, scores, lse)`` for the scores ``<x_i, vectors[b, k]> + shift[b, k]``."""
+def pool_by_products(call: Instances, vectors: Tensor, shift: Tensor | None):
+    """Pools by the scores ``<x_i, vectors[b, k]> + shift[b, k]``: ``(bag [B, K, L], scores [N, K], lse [B, K])``."""
     pooled = single_pass.score_pool(call, vectors, shift, classes=False)
     if pooled is not None:
         return pooled[:3]
@@ -113,12 +116,12 @@ def pool_by_products(call: Call, vectors: Tensor, shift: Tensor | None):
         values = call.rows_at(block).values
         rows.products(call, values, vectors, shift=shift, fill=_DEAD, rows=block, out=scores)
         partials.add(values, scores, block, call.mask)
-        values = None  # before those of the next slice
+        values = None  # freed before the next slice comes
     bag, lse = partials.result()
     return bag, scores, lse
 
 
-def pool_by_products_backward(call: Call, gradients: PoolGradients, vectors: Tensor, sink: RowGradients) -> Tensor:
+def pool_by_products_backward(call: Instances, gradients: PoolGradients, vectors: Tensor, sink: RowGradients) -> Tensor:
     """Adds to the gradient of the rows; returns that of the vectors [B, K, L]."""
     sums = None
     if gradients.bag is not None:
@@ -130,7 +133,7 @@ def pool_by_products_backward(call: Call, gradients: PoolGradients, vectors: Ten
         gradients.add(at.values, at.which)
         partials.add(at.values, gradients.scores, at.which, call.mask, gradients.centre)
         sink.add(at, gradients.weights, gradients.bag_of(gradients.weights), gradients.scores, vectors)
-        at = None  # before the next slice
+        at = None  # freed before the next slice comes
     return gradients.of_vectors(partials.result()[0])
 
 
@@ -138,10 +141,10 @@ def query_bwd(
     x, query, offsets, mask, bag, scores, lse, e_weight, e_bias, e_seed, scale, e_activation, e_dropout_p, e_dtype,
     grad_bag, grad_scores, grad_lse, needs,
 ):  # fmt: skip
-    inputs = wanted(needs, x=x, query=query, e_weight=e_weight, e_bias=e_bias)
-    call = Call(x, offsets, mask, embedding_of(x, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype))
+    inputs = checked_inputs(needs, x=x, query=query, e_weight=e_weight, e_bias=e_bias)
+    call = Instances(x, offsets, mask, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
     sink = RowGradients(call, needs)
-    gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.wanted)
+    gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.needed)
     grad_query = pool_by_products_backward(call, gradients, _query(call, query, scale), sink) * scale
     grad_query = grad_query.sum(0) if query.dim() == 2 else grad_query
     found = (sink.x, grad_query, sink.weight, sink.bias)
@@ -152,8 +155,8 @@ def query_bwd(
 
 
 def loss_attention_pool_fwd(x, weight, bias, offsets, mask, *embed):
-    call = Call(x, offsets, mask, embedding_of(x, *embed))
-    vectors, shift = call.take(weight), _per_bag(call, bias)
+    call = Instances(x, offsets, mask, *embed)
+    vectors, shift = call.to_acc(weight), _per_bag(call, bias)
     pooled = single_pass.score_pool(call, vectors, shift, classes=True)
     if pooled is not None:
         return pooled
@@ -164,41 +167,42 @@ def loss_attention_pool_fwd(x, weight, bias, offsets, mask, *embed):
         rows.products(call, values, vectors, shift=shift, fill=_DEAD, rows=block, out=logits)
         torch.logsumexp(logits[block], 1, keepdim=True, out=scores[block])
         partials.add(values, scores, block, call.mask)
-        values = None  # before those of the next slice
+        values = None  # freed before the next slice comes
     bag, lse = partials.result()
     return bag, scores, lse, logits
 
 
-def class_logits(call: Call, weight: Tensor, bias: Tensor | None) -> Tensor:
+def class_logits(call: Instances, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``W x_i + b`` [N, C], -inf where masked."""
-    return row_products(call, call.take(weight), _per_bag(call, bias))
+    return row_products(call, call.to_acc(weight), _per_bag(call, bias))
 
 
 def _per_bag(call: Call, bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else call.take(bias).expand(call.bags, -1).contiguous()
+    """The bias [C] repeated for each bag: [B, C]."""
+    return None if bias is None else call.to_acc(bias).expand(call.bags, -1).contiguous()
 
 
 def loss_attention_pool_bwd(
     x, weight, bias, offsets, mask, bag, scores, lse, logits, e_weight, e_bias, e_seed, e_activation, e_dropout_p,
     e_dtype, grad_bag, grad_scores, grad_lse, grad_logits, needs,
 ):  # fmt: skip
-    inputs = wanted(needs, x=x, weight=weight, bias=bias, e_weight=e_weight, e_bias=e_bias)
-    call = Call(x, offsets, mask, embedding_of(x, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype))
+    inputs = checked_inputs(needs, x=x, weight=weight, bias=bias, e_weight=e_weight, e_bias=e_bias)
+    call = Instances(x, offsets, mask, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
     sink, gradients = RowGradients(call, needs), None
     if grad_bag is not None or grad_scores is not None or grad_lse is not None:
-        gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.wanted)
+        gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.needed)
         found = single_pass.score_pool_backward(
-            call, gradients, call.take(weight), sink, logits, call.take(grad_logits)
+            call, gradients, call.to_acc(weight), sink, logits, call.to_acc(grad_logits)
         )
         if found is not None:
             return in_their_types(call, inputs, (sink.x, *(part.sum(0) for part in found), None, None), needs)
-    of_logits = call.zeros(*logits.shape) if grad_logits is None else alive(call.take(grad_logits), logits)
+    of_logits = call.zeros(*logits.shape) if grad_logits is None else zero_where_dead(call.to_acc(grad_logits), logits)
 
     def through_scores(at: Rows) -> None:
         block = at.which
         gradients.add(at.values, block)
         shares = (logits[block] - scores[block]).exp()
-        of_logits[block].add_(alive(gradients.scores[block] * shares, logits[block]))
+        of_logits[block].add_(zero_where_dead(gradients.scores[block] * shares, logits[block]))
 
     before = None if gradients is None else through_scores
     of_layer = linear_gradients(call, weight, of_logits, gradients, needs[1], sink, before)
@@ -206,7 +210,7 @@ def loss_attention_pool_bwd(
 
 
 def linear_gradients(
-    call: Call,
+    call: Instances,
     weight: Tensor,
     of_logits: Tensor,
     gradients: PoolGradients | None,
@@ -214,8 +218,8 @@ def linear_gradients(
     sink: RowGradients,
     before: Callable[[Rows], None] | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """Those of W and b from the gradient [N, C] of ``W x + b``, which ``before`` completes for a slice of rows; that of
-    the rows, with a pooling's if given, is added to ``sink``."""
+    """The gradients of W [C, L] and b [C] from the gradient ``of_logits`` [N, C] of ``W x + b``, which ``before``
+    completes for a slice of rows. Adds the gradient of the rows to ``sink``, with that of a pooling if given."""
     weights = None if gradients is None else gradients.weights
     pooled = (None, None) if weights is None else (weights, gradients.bag)
     partials = pool.Partials(call, of_logits.shape[1], call.width, softmax=False) if need_weight else None
@@ -224,8 +228,8 @@ def linear_gradients(
             before(at)
         if need_weight:
             partials.add(at.values, of_logits, at.which, call.mask)
-        sink.add(at, *pooled, of_logits, call.take(weight))
-        at = None  # before the next slice
+        sink.add(at, *pooled, of_logits, call.to_acc(weight))
+        at = None  # freed before the next slice comes
     return partials.result()[0].sum(0) if need_weight else None, of_logits.sum(0)
 
 
@@ -242,18 +246,18 @@ def segment_softmax_bwd(scores, offsets, weights, grad_weights, needs):
     call = Call(scores, offsets, None)
     if not needs[0]:
         return scores.new_empty(0)
-    grad = call.take(grad_weights)
+    grad = call.to_acc(grad_weights)
     shift = pool.column_sums(call, weights, grad)
     return rows.weights_of(call, weights, grad=grad, shift=shift).to(scores.dtype)
 
 
 def attention_weights_fwd(scores, lse, offsets, mask):
     call = Call(scores.contiguous(), offsets, mask)
-    return rows.weights_of(call, call.x, top=call.take(lse))
+    return rows.weights_of(call, call.x, top=call.to_acc(lse))
 
 
 def attention_weights_bwd(scores, lse, offsets, weights, grad_weights, needs):
     call = Call(scores, offsets, None)
-    of_scores = rows.weights_of(call, weights, grad=call.take(grad_weights))
+    of_scores = rows.weights_of(call, weights, grad=call.to_acc(grad_weights))
     of_lse = -pool.column_sums(call, of_scores) if needs[1] else None
     return in_their_types(call, (scores, lse), (of_scores, of_lse), needs)

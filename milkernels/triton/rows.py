@@ -1,16 +1,15 @@
-"""Row by row: products of rows with the vectors of their bag, and rows made of such vectors.
+"""Kernels that go row by row: products of rows with the vectors of their bag, and rows made of such vectors.
 
 With the sums of ``pool`` these are the three derivatives of  sum_ik weight[i,k] <x_i, vector[bag(i),k]>, of which every
-op and its backward are made.
+op and its backward consist.
 """
-
-from dataclasses import replace
 
 import triton.language as tl
 from torch import Tensor
 
-from milkernels.triton.call import Call, Rows, ceil_div, launch, power_of_two
+from milkernels.triton.call import Call
 from milkernels.triton.common import activation_gradient, dropout_factors, kernel, real_rows, segment, shifted
+from milkernels.triton.host import ceil_div, launch, power_of_two
 from milkernels.triton.pool import row_tile
 
 
@@ -20,8 +19,8 @@ def row_products(
     bags, rows, first, last, x_stride, L, K, vector_stride,
     R: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
-    """OUT[i, k] = <x_i - centre[b], vectors[b, k]> + shift[b, k], -inf where the shift is; FILL where masked. X begins
-    at row `first`."""
+    """OUT[i, k] = <x_i - centre[b], vectors[b, k]> + shift[b, k], -inf where the shift is, FILL where the row is
+    masked. Row `first` is at X."""
     A: tl.constexpr = OUT.dtype.element_ty
     bag, start, end = segment(OFFSETS, first // R + tl.program_id(0), bags, rows, R)
     if (start < end) & (start >= first) & (start < last):
@@ -29,13 +28,13 @@ def row_products(
         vectors = VECTORS + tl.cast(bag, tl.int64) * vector_stride
         for row in tl.range(start + tl.program_id(2) * BN, end, BN * tl.num_programs(2)):
             r = row + tl.arange(0, BN)
-            alive = real_rows(MASK, r, end)
+            real = real_rows(MASK, r, end)
             out = tl.zeros([BN, BK], A)
             for column in tl.range(0, L, BL, num_stages=NS):
                 c = column + tl.arange(0, BL)
                 x = tl.load(
                     X + (r - first)[:, None] * x_stride + c[None, :],
-                    mask=alive[:, None] & (c < L)[None, :],
+                    mask=real[:, None] & (c < L)[None, :],
                     other=0.0,
                 ).to(A)
                 if CENTRE is not None:
@@ -51,7 +50,7 @@ def row_products(
             if SHIFT is not None:
                 shift = tl.load(SHIFT + tl.cast(bag, tl.int64) * K + k, mask=k < K, other=0.0)
                 out = shifted(out, shift[None, :])
-            out = tl.where(alive[:, None], out, FILL)
+            out = tl.where(real[:, None], out, FILL)
             tl.store(OUT + r[:, None] * K + k[None, :], out, mask=(r < end)[:, None] & (k < K)[None, :])
 
 
@@ -60,7 +59,8 @@ def score_gradients(
     DA, S, TOP, TOTAL, SHIFT, DLSE, DS, OFFSETS, OUT, WEIGHTS,
     bags, rows, first, last, K, R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """ds = a (da - shift + dlse) + ds of the scores themselves, 0 for dead rows; and the weights a."""
+    """OUT = a (da - shift + dlse) + DS, the gradient of the scores [N, K], 0 for dead rows; WEIGHTS, if given, gets
+    a."""
     A: tl.constexpr = OUT.dtype.element_ty
     bag, start, end = segment(OFFSETS, first // R + tl.program_id(0), bags, rows, R)
     if (start < end) & (start >= first) & (start < last):
@@ -68,11 +68,11 @@ def score_gradients(
         of_bag = tl.cast(bag, tl.int64) * K + k
         top = tl.load(TOP + of_bag, mask=k < K, other=0.0)
         total = tl.load(TOTAL + of_bag, mask=k < K, other=1.0)
-        same = tl.zeros([BK], A)
+        constant = tl.zeros([BK], A)
         if SHIFT is not None:
-            same -= tl.load(SHIFT + of_bag, mask=k < K, other=0.0)
+            constant -= tl.load(SHIFT + of_bag, mask=k < K, other=0.0)
         if DLSE is not None:
-            same += tl.load(DLSE + of_bag, mask=k < K, other=0.0)
+            constant += tl.load(DLSE + of_bag, mask=k < K, other=0.0)
         for row in tl.range(start + tl.program_id(2) * BN, end, BN * tl.num_programs(2)):
             r = row + tl.arange(0, BN)
             used = (r < end)[:, None] & (k < K)[None, :]
@@ -80,7 +80,7 @@ def score_gradients(
             s = tl.load(S + at, mask=used, other=float("-inf"))
             dead = s == float("-inf")
             a = tl.exp(s - top[None, :]) / total[None, :]
-            da = tl.zeros([BN, BK], A) + same[None, :]
+            da = tl.zeros([BN, BK], A) + constant[None, :]
             if DA is not None:
                 da += tl.load(DA + at, mask=used, other=0.0)
             ds = a * da
@@ -96,7 +96,7 @@ def bag_weights(
     V, TOP, TOTAL, SHIFT, G, MASK, OFFSETS, OUT,
     bags, rows, K, EXP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """EXP: exp(v - top) / total, 0 for dead rows. Else v (g - shift)."""
+    """OUT [N, K] = exp(v - top) / total, 0 for dead rows, if EXP; else v (g - shift)."""
     A: tl.constexpr = OUT.dtype.element_ty
     bag, start, end = segment(OFFSETS, tl.program_id(0), bags, rows, R)
     if start < end:
@@ -104,11 +104,11 @@ def bag_weights(
         of_bag = tl.cast(bag, tl.int64) * K + k
         for row in tl.range(start + tl.program_id(2) * BN, end, BN * tl.num_programs(2)):
             r = row + tl.arange(0, BN)
-            alive = real_rows(MASK, r, end)
+            real = real_rows(MASK, r, end)
             used = (r < end)[:, None] & (k < K)[None, :]
             at = r[:, None] * K + k[None, :]
             if EXP:
-                v = tl.load(V + at, mask=used & alive[:, None], other=float("-inf")).to(A)
+                v = tl.load(V + at, mask=used & real[:, None], other=float("-inf")).to(A)
                 out = tl.exp(v - tl.load(TOP + of_bag, mask=k < K, other=0.0)[None, :])
                 if TOTAL is not None:
                     out = out / tl.load(TOTAL + of_bag, mask=k < K, other=1.0)[None, :]
@@ -131,7 +131,7 @@ def expand_rows(
 ):  # fmt: skip
     """OUT[i] = product[i] scale + sum_k weights[i, k] vectors[b, k] + sum_j weights2[i, j] vectors2[b, j]; 0 if masked.
 
-    PRODUCT and OUT begin at row `first` and may be one; each of the three terms may be None.
+    Row `first` is at PRODUCT and at OUT, which may be one tensor; each of the three terms may be None.
     """
     A: tl.constexpr = tl.float64 if OUT.dtype.element_ty == tl.float64 else tl.float32
     bag, start, end = segment(OFFSETS, first // R + tl.program_id(0), bags, rows, R)
@@ -139,7 +139,7 @@ def expand_rows(
         c = tl.program_id(1) * BL + tl.arange(0, BL)
         for row in tl.range(start + tl.program_id(2) * BN, end, BN * tl.num_programs(2)):
             r = row + tl.arange(0, BN)
-            alive = real_rows(MASK, r, end)
+            real = real_rows(MASK, r, end)
             used = (r < end)[:, None] & (c < L)[None, :]
             out = tl.zeros([BN, BL], A)
             if PRODUCT is not None:
@@ -157,36 +157,36 @@ def expand_rows(
                     at = tl.cast(bag, tl.int64) * vector_stride2 + tl.cast(k, tl.int64) * L
                     v = tl.load(VECTORS2 + at + c, mask=c < L, other=0.0)
                     out += tl.where((w == 0)[:, None], 0.0, w[:, None] * v[None, :])
-            out = tl.where(alive[:, None], out, 0.0)
+            out = tl.where(real[:, None], out, 0.0)
             tl.store(OUT + (r - first)[:, None] * out_stride + c[None, :], out.to(OUT.dtype.element_ty), mask=used)
 
 
 @kernel
-def stage_rows(
+def copy_rows(
     X, MASK, SEED, Z, OUT, first, last, x_stride, L, threshold,
     ACTIVATION: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """OUT: rows of X, 0 where masked, dropped out (branch 2), in the type of OUT; times the gradient of the activation
-    at Z, if given. All but the dropout count rows from `first`."""
+    """Copies rows [first, last), the first of which is at X, to OUT in its type: 0 where masked, after dropout (branch
+    2), times the derivative of the activation with value Z, if given. Only the dropout counts rows from 0."""
     A: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     r = tl.cast(first, tl.int64) + tl.program_id(0) * BN + tl.arange(0, BN)
     c = tl.program_id(1) * BL + tl.arange(0, BL)
     inside = (r < last)[:, None] & (c < L)[None, :]
-    alive = real_rows(MASK, r, last)[:, None] & (c < L)[None, :]
-    x = tl.load(X + (r - first)[:, None] * x_stride + c[None, :], mask=alive, other=0.0).to(A)
+    real = real_rows(MASK, r, last)[:, None] & (c < L)[None, :]
+    x = tl.load(X + (r - first)[:, None] * x_stride + c[None, :], mask=real, other=0.0).to(A)
     if SEED is not None:
-        # Dropped features are selected away: what is dropped may be infinite.
+        # Dropped features are selected away, not multiplied by 0: they may be infinite.
         factors = dropout_factors(SEED, r, tl.program_id(1) * BL, threshold, 2, BL, A)
         x = tl.where(factors == 0, 0.0, x * factors)
     if Z is not None:
-        z = tl.load(Z + (r - first)[:, None] * L + c[None, :], mask=alive, other=0.0).to(A)
+        z = tl.load(Z + (r - first)[:, None] * L + c[None, :], mask=real, other=0.0).to(A)
         x = x * activation_gradient(z, z, ACTIVATION)
     tl.store(OUT + (r - first)[:, None] * L + c[None, :], x.to(OUT.dtype.element_ty), mask=inside)
 
 
 @kernel
 def add_rows(INDICES, V, OUT, stride, rows, L, C: tl.constexpr, BL: tl.constexpr):
-    """OUT[indices[b, c]] += v[b, c]: the classes of a bag may have chosen one row, bags never do."""
+    """OUT[indices[b, c]] += v[b, c]. Classes of one bag may have chosen the same row; two bags never have."""
     bag = tl.cast(tl.program_id(0), tl.int64)
     column = tl.program_id(1) * BL + tl.arange(0, BL)
     inside = column < L
@@ -211,7 +211,8 @@ def add_rows(INDICES, V, OUT, stride, rows, L, C: tl.constexpr, BL: tl.constexpr
 def products(
     call: Call, x: Tensor, vectors: Tensor, *, centre=None, shift=None, fill=0.0, rows: slice | None = None, out=None
 ) -> Tensor:
-    """``<x_i - centre[b], vectors[b, k]> + shift[b, k]`` [N, K]; vectors are [B, K, L], or [K, L] for all bags."""
+    """``<x_i - centre[b], vectors[b, k]> + shift[b, k]`` [N, K]; vectors are [B, K, L], or [K, L] for all bags. Only
+    the slice ``rows``, which ``x`` holds, is written."""
     rows = rows or call.whole
     K, L = vectors.shape[-2:]
     out = call.empty(call.rows, K) if out is None else out
@@ -235,8 +236,8 @@ def _scalar_tile(columns: int) -> dict[str, int]:
 
 
 def gradients_of_scores(call: Call, scores: Tensor, terms, da, shift, dlse, ds, *, out, weights, rows: slice) -> None:
-    """Writes the slice's gradients of the scores before the softmax, and the weights if wanted, both [N, K]; ``terms``
-    are `pool.softmax_terms`."""
+    """Writes, for a slice of rows, the gradient of the scores before the softmax to ``out`` and their softmax to
+    ``weights``, unless it is None; both are [N, K]. ``terms`` come from `pool.softmax_terms`."""
     K = scores.shape[1]
     tile = _scalar_tile(K)
     if call.rows:
@@ -283,17 +284,17 @@ def expand(
     )  # fmt: skip
 
 
-def staged(
+def copied(
     call: Call, x: Tensor, rows: slice, dtype, *, dropout=None, z=None, activation="identity", out=None
 ) -> Tensor:
-    """The slice's rows, which ``x`` holds, in ``dtype`` as a workspace: masked rows 0, dropped out by
-    ``dropout = (seed, threshold)``, times the activation's gradient where its values ``z`` are given."""
+    """Copies the slice's rows, which ``x`` [n, L] holds, into a workspace in ``dtype``: 0 where masked, after ``dropout
+    = (seed, threshold)``, times the activation's derivative where its values ``z`` [n, L] are given."""
     count, L = rows.stop - rows.start, x.shape[1]
     out = call.empty(count, L, dtype=dtype) if out is None else out
     seed, threshold = dropout or (None, 0)
     block = min(max(power_of_two(L), 16), 256)
     launch(
-        stage_rows, (ceil_div(count, 16), ceil_div(L, block)),
+        copy_rows, (ceil_div(count, 16), ceil_div(L, block)),
         x, call.mask, seed, z, out, rows.start, rows.stop, x.stride(0), L, threshold,
         ACTIVATION=activation, BN=16, BL=block, num_warps=4,
     )  # fmt: skip
@@ -301,24 +302,9 @@ def staged(
 
 
 def operand(call: Call, x: Tensor, block: slice, dtype, *, clean: bool) -> Tensor:
-    """The slice's rows, which ``x`` holds, for products: a copy where the type is another, or masked rows, which may
-    hold anything, are in the way of sums."""
-    return staged(call, x, block, dtype) if x.dtype != dtype or (clean and call.mask is not None) else x
-
-
-# Few rows
-
-
-def gathered(call: Call, indices: Tensor) -> Rows:
-    """Rows by their numbers [B, C], 0 for -1: values [B, C, width] in the accumulation type."""
-    if call.rows == 0:
-        return Rows(indices, call.zeros(*indices.shape, call.width))
-    flat = indices.flatten()
-    found = call.x.index_select(0, flat.clamp(0, call.rows - 1)).masked_fill((flat < 0)[:, None], 0)
-    if call.embedding is None:
-        return Rows(indices, call.take(found).unflatten(0, indices.shape))
-    found = call.embedding.of_rows(call, found.to(call.embedding.type), indices, keep=True)
-    return replace(found, values=call.take(found.values).unflatten(0, indices.shape))
+    """The slice's rows, which ``x`` [n, L] holds, as products take them. They are copied where the type is another, or
+    where ``clean`` asks for 0 in masked rows, which may hold anything and would be summed."""
+    return copied(call, x, block, dtype) if x.dtype != dtype or (clean and call.mask is not None) else x
 
 
 def add_to_rows(indices: Tensor, vectors: Tensor, out: Tensor) -> None:

@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from milkernels.triton import pool
-from milkernels.triton.call import Call, launch, power_of_two
 from milkernels.triton.common import finite_or_zero, kernel, log_sum_exp, real_rows, segment, shifted
 from milkernels.triton.gradients import PoolGradients, RowGradients
+from milkernels.triton.host import launch, power_of_two
+from milkernels.triton.instances import Instances
 
 
 @kernel
@@ -19,7 +20,8 @@ def score_and_pool(
     bags, rows, x_stride, L, vector_stride,
     J: tl.constexpr, CLASSES: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr,
 ):  # fmt: skip
-    """PRODUCTS [N, J] of the rows with J vectors (SCORES [N, 1] of classes), and the partial pooling of a segment."""
+    """Writes the PRODUCTS [N, J] of rows with J vectors, the SCORES [N, 1] where these are logits of classes, and the
+    partial pooling of a segment."""
     A: tl.constexpr = SUM.dtype.element_ty
     H: tl.constexpr = 1 if CLASSES else J
     slot = tl.program_id(0)
@@ -41,14 +43,14 @@ def score_and_pool(
             sums = sums + (tl.zeros([BL], A),)
         for row in tl.range(start, end, BN, num_stages=NS):
             r = row + tl.arange(0, BN)
-            alive = real_rows(MASK, r, end)
-            x = tl.load(X + r[:, None] * x_stride + c[None, :], mask=alive[:, None] & (c < L)[None, :], other=0.0).to(A)
+            real = real_rows(MASK, r, end)
+            x = tl.load(X + r[:, None] * x_stride + c[None, :], mask=real[:, None] & (c < L)[None, :], other=0.0).to(A)
             products = ()
             for j in tl.static_range(J):
                 p = tl.sum(x * vectors[j][None, :], axis=1)
                 if SHIFT is not None:
                     p = shifted(p, shifts[j])
-                p = tl.where(alive, p, float("-inf"))
+                p = tl.where(real, p, float("-inf"))
                 tl.store(PRODUCTS + r * J + j, p, mask=r < end)
                 products = products + (p,)
             if CLASSES:
@@ -91,8 +93,8 @@ def score_and_pool_backward(
     bags, rows, x_stride, grad_stride, L, vector_stride,
     J: tl.constexpr, CLASSES: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of rows, and the partial sums of those of vectors: of coefficients times x - centre for queries,
-    times x for classes, whose coefficients are summed in BIAS."""
+    """Writes the gradient of rows, and partial sums of the gradient of vectors: coefficients times x - centre for
+    queries, times x for classes, whose coefficients are summed in BIAS."""
     A: tl.constexpr = SUM.dtype.element_ty
     H: tl.constexpr = 1 if CLASSES else J
     slot = tl.program_id(0)
@@ -121,17 +123,17 @@ def score_and_pool_backward(
             constants = constants + ((tl.load(DLSE + at) if DLSE is not None else 0.0) - tl.load(SHIFT + at),)
         for row in tl.range(start, end, BN, num_stages=NS):
             r = row + tl.arange(0, BN)
-            alive = real_rows(MASK, r, end)
-            inside = alive[:, None] & (c < L)[None, :]
+            real = real_rows(MASK, r, end)
+            inside = real[:, None] & (c < L)[None, :]
             x = tl.load(X + r[:, None] * x_stride + c[None, :], mask=inside, other=0.0).to(A)
-            near = x - centre[None, :]
+            centred = x - centre[None, :]
             out = tl.zeros([BN, BL], A)
             gradients = ()
             for h in tl.static_range(H):
                 s = tl.load(S + r * H + h, mask=r < end, other=float("-inf"))
                 dead = s == float("-inf")
                 a = tl.where(dead, 0.0, tl.exp(s - tops[h]) / totals[h])
-                ds = a * (tl.sum(near * grads[h][None, :], axis=1) + constants[h])
+                ds = a * (tl.sum(centred * grads[h][None, :], axis=1) + constants[h])
                 if DS is not None:
                     ds += tl.load(DS + r * H + h, mask=r < end, other=0.0)
                 gradients = gradients + (tl.where(dead, 0.0, ds),)
@@ -149,7 +151,7 @@ def score_and_pool_backward(
                     summed = x
                 else:
                     coefficient = gradients[j]
-                    summed = near
+                    summed = centred
                 unused = (coefficient == 0)[:, None]
                 out += tl.where(unused, 0.0, coefficient[:, None] * vectors[j][None, :])
                 next_sums = next_sums + (
@@ -159,7 +161,7 @@ def score_and_pool_backward(
             sums = next_sums
             biases = next_biases
             if GRAD_X is not None:
-                out = tl.where(alive[:, None], out, 0.0).to(GRAD_X.dtype.element_ty)
+                out = tl.where(real[:, None], out, 0.0).to(GRAD_X.dtype.element_ty)
                 tl.store(
                     GRAD_X + r[:, None] * grad_stride + c[None, :], out, mask=(r < end)[:, None] & (c < L)[None, :]
                 )
@@ -173,25 +175,26 @@ def score_and_pool_backward(
 # Launches
 
 
-def tile(call: Call, vectors: int, kept: int, tiles: int) -> dict[str, int] | None:
-    """A tile of whole rows, of which ``tiles`` are alive at once, beside vectors of which ``kept`` numbers each stay in
-    registers for a column; None where they do not fit, or rows come slice by slice."""
+def tile(call: Instances, vectors: int, numbers: int, tiles: int) -> dict[str, int] | None:
+    """A tile of whole rows: registers hold ``tiles`` of them at once, and ``numbers`` per column for each of the
+    vectors. None where these do not fit, or rows come slice by slice."""
     if call.embedding is not None:
         return None
     columns = max(power_of_two(call.width), 16)
     lane = 16 // call.x.element_size()
     warps = min(max(columns // (32 * lane), 1), 8)
     each = max(columns // (32 * warps), 1) * (call.acc.itemsize // 4)  # registers of one row or vector
-    if each > 16 or vectors * kept * each > 96:
+    if each > 16 or vectors * numbers * each > 96:
         return None
-    rows = (220 - vectors * kept * each) // (tiles * each)  # of 255 registers
+    rows = (220 - vectors * numbers * each) // (tiles * each)  # of 255 registers
     return {"BL": columns, "BN": max(2, min(16, power_of_two(rows + 1) // 2)), "num_warps": warps}
 
 
-def score_pool(call: Call, vectors: Tensor, shift: Tensor | None, classes: bool):
-    """``(bag, scores, lse, products)``: vectors [B, J, L], or [J, L] for all bags; shift [B, J]. None: too large."""
+def score_pool(call: Instances, vectors: Tensor, shift: Tensor | None, classes: bool):
+    """``(bag, scores, lse, products)``, or None where a tile is too large. Vectors are [B, J, L], or [J, L] for all
+    bags; shift is [B, J]."""
     J = vectors.shape[-2]
-    shape = tile(call, J, kept=2, tiles=2)
+    shape = tile(call, J, numbers=2, tiles=2)
     if shape is None:
         return None
     partials = pool.Partials(call, 1 if classes else J, call.width)
@@ -214,14 +217,15 @@ def _stride(vectors: Tensor) -> int:
 
 
 def score_pool_backward(
-    call: Call, gradients: PoolGradients, vectors: Tensor, sink: RowGradients, logits=None, grad_logits=None
+    call: Instances, gradients: PoolGradients, vectors: Tensor, sink: RowGradients, logits=None, grad_logits=None
 ):
-    """``(sums [B, J, L], sums of coefficients [B, J] of classes)``; the gradient of x is written. None: too large.
+    """``(sums [B, J, L], sums of coefficients [B, J] of classes)``, or None where a tile is too large; writes the
+    gradient of x.
 
     For queries the sums are of rows less the centre, which `PoolGradients.of_vectors` adds again.
     """
     J, classes = vectors.shape[-2], logits is not None
-    shape = tile(call, J, kept=3, tiles=3)
+    shape = tile(call, J, numbers=3, tiles=3)
     if shape is None or gradients.bag is None:
         return None
     partials = pool.Partials(call, J, call.width, softmax=False)
@@ -229,7 +233,7 @@ def score_pool_backward(
     if call.rows:
         launch(
             score_and_pool_backward, (call.slots_in(call.whole),),
-            call.x, vectors, gradients.given, logits, gradients.bag, gradients.centre, gradients.shift,
+            call.x, vectors, gradients.input_scores, logits, gradients.bag, gradients.centre, gradients.shift,
             *gradients.terms, gradients.grad_lse, gradients.grad_scores, grad_logits, call.mask, call.offsets,
             sink.x, partials.sum, biases,
             call.bags, call.rows, call.x.stride(0), call.width, call.width, _stride(vectors),

@@ -11,13 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from milkernels.triton import tuning
-from milkernels.triton.call import Products, ceil_div, launch, power_of_two, product
 from milkernels.triton.common import kernel
+from milkernels.triton.host import Products, ceil_div, launch, power_of_two, product
 
 
 @kernel
 def split_rows(X, OUT, rows, x_stride, L, BN: tl.constexpr, BL: tl.constexpr):
-    """OUT [rows, 3 L]: the three parts of X, side by side."""
+    """Writes to OUT [rows, 3 L] the three parts of X [rows, L], side by side."""
     r = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     c = tl.program_id(1) * BL + tl.arange(0, BL)
     inside = (r < rows)[:, None] & (c < L)[None, :]
@@ -27,7 +27,7 @@ def split_rows(X, OUT, rows, x_stride, L, BN: tl.constexpr, BL: tl.constexpr):
         part = rest.to(tl.bfloat16)
         tl.store(out + i * L, part, mask=inside)
         taken = part.to(tl.float32)
-        # What is infinite or NaN is so in the first part; inf - inf would make the others NaN.
+        # The first part of a number that is infinite or NaN is too; inf - inf would make the others NaN.
         rest = tl.where(tl.abs(taken) < float("inf"), rest - taken, 0.0)
 
 
@@ -37,18 +37,18 @@ def serves(dtype: torch.dtype) -> bool:
 
 
 def products_of(weight: Tensor, plan: tuning.Plan) -> Products:
-    """As the plan has them, where they can be so."""
+    """The products that the plan asks for, where they can serve the weight; else the library's."""
     return SplitProducts(weight) if plan.products == "split" and serves(weight.dtype) else Products(weight)
 
 
 class SplitProducts(Products):
-    """The three products of `Products`, for float32."""
+    """What `Products` does, for float32."""
 
     def __init__(self, weight: Tensor):
         super().__init__(weight)
         self.bytes_per_row = 6 * (weight.shape[0] + weight.shape[1])
 
-    @functools.cached_property  # for all slices of rows
+    @functools.cached_property  # every slice of rows uses it
     def _across(self):
         return _stacked(self.weight.t())
 
@@ -59,10 +59,10 @@ class SplitProducts(Products):
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return _by_weight(split(x), self._across)
 
-    def of_rows(self, z: Tensor, out: Tensor | None = None) -> Tensor:
+    def rows_gradient(self, z: Tensor, out: Tensor | None = None) -> Tensor:
         return _by_weight(split(z), self._along, out)
 
-    def of_weight(self, z: Tensor, x: Tensor) -> Tensor:
+    def weight_gradient(self, z: Tensor, x: Tensor) -> Tensor:
         a, b = split(z), split(x)
         M, L = z.shape[1], x.shape[1]
         first, second, third = (a[:, i * M : (i + 1) * M].t() for i in range(3))
@@ -74,7 +74,7 @@ class SplitProducts(Products):
 
 
 def split(x: Tensor) -> Tensor:
-    """The parts of float32 rows [N, L], side by side: [N, 3 L] bfloat16."""
+    """Splits float32 rows [N, L] into their three bfloat16 parts, side by side: [N, 3 L]."""
     rows, L = x.shape
     out = x.new_empty((rows, 3 * L), dtype=torch.bfloat16)
     block = min(max(power_of_two(L), 16), 256)
@@ -85,7 +85,7 @@ def split(x: Tensor) -> Tensor:
 
 
 def _by_weight(a: Tensor, weight: tuple[Tensor, Tensor, Tensor], out: Tensor | None = None) -> Tensor:
-    """``a @ b`` in float32, for the parts [N, 3 L] of a and what `_stacked` makes of b."""
+    """``a @ b`` [N, M] in float32, from the parts [N, 3 L] of a and what `_stacked` makes of b [L, M]."""
     L = a.shape[1] // 3
     lowest, low, high = weight
     small = product(a[:, :L], lowest, torch.float32)
@@ -94,6 +94,6 @@ def _by_weight(a: Tensor, weight: tuple[Tensor, Tensor, Tensor], out: Tensor | N
 
 
 def _stacked(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For ``[a1 a2 a3]``, from b [L, M] = b1 + b2 + b3: the third part, twice the second, three times the first."""
+    """Stacks the parts of b [L, M] = b1 + b2 + b3 to meet ``[a1 a2 a3]``: ``(b3, [b2; b2], [b1; b1; b1])``."""
     high, low, lowest = split(b.t().contiguous()).chunk(3, dim=1)
     return lowest.t(), torch.cat([low, low], 1).t(), torch.cat([high, high, high], 1).t()

@@ -1,7 +1,7 @@
 """Which kernels a call takes, where there are several that can serve it: a static table, never timed at run time.
 
-An entry stands for a measurement on that device, recorded in ``benchmarks/results/``; what has none takes the default:
-the library's products on chunks of rows.
+An entry stands for a measurement on that device, recorded in ``benchmarks/results/``; a call that has none takes the
+default, the library's products on slices of rows.
 """
 
 import contextlib
@@ -18,8 +18,9 @@ PRODUCTS = ("library", "split")
 
 @dataclass(frozen=True)
 class Plan:
-    """``scores``: of attention, on chunks or by the persistent kernel of ``fused``.  ``products``: of float32 at
-    precision "highest", by the library or of three bfloat16 parts each (``split``)."""
+    """``scores`` says how attention scores are computed: by products on slices of rows ("chunked") or by the persistent
+    kernel of ``fused``.  ``products`` says how float32 products at precision "highest" are: by the library, or from
+    three bfloat16 parts of each number (``split``)."""
 
     scores: str = "chunked"
     products: str = "library"
@@ -36,8 +37,8 @@ def use(*, scores: str | None = None, products: str | None = None) -> Iterator[N
     for name, value, choices in (("scores", scores, SCORES), ("products", products, PRODUCTS)):
         if value is not None and value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-    previous, wanted = _forced, {"scores": scores, "products": products}
-    _forced = previous | {name: value for name, value in wanted.items() if value is not None}
+    previous, chosen = _forced, {"scores": scores, "products": products}
+    _forced = previous | {name: value for name, value in chosen.items() if value is not None}
     try:
         yield
     finally:
@@ -45,13 +46,14 @@ def use(*, scores: str | None = None, products: str | None = None) -> Iterator[N
 
 
 def plan(device: torch.device, dtype: torch.dtype, width: int, hidden: int) -> Plan:
-    """The plan of a call on these sizes."""
+    """The plan of a call with rows of ``width`` and ``hidden`` units, in this type on this device."""
     key = (target(device)[1], dtype, width, hidden) if _MEASURED else None
     return replace(_MEASURED.get(key, Plan()), **_forced)
 
 
 def target(device: torch.device) -> tuple[str, int | str]:
-    """What kernels are compiled for: ("cuda", 90), ("hip", "gfx942"), or ("interpreter", 0)."""
+    """The backend and architecture that kernels are compiled for: ("cuda", 90), ("hip", "gfx942"), ("interpreter",
+    0)."""
     if interpreted():
         return "interpreter", 0
     from triton.runtime import driver  # only where a kernel is about to run
@@ -68,5 +70,5 @@ def large_tiles(device: torch.device) -> bool:
 
 def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda" or not torch.cuda.is_available():
-        return 132  # interpreted, or compiled for a device that is not there
+        return 132  # kernels are interpreted, or compiled for a device that is not there
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,5 +1,11 @@
-"""The instance stage, ``h = drop(act(W x + b))``: the library's product on a slice of rows and a kernel for the rest,
-both again in the backward, so that no more than a slice of h is ever there."""
+"""The instances as an op sees them: rows x [N, L], or their embedding ``h = drop(act(W x + b))`` [N, E].
+
+The library computes the product for a slice of rows and a kernel does the rest. The backward does both again, so that
+no more than a slice of h is ever there.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -7,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from milkernels.triton import rows, split, tuning
-from milkernels.triton.call import (
-    Call,
-    Rows,
+from milkernels.triton.call import Call
+from milkernels.triton.common import activate, activation_gradient, apply_dropout, dropout_factors, kernel, tanh_slope
+from milkernels.triton.host import (
     accumulation_dtype,
     ceil_div,
     dropout_bits,
@@ -18,21 +24,20 @@ from milkernels.triton.call import (
     power_of_two,
     product_dtype,
 )
-from milkernels.triton.common import activate, activation_gradient, dropout_factors, kept, kernel, tanh_slope
 
 
 @triton.jit
 def _numbers(INDEX, MASK, i, first, count):
-    """The numbers of rows i of a slice that begins at `first`, or the ones given; and which of these are real."""
+    """The numbers of rows i of a slice that begins at `first`, or those in INDEX; and which of them are real."""
     if INDEX is not None:
         r = tl.load(INDEX + i, mask=i < count, other=-1)
-        alive = r >= 0
+        real = r >= 0
     else:
         r = i + first
-        alive = i < count
+        real = i < count
         if MASK is not None:
-            alive = alive & (tl.load(MASK + r, mask=alive, other=0) != 0)
-    return r, alive
+            real = real & (tl.load(MASK + r, mask=real, other=0) != 0)
+    return r, real
 
 
 @kernel
@@ -40,21 +45,22 @@ def embed_rows(
     Z, BIAS, INDEX, MASK, SEED, OUT, first, count, E, threshold,
     ACTIVATION: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """OUT, which may be Z: drop(act(Z + bias)), dropped out in branch 3; 0 for masked rows and where INDEX is -1."""
+    """OUT [count, E], which may be Z, is drop(act(Z + bias)) with dropout branch 3; 0 for masked rows and where INDEX
+    is -1."""
     A: tl.constexpr = tl.float64 if Z.dtype.element_ty == tl.float64 else tl.float32
     i = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     unit = tl.program_id(1) * BE
     e = unit + tl.arange(0, BE)
     inside = (i < count)[:, None] & (e < E)[None, :]
-    r, alive = _numbers(INDEX, MASK, i, first, count)
+    r, real = _numbers(INDEX, MASK, i, first, count)
     at = i[:, None] * E + e[None, :]
     z = tl.load(Z + at, mask=inside, other=0.0).to(A)
     if BIAS is not None:
         z += tl.load(BIAS + e, mask=e < E, other=0.0)[None, :]
     h = activate(z, ACTIVATION)
     if SEED is not None:
-        h = kept(h, dropout_factors(SEED, r, unit, threshold, 3, BE, A))
-    tl.store(OUT + at, tl.where(alive[:, None], h, 0.0).to(OUT.dtype.element_ty), mask=inside)
+        h = apply_dropout(h, dropout_factors(SEED, r, unit, threshold, 3, BE, A))
+    tl.store(OUT + at, tl.where(real[:, None], h, 0.0).to(OUT.dtype.element_ty), mask=inside)
 
 
 @kernel
@@ -62,8 +68,9 @@ def embed_gradients(
     G, ARGUMENT, BIAS, INDEX, MASK, SEED, SCALE, OUT, SUMS, first, count, E, threshold,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """OUT, which may be ARGUMENT: from the gradient G of h that of Z, times SCALE; into SUMS [programs, E] what these
-    rows add to that of the bias. ARGUMENT is what `Embedding` keeps of them: Z or h."""
+    """Writes to OUT, which may be ARGUMENT, the gradient of Z times SCALE, from the gradient G of h, all [count, E];
+    and to SUMS [programs, E] what these rows add to the gradient of the bias. ARGUMENT is what `Embedding` keeps: Z or
+    h."""
     A: tl.constexpr = SUMS.dtype.element_ty
     unit = tl.program_id(1) * BE
     e = unit + tl.arange(0, BE)
@@ -75,7 +82,7 @@ def embed_gradients(
     for row in tl.range(begin, tl.minimum(begin + ROWS, count), BN):
         i = row + tl.arange(0, BN)
         inside = (i < count)[:, None] & (e < E)[None, :]
-        r, alive = _numbers(INDEX, MASK, i, first, count)
+        r, real = _numbers(INDEX, MASK, i, first, count)
         at = i[:, None] * E + e[None, :]
         g = tl.load(G + at, mask=inside, other=0.0)
         a = tl.load(ARGUMENT + at, mask=inside, other=0.0).to(A)
@@ -89,20 +96,31 @@ def embed_gradients(
                 slope = tanh_slope(a) if ACTIVATION == "tanh" else activation_gradient(a, a, ACTIVATION)
                 g = g * slope
             if SEED is not None:
-                g = kept(g, dropout_factors(SEED, r, unit, threshold, 3, BE, A))
-        g = tl.where(alive[:, None], g, 0.0)
+                g = apply_dropout(g, dropout_factors(SEED, r, unit, threshold, 3, BE, A))
+        g = tl.where(real[:, None], g, 0.0)
         sums += tl.sum(g, axis=0)
         tl.store(OUT + at, (g * grad_scale).to(OUT.dtype.element_ty), mask=inside)
     tl.store(SUMS + tl.program_id(0) * E + e, sums, mask=e < E)
 
 
-_SUMMED_ROWS = 64  # by one program of embed_gradients
+@dataclass
+class Rows:
+    """Some rows as an op sees them, and what the gradient of embedded ones goes back through. E is L where rows are not
+    embedded."""
+
+    which: slice | Tensor  # the numbers of the rows, a slice of n or int64 [B, C], where -1 is no row
+    values: Tensor  # [n, E], or [B, C, E]
+    x: Tensor | None = None  # [n, L]: the rows that were embedded, in the type of products
+    argument: Tensor | None = None  # [n, E]: what the derivative of the activation is computed from (see `Embedding`)
+
+
+_SUMMED_ROWS = 64  # so many rows one program of embed_gradients sums for the gradient of the bias
 _TILE = {"BN": 32, "num_warps": 8}
 
 
 class Embedding:
-    """The layer of a call. ``x W^T`` is rounded with the bias only, as h: of half types it comes in float32. What is
-    kept of rows for their gradient is that, or with an activation whose derivative h tells as well, h."""
+    """The layer W [E, L], b [E] that a call's rows pass. ``x W^T`` is rounded only as a part of h: products of half
+    types come in float32. For the gradient of rows it is kept, or h alone where h tells the activation's derivative."""
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, seed, activation: str, dropout_p: float, dtype):
         self.type, self.acc = product_dtype(x.dtype, dtype), accumulation_dtype(x)
@@ -114,29 +132,31 @@ class Embedding:
         self.keeps_product = activation in ("tanh", "gelu")
 
     def bytes_per_row(self, call: Call) -> int:
-        """Of workspace, for h."""
+        """The bytes of workspace that h needs."""
         copied = call.x.shape[1] if call.x.dtype != self.type else 0
         wide = self.width * self.acc.itemsize if self.type != self.acc else 0
         return (self.width + copied) * self.type.itemsize + wide + self.products.bytes_per_row
 
     def gradient_bytes_per_row(self, call: Call, need_x: bool) -> int:
-        """Of workspace besides, for the gradient of h, which takes the place of the product if that is not kept."""
+        """The bytes of workspace that the gradient of h needs besides. It takes the place of the product if that is not
+        kept."""
         size, acc, L = self.type.itemsize, self.acc.itemsize, call.x.shape[1]
         copied = L * size if call.mask is not None and call.x.dtype == self.type else 0
         aside = L * acc if need_x and not self.direct(call) else 0
-        measured = 2 if self.type == torch.float16 else 0  # for its scale
+        measured = 2 if self.type == torch.float16 else 0  # copies while its largest number is found
         return self.width * acc * (self.keeps_product + (self.type == self.acc) + measured) + copied + aside
 
     def direct(self, call: Call) -> bool:
-        """Whether products with W are gradients of x as they are."""
+        """Whether products with W are written to the gradient of x as they are, in its type and without a scale."""
         return self.type == call.x.dtype and self.type != torch.float16
 
-    def of_slice(self, call: Call, block: slice, keep: bool) -> Rows:
+    def embed_slice(self, call: Call, block: slice, keep: bool) -> Rows:
+        """Embeds a slice of the call's rows."""
         x = rows.operand(call, call.x[block], block, self.type, clean=keep)
-        return self.of_rows(call, x, block, keep=keep)
+        return self.embed(call, x, block, keep=keep)
 
-    def of_rows(self, call: Call, x: Tensor, which: slice | Tensor, *, keep: bool) -> Rows:
-        """The embedding [n, E] of rows ``x`` in the type of products."""
+    def embed(self, call: Call, x: Tensor, which: slice | Tensor, *, keep: bool) -> Rows:
+        """Embeds rows ``x`` [n, L], which have the type of products; ``keep`` what their gradient needs."""
         z = self.products.forward(x, self.acc)
         apart = self.type != self.acc or (keep and self.keeps_product)
         h = torch.empty_like(z, dtype=self.type) if apart else z
@@ -151,8 +171,8 @@ class Embedding:
         return Rows(which, h, x, z if self.keeps_product else h) if keep else Rows(which, h)
 
     def gradient_of_products(self, call: Call, at: Rows, grad: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``(z, sums [E])`` from the gradient of h: that of ``x W^T``, in the type of products and times the scale, and
-        that of the bias. The rows of a slice are overwritten."""
+        """``(z [n, E], sums [E])`` from the gradient ``grad`` [n, E] of h: z is the gradient of ``x W^T``, times the
+        scale and in the type of products, and sums that of the bias. The values of a slice are overwritten by z."""
         z = at.values if isinstance(at.which, slice) else torch.empty_like(at.argument, dtype=self.type)
         count, units = grad.shape[0], self._units()
         programs = ceil_div(count, _SUMMED_ROWS)
@@ -167,20 +187,47 @@ class Embedding:
         return z, sums.sum(0)
 
     def headroom(self) -> int:
-        """Bits by which the gradient of z may exceed that of h."""
+        """log2 of the largest factor by which the gradient of ``x W^T`` may exceed that of h, rounded up."""
         return dropout_bits(self.dropout[1]) + (self.activation == "gelu")
 
     def _units(self) -> int:
         return min(max(power_of_two(self.width), 16), 128)
 
 
-def embedding_of(
-    x: Tensor, weight=None, bias=None, seed=None, activation=None, dropout_p=0.0, dtype=None
-) -> Embedding | None:
-    """From the arguments of an op; None where it has no instance stage."""
-    return None if weight is None else Embedding(x, weight, bias, seed, activation, dropout_p, dtype)
-
-
 def _places(which: slice | Tensor) -> tuple[int, Tensor | None]:
-    """``(first row, None)`` or ``(0, numbers)``, as kernels take them."""
+    """The numbers of rows as kernels take them: ``(first row, None)`` or ``(0, numbers)``."""
     return (which.start, None) if isinstance(which, slice) else (0, which.flatten())
+
+
+class Instances(Call):
+    """A call whose op sees the rows ``x`` [N, L] as they are, or embedded [N, E] where a weight [E, L] is given."""
+
+    def __init__(self, x, offsets, mask, weight=None, bias=None, seed=None, activation=None, dropout_p=0.0, dtype=None):
+        super().__init__(x, offsets, mask)
+        self.embedding = None
+        if weight is not None:
+            self.embedding = Embedding(x, weight, bias, seed, activation, dropout_p, dtype)
+            self.width, self.dtype = self.embedding.width, self.embedding.type
+
+    def rows_at(self, block: slice, *, keep: bool = False) -> Rows:
+        """A slice of rows as the op sees them; ``keep`` what their gradient needs."""
+        if self.embedding is None:
+            return Rows(block, self.x[block])
+        return self.embedding.embed_slice(self, block, keep)
+
+    def slices(self, bytes_per_row: int | None = None) -> Iterable[slice]:
+        """`Call.slices`, with the workspace of the embedding besides."""
+        if self.embedding is not None:
+            return self.blocks((bytes_per_row or 0) + self.embedding.bytes_per_row(self))
+        return super().slices(bytes_per_row)
+
+    def gathered(self, indices: Tensor) -> Rows:
+        """The rows with these numbers [B, C], 0 for -1; values are [B, C, width] in the accumulation type."""
+        if self.rows == 0:
+            return Rows(indices, self.zeros(*indices.shape, self.width))
+        flat = indices.flatten()
+        found = self.x.index_select(0, flat.clamp(0, self.rows - 1)).masked_fill((flat < 0)[:, None], 0)
+        if self.embedding is None:
+            return Rows(indices, self.to_acc(found).unflatten(0, indices.shape))
+        found = self.embedding.embed(self, found.to(self.embedding.type), indices, keep=True)
+        return replace(found, values=self.to_acc(found.values).unflatten(0, indices.shape))
