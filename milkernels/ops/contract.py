@@ -30,7 +30,7 @@ from milkernels.dtypes import accumulation_dtype
 _LIBRARY = torch.library.Library("milkernels", "DEF")
 FORWARDS: list["Forward"] = []  # every op that was declared
 EMBEDDED: set[str] = set()  # ops that have an instance stage
-_CALLS: dict[tuple[str, str], tuple] = {}  # by op and backend: the forward, and how its arguments are grouped
+_REGISTERED: dict[str, tuple] = {}  # by ``name_fwd.backend``: the op, its autograd function, its `Arguments`
 
 
 class Arguments:
@@ -227,6 +227,13 @@ def _below_autograd(op: torch._ops.OpOverload, arguments):
         return op(*arguments)
 
 
+def _requires_grad(inputs, tensors: Sequence[int]) -> bool:
+    for i in tensors:  # noqa: SIM110, a generator takes three times as long
+        if inputs[i] is not None and inputs[i].requires_grad:
+            return True
+    return False
+
+
 def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function]:
     """The forward as a function whose backward is an op of its own, so that a compiler sees one node."""
     backward, names, outputs = op.backward, op.arguments.names, op.outputs.split()
@@ -317,24 +324,24 @@ def _register(name: str, backend: str, op: Forward | Backward, fake, function_of
     the schema on every call: 90 us a call against 40 us, which bags of a few instances feel."""
     overload = f"{name}.{backend}"
     _LIBRARY.define(overload + op.schema(), tags=(torch.Tag.pt2_compliant_tag,))
-    kernel, function = _op(name, backend), function_of(op, backend)
-    flat, tensors = op.arguments.flat, op.arguments.tensors
+    kernel, function, given = _op(name, backend), function_of(op, backend), op.arguments
 
     def autograd_kernel(*arguments):
-        inputs = flat(arguments)
         if _torch.transforming():
-            given = [inputs[i] for i in tensors if inputs[i] is not None]
-            if any(_torch.differentiated(t) for t in given):
+            inputs = given.flat(arguments)
+            tensors = [inputs[i] for i in given.tensors if inputs[i] is not None]
+            if any(_torch.differentiated(t) for t in tensors):
                 raise RuntimeError(f"milkernels: {name}: {backends.DIFFERENTIATED_ONCE}")
         if torch.is_grad_enabled():
-            for i in tensors:  # a generator takes three times as long
-                if inputs[i] is not None and inputs[i].requires_grad:
-                    return function.apply(*inputs)
+            inputs = given.flat(arguments)
+            if _requires_grad(inputs, given.tensors):
+                return function.apply(*inputs)
         return _below_autograd(kernel, arguments)
 
     _LIBRARY.impl(overload, autograd_kernel, "Autograd")
     torch.library.register_fake(f"milkernels::{overload}", fake, lib=_LIBRARY)
     torch.library.register_vmap(f"milkernels::{overload}", _batching_rule(kernel), lib=_LIBRARY)
+    _REGISTERED[overload] = kernel, function, given
 
 
 def declare(*ops: Forward) -> None:
@@ -346,11 +353,17 @@ def declare(*ops: Forward) -> None:
             _register(f"{backward.name}_bwd", backend, backward, _backward_fake(backward), _backward_function)
         for op in ops:
             _register(f"{op.name}_fwd", backend, op, _forward_fake(op), _forward_function)
-            _CALLS[op.name, backend] = _op(f"{op.name}_fwd", backend), op.arguments.grouped
 
 
 def call(op: str, backend: str, *inputs, embed: tuple = NO_EMBEDDING):
     """The outputs of ``<op>_fwd``, both in the order declared above, the inputs flat; scores and sums in the
     accumulation type."""
-    kernel, grouped = _CALLS[op, backend]
-    return kernel(*grouped((*inputs, *embed) if op in EMBEDDED else inputs))
+    kernel, function, given = _REGISTERED[f"{op}_fwd.{backend}"]
+    if op in EMBEDDED:
+        inputs = (*inputs, *embed)
+    if torch.compiler.is_compiling() or _torch.transforming():
+        return kernel(*given.grouped(inputs))
+    # What the kernel of autograd does, without the way there: the dispatcher makes every argument twice.
+    if torch.is_grad_enabled() and _requires_grad(inputs, given.tensors):
+        return function.apply(*inputs)
+    return _below_autograd(kernel, given.grouped(inputs))
