@@ -3,12 +3,12 @@
 from importlib import metadata
 
 from milkernels import nn as nn  # not in __all__: a star would put it over torch's
-from milkernels.backends import use_backend
+from milkernels.backends import BackendUnavailable, use_backend
 from milkernels.bags import Bags, collate_bags
 from milkernels.integrations import accelerate, restore
+from milkernels.layers import Embed
 from milkernels.merging import merge_pooled
 from milkernels.ops import (
-    InstanceEmbedding,
     attention_pool,
     attention_scores,
     attention_weights,
@@ -33,7 +33,7 @@ from milkernels.ops import (
     weighted_pool,
 )
 from milkernels.results import (
-    DSMIL,
+    DSMILOutput,
     DSMILPooled,
     InstanceMax,
     LossAttentionPooled,
@@ -51,9 +51,10 @@ except metadata.PackageNotFoundError:  # run from a source tree that was not ins
 __all__ = [
     "BagAttention",
     "Bags",
-    "DSMIL",
+    "BackendUnavailable",
+    "DSMILOutput",
+    "Embed",
     "DSMILPooled",
-    "InstanceEmbedding",
     "InstanceMax",
     "LossAttentionPooled",
     "MaxPooled",

@@ -1,7 +1,7 @@
-"""The backend that blocks of ``use_backend`` name, in this thread and this asyncio task: ``_context.backend``.
+"""The backend that blocks of ``use_backend`` name, in this thread and this asyncio task: ``_context.current()``.
 
 torch.compile cannot trace a ContextVar.  But it reads an attribute of a module as Python does, and guards the value
-that it found; so the variable is read as one.
+that it found; so traced code reads the variable as one: ``_context.backend``.
 """
 
 from contextvars import ContextVar
@@ -11,13 +11,17 @@ from milkernels import _torch
 _blocks: ContextVar[tuple[list[str], ...]] = ContextVar("milkernels.use_backend", default=())
 
 
-def __getattr__(name: str) -> str | None:
-    if name != "backend":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def current() -> str | None:
     blocks = _blocks.get()
     if not blocks and (context := _torch.context_of_backward()) is not None:  # a checkpoint computes again
         blocks = context.get(_blocks, ())
     return blocks[-1][0] if blocks else None
+
+
+def __getattr__(name: str) -> str | None:
+    if name != "backend":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return current()
 
 
 def enter(name: str) -> list[str]:

@@ -1,17 +1,36 @@
-"""What is asked of private parts of PyTorch: which transforms are at work, and whether an op is inside of them.
+"""Every use of a private part of PyTorch: transforms, dispatch keys, autograd's threads, hooks of modules, pytrees.
 
-`transforming` and `exporting` are asked on every call, so they read flags; both can be traced by torch.compile.
+`eager`, `transforming` and `exporting` are asked on every call, so they read flags; all can be traced by torch.compile.
 """
 
 from contextvars import Context
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _global_hooks
+from torch.utils import _pytree as pytree  # noqa: F401
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # noqa: F401
 
 _functorch = torch._C._functorch
 _TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # fake, proxy, functional
 _VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")  # of PyTorch's older vmap
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCPU
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+# Transforms and traces
+
+
+def eager() -> bool:
+    """Whether nothing looks into a call: no compiler, no trace, nothing of torch.func, no level of forward mode."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def transforming() -> bool:
@@ -25,7 +44,7 @@ def batching_gradients() -> bool:
 
 
 def context_of_backward() -> Context | None:
-    """In a thread of autograd, which has none of its own: that of the thread that called backward."""
+    """In a thread of autograd, which has no context of its own: that of the thread that called backward."""
     return torch._C._get_obj_in_tls("context") if torch._C._is_key_in_tls("context") else None
 
 
@@ -61,3 +80,43 @@ def has_values(tensor: Tensor) -> bool:
     if torch._C._len_torch_dispatch_stack() == 0:
         return True
     return all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACING_MODES)
+
+
+# The dispatcher
+
+below_autograd = torch._C._AutoDispatchBelowAutograd  # within the block, calls go past autograd
+
+
+def has_kernel(overload: str, device_type: str) -> bool:
+    """Whether a kernel was registered for tensors of that device: ``milkernels::mean_pool_fwd.native``, "cpu"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(overload, device_type.upper())
+
+
+def without_autocast() -> torch._C._ExcludeDispatchKeyGuard:
+    """Within the block PyTorch's products keep the types that they are given. Cheaper than ``torch.autocast``."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
+
+
+# Modules
+
+
+def called_hooks(module: nn.Module) -> list[str]:
+    """The kinds of hooks that a call of the module runs, beside those of all modules."""
+    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
+        return []
+    return [kind.strip("_").replace("_", " ") for kind in _HOOKS if getattr(module, kind)]
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks for all modules are registered."""
+    return any(getattr(_global_hooks, f"_global{kind}") for kind in _HOOKS)
+
+
+def has_own(module: nn.Module, *names: str) -> bool:
+    """Whether these are parameters (or None) that the module registered, not tensors that something computes."""
+    return module._parameters.keys() >= set(names)
+
+
+def ragged_dimension(nested: Tensor) -> int:
+    """The dimension of a jagged nested tensor whose size differs."""
+    return nested._ragged_idx

@@ -49,14 +49,14 @@ def check_tensor(name: str, t: Tensor, ndim: int) -> None:
 
 
 def check_instances(x: Tensor, name: str = "x") -> None:
-    """``[N, L]`` with N >= 0 and L >= 1."""
+    """``x`` is ``[N, L]`` with N >= 0 and L >= 1."""
     check_tensor(name, x, 2)
     if x.shape[1] < 1:
         raise ValueError(f"{name} must have at least one column; got shape {tuple(x.shape)}")
 
 
 def check_shape(name: str, t: Tensor, shape: tuple[int | None, ...], x: Tensor) -> None:
-    """Of that shape, where None is any size from 1 on, and on the device of ``x``."""
+    """``t`` has that shape, where None is any size from 1 on, and lies on the device of ``x``."""
     check_tensor(name, t, len(shape))
     for got, expected in zip(t.shape, shape, strict=True):
         if got != expected and (expected is not None or got < 1):
@@ -71,13 +71,6 @@ def check_per_row(name: str, t: Tensor, x: Tensor) -> None:
     if t.shape[0] != x.shape[0] or t.shape[1] < 1:
         raise ValueError(f"{name} must be [{x.shape[0]}, any]; got shape {tuple(t.shape)}")
     check_device(name, t, x)
-
-
-def check_linear(prefix: str, weight: Tensor, bias: Tensor | None, width: int, x: Tensor) -> None:
-    """``weight [any, width]`` and ``bias [any]`` or None."""
-    check_shape(f"{prefix}weight", weight, (None, width), x)
-    if bias is not None:
-        check_shape(f"{prefix}bias", bias, (weight.shape[0],), x)
 
 
 def checked_indices(name: str, indices: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
@@ -101,7 +94,8 @@ def checked_indices(name: str, indices: Tensor, size: int) -> tuple[Tensor, Tens
 
 def check_choice(name: str, value, choices) -> None:
     if not isinstance(value, str | None) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+        got = "a tensor" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {got}")
 
 
 def _check_real(name: str, value: float) -> None:
@@ -140,6 +134,8 @@ def check_count(name: str, value: int) -> None:
 
 def checked_seed(seed: Tensor | int | None, p_name: str, p: float, x: Tensor) -> Tensor | None:
     """The dropout seed as int64 ``[1]`` on the device of ``x``; None where nothing is dropped."""
+    if seed is None and p.__class__ is float and p == 0:
+        return None
     check_share(p_name, p)
     if isinstance(seed, Tensor):
         check_dense("seed", seed)

@@ -10,13 +10,13 @@ mode differentiate, and what leaves for ONNX or a jit trace, is the reference's.
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
-from types import SimpleNamespace
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from milkernels import _context, _torch, native, triton
+from milkernels.arguments import DTYPES
 
 KERNELS = {"native": native, "triton": triton}
 # What `auto` tries, by device. The native kernels for CUDA are there for where Triton is not, until a recorded
@@ -26,7 +26,7 @@ NAMES = ("auto", *KERNELS, "reference")
 
 
 def _checked(name: str, source: str) -> str:
-    if name not in NAMES:
+    if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"{source} must be one of {', '.join(NAMES)}; got {name!r}")
     return name
 
@@ -60,15 +60,87 @@ def use_backend(name: str) -> Iterator[None]:
         _context.leave(block)
 
 
-def _requested() -> str:
-    return _traced[-1] if _traced else _context.backend or _START
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for by name cannot serve the call; the message says why."""
 
 
-def why_not(backend: str, op: str, x: Tensor, *parameters: Tensor | None) -> str | None:
-    """Why ``backend`` cannot serve ``op`` on these tensors, or None if it can."""
-    if backend == "reference":
-        return None
-    return KERNELS[backend].unsupported(op, x, *parameters) or _beyond_kernels(x, *parameters)
+NOT_IN_ONNX = 'ONNX has no compiled ops; export with backend="reference"'
+NOT_IN_TRACE = 'torch.jit.trace cannot note the arguments of compiled ops; trace with backend="reference"'
+DIFFERENTIATED_ONCE = (
+    "compiled ops are differentiated once and in reverse mode, by autograd; "
+    'torch.func and forward mode go through backend="reference"'
+)
+
+
+def choose(op: str, x: Tensor, parameters: Sequence[Tensor | None] = (), requested: str | None = None) -> str:
+    """The backend that serves this call.
+
+    Raises:
+        ValueError: an unknown backend name.
+        BackendUnavailable: the backend asked for by name (argument, ``use_backend`` or ``MILKERNELS_BACKEND``) cannot.
+    """
+    double = False
+    for t in parameters:
+        if t is not None and t.dtype == torch.float64:
+            double = True
+    if not _torch.eager():
+        return _choose_in_transform(op, x, parameters, double, requested)
+    if requested is None:
+        requested = _context.current() or _START
+    elif requested.__class__ is not str:
+        _checked(requested, "backend")
+    key = op, requested, x.device.type, x.dtype, double
+    served = _served.get(key)
+    if served is None:
+        served, said = _choose(_checked(requested, "backend"), *key[:1], *key[2:])
+        if said is None:
+            _served[key] = served
+        else:
+            _say_once(op, *said)
+    return served
+
+
+_served: dict[tuple, str] = {}  # (op, backend asked for, device type, type of x, whether a parameter is float64)
+
+
+def _choose(requested: str, op: str, *kind) -> tuple[str, tuple[str, str] | None]:
+    """The backend that serves such tensors; and, where ``auto`` would rather have taken another one, which and why it
+    does not serve."""
+    if requested != "auto":
+        if (reason := why_not(requested, op, *kind)) is not None:
+            raise BackendUnavailable(f"backend {requested!r} cannot serve {op}: {reason}")
+        return requested, None
+    missed = None
+    for name in _AUTO.get(kind[0], ()):
+        reason = why_not(name, op, *kind)
+        if reason is None:
+            return name, None
+        if missed is None and reason != _NO_KERNEL.format(op):
+            missed = name, reason
+    return "reference", missed
+
+
+def _choose_in_transform(op: str, x: Tensor, parameters, double: bool, requested: str | None) -> str:
+    """The same where a compiler, a trace or a transform looks into the call."""
+    if requested is None:
+        requested = _traced[-1] if _traced else _context.backend or _START
+    requested = _checked(requested, "backend")
+    beyond = _beyond_kernels(x, *parameters)
+    if requested == "auto":
+        # PyTorch's own operators: what any program loads, and what can be transformed while it is compiled.
+        if _torch.exporting() or (_torch.transforming() and torch.compiler.is_dynamo_compiling()):
+            return "reference"
+        served, said = _choose(requested, op, x.device.type, x.dtype, double)
+        if served == "reference" and said is not None:
+            _say_once(op, *said)
+        elif served != "reference" and beyond is not None:
+            _say_once(op, served, beyond)
+            return "reference"
+        return served
+    served, _ = _choose(requested, op, x.device.type, x.dtype, double)
+    if served != "reference" and beyond is not None:
+        raise BackendUnavailable(f"backend {served!r} cannot serve {op}: {beyond}")
+    return served
 
 
 def _beyond_kernels(*tensors: Tensor | None) -> str | None:
@@ -80,46 +152,26 @@ def _beyond_kernels(*tensors: Tensor | None) -> str | None:
     return DIFFERENTIATED_ONCE if any(t is not None and _torch.differentiated(t) for t in tensors) else None
 
 
-NOT_IN_ONNX = 'ONNX has no compiled ops; export with backend="reference"'
-NOT_IN_TRACE = 'torch.jit.trace cannot note the arguments of compiled ops; trace with backend="reference"'
-DIFFERENTIATED_ONCE = (
-    "compiled ops are differentiated once and in reverse mode, by autograd; "
-    'torch.func and forward mode go through backend="reference"'
-)
+_NO_KERNEL = "it has no kernel for {}"
 
 
-def choose(op: str, x: Tensor, *parameters: Tensor | None, requested: str | None = None) -> str:
-    """The backend that serves this call.
-
-    Raises:
-        ValueError: an unknown backend name.
-        RuntimeError: the backend asked for by name (argument, ``use_backend`` or ``MILKERNELS_BACKEND``) cannot.
-    """
-    backend = _requested() if requested is None else _checked(requested, "backend")
-    if backend != "auto":
-        reason = why_not(backend, op, x, *parameters)
-        if reason is not None:
-            raise RuntimeError(f"backend {backend!r} cannot serve {op}: {reason}")
-        return backend
-    if _torch.exporting() or (_torch.transforming() and torch.compiler.is_dynamo_compiling()):
-        return (
-            "reference"  # PyTorch's own operators: what any program loads, and what can be transformed while compiled
-        )
-    return _first(op, _torch.transforming(), x, *parameters)
-
-
-def _first(op: str, transformed: bool, *tensors: Tensor | None) -> str:
-    """Of the backends that `auto` tries; it says why the one that it would rather have taken does not serve."""
-    missed = None
-    for name in _AUTO.get(tensors[0].device.type, ()):
-        reason = KERNELS[name].unsupported(op, *tensors) or (_beyond_kernels(*tensors) if transformed else None)
-        if reason is None:
-            return name
-        if missed is None and op in KERNELS[name].OPS:
-            missed = name, reason
-    if missed is not None:
-        _say_once(op, *missed)
-    return "reference"
+def why_not(backend: str, op: str, device: str, dtype: torch.dtype = torch.float32, double: bool = False) -> str | None:
+    """Why ``backend`` cannot serve ``op`` for instances of that type on that device, ``double`` if a parameter is
+    float64; None if it can."""
+    if backend == "reference":
+        return None
+    module = KERNELS[backend]
+    if device not in module.device_types():
+        return f"it has no kernels for {device} tensors"
+    if (error := module.load_error(device)) is not None:
+        return error
+    if not _torch.has_kernel(f"milkernels::{op}_fwd.{backend}", device):
+        return _NO_KERNEL.format(op)
+    if dtype not in DTYPES:
+        return f"it has no kernels for {dtype}"
+    if double and dtype != torch.float64:
+        return f"float64 parameters with {dtype} x"
+    return None
 
 
 def _say_once(op: str, backend: str, reason: str) -> None:
@@ -134,9 +186,7 @@ def report(ops: tuple[str, ...]) -> list[tuple[str, str, str, dict[str, str]]]:
     rows = []
     for op in ops:
         for device in ("cpu", "cuda"):
-            # Only type and device are looked at, so this stands for a tensor on a device that may not be there.
-            x = SimpleNamespace(device=torch.device(device), dtype=torch.float32)
-            reasons = {name: why_not(name, op, x) for name in NAMES if name not in ("auto", "reference")}
+            reasons = {name: why_not(name, op, device) for name in KERNELS}
             serving = next((name for name in _AUTO[device] if reasons[name] is None), "reference")
             rows.append((op, device, serving, {n: r for n, r in reasons.items() if r is not None}))
     return rows

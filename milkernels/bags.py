@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from milkernels._torch import has_values
-from milkernels.arguments import check_dense, check_type, readable
+from milkernels._torch import has_values, pytree, ragged_dimension
+from milkernels.arguments import DTYPES, check_dense, check_instances, check_type, readable
 from milkernels.ragged import INT_TYPES, bag_index, bag_lengths, check_offset_values, check_offsets, checked_mask
 
 Extras = Mapping[str, Tensor] | None
@@ -150,7 +149,7 @@ class Bags:
         if not isinstance(x, Tensor) or not x.is_nested or x.layout != torch.jagged:
             got = getattr(x, "layout", type(x).__name__)
             raise TypeError(f"x must be a nested tensor of layout torch.jagged; got {got}")
-        if x.ndim != 3 or x._ragged_idx != 1:
+        if x.ndim != 3 or ragged_dimension(x) != 1:
             raise ValueError(f"x, a nested tensor, must be [B, ragged, L]; got shape {tuple(x.shape)}")
         values, offsets, lengths = x.values(), x.offsets(), x.lengths()
         if lengths is None:
@@ -330,6 +329,29 @@ class Bags:
         return f"Bags({len(self)} bags, values={shape} {kind} on {device}{mask}{extras})"
 
 
+def instances_of(
+    x: "Tensor | Bags", offsets: Tensor | None, mask: Tensor | None, name: str = "x"
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``(x [N, L], offsets, mask bool [N])`` of what an op is given, checked: a tensor, or `Bags`, which have all."""
+    if isinstance(x, Bags):
+        if offsets is not None or mask is not None:
+            given = "mask" if offsets is None else "offsets"
+            raise ValueError(f"{given} must be None beside Bags, which have their own; got a value")
+        x, offsets, mask = x.values, x.offsets, x.mask
+    if not (
+        isinstance(x, Tensor)
+        and x.ndim == 2
+        and x.shape[1] >= 1
+        and x.dtype in DTYPES
+        and x.layout is torch.strided
+        and not x.is_nested
+    ):
+        check_instances(x, name)
+    if offsets is not None:
+        check_offsets(offsets, x.shape[0], x.device)
+    return x, offsets, None if mask is None else checked_mask(mask, x)
+
+
 # Pytree: the tensors are the leaves; whether there is a mask and the names of the extras are the structure.
 
 
@@ -412,7 +434,7 @@ def collate_bags(
 
 
 def _kind(sample) -> type | None:
-    """Of a sample of `collate_bags`: a mapping, a tuple, or features alone, as a tensor."""
+    """What a sample of `collate_bags` is: a mapping, a tuple, or features alone, as a tensor; None: none of them."""
     if isinstance(sample, Mapping):
         return Mapping
     if isinstance(sample, tuple | list):

@@ -13,10 +13,10 @@ from milkernels.dtypes import result_dtype
 from milkernels.ops.pooling import weighted_pool
 from milkernels.ops.scores import attention_weights
 from milkernels.ragged import bag_index, check_offsets
-from milkernels.results import DSMIL, DSMILPooled, LossAttentionPooled, Pooled
+from milkernels.results import DSMILOutput, DSMILPooled, LossAttentionPooled, Pooled
 
-Part = TypeVar("Part", Pooled, DSMILPooled, DSMIL, LossAttentionPooled)
-_KINDS = (Pooled, DSMILPooled, DSMIL, LossAttentionPooled)
+Part = TypeVar("Part", Pooled, DSMILPooled, DSMILOutput, LossAttentionPooled)
+_KINDS = (Pooled, DSMILPooled, DSMILOutput, LossAttentionPooled)
 _INF = float("inf")
 
 
@@ -76,7 +76,8 @@ def _pooled(parts: list, offsets: list) -> tuple[Tensor, Tensor]:
     shares = (e / z)[..., None]
     bag = sum(share * part.bag.double() for share, part in zip(shares, parts, strict=True))
     lse = torch.where(top.isinf(), top, top + z.log())
-    return bag.to(result_dtype(*(p.bag for p in parts))), lse.to(result_dtype(*(p.lse for p in parts)))
+    bag_type, lse_type = (result_dtype(ts[0], ts) for ts in ([p.bag for p in parts], [p.lse for p in parts]))
+    return bag.to(bag_type), lse.to(lse_type)
 
 
 def _lost(part, offsets: Tensor | None) -> Tensor:

@@ -17,20 +17,10 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
 _FOLDER = Path(__file__).parent
 _MODULES = {"AVX512": "_C_avx512", "AVX2": "_C_avx2", "DEFAULT": "_C_default"}  # best first
 SUFFIX = "_torch" + "_".join(torch.__version__.split(".")[:2])  # of those that the running PyTorch may load
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OPS = frozenset(
-    (
-        *("softmax_pool", "query_pool", "query_scores", "weighted_pool", "mean_pool", "max_pool"),
-        *("attention_pool", "attention_scores", "loss_attention_pool"),
-        *("dsmil", "dsmil_pool", "instance_max"),
-        *("segment_softmax", "attention_weights", "topk_instances"),
-    )
-)
 
 
 # An isolated build compiles against the newest PyTorch, not the one that is installed.
@@ -111,6 +101,10 @@ def load_error(device: str = "cpu") -> str | None:
     return _loaded[device][1]
 
 
+def device_types() -> tuple[str, ...]:
+    return tuple(_loaded)
+
+
 def build_info(device: str = "cpu") -> dict[str, str]:
     """What the loaded module for that device says of itself; empty where there is none."""
     module = _loaded[device][0]
@@ -120,18 +114,3 @@ def build_info(device: str = "cpu") -> dict[str, str]:
 def product_rate() -> float | None:
     """FLOP/s at which the kernels' float32 tile products run on this machine now; None without the extension."""
     return None if _extension is None else _extension.product_rate()
-
-
-def unsupported(op: str, x: Tensor, *parameters: Tensor | None) -> str | None:
-    """Why this backend cannot serve ``op`` on these tensors, or None if it can."""
-    if op not in OPS:
-        return f"it has no kernel for {op}"
-    if x.device.type not in _loaded:
-        return f"it has no kernels for {x.device.type} tensors"
-    if (error := load_error(x.device.type)) is not None:
-        return error
-    if x.dtype not in _DTYPES:
-        return f"it has no kernels for {x.dtype}"
-    if x.dtype != torch.float64 and any(p is not None and p.dtype == torch.float64 for p in parameters):
-        return f"float64 parameters with {x.dtype} x"
-    return None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from milkernels import _torch
 from milkernels._torch import has_values
-from milkernels.arguments import check_dense, check_device, check_instances, readable
+from milkernels.arguments import check_dense, check_device, readable
 
 INT_TYPES = (torch.int32, torch.int64)
 
@@ -89,12 +89,6 @@ def check_offset_values(offsets: Tensor, num_rows: int) -> None:
         raise ValueError(f"offsets must not decrease; got {got}")
     if offsets[-1] != num_rows:
         raise ValueError(f"offsets must end at the number of instances, {num_rows}; got {offsets[-1]}")
-
-
-def check_bags(x: Tensor, offsets: Tensor | None) -> None:
-    check_instances(x)
-    if offsets is not None:
-        check_offsets(offsets, x.shape[0], x.device)
 
 
 def for_kernels(x: Tensor) -> Tensor:

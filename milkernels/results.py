@@ -20,7 +20,7 @@ class DSMILPooled(NamedTuple):
     critical: Tensor  # [B, C]  the critical instance of each class
 
 
-class DSMIL(NamedTuple):
+class DSMILOutput(NamedTuple):
     bag: Tensor  # [B, C, Lv]
     scores: Tensor  # [N, C]
     lse: Tensor  # [B, C]

@@ -1,11 +1,13 @@
 """A good call of every public op, for the tests of their arguments and results."""
 
 import inspect
+import re
 
 import pytest
 import torch
 
 import milkernels
+from milkernels import testing
 
 N, L, D, K, C = 9, 6, 5, 2, 3
 OFFSETS = torch.tensor([0, 4, 4, 9])
@@ -56,6 +58,11 @@ def takes(op, name):
     return name in inspect.signature(getattr(milkernels, op)).parameters
 
 
+def called(op, name):
+    """The name by which errors call an argument of `arguments`, as a regular expression."""
+    return re.escape(testing.public_name(op, name))
+
+
 def arguments(op, dtype=torch.float32, parameter_dtype=None, width=L):
     """A good call of the op, by keyword; ``width`` is that of what its parameters multiply."""
     made = {}
@@ -70,7 +77,7 @@ def arguments(op, dtype=torch.float32, parameter_dtype=None, width=L):
 
 
 def call(op, **kwargs):
-    out = getattr(milkernels, op)(**kwargs)
+    out = getattr(milkernels, op)(**testing.public_arguments(op, kwargs))
     return (out,) if isinstance(out, torch.Tensor) else tuple(out)
 
 

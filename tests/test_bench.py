@@ -402,16 +402,16 @@ def test_the_sampling_thread_sees_a_peak(monkeypatch, tmp_path):
 def test_the_gate_does_not_count_on_luck(monkeypatch):
     case = CASES["instance_max"]
     inputs = case.inputs(Shape((30,), dim=12, heads=2), torch.bfloat16)
-    stick = gate.yardstick(case, inputs, "fwd", seconds=0.0, memory=1 << 30)
+    baseline = gate.yardstick(case, inputs, "fwd", seconds=0.0, memory=1 << 30)
 
     def off_by(factor):
         """Results with ``values`` so many times as far from float64 as eager's."""
         results = case.call(inputs, "reference")
-        error = factor * stick.eager_errors["values"] / math.sqrt(2)
-        return results | {"values": stick.reference.results["values"] + error}
+        error = factor * baseline.eager_errors["values"] / math.sqrt(2)
+        return results | {"values": baseline.reference.results["values"] + error}
 
     def verdict(factor):
-        promise = gate.judge(case, stick, lambda i: off_by(factor), inputs, "fwd", 0.0)
+        promise = gate.judge(case, baseline, lambda i: off_by(factor), inputs, "fwd", 0.0)
         return next(v for v in promise.verdicts if v.name == "values")
 
     assert verdict(9.9).ok and not verdict(10.1).ok  # two numbers: 2 * (1 + 8 / 2)
@@ -424,7 +424,7 @@ def test_the_gate_draws_again_where_a_sum_over_all_rows_may_be_luck(monkeypatch)
     """An error of all rows in one direction is as likely to be near 0 for eager as for ours."""
     case = CASES["gated_attention_pool"]
     inputs = case.inputs(Shape((30,) * 8, dim=24, hidden=16, heads=1))
-    stick = gate.yardstick(case, inputs, "frozen", seconds=0.0, memory=1 << 30)
+    baseline = gate.yardstick(case, inputs, "frozen", seconds=0.0, memory=1 << 30)
 
     def judged(first, later):
         """A gradient that is so many times as far off as eager's in the first draw, and in others."""
@@ -432,11 +432,11 @@ def test_the_gate_draws_again_where_a_sum_over_all_rows_may_be_luck(monkeypatch)
         def results(case, compute, inputs, mode):
             eager = case.complete(evaluate(case.eager, inputs, mode, case.primary), inputs)
             exact = float64_reference(case, inputs, mode).results["grad_v_bias"]
-            factor = first if inputs is stick.judged else later
+            factor = first if inputs is baseline.judged else later
             return eager | {"grad_v_bias": (exact + factor * (eager["grad_v_bias"] - exact)).detach()}
 
         monkeypatch.setattr(gate, "_results", results)
-        return gate.judge(case, stick, case.eager, inputs, "frozen", seconds=0.0)
+        return gate.judge(case, baseline, case.eager, inputs, "frozen", seconds=0.0)
 
     assert judged(1, 1).ok and judged(4, 1).ok
     assert not judged(4, 4).ok and not judged(100, 1).ok
@@ -451,13 +451,13 @@ def test_the_gate_does_not_count_on_the_luck_of_a_kink(monkeypatch):
         at = inputs.x[7].double() @ inputs.parameters["q_weight"][3].double()
         inputs.parameters["q_bias"][3] = -at
     inputs.parameters["q2_weight"][:, 3] *= 100  # it is felt
-    stick = gate.yardstick(case, inputs, "step", seconds=0.0, memory=1 << 30)
+    baseline = gate.yardstick(case, inputs, "step", seconds=0.0, memory=1 << 30)
 
     def judged(at):
         with formulas.kink(at):
             results = case.complete(evaluate(case.eager, inputs, "step", case.primary), inputs)
         monkeypatch.setattr(gate, "_results", lambda *of: results)
-        return gate.judge(case, stick, case.eager, inputs, "step", seconds=0.0)
+        return gate.judge(case, baseline, case.eager, inputs, "step", seconds=0.0)
 
     eps = torch.finfo(torch.float32).eps
     plain = [judged(side * 4 * eps) for side in (-1, 1)]
@@ -472,16 +472,16 @@ def test_the_gate_judges_slow_eager_on_a_prefix(monkeypatch):
     monkeypatch.setattr(gate, "PREFIX", 16)
     case = CASES["gated_attention_pool"]
     inputs = case.inputs(SHAPE, torch.bfloat16)
-    stick = gate.yardstick(case, inputs, "step", seconds=1e6, memory=1 << 30)
-    assert len(stick.judged.x) == 16 and stick.whole is not None and "first 16 instances" in stick.note
-    good = gate.judge(case, stick, lambda i: case.call(i, "reference"), inputs, "step", 0.0)
+    baseline = gate.yardstick(case, inputs, "step", seconds=1e6, memory=1 << 30)
+    assert len(baseline.judged.x) == 16 and baseline.whole is not None and "first 16 instances" in baseline.note
+    good = gate.judge(case, baseline, lambda i: case.call(i, "reference"), inputs, "step", 0.0)
     assert good.ok, good.broken()
 
     def wrong_behind_the_prefix(i):
         outputs = case.call(i, "reference")
         return outputs if len(i.x) == 16 else outputs | {"scores": outputs["scores"] + 1}
 
-    assert not gate.judge(case, stick, wrong_behind_the_prefix, inputs, "fwd", 0.0).ok
+    assert not gate.judge(case, baseline, wrong_behind_the_prefix, inputs, "fwd", 0.0).ok
 
 
 # --- the README -------------------------------------------------------------------------------------------------------

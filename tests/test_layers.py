@@ -18,6 +18,7 @@ LAYERS = {
     "_context": -1,
     "arguments": -1,
     "dtypes": -1,
+    "layers": 0,
     "results": -1,
     "ragged": 0,
     "bags": 1,

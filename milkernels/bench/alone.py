@@ -81,10 +81,10 @@ def _judged(contender: Contender, case: OpCase, inputs: Inputs, mode: str, guess
     """What the gate says; beyond ``_JUDGED`` instances of the first ones."""
     judged = inputs if len(inputs.x) <= _JUDGED else case.prefix(inputs, contenders.PREFIX)
     seconds = gate.guess_seconds(contenders.REGISTRY["eager"], case, judged, mode)
-    stick = gate.yardstick(case, judged, mode, seconds, contenders.available_memory() // 2)
+    baseline = gate.yardstick(case, judged, mode, seconds, contenders.available_memory() // 2)
     compute, _ = contender.prepare(case, judged, True)
-    promise = gate.judge(case, stick, compute, judged, mode, guess)
-    note = stick.note
+    promise = gate.judge(case, baseline, compute, judged, mode, guess)
+    note = baseline.note
     if judged is not inputs:
         note = f"judged on the first {len(judged.x)} instances"
     return {

@@ -54,9 +54,11 @@ class Kind:
 
 TIGHT = 0.9
 KINDS = {
-    # Of this package's compiled code. The same to the last one from run to run; the rest is for a compiler's patches.
+    # Instructions of this package's compiled code: the same to the last one from run to run; the margin is for another
+    # compiler.
     "instructions": Kind(1.02, 1.3, ("compiler", "torch")),
-    # Of PyTorch and what it is linked to: up to 0.1 % more or less, by the environment and the ops called before.
+    # Instructions of PyTorch and what it is linked to: they differ by up to 0.1 % with the environment and the ops that
+    # were called before.
     "library": Kind(1.05, 1.5, ("torch", "valgrind")),
     "products": Kind(),  # of matrices, that the CPU kernels ask a library for
     "bytes": Kind(),  # most that PyTorch's allocator held at once, outputs and gradients included

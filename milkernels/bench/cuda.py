@@ -31,7 +31,7 @@ def unavailable() -> str | None:
 
 
 def architecture() -> str:
-    """Of the device, as PyTorch's extensions are told it: with what only this one has, from Hopper on."""
+    """The device's architecture as PyTorch's extensions are told it: from Hopper on with what only this one has."""
     major, minor = torch.cuda.get_device_capability()
     return f"{major}.{minor}{'a' if major >= 9 else ''}"
 

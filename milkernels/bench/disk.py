@@ -160,12 +160,12 @@ def _wrong(unit: Unit) -> dict[str, dict]:
     case, found, inputs = unit.workload.case, {}, unit.workload.inputs(DTYPES[unit.dtype])
     first = replace(case.prefix(inputs, inputs.lengths[0]), offsets=None)
     seconds = gate.guess_seconds(contenders.REGISTRY["eager"], case, first, "frozen")
-    stick = gate.yardstick(case, first, "frozen", seconds, contenders.available_memory() // 2)
+    baseline = gate.yardstick(case, first, "frozen", seconds, contenders.available_memory() // 2)
     for name in unit.contenders:
         contender = contenders.REGISTRY[name]
         if contender.ours:
             compute, _ = contender.prepare(case, first, False)
-            promise = gate.judge(case, stick, compute, first, "frozen", seconds)
+            promise = gate.judge(case, baseline, compute, first, "frozen", seconds)
             if not promise.ok:
                 found[name] = {"status": "FAIL", "reason": promise.broken()}
     return found

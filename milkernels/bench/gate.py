@@ -20,7 +20,7 @@ from milkernels.testing import (
 )
 
 SLOW = 5.0  # seconds that one run for the gate may take
-# Of two equally good results of n numbers one has, once in a hundred draws, more than 2 * (1 + 8 / n) times the error
+# One of two equally good results of n numbers has, once in a hundred draws, more than 2 * (1 + 8 / n) times the error
 # of the other (for n from 2 on): the luck of a few numbers, such as the gradient of a bias of two classes.
 LUCK = 8
 # What the rows of a bag have in common, such as the rounding of its vector, adds up to one random number in every sum
@@ -111,21 +111,21 @@ def _for_mode(reference: Reference, mode: str) -> Reference:
     return Reference({n: t for n, t in reference.results.items() if asked(n)}, reference.summands)
 
 
-def judge(case: OpCase, stick: Yardstick, compute: Compute, inputs: Inputs, mode: str, seconds: float) -> Promise:
+def judge(case: OpCase, baseline: Yardstick, compute: Compute, inputs: Inputs, mode: str, seconds: float) -> Promise:
     """Holds every output, and in the training modes every gradient, to the error promise.
 
     ``seconds`` is the guessed time of one run; slow ones are judged on what eager is judged on, and only there.
     """
-    reference = _for_mode(stick.reference, mode)
-    promise = _held(case, compute, stick.judged, mode, stick.eager_errors, reference)
-    if not promise.ok and mode != "fwd" and stick.dtype != torch.float64:
-        promise = _over_draws(case, compute, stick.judged, mode, promise)
-    if stick.whole is None or not promise.ok or seconds > SLOW:
+    reference = _for_mode(baseline.reference, mode)
+    promise = _held(case, compute, baseline.judged, mode, baseline.eager_errors, reference)
+    if not promise.ok and mode != "fwd" and baseline.dtype != torch.float64:
+        promise = _over_draws(case, compute, baseline.judged, mode, promise)
+    if baseline.whole is None or not promise.ok or seconds > SLOW:
         return promise
-    whole = _for_mode(stick.whole, mode)
+    whole = _for_mode(baseline.whole, mode)
     sizes = {v.name: v.size for v in promise.verdicts}
     allowed = {
-        name: stick.eager_errors[name] / max(sizes[name], math.ulp(0.0)) * float(_finite_norm(t))
+        name: baseline.eager_errors[name] / max(sizes[name], math.ulp(0.0)) * float(_finite_norm(t))
         for name, t in whole.results.items()
     }
     everywhere = _held(case, compute, inputs, mode, allowed, whole)
@@ -175,15 +175,15 @@ def _finite_norm(t: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(t.masked_fill(t.isinf(), 0.0))
 
 
-def disagreement(case: OpCase, stick: Yardstick, compute: Compute, inputs: Inputs) -> str:
+def disagreement(case: OpCase, baseline: Yardstick, compute: Compute, inputs: Inputs) -> str:
     """Why a peer's pooled result is not the same function as float64 eager's, or nothing.
 
     This is to catch another formula, not rounding: half of the digits must agree.
     """
     result = evaluate(compute, inputs, "fwd", case.primary)[case.primary].double()
-    exact = stick.reference.results[case.primary]
+    exact = baseline.reference.results[case.primary]
     if result.shape != exact.shape:
         return f"shape {tuple(result.shape)} instead of {tuple(exact.shape)}"
     error = float(torch.linalg.vector_norm(result - exact) / torch.linalg.vector_norm(exact))
-    tolerance = math.sqrt(torch.finfo(stick.dtype).eps)
+    tolerance = math.sqrt(torch.finfo(baseline.dtype).eps)
     return "" if error <= tolerance else f"relative difference {error:.1e} from float64"

@@ -74,7 +74,7 @@ def _roofline(axis: Axes, result: Result) -> None:
     axis.legend(fontsize=8)
 
 
-# Of a grid
+# A grid
 
 _COLOURS = {"native": "tab:green", "triton": "tab:green", "eager": "tab:gray", "compile": "tab:blue"}
 _COLOURS |= {"accumulate": "tab:orange"}
@@ -82,7 +82,7 @@ _SOURCE = "Source"
 
 
 def digest(content: dict) -> str:
-    """Of all that was measured, as it stands in the pictures made of it."""
+    """The digest of all that was measured, as it stands in the pictures made of it."""
     return hashlib.sha256(json.dumps(content["units"], sort_keys=True).encode()).hexdigest()
 
 
@@ -95,7 +95,7 @@ def source_of(path: Path) -> str | None:
 
 
 def names(content: dict, path: Path) -> list[str]:
-    """Of the pictures that there are for this file."""
+    """The names of the pictures that there are for this file."""
     drawn = {"roofline": any(r["ours"] for _, r in _one_bag(content)), "scaling": any(_timed(content, "scaling"))}
     drawn["memory"] = bool(_memory_rows(content))
     return [f"{path.stem}-{name}.png" for name, there in drawn.items() if there]

@@ -149,7 +149,7 @@ def _commands(results: list[dict]) -> str:
 
 
 def contenders_table() -> str:
-    """Of the method page: who can be measured, other ways of our own left out."""
+    """The table of the method page: who can be measured, other ways of our own left out."""
     known = [c for c in contenders.REGISTRY.values() if not c.ours or c.name == (c.title or c.name)]
     lines = [[f"`{c.name}`", c.about] for c in known if not c.name.startswith("workspace")]
     return markdown([["contender", "what it is"], ["---", "---"], *lines]) + "\n"

@@ -148,16 +148,16 @@ class Bench:
             eager = contenders.REGISTRY["eager"]
             guesses = {m: self._guess(eager, inputs, m) for m in modes}
             available = contenders.available_memory(self.workload.device) // 2
-            stick = gate.yardstick(self.case, inputs, widest, guesses[widest], available)
+            baseline = gate.yardstick(self.case, inputs, widest, guesses[widest], available)
         except Exception as error:  # eager may not know a type; the rows will say so
-            guesses, stick = dict.fromkeys(modes, 0.0), harness.describe(error)
+            guesses, baseline = dict.fromkeys(modes, 0.0), harness.describe(error)
         groups = []
         for mode in modes:
-            groups.append(self._group(dtype, mode, inputs, guesses[mode], stick))
+            groups.append(self._group(dtype, mode, inputs, guesses[mode], baseline))
             if self.on_gpu:  # a peak is known after one more run, in this process
                 self._peaks(groups[-1])
                 self._finish(groups[-1])
-        del stick  # a gigabyte that the measurements to come have no use for
+        del baseline  # a gigabyte that the measurements to come have no use for
         if not self.on_gpu:
             self._measure_memory(dtype, inputs, [entry for entries in groups for entry in entries])
             for entries in groups:
@@ -188,13 +188,13 @@ class Bench:
                     entry.row.memory_note = harness.describe(error)
 
     def _group(
-        self, dtype: str, mode: str, inputs: Inputs, eager_guess: float, stick: gate.Yardstick | str
+        self, dtype: str, mode: str, inputs: Inputs, eager_guess: float, baseline: gate.Yardstick | str
     ) -> list[_Entry]:
         since = self.probe.count()
         entries = []
         for name in self.options.contenders:
             self.say(f"{dtype} {mode}: {name} is prepared and checked")
-            entries.append(self._entry(contenders.REGISTRY[name], dtype, mode, inputs, eager_guess, stick))
+            entries.append(self._entry(contenders.REGISTRY[name], dtype, mode, inputs, eager_guess, baseline))
         waiting = {e.contender.name: e for e in entries if e.row.status == OK and not e.row.once}
         self.say(f"{dtype} {mode}: rounds")
         timings = harness.measure(
@@ -223,7 +223,7 @@ class Bench:
         mode: str,
         inputs: Inputs,
         eager_guess: float,
-        stick: gate.Yardstick | str,
+        baseline: gate.Yardstick | str,
     ) -> _Entry:
         label = contender.label(self.case, inputs)
         row = Row(self.case.name, dtype, mode, contender.name, label, contender.ours)
@@ -236,7 +236,7 @@ class Bench:
                 entry.guess = eager_guess  # torch.compile's too: a prefix would have to be compiled for itself
                 if contender.ours or contender.peer:
                     entry.guess = self._guess(contender, inputs, mode)
-                self._check(entry, compute, inputs, mode, stick)
+                self._check(entry, compute, inputs, mode, baseline)
         except Unavailable as why:
             row.status, row.reason = UNAVAILABLE, str(why)
         except Exception as error:  # any reason: it is a row, not the end
@@ -246,20 +246,22 @@ class Bench:
             entry.call = _Run(contender, compute, its_inputs, mode, self.case.primary)
         return entry
 
-    def _check(self, entry: _Entry, compute: Compute, inputs: Inputs, mode: str, stick: gate.Yardstick | str) -> None:
+    def _check(
+        self, entry: _Entry, compute: Compute, inputs: Inputs, mode: str, baseline: gate.Yardstick | str
+    ) -> None:
         row, contender = entry.row, entry.contender
         if contender.ours:
-            if isinstance(stick, str):
-                raise RuntimeError(f"there is nothing to check it against: {stick}")
-            promise = gate.judge(self.case, stick, compute, inputs, mode, entry.guess)
+            if isinstance(baseline, str):
+                raise RuntimeError(f"there is nothing to check it against: {baseline}")
+            promise = gate.judge(self.case, baseline, compute, inputs, mode, entry.guess)
             row.errors = [asdict(v) | {"ok": v.ok, "ratio": v.ratio} for v in promise.verdicts]
-            row.gate_note = stick.note
+            row.gate_note = baseline.note
             if not promise.ok:
                 row.status, row.reason = FAIL, promise.broken()
-        elif contender.peer and not isinstance(stick, str) and not self.workload.dropout:
+        elif contender.peer and not isinstance(baseline, str) and not self.workload.dropout:
             # Peers draw their own dropout masks, so only their plain results can be compared.
-            their_compute, their_inputs = contender.prepare(self.case, stick.judged, True)
-            difference = gate.disagreement(self.case, stick, their_compute, their_inputs)
+            their_compute, their_inputs = contender.prepare(self.case, baseline.judged, True)
+            difference = gate.disagreement(self.case, baseline, their_compute, their_inputs)
             if difference:
                 row.status, row.reason = DIFFERS, difference
 

@@ -101,7 +101,7 @@ def without(unit: Unit, measured: set[tuple[str, str]]) -> Unit | None:
 
 
 def log_uniform_lengths(bags: int, shortest: int, longest: int, seed: int = 0) -> tuple[int, ...]:
-    """As slides come: as many of 1k to 2k instances as of 10k to 20k."""
+    """Bags as slides come: as many of 1k to 2k instances as of 10k to 20k."""
     draw = random.Random(seed)
     return tuple(round(math.exp(draw.uniform(math.log(shortest), math.log(longest)))) for _ in range(bags))
 

@@ -166,7 +166,7 @@ def measure(unit: Unit, emit: Emit) -> None:
 
 
 def _set_threads(count: int) -> None:
-    """As many as the unit wants, or as PyTorch took when it was imported."""
+    """Sets as many threads as the unit wants, or as PyTorch took when it was imported."""
     import torch
 
     usual = _machine_threads()  # asked before they are changed for the first time

@@ -274,7 +274,7 @@ class TorchmilABMIL(Structure):
 
 
 def torchmil_gate(module: nn.Module) -> Gate:
-    """Of a model with feat_ext in front of a pool."""
+    """The embedding of a model with feat_ext in front of a pool."""
     if structure_of(module.pool) is not TORCHMIL_POOL:
         refuse(f"pool is not known to be {TORCHMIL_POOL.name}")
     return TORCHMIL_POOL.parts(module.pool).behind(embedding(module.feat_ext))

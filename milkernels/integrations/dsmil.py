@@ -23,28 +23,26 @@ from milkernels.integrations.layers import (
 )
 from milkernels.integrations.layers import original_class as class_of
 from milkernels.integrations.proof import Example, Inputs
-from milkernels.results import DSMIL, DSMILPooled
+from milkernels.results import DSMILOutput, DSMILPooled
 
 MIN_INSTANCES = (200, 1000)  # linear queries gain from a few hundred on, MLP queries with gradients from some thousands
 PADDING = "padding can no longer be the critical instance, as it can in the original"
 
 
-def query(name: str, module: nn.Module) -> dict[str, Tensor | None]:
-    """Of ``Linear``, or ``Sequential(Linear, ReLU, Linear, Tanh)``."""
+def query(name: str, module: nn.Module) -> dict[str, Any]:
+    """The query that ``Linear``, or ``Sequential(Linear, ReLU, Linear, Tanh)``, is, as arguments of the ops."""
     if class_of(module) is nn.Linear:
-        weight, bias = linear(name, module)
-        return {"q_weight": weight, "q_bias": bias}
+        return {"q": linear(name, module)}
     layers = children(name, module)
     if len(layers) != 4:
         refuse(f"{name} has {len(layers)} layers, not Linear, ReLU, Linear, Tanh")
     exactly(f"{name}[1]", layers[1], nn.ReLU)
     exactly(f"{name}[3]", layers[3], nn.Tanh)
-    (weight, bias), (weight2, bias2) = linear(f"{name}[0]", layers[0]), linear(f"{name}[2]", layers[2])
-    return {"q_weight": weight, "q_bias": bias, "q2_weight": weight2, "q2_bias": bias2}
+    return {"q": linear(f"{name}[0]", layers[0]), "q2": linear(f"{name}[2]", layers[2])}
 
 
 def value(name: str, module: nn.Module) -> dict[str, Any]:
-    """Of ``Identity``, or ``Sequential([Dropout, ]Linear[, activation])``."""
+    """The value that ``Identity``, or ``Sequential([Dropout, ]Linear[, activation])``, is, as arguments of the ops."""
     if class_of(module) is nn.Identity:
         check_plain(name, module)
         return {}
@@ -52,9 +50,9 @@ def value(name: str, module: nn.Module) -> dict[str, Any]:
     p = dropout(f"{name}[0]", layers.pop(0)) if layers and isinstance(layers[0], nn.Dropout) else 0.0
     if not 1 <= len(layers) <= 2:
         refuse(f"{name} is not Dropout, Linear and perhaps an activation")
-    weight, bias = linear(f"{name}'s Linear", layers[0])
+    v = linear(f"{name}'s Linear", layers[0])
     act = activation(f"{name}'s activation", layers[1]) if len(layers) == 2 else None
-    return {"v_weight": weight, "v_bias": bias, "v_activation": act, "v_dropout_p": p}
+    return {"value": v, "value_activation": act, "value_dropout_p": p}
 
 
 class _Parts(NamedTuple):
@@ -64,16 +62,15 @@ class _Parts(NamedTuple):
 
     @property
     def dim(self) -> int:
-        """Of what the ops take."""
-        embed = self.embedding.embed
-        return (self.stream["q_weight"] if embed is None else embed.weight).shape[1]
+        """The width of what the ops take."""
+        return self.embedding.in_dim or self.stream["q"][0].shape[1]
 
     def dtype(self, x: Tensor):
-        return their_dtype(x, self.stream["q_weight"], *self.embedding.parameters)
+        return their_dtype(x, self.stream["q"][0], *self.embedding.parameters)
 
-    def both(self, x: Tensor, offsets: Tensor | None = None, mask: Tensor | None = None) -> DSMIL:
-        weight, bias = self.classifier
-        return ops.dsmil(x, weight, bias, offsets=offsets, mask=mask, embed=self.embedding.embed, **self.stream)
+    def both(self, x: Tensor, offsets: Tensor | None = None, mask: Tensor | None = None) -> DSMILOutput:
+        options = {"mask": mask, "embed": self.embedding.embed, **self.stream}
+        return ops.dsmil(x, self.classifier, offsets=offsets, **options)
 
 
 def _second_stream(module: nn.Module) -> _Parts:
@@ -102,7 +99,7 @@ class BClassifier(Structure):
         yield Example("forward", (inputs.bag(parts.dim), inputs.bag(module.fcc.in_channels)))
 
 
-def predict(module: nn.Module, pooled: DSMIL | DSMILPooled, dtype) -> tuple[Tensor, Tensor, Tensor]:
+def predict(module: nn.Module, pooled: DSMILOutput | DSMILPooled, dtype) -> tuple[Tensor, Tensor, Tensor]:
     bag = pooled.bag.to(dtype)
     return module.fcc(bag).view(1, -1), ops.attention_weights(pooled).to(dtype), bag
 

@@ -78,7 +78,7 @@ def has(module: nn.Module, *names: str) -> bool:
 
 
 def structure_of(module: nn.Module) -> Structure | None:
-    """By which structure the module is fused; None where it is not, or not yet."""
+    """The structure by which the module is fused; None where it is not, or not yet."""
     return getattr(type(module), "_milkernels_structure", None)
 
 

@@ -10,16 +10,15 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _globals
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from milkernels import ops
+from milkernels._torch import called_hooks, has_global_hooks, has_own, is_traceable_wrapper_subclass
 from milkernels.bags import Bags
 from milkernels.dtypes import compute_dtype_of, result_dtype
-from milkernels.ops.embedding import InstanceEmbedding, embed_instances
+from milkernels.layers import Embed
+from milkernels.ops.embedding import embed_instances
 from milkernels.results import Pooled
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ACTIVATIONS = {nn.Tanh: "tanh", nn.ReLU: "relu", nn.Identity: "identity"}
 
 
@@ -38,14 +37,14 @@ def refuse(reason: str) -> NoReturn:
 
 def check_plain(name: str, module: nn.Module) -> None:
     """Calling the module runs the forward of its class, with the parameters it registered, and no hook."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if called_hooks(module):
         refuse(f"{name} has hooks")
     if "forward" in module.__dict__:
         refuse(f"the forward of {name} was replaced")
 
 
 def check_global_hooks() -> None:
-    if any(getattr(_globals, f"_global{hooks}") for hooks in _HOOKS):
+    if has_global_hooks():
         refuse("hooks for all modules are registered")
 
 
@@ -59,7 +58,7 @@ def check_tensors(*values: Any) -> None:
 
 
 def exactly(name: str, module: nn.Module, *types: type) -> None:
-    """Of one of these types, no subclass: parametrizations, quantized layers and adapters are subclasses or others."""
+    """Refuses a module of another type or a subclass: so are parametrizations, quantized layers and adapters."""
     if original_class(module) not in types:
         refuse(f"{name} is {type(module).__name__}, not {' or '.join(t.__name__ for t in types)}")
     check_plain(name, module)
@@ -68,7 +67,7 @@ def exactly(name: str, module: nn.Module, *types: type) -> None:
 def linear(name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight and bias.  Those that weight_norm or pruning refreshes in a hook are no registered parameters."""
     exactly(name, module, nn.Linear)
-    if "weight" not in module._parameters or "bias" not in module._parameters:
+    if not has_own(module, "weight", "bias"):
         refuse(f"{name} has a weight that is computed")
     check_tensors(module.weight)
     return module.weight, module.bias
@@ -95,7 +94,7 @@ class Embedding(NamedTuple):
     """What is in front of an aggregator: layers that are called as they are, then the one that its ops take."""
 
     called: Sequence[nn.Module] = ()
-    embed: InstanceEmbedding | None = None
+    embed: Embed | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """What the ops take beside ``embed``."""
@@ -104,12 +103,18 @@ class Embedding(NamedTuple):
         return x
 
     @property
+    def in_dim(self) -> int | None:
+        """What ``embed`` takes, None where there is none."""
+        return None if self.embed is None else self.embed.linear[0].shape[1]
+
+    @property
     def parameters(self) -> tuple[Tensor | None, ...]:
-        return () if self.embed is None else self.embed[:2]
+        """Weight and bias of ``embed``, if there is one."""
+        return () if self.embed is None else self.embed.linear
 
 
 def embedding(*layers: nn.Module) -> Embedding:
-    """Of layers that follow each other, or of one Sequential, that end in ``Linear[, activation][, Dropout]``.
+    """The embedding that layers, or one Sequential, are if they end in ``Linear[, activation][, Dropout]``.
 
     Nothing is refused: where the end is anything else, or more than it seems, all of them are called as they are.
     """
@@ -131,7 +136,7 @@ def without_called(module: nn.Module) -> nn.Module:
     return nn.Sequential(*list(module)[len(called) :]) if called else module
 
 
-def _last_layer(layers: Sequence[nn.Module]) -> tuple[int, InstanceEmbedding | None]:
+def _last_layer(layers: Sequence[nn.Module]) -> tuple[int, Embed | None]:
     """Where it starts, and what it is: ``Linear[, activation][, Dropout]``, or ``Linear, Dropout, ReLU``."""
     start, act, p = len(layers), "identity", 0.0
 
@@ -149,7 +154,7 @@ def _last_layer(layers: Sequence[nn.Module]) -> tuple[int, InstanceEmbedding | N
         p = dropout("the Dropout", layers[start])
     if not ends_with(nn.Linear):
         return start, None
-    return start - 1, InstanceEmbedding(*linear("the Linear", layers[start - 1]), act, p)
+    return start - 1, Embed(linear("the Linear", layers[start - 1]), act, p)
 
 
 class Branch(NamedTuple):
@@ -162,7 +167,7 @@ class Branch(NamedTuple):
 
 
 def branch(name: str, module: nn.Module) -> Branch:
-    """Of ``Sequential(Linear, activation[, Dropout])``; the activation of a gate's second branch is "sigmoid"."""
+    """``Sequential(Linear, activation[, Dropout])`` as a branch; a gate's second one has the activation "sigmoid"."""
     layers = children(name, module)
     if not 2 <= len(layers) <= 3:
         refuse(f"{name} has {len(layers)} layers, not Linear, activation and perhaps Dropout")
@@ -190,9 +195,8 @@ class Gate(NamedTuple):
 
     @property
     def in_dim(self) -> int:
-        """Of what its ops take, which is embedded by them."""
-        embed = self.embedding.embed
-        return (self.v_weight if embed is None else embed.weight).shape[1]
+        """The width of what its ops take, which is embedded by them."""
+        return self.embedding.in_dim or self.v_weight.shape[1]
 
     @property
     def heads(self) -> int:
@@ -207,8 +211,8 @@ class Gate(NamedTuple):
     def _arguments(self) -> tuple[Any, Any, tuple, dict]:
         options = {"activation": self.activation, "dropout_p": self.dropout_p, "embed": self.embedding.embed}
         if self.u_weight is None:
-            return ops.attention_scores, ops.attention_pool, self[:2] + self[4:6], options
-        return ops.gated_attention_scores, ops.gated_attention_pool, self[:6], options
+            return ops.attention_scores, ops.attention_pool, (self[:2], self[4:6]), options
+        return ops.gated_attention_scores, ops.gated_attention_pool, (self[:2], self[2:4], self[4:6]), options
 
     def scores(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         op, _, parameters, options = self._arguments()
@@ -219,7 +223,7 @@ class Gate(NamedTuple):
         return op(x, *parameters, offsets, mask=mask, seed=seed, **options)
 
     def seed(self, x: Tensor) -> Tensor | None:
-        """Of a pooling whose embedded instances something else reads as well: the same units are dropped there."""
+        """A seed for a pooling whose embedded instances are read elsewhere too: the same units are dropped there."""
         drops = self.embedding.embed is not None and self.embedding.embed.dropout_p > 0
         return torch.randint(2**63 - 1, (1,), device=x.device) if drops else None
 
@@ -237,7 +241,7 @@ def gate_of(v: Branch, u: Branch | None, w: tuple[Tensor, Tensor | None]) -> Gat
 
 
 def scorer(name: str, module: nn.Module) -> Gate:
-    """Of ``Sequential(Linear, activation[, Dropout], Linear)``."""
+    """The gate that ``Sequential(Linear, activation[, Dropout], Linear)`` is."""
     layers = children(name, module)
     if not 3 <= len(layers) <= 4:
         refuse(f"{name} has {len(layers)} layers, not Linear, activation, perhaps Dropout, and Linear")
@@ -258,7 +262,7 @@ def is_score_network(module: nn.Module) -> bool:
 
 def their_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
     """The type in which eager layers with these parameters return: that of autocast, or the promoted one."""
-    return compute_dtype_of(x) or result_dtype(x, *parameters)
+    return compute_dtype_of(x) or result_dtype(x, parameters)
 
 
 def masked_dtype(dtype: torch.dtype, mask: Tensor | None) -> torch.dtype:

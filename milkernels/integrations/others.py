@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from milkernels import ops
+from milkernels._torch import has_own
 from milkernels.integrations.abmil import flat_features, image_embedding, image_features
 from milkernels.integrations.engine import Structure, has, register
 from milkernels.integrations.layers import (
@@ -54,7 +55,7 @@ class LossAttention(Structure):
             return NotImplemented
         weight, bias, front = parts
         h = front(image_features(module, x))
-        pooled = ops.loss_attention_pool(h, weight, bias, embed=front.embed)
+        pooled = ops.loss_attention_pool(h, (weight, bias), embed=front.embed)
         dtype = their_dtype(h, weight, bias, *front.parameters)
         weights = ops.attention_weights(pooled).to(dtype).squeeze()
         return module.linear(pooled.bag[0].to(dtype)), pooled.logits.to(dtype), weights
@@ -138,8 +139,8 @@ class AttentionalAggregation(Structure):
 
     def parts(self, module: nn.Module) -> _Aggregation:
         network = module.gate_nn if module.gate_mlp is None else module.gate_mlp
-        given = [m._parameters.get("weight") for m in network.modules()]  # nothing is computed, as parametrizations do
-        weights = [weight for weight in given if weight is not None and weight.ndim == 2]
+        own = [m.weight for m in network.modules() if has_own(m, "weight")]  # not what parametrizations compute
+        weights = [weight for weight in own if weight is not None and weight.ndim == 2]
         if not weights or weights[-1].shape[0] != 1:
             refuse("its gate has not one score per instance")
         gate = None

@@ -96,7 +96,7 @@ def _compare(module: nn.Module, structure: Any, example: Example, values: bool) 
 
 
 def _seed(module: nn.Module) -> None:
-    """Of the generators that were put aside: ``torch.manual_seed`` would seed those of all devices."""
+    """Seeds the generators that were put aside: ``torch.manual_seed`` would seed those of all devices."""
     torch.default_generator.manual_seed(0)
     parameter = next(module.parameters())
     if parameter.is_cuda:

@@ -20,7 +20,7 @@ row per instance has one per row of the flattened batch, padding included.
 >>> ABMIL(512, num_classes=3)(bags).logits.shape
 torch.Size([2, 3])
 
-**Embedding.**  `AttentionPool`, `DSMIL` and `LossAttention` take ``embed``, an `InstanceEmbedding`, as their ops do:
+**Embedding.**  `AttentionPool`, `DSMIL` and `LossAttention` take ``embed``, an `Embed`, as their ops do:
 the layer in front of them, whose width is their ``in_dim`` then and whose ``dropout_p`` acts as given.  The models hand
 the last Linear, ReLU and Dropout of their ``embed`` over so; where one of these was replaced or has hooks they call it.
 

@@ -6,15 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as _globals
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from milkernels import ops, results
+from milkernels._torch import called_hooks, has_global_hooks, has_own, is_traceable_wrapper_subclass
 from milkernels.arguments import DTYPES, check_choice, check_count, check_share, check_type
 from milkernels.dtypes import compute_dtype_of
+from milkernels.layers import Embed
 from milkernels.nn.pools import DSMIL, AttentionPool, Instances, LossAttention, ragged
 from milkernels.ops.classical import check_exponent
-from milkernels.ops.embedding import InstanceEmbedding
 from milkernels.ragged import checked_mask
 
 Dims = int | Sequence[int] | None
@@ -40,7 +39,7 @@ class DSMILPrediction(NamedTuple):
     logits: Tensor  # [B, C]  both streams, weighted
     bag_logits: Tensor  # [B, C]  the second stream
     instance_logits: Tensor  # [B, C]  the first stream: each bag's maximum, -inf for an empty bag
-    pooled: results.DSMIL
+    pooled: results.DSMILOutput
 
 
 # Embedding
@@ -84,8 +83,8 @@ def _embed(
 def _pooled(pool: nn.Module, embed: nn.Module, x, offsets, mask, in_dim: int):
     """What ``pool`` makes of the embedded bags.  The last layer of the embedding is handed to it, where calling that
     layer would do no more than its parameters say: then its output is never stored."""
-    stage = _stage(embed) if _is_plain(pool, AttentionPool, DSMIL, LossAttention) else None
-    if stage is None:
+    last = _last_layer(embed) if _is_plain(pool, AttentionPool, DSMIL, LossAttention) else None
+    if last is None:
         return pool(*_embed(embed, x, offsets, mask, in_dim, pool))
     values, offsets, mask = ragged(x, offsets, mask, in_dim)
     before = list(embed)[:-3]
@@ -94,7 +93,7 @@ def _pooled(pool: nn.Module, embed: nn.Module, x, offsets, mask, in_dim: int):
         values, mask = _cleared(values, mask)
     for layer in before:
         values = layer(values)
-    return pool(values, offsets, mask, embed=stage)
+    return pool(values, offsets, mask, embed=last)
 
 
 def _check_type(x: Tensor, layer: nn.Module) -> None:
@@ -108,32 +107,22 @@ def _check_type(x: Tensor, layer: nn.Module) -> None:
         raise TypeError(f"x must be of the type of the parameters, {weight.dtype}; got {x.dtype}: convert one of them")
 
 
-def _stage(embed: nn.Module) -> InstanceEmbedding | None:
-    """Its last Linear, ReLU and Dropout as the instance stage of an op; None where they are not just these."""
-    if not _is_plain(embed, nn.Sequential) or len(embed) < 3 or _global_hooks():
+def _last_layer(embed: nn.Module) -> Embed | None:
+    """Its last Linear, ReLU and Dropout as the ``embed`` of an op; None where they are not just these."""
+    if not _is_plain(embed, nn.Sequential) or len(embed) < 3 or has_global_hooks():
         return None
     linear, relu, dropout = list(embed)[-3:]
     if not (_is_plain(linear, nn.Linear) and _is_plain(relu, nn.ReLU) and _is_plain(dropout, nn.Dropout)):
         return None
-    if not linear._parameters.keys() >= {"weight", "bias"} or is_traceable_wrapper_subclass(linear.weight):
+    if not has_own(linear, "weight", "bias") or is_traceable_wrapper_subclass(linear.weight):
         return None  # computed before each call, or sharded or quantized
-    return InstanceEmbedding(linear.weight, linear.bias, "relu", dropout.p if dropout.training else 0.0)
+    return Embed((linear.weight, linear.bias), "relu", dropout.p if dropout.training else 0.0)
 
 
 def _is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Calling the module runs the forward of one of these classes and no hook; parametrizations, adapters and quantized
     layers are of other classes."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) in kinds and not hooks and "forward" not in module.__dict__
-
-
-def _global_hooks() -> bool:
-    return bool(
-        _globals._global_forward_hooks
-        or _globals._global_forward_pre_hooks
-        or _globals._global_backward_hooks
-        or _globals._global_backward_pre_hooks
-    )
+    return type(module) in kinds and not called_hooks(module) and "forward" not in module.__dict__
 
 
 def _cleared(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -290,7 +279,7 @@ def _pool(pooling: str, x: Tensor, bags: _Ragged, r: float | None) -> Tensor:
 
 
 def _log_sum_exp(z: Tensor, bags: _Ragged) -> Tensor:
-    """Of each bag, over its instances: ``[B, C]``."""
+    """The log-sum-exp over the instances of each bag: ``[B, C]``."""
     offsets, mask = bags
     return ops.softmax_pool(z[:, :1], z, offsets, mask=mask).lse
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from milkernels import ops, results
 from milkernels.arguments import check_choice, check_count, check_flag, check_instances, check_number, check_share
 from milkernels.bags import Bags
-from milkernels.ops.embedding import ACTIVATIONS, Embed
+from milkernels.layers import ACTIVATIONS, Embed
 
 Instances = Tensor | Bags
 Seed = Tensor | int | None
@@ -60,7 +60,7 @@ class _Linears(nn.Module):
 
     in_dim: int
 
-    def _width(self, embed: Embed) -> int | None:
+    def _width(self, embed: Embed | None) -> int | None:
         """Features that the instances have to have; None where those of their embedding count, which the op checks."""
         return self.in_dim if embed is None else None
 
@@ -142,17 +142,17 @@ class AttentionPool(_Linears):
         offsets: Tensor | None = None,
         mask: Tensor | None = None,
         *,
-        embed: Embed = None,
+        embed: Embed | None = None,
         seed: Seed = None,
     ) -> results.Pooled:
         """``Pooled(bag [B, K, L], scores [N, K], lse [B, K])``; ``seed`` fixes what dropout drops."""
         values, offsets, mask = ragged(x, offsets, mask, self._width(embed))
-        pool, gate = ops.attention_pool, ()
+        v, w = (self.v_weight, self.v_bias), (self.w_weight, self.w_bias)
+        options = {"activation": self.activation, "dropout_p": self.dropout if self.training else 0.0}
+        options |= {"seed": seed, "embed": embed, "mask": mask}
         if self.gated:
-            pool, gate = ops.gated_attention_pool, (self.u_weight, self.u_bias)
-        parameters = (self.v_weight, self.v_bias, *gate, self.w_weight, self.w_bias)
-        options = {"dropout_p": self.dropout if self.training else 0.0, "seed": seed, "embed": embed, "mask": mask}
-        return pool(values, *parameters, offsets, activation=self.activation, **options)
+            return ops.gated_attention_pool(values, v, (self.u_weight, self.u_bias), w, offsets, **options)
+        return ops.attention_pool(values, v, w, offsets, **options)
 
     def extra_repr(self) -> str:
         sizes = ("in_dim", "hidden_dim", "heads")
@@ -242,20 +242,21 @@ class DSMIL(_Linears):
         offsets: Tensor | None = None,
         mask: Tensor | None = None,
         *,
-        embed: Embed = None,
+        embed: Embed | None = None,
         seed: Seed = None,
-    ) -> results.DSMIL:
-        """``DSMIL(bag [B, C, Lv], scores [N, C], lse, critical, values [B, C], logits [N, C])``; ``seed`` fixes what
-        dropout drops."""
+    ) -> results.DSMILOutput:
+        """``DSMILOutput(bag [B, C, Lv], scores [N, C], lse, critical, values [B, C], logits [N, C])``; ``seed`` fixes
+        what dropout drops."""
         values, offsets, mask = ragged(x, offsets, mask, self._width(embed))
         options = {"seed": seed, "embed": embed, "scale": self.scale, "mask": mask}
         if self.nonlinear_query:
-            options |= {"q2_weight": self.q2_weight, "q2_bias": self.q2_bias}
+            options |= {"q2": (self.q2_weight, self.q2_bias)}
         if self.value:
-            options |= {"v_weight": self.v_weight, "v_bias": self.v_bias}
-            options |= {"v_activation": None if self.value == "linear" else self.value}
-            options |= {"v_dropout_p": self.value_dropout if self.training else 0.0}
-        return ops.dsmil(values, self.weight, self.bias, self.q_weight, self.q_bias, offsets, **options)
+            options |= {"value": (self.v_weight, self.v_bias)}
+            options |= {"value_activation": None if self.value == "linear" else self.value}
+            options |= {"value_dropout_p": self.value_dropout if self.training else 0.0}
+        classifier, q = (self.weight, self.bias), (self.q_weight, self.q_bias)
+        return ops.dsmil(values, classifier, q, offsets, **options)
 
     def extra_repr(self) -> str:
         value = ("value_dim", "value_dropout") if self.value else ()
@@ -292,14 +293,14 @@ class LossAttention(_Linears):
         offsets: Tensor | None = None,
         mask: Tensor | None = None,
         *,
-        embed: Embed = None,
+        embed: Embed | None = None,
         seed: Seed = None,
     ) -> results.LossAttentionPooled:
         """``LossAttentionPooled(bag [B, 1, L], scores [N, 1], lse [B, 1], logits [N, C])``; ``seed`` fixes what the
         dropout of ``embed`` drops."""
         values, offsets, mask = ragged(x, offsets, mask, self._width(embed))
         options = {"seed": seed, "embed": embed, "mask": mask}
-        return ops.loss_attention_pool(values, self.weight, self.bias, offsets, **options)
+        return ops.loss_attention_pool(values, (self.weight, self.bias), offsets, **options)
 
     def extra_repr(self) -> str:
         return f"{self._describe('in_dim', 'num_classes')}, bias={self.bias is not None}"

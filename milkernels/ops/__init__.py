@@ -2,9 +2,9 @@
 
 Conventions of all of them:
 
-- **Bags.**  ``x [N, L]`` holds the instances of all bags back to back.  ``offsets [B + 1]``, int32 or int64
-  on the device of ``x``, starts at 0, never decreases and ends at N.  Bag b is
-  ``x[offsets[b]:offsets[b + 1]]`` and may be empty.  ``offsets=None`` is one bag.  Offsets on the CPU are
+- **Bags.**  ``x`` is `Bags`, which carry what follows, or a tensor: ``x [N, L]`` holds the instances of all bags
+  back to back.  ``offsets [B + 1]``, int32 or int64 on the device of ``x``, starts at 0, never decreases and ends at
+  N.  Bag b is ``x[offsets[b]:offsets[b + 1]]`` and may be empty.  ``offsets=None`` is one bag.  Offsets on the CPU are
   checked; elsewhere and under tracing wrong offsets give wrong numbers.
 - **Mask.**  ``mask [N]``, bool or 0/1 of any type, non-zero = real.  A masked instance has weight 0,
   gradient 0 and scores or logits of -inf, whatever its row holds, NaN included.  A given score of -inf
@@ -17,15 +17,16 @@ Conventions of all of them:
   for a half type multiplies in float32.  ``scores``, ``lse`` and ``logits`` come in float32 (float64 if any
   input is), ``bag`` in the promoted type of ``x`` and the parameters.  Gradients come in each tensor's own type.
 - **Layout.**  The rows of ``x`` may have any stride from L on; other layouts are copied by compiled kernels.
-- **Embedding.**  ``embed`` is the layer in front of the aggregator, an `InstanceEmbedding` or a tuple ``(weight [E, L],
-  bias, activation, dropout_p)``: instead of ``x_i`` the op takes ``h_i = drop(act(W x_i + b))``, in the type of matrix
-  products, and L is E for all its other arguments and results.  Compiled kernels make ``h`` tile by tile, again in the
-  backward, and never store it; `embed_instances` gives some of its rows.
+- **Linear layers** are an ``nn.Linear``, a pair ``(weight [out, in], bias [out] or None)``, or a weight.
+- **Embedding.**  ``embed`` is the layer in front of the aggregator, ``Embed(linear, activation, dropout_p)``: instead
+  of ``x_i`` the op takes ``h_i = drop(act(W x_i + b))``, in the type of matrix products, and L is E for all its other
+  arguments and results.  Compiled kernels make ``h`` tile by tile, again in the backward, and never store it;
+  `embed_instances` gives some of its rows.
 - **Dropout.**  ``seed`` is an int64 tensor of one element on the device of ``x``, or an int; None draws it
   from PyTorch's default generator of that device.  The same seed drops the same units on every backend.
 - **Backend.**  ``backend`` is auto, native, triton or reference; None is what ``use_backend`` or
   ``MILKERNELS_BACKEND`` says, auto otherwise.  ``auto`` takes a compiled kernel if one serves the call,
-  else the reference; a backend asked for by name serves the call or raises RuntimeError.
+  else the reference; a backend asked for by name serves the call or raises `BackendUnavailable`.
 - **Transforms.**  Compiled kernels are differentiable once, in reverse mode, by autograd; they work under
   ``torch.compile``, ``torch.export``, ``vmap`` and batched gradients.  Where torch.func (grad, vjp, jvp, jacrev,
   jacfwd, hessian) or forward mode differentiates by an argument, in a jit trace and in an export to ONNX, ``auto``
@@ -36,14 +37,13 @@ Conventions of all of them:
 from milkernels.ops.attention import attention_pool, attention_scores, gated_attention_pool, gated_attention_scores
 from milkernels.ops.classical import generalized_mean_pool, isr_pool, log_sum_exp_pool, noisy_or_pool
 from milkernels.ops.dual_stream import dsmil, dsmil_pool, instance_max
-from milkernels.ops.embedding import InstanceEmbedding, embed_instances
+from milkernels.ops.embedding import embed_instances
 from milkernels.ops.loss_attention import loss_attention_pool
 from milkernels.ops.pooling import max_pool, mean_pool, softmax_pool, weighted_pool
 from milkernels.ops.query import query_pool, query_scores
 from milkernels.ops.scores import attention_weights, segment_softmax, topk_instances
 
 __all__ = [
-    "InstanceEmbedding",
     "attention_pool",
     "attention_scores",
     "attention_weights",

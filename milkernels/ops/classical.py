@@ -41,13 +41,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from milkernels.arguments import check_instances, check_number
+from milkernels.arguments import check_number
+from milkernels.bags import Bags, instances_of
 from milkernels.ops.pooling import max_pool, mean_pool, weighted_pool
-from milkernels.ragged import bag_index, check_offsets, checked_mask
+from milkernels.ragged import bag_index
 
 
 def log_sum_exp_pool(
-    x: Tensor,
+    x: Tensor | Bags,
     offsets: Tensor | None = None,
     *,
     r: float = 1.0,
@@ -63,7 +64,7 @@ def log_sum_exp_pool(
         x: ``[N, C]``, any finite numbers; pooled to ``[B, C]``, 0 for an empty bag.
         r: a finite number above 0; ValueError otherwise.
     """
-    mask = _checked(x, "x", offsets, mask)
+    x, offsets, mask = instances_of(x, offsets, mask)
     check_exponent(r)
     # The result does not depend on what is subtracted, so the maximum needs no gradient.
     top = max_pool(x.detach(), offsets, mask=mask, backend=backend).values.to(_compute_dtype(x))
@@ -74,7 +75,7 @@ def log_sum_exp_pool(
 
 
 def noisy_or_pool(
-    p: Tensor, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
+    p: Tensor | Bags, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
     """``1 - prod_i (1 - p_i)``: the probability that any of independent instances is positive (Maron & Lozano-Perez
     1998, "A Framework for Multiple-Instance Learning"; Viola, Platt, Zhang 2006, "Multiple Instance Boosting for
@@ -87,13 +88,14 @@ def noisy_or_pool(
     Args:
         p: ``[N, C]``, probabilities in [0, 1]; pooled to ``[B, C]``, 0 for an empty bag.
     """
+    p, offsets, mask = instances_of(p, offsets, mask, "p")
     sure, log_none = _sums(lambda p: torch.log1p(-p), p, offsets, mask, backend)
     none = (1 - sure) * log_none.exp()
     return _complement(none, -torch.expm1(log_none)).to(p.dtype)
 
 
 def isr_pool(
-    p: Tensor, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
+    p: Tensor | Bags, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
     """``s / (1 + s)`` with the summed odds ``s = sum_i p_i / (1 - p_i)``: integrated segmentation and recognition
     (Keeler, Rumelhart, Leow 1991, "Integrated Segmentation and Recognition of Hand-Printed Numerals"; Viola et al.
@@ -105,13 +107,14 @@ def isr_pool(
     Args:
         p: ``[N, C]``, probabilities in [0, 1]; pooled to ``[B, C]``, 0 for an empty bag.
     """
+    p, offsets, mask = instances_of(p, offsets, mask, "p")
     sure, odds = _sums(lambda p: p / (1 - p), p, offsets, mask, backend)
     none = (1 - sure) / (1 + (1 - sure) * odds)
     return _complement(none, odds / (1 + odds)).to(p.dtype)
 
 
 def generalized_mean_pool(
-    x: Tensor,
+    x: Tensor | Bags,
     offsets: Tensor | None = None,
     *,
     r: float = 3.0,
@@ -128,7 +131,7 @@ def generalized_mean_pool(
         x: ``[N, C]``, finite numbers from 0 on; pooled to ``[B, C]``, 0 for an empty bag.
         r: a finite number above 0; ValueError otherwise.
     """
-    mask = _checked(x, "x", offsets, mask)
+    x, offsets, mask = instances_of(x, offsets, mask)
     check_exponent(r)
     if r == 1:
         return mean_pool(x, offsets, mask=mask, backend=backend)
@@ -142,14 +145,6 @@ def generalized_mean_pool(
     mean = mean_pool(power, offsets, mask=mask, backend=backend)
     zero = mean == 0
     return (top * mean.masked_fill(zero, 1).pow(1 / r)).masked_fill(zero, 0).to(x.dtype)
-
-
-def _checked(x: Tensor, name: str, offsets: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """The mask as bool, after the checks of what all functions here take."""
-    check_instances(x, name)
-    if offsets is not None:
-        check_offsets(offsets, x.shape[0], x.device)
-    return checked_mask(mask, x)
 
 
 def check_exponent(r: float) -> None:
@@ -180,7 +175,6 @@ def _sums(term: Callable[[Tensor], Tensor], p: Tensor, offsets, mask, backend) -
     1 and carries it: ``1 - sure`` has the value and the gradient of ``1 - p`` for the one p that is 1.  For two of
     them or more it is constant, as their product is in first order.
     """
-    mask = _checked(p, "p", offsets, mask)
     p = _without_masked(p, mask).to(_compute_dtype(p))  # 0 adds nothing to either sum
     ones, certain = p.new_ones((p.shape[0], 1)), p == 1
     sure, total = (

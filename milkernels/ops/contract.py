@@ -22,15 +22,14 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from milkernels import _torch, backends
+from milkernels import triton as adapter
 from milkernels.dtypes import accumulation_dtype
 
 _LIBRARY = torch.library.Library("milkernels", "DEF")
 FORWARDS: list["Forward"] = []  # every op that was declared
-EMBEDDED: set[str] = set()  # ops that have an instance stage
-_REGISTERED: dict[str, tuple] = {}  # by ``name_fwd.backend``: the op, its autograd function, its `Arguments`
+EMBEDDED: set[str] = set()  # ops that take an embedding
 
 
 class Arguments:
@@ -112,6 +111,10 @@ class Backward:
     outputs: str  # that have a gradient
     options: tuple[str, ...] = ()
 
+    @property
+    def full_name(self) -> str:
+        return f"{self.name}_bwd"
+
     @cached_property
     def _saves(self) -> list[str]:
         """As `Arguments` takes them."""
@@ -146,6 +149,10 @@ class Forward:
     indices: str = ""  # outputs of int64
     typed: str = ""  # outputs in the type of the first input; the others accumulate in float32, float64 for float64
 
+    @property
+    def full_name(self) -> str:
+        return f"{self.name}_fwd"
+
     @cached_property
     def arguments(self) -> Arguments:
         return Arguments(_declared(self.inputs, ", "))
@@ -160,7 +167,7 @@ def num_bags(offsets: Tensor | None) -> int:
 
 
 def pooled_width(x, e_weight=None):
-    """Of what is pooled."""
+    """The width of the instances that an op pools, embedded or not."""
     return x.shape[1] if e_weight is None else e_weight.shape[0]
 
 
@@ -218,15 +225,6 @@ def _backward_fake(op: Backward):
 # Autograd
 
 
-def _op(name: str, backend: str) -> torch._ops.OpOverload:
-    return getattr(getattr(torch.ops.milkernels, name), backend)
-
-
-def _below_autograd(op: torch._ops.OpOverload, arguments):
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
-
-
 def _requires_grad(inputs, tensors: Sequence[int]) -> bool:
     for i in tensors:  # noqa: SIM110, a generator takes three times as long
         if inputs[i] is not None and inputs[i].requires_grad:
@@ -237,39 +235,42 @@ def _requires_grad(inputs, tensors: Sequence[int]) -> bool:
 def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function]:
     """The forward as a function whose backward is an op of its own, so that a compiler sees one node."""
     backward, names, outputs = op.backward, op.arguments.names, op.outputs.split()
-    forward_op, backward_op = _op(op.name + "_fwd", backend), _op(backward.name + "_bwd", backend)
+    forward_op, backward_op = _overload(f"{op.name}_fwd", backend), _overload(f"{backward.name}_bwd", backend)
     grouped, grouped_saves = op.arguments.grouped, backward.arguments.grouped
     options = [names.index(option.split()[-1]) for option in backward.options]
-    graded = [outputs.index(name) if name in outputs else None for name in backward.outputs.split()]
-    fixed = [i for i, name in enumerate(outputs) if name not in backward.outputs.split()]
+    grad_outputs = [outputs.index(name) if name in outputs else None for name in backward.outputs.split()]
+    non_differentiable = [i for i, name in enumerate(outputs) if name not in backward.outputs.split()]
     # An input of another name than its saved form is the output of that name: the scores of softmax_pool.
-    inputs_of = [names.index(name if name in names else "given") for name in backward.inputs.split()]
-    whence = [
-        ("output", outputs.index(name)) if name in outputs else ("input", names.index(name)) if name in names else None
+    differentiable = [names.index(name if name in names else "given") for name in backward.inputs.split()]
+    # Where what is saved comes from, as places in (inputs, outputs); None for what this op of several does not have.
+    values = [*names, *outputs]
+    saved_sources = [
+        len(names) + outputs.index(name) if name in outputs else values.index(name) if name in values else None
         for name in backward.saved
     ]
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            result = _below_autograd(forward_op, grouped(inputs))
+            with _torch.below_autograd():
+                result = forward_op(*grouped(inputs))
             results = result if isinstance(result, tuple) else (result,)
-            sources = {"input": inputs, "output": results}
+            known = (*inputs, *results)
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*(place and sources[place[0]][place[1]] for place in whence))
-            ctx.mark_non_differentiable(*(results[i] for i in fixed))
+            ctx.save_for_backward(*[None if i is None else known[i] for i in saved_sources])
+            ctx.mark_non_differentiable(*[results[i] for i in non_differentiable])
             ctx.options = [inputs[i] for i in options]
             return result
 
         @staticmethod
         def backward(ctx, *grads):
             found = [None] * len(names)
-            grads = [None if i is None else grads[i] for i in graded]
+            grads = [None if i is None else grads[i] for i in grad_outputs]
             if any(g is not None for g in grads):
-                needs = [ctx.needs_input_grad[i] for i in inputs_of]
+                needs = [ctx.needs_input_grad[i] for i in differentiable]
                 results = backward_op(*grouped_saves((*ctx.saved_tensors, *ctx.options, *grads, needs)))
                 results = (results,) if isinstance(results, Tensor) else results
-                for i, gradient, need in zip(inputs_of, results, needs, strict=True):
+                for i, gradient, need in zip(differentiable, results, needs, strict=True):
                     found[i] = gradient if need else None
             return tuple(found)
 
@@ -278,12 +279,13 @@ def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function
 
 
 def _backward_function(op: Backward, backend: str) -> type[torch.autograd.Function]:
-    backward_op = _op(op.name + "_bwd", backend)
+    backward_op = _overload(f"{op.name}_bwd", backend)
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            return _below_autograd(backward_op, op.arguments.grouped(inputs))
+            with _torch.below_autograd():
+                return backward_op(*op.arguments.grouped(inputs))
 
         @staticmethod
         def backward(ctx, *grads):
@@ -303,12 +305,12 @@ def _batching_rule(op: torch._ops.OpOverload):
     """One call for each slice. PyTorch's own fallback is this too, but does not look into lists."""
 
     def rule(info, in_dims, *arguments):
-        operands, spec = pytree.tree_flatten(arguments)
-        dims = pytree.tree_leaves(in_dims)  # None, which is a leaf too, for what is the same in all slices
+        operands, spec = _torch.pytree.tree_flatten(arguments)
+        dims = _torch.pytree.tree_leaves(in_dims)  # None, which is a leaf too, for what is the same in all slices
         slices = []
         for i in range(info.batch_size):
             leaves = [_sliced(operand, dim, i) for operand, dim in zip(operands, dims, strict=True)]
-            slices.append(op(*pytree.tree_unflatten(leaves, spec)))
+            slices.append(op(*_torch.pytree.tree_unflatten(leaves, spec)))
         if isinstance(slices[0], Tensor):
             return torch.stack(slices), 0
         return tuple(torch.stack(parts) for parts in zip(*slices, strict=True)), (0,) * len(slices[0])
@@ -319,51 +321,69 @@ def _batching_rule(op: torch._ops.OpOverload):
 # Registration
 
 
-def _register(name: str, backend: str, op: Forward | Backward, fake, function_of) -> None:
-    """Defines one op of one backend. torch.library.register_autograd would do, but it rebuilds the argument list from
-    the schema on every call: 90 us a call against 40 us, which bags of a few instances feel."""
-    overload = f"{name}.{backend}"
-    _LIBRARY.define(overload + op.schema(), tags=(torch.Tag.pt2_compliant_tag,))
-    kernel, function, given = _op(name, backend), function_of(op, backend), op.arguments
+def declare(*ops: Forward, triton: str) -> None:
+    """Registers ops, the backwards that they share, and Triton's kernels for them: those of ``milkernels.triton``'s
+    module of that name.  Kernels in C++ register themselves when their module is loaded."""
+    FORWARDS.extend(ops)
+    EMBEDDED.update(op.name for op in ops if "e_weight" in op.arguments.names)
+    backwards = dict.fromkeys(op.backward for op in ops)
+    for backend in backends.KERNELS:
+        for op in (*ops, *backwards):
+            _define(op, backend)
+        for op in ops:
+            function = _forward_function(op, backend)
+            _implement(op, backend, _forward_fake(op), function)
+            _CALLS[op.name, backend] = _overload(op.full_name, backend), function, op.arguments
+        for op in backwards:
+            _implement(op, backend, _backward_fake(op), _backward_function(op, backend))
+    for op in (*ops, *backwards):
+        adapter.register(op.full_name, triton)
+
+
+_CALLS: dict[tuple[str, str], tuple] = {}  # by (op, backend): the forward, its autograd function, its arguments
+
+
+def _overload(name: str, backend: str) -> torch._ops.OpOverload:
+    return getattr(getattr(torch.ops.milkernels, name), backend)
+
+
+def _define(op: Forward | Backward, backend: str) -> None:
+    _LIBRARY.define(f"{op.full_name}.{backend}{op.schema()}", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _implement(op: Forward | Backward, backend: str, fake, function: type[torch.autograd.Function]) -> None:
+    """Autograd and fake of one op of one backend. torch.library.register_autograd would do, but it rebuilds the
+    argument list from the schema on every call: 90 us a call against 40 us, which bags of a few instances feel."""
+    overload, declared = _overload(op.full_name, backend), op.arguments
 
     def autograd_kernel(*arguments):
         if _torch.transforming():
-            inputs = given.flat(arguments)
-            tensors = [inputs[i] for i in given.tensors if inputs[i] is not None]
+            inputs = declared.flat(arguments)
+            tensors = [inputs[i] for i in declared.tensors if inputs[i] is not None]
             if any(_torch.differentiated(t) for t in tensors):
-                raise RuntimeError(f"milkernels: {name}: {backends.DIFFERENTIATED_ONCE}")
+                raise RuntimeError(f"milkernels: {op.full_name}: {backends.DIFFERENTIATED_ONCE}")
         if torch.is_grad_enabled():
-            inputs = given.flat(arguments)
-            if _requires_grad(inputs, given.tensors):
+            inputs = declared.flat(arguments)
+            if _requires_grad(inputs, declared.tensors):
                 return function.apply(*inputs)
-        return _below_autograd(kernel, arguments)
+        with _torch.below_autograd():
+            return overload(*arguments)
 
-    _LIBRARY.impl(overload, autograd_kernel, "Autograd")
-    torch.library.register_fake(f"milkernels::{overload}", fake, lib=_LIBRARY)
-    torch.library.register_vmap(f"milkernels::{overload}", _batching_rule(kernel), lib=_LIBRARY)
-    _REGISTERED[overload] = kernel, function, given
-
-
-def declare(*ops: Forward) -> None:
-    """Registers ops, and the backwards that they share."""
-    FORWARDS.extend(ops)
-    EMBEDDED.update(op.name for op in ops if "e_weight" in op.arguments.names)
-    for backend in backends.KERNELS:
-        for backward in dict.fromkeys(op.backward for op in ops):
-            _register(f"{backward.name}_bwd", backend, backward, _backward_fake(backward), _backward_function)
-        for op in ops:
-            _register(f"{op.name}_fwd", backend, op, _forward_fake(op), _forward_function)
+    _LIBRARY.impl(f"{op.full_name}.{backend}", autograd_kernel, "Autograd")
+    torch.library.register_fake(f"milkernels::{op.full_name}.{backend}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"milkernels::{op.full_name}.{backend}", _batching_rule(overload), lib=_LIBRARY)
 
 
 def call(op: str, backend: str, *inputs, embed: tuple = NO_EMBEDDING):
     """The outputs of ``<op>_fwd``, both in the order declared above, the inputs flat; scores and sums in the
     accumulation type."""
-    kernel, function, given = _REGISTERED[f"{op}_fwd.{backend}"]
+    overload, function, declared = _CALLS[op, backend]
     if op in EMBEDDED:
         inputs = (*inputs, *embed)
-    if torch.compiler.is_compiling() or _torch.transforming():
-        return kernel(*given.grouped(inputs))
+    if not _torch.eager():
+        return overload(*declared.grouped(inputs))
     # What the kernel of autograd does, without the way there: the dispatcher makes every argument twice.
-    if torch.is_grad_enabled() and _requires_grad(inputs, given.tensors):
+    if torch.is_grad_enabled() and _requires_grad(inputs, declared.tensors):
         return function.apply(*inputs)
-    return _below_autograd(kernel, given.grouped(inputs))
+    with _torch.below_autograd():
+        return overload(*declared.grouped(inputs))

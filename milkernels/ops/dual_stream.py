@@ -1,13 +1,14 @@
 """DSMIL (Li, Li, Eliceiri 2021, "Dual-stream Multiple Instance Learning Network for Whole Slide Image Classification
-with Self-supervised Contrastive Learning").
-"""
+with Self-supervised Contrastive Learning"): its two streams, and both in one op."""
 
 import torch
 from torch import Tensor
 
 from milkernels import backends
-from milkernels.arguments import check_choice, check_linear, check_number, check_per_row
-from milkernels.dtypes import compute_dtype_of, result_dtype, types_of, without_autocast
+from milkernels.arguments import check_choice, check_number, check_per_row
+from milkernels.bags import Bags, instances_of
+from milkernels.dtypes import compute_dtype_of, product_dtypes, result_dtype, without_autocast
+from milkernels.layers import ACTIVATIONS, Embed, Linear, as_linear
 from milkernels.ops.contract import (
     BAGS,
     EMBED,
@@ -23,153 +24,222 @@ from milkernels.ops.contract import (
     pooled_width,
 )
 from milkernels.ops.dropout import DROP_VALUE, dropout
-from milkernels.ops.embedding import ACTIVATIONS, Embed, stage_of
+from milkernels.ops.embedding import embedding_of
 from milkernels.ops.segments import INF, Segments, gather, rows_at
 from milkernels.ops.trilinear import Score, dead_rows, linear, masked_scores, pooled_by_softmax, without_masked
-from milkernels.ragged import check_bags, checked_mask, for_kernels
-from milkernels.results import DSMIL, DSMILPooled, InstanceMax
+from milkernels.ragged import for_kernels
+from milkernels.results import DSMILOutput, DSMILPooled, InstanceMax
 
 
 def instance_max(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
+    x: Tensor | Bags,
+    classifier: Linear,
     offsets: Tensor | None = None,
     *,
     seed: Tensor | int | None = None,
-    embed: Embed = None,
+    embed: Embed | None = None,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> InstanceMax:
-    """The first stream of DSMIL: ``logits[i] = W x_i + b``, and their maximum in each bag and class.
+    """The first stream of DSMIL: ``logits[i] = W x_i + b``, and their maximum in each bag and class (Li et al. 2021,
+    eq. 3).
 
-    ``weight [C, L]``, ``bias [C]`` or None.  ``values`` of an empty bag are -inf; a logit of -inf is never
-    picked.  The gradient of a value goes to the instance at its index.
+    Args:
+        x: ``[N, L]``, the instances of all bags back to back, or `Bags`.
+        classifier: W ``[C, L]`` and b ``[C]``: an ``nn.Linear``, a pair ``(weight, bias or None)``, or a weight.
+        offsets: ``[B + 1]``, where each bag begins; None: one bag.
+        seed: of the embedding's dropout, an int64 tensor of one element on the device of ``x`` or an int; None draws
+            it from PyTorch's generator.
+        embed: the layer in front, an `Embed` whose E takes the place of L, or None.
+        mask: ``[N]``, non-zero = a real instance; None: all are.
+        backend: auto, native, triton or reference; None: what `use_backend` says.
+
+    Returns:
+        ``InstanceMax(values [B, C], indices [B, C], logits [N, C])``: values of an empty bag are -inf, indices are
+        rows of ``x`` or -1; the lowest of equal ones wins, and a logit of -inf is never picked.  The gradient of a
+        value goes to the instance at its index.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device; the message names it and what it got.
+        BackendUnavailable: the backend asked for by name cannot serve the call.
+
+    >>> import torch
+    >>> from milkernels import instance_max
+    >>> instance_max(torch.tensor([[1.0], [3.0], [2.0]]), torch.ones(1, 1)).indices
+    tensor([[1]])
     """
-    check_bags(x, offsets)
-    stage = stage_of(x, embed, seed)
-    check_linear("", weight, bias, stage.width, x)
-    mask = checked_mask(mask, x)
-    backend = backends.choose("instance_max", x, weight, bias, *stage.parameters, requested=backend)
+    x, offsets, mask = instances_of(x, offsets, mask)
+    embedding, _ = embedding_of(x, embed, seed)
+    weights = as_linear("classifier", classifier, embedding.width(x), x)
+    backend = backends.choose("instance_max", x, (*weights, *embedding.parameters), backend)
     if backend == "reference":
-        h = stage.rows(x, mask)
-        return InstanceMax(*instance_max_reference(h, weight, bias, offsets, mask, compute_dtype_of(x)))
-    inputs = (for_kernels(x), weight, bias, offsets, mask)
-    return InstanceMax(*call("instance_max", backend, *inputs, embed=stage.arguments))
+        instances = embedding.instances(x, mask)
+        return InstanceMax(*instance_max_reference(instances, *weights, offsets, mask, compute_dtype_of(x)))
+    inputs = (for_kernels(x), *weights, offsets, mask)
+    return InstanceMax(*call("instance_max", backend, *inputs, embed=embedding.arguments))
 
 
 def dsmil_pool(
-    x: Tensor,
-    instance_logits: Tensor,
-    q_weight: Tensor,
-    q_bias: Tensor | None = None,
+    x: Tensor | Bags,
+    critical: Tensor,
+    q: Linear,
     offsets: Tensor | None = None,
     *,
-    q2_weight: Tensor | None = None,
-    q2_bias: Tensor | None = None,
-    v_weight: Tensor | None = None,
-    v_bias: Tensor | None = None,
-    v_activation: str | None = None,
-    v_dropout_p: float = 0.0,
-    seed: Tensor | int | None = None,
-    embed: Embed = None,
+    q2: Linear | None = None,
+    value: Linear | None = None,
+    value_activation: str | None = None,
+    value_dropout_p: float = 0.0,
     scale: float | None = None,
+    seed: Tensor | int | None = None,
+    embed: Embed | None = None,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> DSMILPooled:
-    """The second stream of DSMIL: ``scores[i, c] = scale <q(x_i), q(x_m)>``, m the critical instance of bag
-    and class, and ``bag[b, c] = sum_i softmax(scores[i, c]) v(x_i)``.
+    """The second stream of DSMIL: ``scores[i, c] = scale <q(x_i), q(x_m)>``, m the critical instance of bag and class,
+    and ``bag[b, c] = sum_i softmax(scores[i, c]) v(x_i)`` (Li et al. 2021, eqs. 4 to 6).
 
     Args:
-        instance_logits: ``[N, C]``; their largest in a bag and class is the critical instance.  No gradient.
-            A class without one, where all are -inf, pools nothing, as an empty bag.
-        q_weight, q_bias: ``[Q, L]``, ``[Q]`` or None: ``q(x) = W x + b``.
-        q2_weight, q2_bias: ``[Q2, Q]``, ``[Q2]`` or None.  If given, ``q(x) = tanh(W2 relu(W x + b) + b2)``.
-        v_weight, v_bias, v_activation: ``[Lv, L]``, ``[Lv]`` or None, an activation or None:
-            ``v(x) = act(V drop(x) + b_V)``; without ``v_weight`` it is ``x``.
-        v_dropout_p: the share of the units of V's input that is dropped, in [0, 1].
+        x: ``[N, L]``, the instances of all bags back to back, or `Bags`.
+        critical: logits of the instances ``[N, C]``; the largest of a bag and class names its critical instance.  They
+            get no gradient.  A class without one, where all are -inf, pools nothing, as an empty bag.
+        q: ``[Q, L]`` and ``[Q]``: ``q(x) = W x + b``: an ``nn.Linear``, a pair ``(weight, bias or None)``, or a weight.
+        offsets: ``[B + 1]``, where each bag begins; None: one bag.
+        q2: ``[Q2, Q]`` and ``[Q2]``.  If given, ``q(x) = tanh(W2 relu(W x + b) + b2)``, as the authors ship it.
+        value: V ``[Lv, L]`` and b_V ``[Lv]``: ``v(x) = act(V drop(x) + b_V)``; None: it is ``x``, and Lv is L.
+        value_activation: tanh, relu, gelu (exact), or identity and None: none.
+        value_dropout_p: the share of the units of V's input that is dropped, in [0, 1].
         scale: None is ``Q ** -0.5`` (of the last layer), as the authors ship it; the paper (v1, eq. 5) has 1.
+        seed: of the dropout of value and embedding, an int64 tensor of one element on the device of ``x`` or an int;
+            None draws it from PyTorch's generator.
+        embed: the layer in front, an `Embed` whose E takes the place of L, or None.
+        mask: ``[N]``, non-zero = a real instance; None: all are.
+        backend: auto, native, triton or reference; None: what `use_backend` says.
+
+    Returns:
+        ``DSMILPooled(bag [B, C, Lv], scores [N, C], lse [B, C], critical [B, C])``, the last one rows of ``x``; the
+        others are differentiable.  The query of a critical instance is computed again, so the gradient flows through
+        both uses of ``q``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device; the message names it and what it got.
+        BackendUnavailable: the backend asked for by name cannot serve the call.
+
+    >>> import torch
+    >>> from milkernels import dsmil_pool
+    >>> x, logits, q = torch.randn(7, 16), torch.randn(7, 2), torch.nn.Linear(16, 8)
+    >>> dsmil_pool(x, logits, q, torch.tensor([0, 3, 7])).bag.shape
+    torch.Size([2, 2, 16])
     """
-    check_bags(x, offsets)
-    check_per_row("instance_logits", instance_logits, x)
-    parameters = (q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias)
-    stage, options = _dsmil_options(x, parameters, mask, seed, v_activation, v_dropout_p, scale, embed)
-    everything = (*parameters, *stage.parameters)
-    backend = backends.choose("dsmil_pool", x, instance_logits, *everything, requested=backend)
+    x, offsets, mask = instances_of(x, offsets, mask)
+    check_per_row("critical", critical, x)
+    embedding, weights, options = _second_stream(
+        x, q, q2, value, value_activation, value_dropout_p, scale, seed, embed, mask
+    )
+    tensors = (*weights, *embedding.parameters)
+    backend = backends.choose("dsmil_pool", x, (critical, *tensors), backend)
     if backend == "reference":
-        h = stage.rows(x, options[0])
-        bag, scores, lse, critical = _dsmil_reference(h, instance_logits, parameters, offsets, options)
+        instances = embedding.instances(x, mask)
+        bag, scores, lse, chosen = _second_stream_reference(instances, critical, weights, offsets, options)
     else:
-        inputs = (for_kernels(x), instance_logits.detach(), *parameters, offsets, *options)
-        bag, scores, lse, critical, _ = call("dsmil_pool", backend, *inputs, embed=stage.arguments)
-    return DSMILPooled(bag.to(result_dtype(x, *everything)), scores, lse, critical)
+        inputs = (for_kernels(x), critical.detach(), *weights, offsets, *options)
+        bag, scores, lse, chosen, _ = call("dsmil_pool", backend, *inputs, embed=embedding.arguments)
+    return DSMILPooled(bag.to(result_dtype(x, tensors)), scores, lse, chosen)
 
 
 def dsmil(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    q_weight: Tensor,
-    q_bias: Tensor | None = None,
+    x: Tensor | Bags,
+    classifier: Linear,
+    q: Linear,
     offsets: Tensor | None = None,
     *,
-    q2_weight: Tensor | None = None,
-    q2_bias: Tensor | None = None,
-    v_weight: Tensor | None = None,
-    v_bias: Tensor | None = None,
-    v_activation: str | None = None,
-    v_dropout_p: float = 0.0,
-    seed: Tensor | int | None = None,
-    embed: Embed = None,
+    q2: Linear | None = None,
+    value: Linear | None = None,
+    value_activation: str | None = None,
+    value_dropout_p: float = 0.0,
     scale: float | None = None,
+    seed: Tensor | int | None = None,
+    embed: Embed | None = None,
     mask: Tensor | None = None,
     backend: str | None = None,
-) -> DSMIL:
-    """Both streams of DSMIL (eqs. 3 to 7): `instance_max` of ``weight`` and ``bias``, and `dsmil_pool` of its logits.
+) -> DSMILOutput:
+    """Both streams of DSMIL (Li et al. 2021, eqs. 3 to 7): `instance_max` of the classifier, and `dsmil_pool` of its
+    logits.
 
-    The same numbers as these two in turn, whose arguments and results it has; its backward writes the gradient
-    of ``x`` once, where two ops would write one each and have them added.
+    The same numbers as these two in turn; its backward writes the gradient of ``x`` once, where two ops would write one
+    each and have them added.
+
+    Args:
+        x: ``[N, L]``, the instances of all bags back to back, or `Bags`.
+        classifier: W ``[C, L]`` and b ``[C]`` of the first stream, as ``q``.
+        q: ``[Q, L]`` and ``[Q]``: ``q(x) = W x + b``: an ``nn.Linear``, a pair ``(weight, bias or None)``, or a weight.
+        offsets: ``[B + 1]``, where each bag begins; None: one bag.
+        q2: ``[Q2, Q]`` and ``[Q2]``.  If given, ``q(x) = tanh(W2 relu(W x + b) + b2)``, as the authors ship it.
+        value: V ``[Lv, L]`` and b_V ``[Lv]``: ``v(x) = act(V drop(x) + b_V)``; None: it is ``x``, and Lv is L.
+        value_activation: tanh, relu, gelu (exact), or identity and None: none.
+        value_dropout_p: the share of the units of V's input that is dropped, in [0, 1].
+        scale: None is ``Q ** -0.5`` (of the last layer), as the authors ship it; the paper (v1, eq. 5) has 1.
+        seed: of the dropout of value and embedding, an int64 tensor of one element on the device of ``x`` or an int;
+            None draws it from PyTorch's generator.
+        embed: the layer in front, an `Embed` whose E takes the place of L, or None.
+        mask: ``[N]``, non-zero = a real instance; None: all are.
+        backend: auto, native, triton or reference; None: what `use_backend` says.
+
+    Returns:
+        ``DSMILOutput(bag [B, C, Lv], scores [N, C], lse [B, C], critical [B, C], values [B, C], logits [N, C])``:
+        ``critical`` are the instances with the largest logits, ``values`` these logits.  All but ``critical`` are
+        differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device; the message names it and what it got.
+        BackendUnavailable: the backend asked for by name cannot serve the call.
+
+    >>> import torch
+    >>> from milkernels import dsmil
+    >>> x, classifier = torch.randn(7, 16), torch.nn.Linear(16, 2)
+    >>> q, q2 = torch.nn.Linear(16, 8), torch.nn.Linear(8, 8)
+    >>> out = dsmil(x, classifier, q, torch.tensor([0, 3, 7]), q2=q2)
+    >>> out.bag.shape, out.values.shape
+    (torch.Size([2, 2, 16]), torch.Size([2, 2]))
     """
-    check_bags(x, offsets)
-    parameters = (q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias)
-    stage, options = _dsmil_options(x, parameters, mask, seed, v_activation, v_dropout_p, scale, embed)
-    check_linear("", weight, bias, stage.width, x)
-    everything = (*parameters, *stage.parameters)
-    backend = backends.choose("dsmil", x, weight, bias, *everything, requested=backend)
+    x, offsets, mask = instances_of(x, offsets, mask)
+    embedding, weights, options = _second_stream(
+        x, q, q2, value, value_activation, value_dropout_p, scale, seed, embed, mask
+    )
+    first = as_linear("classifier", classifier, embedding.width(x), x)
+    tensors = (*weights, *embedding.parameters)
+    backend = backends.choose("dsmil", x, (*first, *tensors), backend)
     if backend == "reference":
-        h = stage.rows(x, options[0])
-        values, _, logits = instance_max_reference(h, weight, bias, offsets, options[0], options[-1])
-        bag, *rest = *_dsmil_reference(h, logits.detach(), parameters, offsets, options), values, logits
+        instances = embedding.instances(x, mask)
+        values, _, logits = instance_max_reference(instances, *first, offsets, mask, options[-1])
+        second = _second_stream_reference(instances, logits.detach(), weights, offsets, options)
+        bag, scores, lse, critical = second
     else:
-        inputs = (for_kernels(x), weight, bias, *parameters, offsets, *options)
-        bag, *rest, _ = call("dsmil", backend, *inputs, embed=stage.arguments)
-    return DSMIL(bag.to(result_dtype(x, *everything)), *rest)
+        inputs = (for_kernels(x), *first, *weights, offsets, *options)
+        results = call("dsmil", backend, *inputs, embed=embedding.arguments)
+        bag, scores, lse, critical, values, logits, _ = results
+    return DSMILOutput(bag.to(result_dtype(x, tensors)), scores, lse, critical, values, logits)
 
 
-def _dsmil_options(x, parameters, mask, seed, v_activation, v_dropout_p, scale, embed):
-    """``(stage, the arguments that follow parameters and offsets)``, checked."""
-    q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias = parameters
-    stage = stage_of(x, embed, seed, "v_dropout_p", v_dropout_p)
-    check_linear("q_", q_weight, q_bias, stage.width, x)
-    if q2_weight is not None:
-        check_linear("q2_", q2_weight, q2_bias, q_weight.shape[0], x)
-    elif q2_bias is not None:
-        raise ValueError("q2_bias needs q2_weight; got None")
-    if v_weight is not None:
-        check_linear("v_", v_weight, v_bias, stage.width, x)
-    elif v_bias is not None or v_activation is not None or v_dropout_p:
-        raise ValueError("v_bias, v_activation and v_dropout_p need v_weight; got None")
-    if v_activation is not None:
-        check_choice("v_activation", v_activation, ACTIVATIONS)
+def _second_stream(x, q, q2, value, value_activation, value_dropout_p, scale, seed, embed, mask):
+    """``(embedding, weights and biases of q, q2 and V, the options that follow offsets)``, checked."""
+    embedding, seed = embedding_of(x, embed, seed, "value_dropout_p", value_dropout_p)
+    width = embedding.width(x)
+    q_weight, q_bias = as_linear("q", q, width, x)
+    q2_weight, q2_bias = (None, None) if q2 is None else as_linear("q2", q2, q_weight.shape[0], x)
+    v_weight, v_bias = (None, None) if value is None else as_linear("value", value, width, x)
+    if value is None and (value_activation is not None or value_dropout_p):
+        raise ValueError("value_activation and value_dropout_p need a value; got None")
+    if value_activation is not None:
+        check_choice("value_activation", value_activation, ACTIVATIONS)
     if scale is not None:
         check_number("scale", scale)
-    return stage, (checked_mask(mask, x), stage.seed, v_activation, v_dropout_p, scale, compute_dtype_of(x))
+    options = (mask, seed, value_activation, value_dropout_p, scale, compute_dtype_of(x))
+    return embedding, (q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias), options
 
 
-def _dsmil_reference(x, logits, parameters, offsets, options):
-    mask, seed, v_activation, *rest = options
-    query, value = parameters[:4], (*parameters[4:], v_activation)
-    return dsmil_pool_reference(x, logits, query, value, offsets, mask, seed, *rest)
+def _second_stream_reference(x, logits, weights, offsets, options):
+    mask, seed, value_activation, *rest = options
+    return dsmil_pool_reference(x, logits, weights[:4], (*weights[4:], value_activation), offsets, mask, seed, *rest)
 
 
 # The reference
@@ -178,7 +248,7 @@ def _dsmil_reference(x, logits, parameters, offsets, options):
 @without_autocast
 def instance_max_reference(x, weight, bias, offsets, mask, compute_dtype):
     """``(values, indices, logits)``: the largest logit of each bag and class, and the row that has it."""
-    acc, product = types_of(compute_dtype, x, weight, bias)
+    acc, product = product_dtypes(compute_dtype, x, (weight, bias))
     logits = masked_scores(linear(without_masked(x, mask), weight, bias, product, acc), mask)
     indices = Segments(offsets, x).first_max(logits, logits == -INF)
     return gather(logits, indices, -INF), indices, logits
@@ -192,7 +262,7 @@ def dsmil_pool_reference(x, instance_logits, query, value, offsets, mask, seed, 
     (v_weight, v_bias, v_activation), ``x`` itself where v_weight is None.
     """
     q_weight, q_bias, q2_weight, q2_bias = query
-    acc, product = types_of(compute_dtype, x, instance_logits, *query, *value[:2])
+    acc, product = product_dtypes(compute_dtype, x, (instance_logits, *query, *value[:2]))
     segments, dead = Segments(offsets, x), dead_rows(mask)
     logits = masked_scores(instance_logits, mask)
     critical = segments.first_max(logits, logits == -INF)
@@ -215,7 +285,7 @@ def dsmil_pool_reference(x, instance_logits, query, value, offsets, mask, seed, 
     scores = masked_scores(scores * scale, mask).masked_fill(segments.to_rows(critical < 0), -INF)
     dropped = dropout(x, v_dropout_p, seed, DROP_VALUE)
     bag, lse = _value_pool(dropped, scores, segments, mask, *value, product)
-    return bag.to(result_dtype(x, *query, *value[:2])), scores, lse, critical
+    return bag, scores, lse, critical
 
 
 def _value_pool(x, scores, segments, mask, v_weight, v_bias, v_activation, product) -> tuple[Tensor, Tensor]:
@@ -267,6 +337,9 @@ declare(
         ),
         indices="indices",
     ),
+    triton="choice",
+)
+declare(
     Forward(
         "dsmil_pool",
         f"Tensor x, Tensor instance_logits, weights[{_SECOND}], {_DSMIL}",
@@ -300,4 +373,5 @@ declare(
         ),
         indices="critical",
     ),
+    triton="dsmil",
 )

@@ -1,88 +1,53 @@
-"""The instance stage: a layer in front of an aggregator, from stored features to what is scored and pooled."""
+"""The layer in front of an aggregator: from stored features to the instances that are scored and pooled.
 
-from collections.abc import Callable
+Ops take it as ``embed``.  Instead of ``x_i [L]`` they see ``h_i = drop(act(W x_i + b)) [E]``, which compiled kernels
+make tile by tile, again in the backward, and never store.
+"""
+
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from milkernels.arguments import (
-    check_choice,
-    check_dense,
-    check_device,
-    check_instances,
-    check_linear,
-    check_share,
-    checked_indices,
-    checked_seed,
-)
-from milkernels.dtypes import compute_dtype_of, types_of, without_autocast
+from milkernels.arguments import check_dense, check_device, check_instances, checked_indices, checked_seed
+from milkernels.dtypes import compute_dtype_of, product_dtypes, without_autocast
+from milkernels.layers import ACTIVATIONS, Embed, checked_embed
 from milkernels.ops.contract import NO_EMBEDDING
 from milkernels.ops.dropout import DROP_EMBEDDING, dropout
 from milkernels.ops.trilinear import linear, without_masked
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "identity": lambda x: x,
-}
+
+class Embedding(NamedTuple):
+    """``embed`` of a call, checked."""
+
+    parameters: tuple[Tensor | None, ...]  # weight [E, L] and bias [E] or None; empty where there is no embedding
+    arguments: tuple  # as compiled ops take it
+
+    def width(self, x: Tensor) -> int:
+        """Numbers of an instance as the op sees it."""
+        return self.parameters[0].shape[0] if self.parameters else x.shape[1]
+
+    def instances(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The instances as the op sees them, ``[N, L]`` or ``[N, E]``: what the reference takes."""
+        return embedded(x, mask, *self.arguments) if self.parameters else x
 
 
-class InstanceEmbedding(NamedTuple):
-    """The layer in front of an aggregator, ``h_i = drop(act(W x_i + b))``, which ops take as ``embed``.
+_NO_EMBEDDING = Embedding((), NO_EMBEDDING)
 
-    CLAM, MIL-Lab, TRIDENT and slideflow call it fc, patch_embed, pre_attention_layers, encoder.
+
+def embedding_of(
+    x: Tensor, embed: Embed | None, seed: Tensor | int | None = None, p_name: str = "dropout_p", p: float = 0.0
+) -> tuple[Embedding, Tensor | None]:
+    """``embed`` checked, and the seed of the op's own dropout of a share ``p``, None where that drops nothing.
+
+    Both have the same seed and branches of their own in the counter, so they drop independently.
     """
-
-    weight: Tensor  # [E, L]
-    bias: Tensor | None = None  # [E]
-    activation: str = "relu"  # tanh, relu, gelu (exact) or identity
-    dropout_p: float = 0.0  # the share of the E units that is dropped, in [0, 1]
-
-
-Embed = InstanceEmbedding | tuple | None
-
-
-class Stage(NamedTuple):
-    """What is scored and pooled: the instances as they are, or their embedding."""
-
-    embedding: InstanceEmbedding | None
-    width: int  # of an instance as the op sees it
-    seed: Tensor | None  # of the op's own dropout
-    arguments: tuple = NO_EMBEDDING  # as compiled ops take the embedding
-
-    @property
-    def parameters(self) -> tuple[Tensor | None, ...]:
-        return () if self.embedding is None else self.embedding[:2]
-
-    def rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """What the reference takes for ``x``."""
-        return x if self.embedding is None else embedded(x, mask, *self.arguments)
-
-
-def stage_of(x: Tensor, embed: Embed, seed: Tensor | int | None = None, p_name: str = "dropout_p", p=0.0) -> Stage:
-    """``p`` is the share of the op's own dropout, which has the same seed."""
-    if embed is None:
-        return Stage(None, x.shape[1], checked_seed(seed, p_name, p, x))
-    embed = _checked_embedding(embed, x)
     own = checked_seed(seed, p_name, p, x)
-    seed = checked_seed(seed if own is None else own, "embed.dropout_p", embed.dropout_p, x)
-    arguments = (embed.weight, embed.bias, seed, embed.activation, float(embed.dropout_p), compute_dtype_of(x))
-    return Stage(embed, embed.weight.shape[0], own, arguments)
-
-
-def _checked_embedding(embed: Embed, x: Tensor) -> InstanceEmbedding:
-    fields = InstanceEmbedding._fields
-    if not isinstance(embed, tuple | list) or not 1 <= len(embed) <= len(fields):
-        got = f"{len(embed)} values" if isinstance(embed, tuple | list) else type(embed).__name__
-        raise TypeError(f"embed must be an InstanceEmbedding, ({', '.join(fields)}); got {got}")
-    embed = InstanceEmbedding(*embed)
-    check_linear("embed.", embed.weight, embed.bias, x.shape[1], x)
-    check_choice("embed.activation", embed.activation, ACTIVATIONS)
-    check_share("embed.dropout_p", embed.dropout_p)
-    return embed
+    if embed is None:
+        return _NO_EMBEDDING, own
+    weight, bias, activation, dropout_p = checked_embed(embed, x)
+    seed = checked_seed(seed if own is None else own, "embed.dropout_p", dropout_p, x)
+    return Embedding((weight, bias), (weight, bias, seed, activation, dropout_p, compute_dtype_of(x))), own
 
 
 def embed_instances(x: Tensor, embed: Embed, rows: Tensor, *, seed: Tensor | int | None = None) -> Tensor:
@@ -91,6 +56,7 @@ def embed_instances(x: Tensor, embed: Embed, rows: Tensor, *, seed: Tensor | int
 
     Args:
         x: ``[N, L]``.
+        embed: the layer in front, an `Embed`.
         rows: int64 ``[n]``, rows of ``x``; not the -1 by which other ops say that there is none, as `topk_instances`
             does for k above a bag's length.
         seed: as the op was given; None draws another, so other units are dropped.
@@ -102,21 +68,29 @@ def embed_instances(x: Tensor, embed: Embed, rows: Tensor, *, seed: Tensor | int
     Raises:
         ValueError: rows outside of ``[0, N)``, where they can be read without a synchronisation: on the CPU.  On a GPU
             and under tracing NaN takes the place of their instances.
+
+    >>> import torch
+    >>> from milkernels import Embed, embed_instances
+    >>> x, layer = torch.randn(100, 16), torch.nn.Linear(16, 8)
+    >>> embed_instances(x, Embed(layer), torch.tensor([3, 50])).shape
+    torch.Size([2, 8])
     """
     check_instances(x)
-    stage = stage_of(x, _checked_embedding(embed, x), seed)
+    weight, bias, activation, dropout_p = checked_embed(embed, x)
+    seed = checked_seed(seed, "embed.dropout_p", dropout_p, x)
     check_dense("rows", rows)
     if rows.ndim != 1:
         raise ValueError(f"rows must have 1 dimension; got shape {tuple(rows.shape)}")
     check_device("rows", rows, x)
     rows, wrong = checked_indices("rows", rows, x.shape[0])
-    h = embedded(x.index_select(0, rows), None, *stage.arguments, rows=rows)
+    chosen = x.index_select(0, rows)
+    h = embedded(chosen, None, weight, bias, seed, activation, dropout_p, compute_dtype_of(x), rows=rows)
     return h if wrong is None else h.masked_fill(wrong[:, None], torch.nan)
 
 
 @without_autocast
 def embedded(x, mask, weight, bias, seed, activation, dropout_p, compute_dtype, rows=None):
-    """The instance stage, ``drop(act(W x + b))``, in the type of products; ``rows`` says which ones ``x`` holds."""
-    acc, product = types_of(compute_dtype, x, weight, bias)
+    """``drop(act(W x + b))``, in the type of products; ``rows`` says which ones ``x`` holds, None: all of them."""
+    acc, product = product_dtypes(compute_dtype, x, (weight, bias))
     h = ACTIVATIONS[activation](linear(without_masked(x, mask), weight, bias, product, acc))
     return dropout(h, dropout_p, seed, DROP_EMBEDDING, rows).to(product)

@@ -1,34 +1,53 @@
-"""Pooling by given scores or weights, by the mean and by the maximum."""
+"""Pooling by scores or weights that are given, by the mean and by the maximum."""
 
 import torch
 from torch import Tensor
 
 from milkernels import backends
 from milkernels.arguments import check_per_row
+from milkernels.bags import Bags, instances_of
 from milkernels.dtypes import accumulation_dtype, without_autocast
 from milkernels.ops.contract import BAGS, Backward, Forward, call, declare, num_bags, pooled_shapes, pooled_width
 from milkernels.ops.segments import INF, Segments, gather
 from milkernels.ops.trilinear import Pool, dead_rows, masked_scores, pooled_by_softmax
-from milkernels.ragged import check_bags, checked_mask, for_kernels
+from milkernels.ragged import for_kernels
 from milkernels.results import MaxPooled, Pooled
 
 
 def softmax_pool(
-    x: Tensor,
+    x: Tensor | Bags,
     scores: Tensor,
     offsets: Tensor | None = None,
     *,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Pooled:
-    """Pooling by given scores ``[N, K]``: ``bag[b, k] = sum_i softmax_{i in b}(scores[i, k]) x_i``.
+    """Pooling by given scores: ``bag[b, k] = sum_{i in b} softmax_{i in b}(scores[i, k]) x_i``.
 
-    ``bag`` comes in the type of ``x``; the ``scores`` returned are the given ones, masked.
+    Args:
+        x: ``[N, L]``, the instances of all bags back to back, or `Bags`.
+        scores: ``[N, K]``; one of -inf does not count, for its head.
+        offsets: ``[B + 1]``, where each bag begins; None: one bag.
+        mask: ``[N]``, non-zero = a real instance; None: all are.
+        backend: auto, native, triton or reference; None: what `use_backend` says.
+
+    Returns:
+        ``Pooled(bag [B, K, L], scores [N, K], lse [B, K])``, all differentiable: ``bag`` in the type of ``x``,
+        ``scores`` the given ones, masked.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device; the message names it and what it got.
+        BackendUnavailable: the backend asked for by name cannot serve the call.
+
+    >>> import torch
+    >>> from milkernels import softmax_pool
+    >>> x, offsets = torch.randn(7, 16), torch.tensor([0, 3, 7])  # two bags
+    >>> softmax_pool(x, torch.randn(7, 1), offsets).bag.shape
+    torch.Size([2, 1, 16])
     """
-    check_bags(x, offsets)
+    x, offsets, mask = instances_of(x, offsets, mask)
     check_per_row("scores", scores, x)
-    mask = checked_mask(mask, x)
-    backend = backends.choose("softmax_pool", x, scores, requested=backend)
+    backend = backends.choose("softmax_pool", x, (scores,), backend)
     if backend == "reference":
         return Pooled(*softmax_pool_reference(x, scores, offsets, mask))
     bag, scores, lse = call("softmax_pool", backend, for_kernels(x), scores, offsets, mask)
@@ -36,45 +55,101 @@ def softmax_pool(
 
 
 def weighted_pool(
-    x: Tensor,
+    x: Tensor | Bags,
     weights: Tensor,
     offsets: Tensor | None = None,
     *,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``sum_{i in b} weights[i, k] x_i``, no softmax: ``[B, K, L]`` in the type of ``x``.
+    """The sum of the instances of each bag by given weights, without a softmax: ``sum_{i in b} weights[i, k] x_i``.
 
-    ``weights`` are ``[N, K]``.
+    Args:
+        x: ``[N, L]``, the instances of all bags back to back, or `Bags`.
+        weights: ``[N, K]``.
+        offsets: ``[B + 1]``, where each bag begins; None: one bag.
+        mask: ``[N]``, non-zero = a real instance; None: all are.
+        backend: auto, native, triton or reference; None: what `use_backend` says.
+
+    Returns:
+        ``[B, K, L]`` in the type of ``x``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device; the message names it and what it got.
+        BackendUnavailable: the backend asked for by name cannot serve the call.
+
+    >>> import torch
+    >>> from milkernels import weighted_pool
+    >>> weighted_pool(torch.ones(7, 16), torch.full((7, 1), 0.5), torch.tensor([0, 3, 7]))[:, 0, 0]
+    tensor([1.5000, 2.0000])
     """
-    check_bags(x, offsets)
+    x, offsets, mask = instances_of(x, offsets, mask)
     check_per_row("weights", weights, x)
-    mask = checked_mask(mask, x)
-    backend = backends.choose("weighted_pool", x, weights, requested=backend)
+    backend = backends.choose("weighted_pool", x, (weights,), backend)
     if backend == "reference":
         return weighted_pool_reference(x, weights, offsets, mask)
     return call("weighted_pool", backend, for_kernels(x), weights, offsets, mask).to(x.dtype)
 
 
 def mean_pool(
-    x: Tensor, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
+    x: Tensor | Bags, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
-    """The mean of the instances of each bag: ``[B, L]`` in the type of ``x``."""
-    check_bags(x, offsets)
-    mask = checked_mask(mask, x)
-    backend = backends.choose("mean_pool", x, requested=backend)
+    """The mean of the instances of each bag.
+
+    Args:
+        x: ``[N, L]``, the instances of all bags back to back, or `Bags`.
+        offsets: ``[B + 1]``, where each bag begins; None: one bag.
+        mask: ``[N]``, non-zero = a real instance; None: all are.
+        backend: auto, native, triton or reference; None: what `use_backend` says.
+
+    Returns:
+        ``[B, L]`` in the type of ``x``; 0 for an empty bag.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device; the message names it and what it got.
+        BackendUnavailable: the backend asked for by name cannot serve the call.
+
+    >>> import torch
+    >>> from milkernels import mean_pool
+    >>> mean_pool(torch.arange(4.0)[:, None], torch.tensor([0, 1, 4]))
+    tensor([[0.],
+            [2.]])
+    """
+    x, offsets, mask = instances_of(x, offsets, mask)
+    backend = backends.choose("mean_pool", x, (), backend)
     if backend == "reference":
         return mean_pool_reference(x, offsets, mask)
     return call("mean_pool", backend, for_kernels(x), offsets, mask).to(x.dtype)
 
 
 def max_pool(
-    x: Tensor, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
+    x: Tensor | Bags, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
 ) -> MaxPooled:
-    """The maximum over the instances of each bag, feature by feature: ``[B, L]`` in the type of ``x``."""
-    check_bags(x, offsets)
-    mask = checked_mask(mask, x)
-    backend = backends.choose("max_pool", x, requested=backend)
+    """The maximum over the instances of each bag, feature by feature, and where it is.
+
+    Args:
+        x: ``[N, L]``, the instances of all bags back to back, or `Bags`.
+        offsets: ``[B + 1]``, where each bag begins; None: one bag.
+        mask: ``[N]``, non-zero = a real instance; None: all are.
+        backend: auto, native, triton or reference; None: what `use_backend` says.
+
+    Returns:
+        ``MaxPooled(values [B, L], indices [B, L])``: ``values`` in the type of ``x``, 0 for an empty bag; ``indices``
+        are rows of ``x``, the lowest of equal ones, -1 for an empty bag.  A value's gradient goes to the row at its
+        index.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device; the message names it and what it got.
+        BackendUnavailable: the backend asked for by name cannot serve the call.
+
+    >>> import torch
+    >>> from milkernels import max_pool
+    >>> max_pool(torch.tensor([[1.0], [3.0], [2.0]]), torch.tensor([0, 2, 3])).values
+    tensor([[3.],
+            [2.]])
+    """
+    x, offsets, mask = instances_of(x, offsets, mask)
+    backend = backends.choose("max_pool", x, (), backend)
     if backend == "reference":
         return MaxPooled(*max_pool_reference(x, offsets, mask))
     return MaxPooled(*call("max_pool", backend, for_kernels(x), offsets, mask))
@@ -86,7 +161,7 @@ def max_pool(
 @without_autocast
 def softmax_pool_reference(x, scores, offsets, mask):
     """``(bag, scores, lse)`` for scores that are given."""
-    scores = masked_scores(scores.to(accumulation_dtype(x, scores)), mask)
+    scores = masked_scores(scores.to(accumulation_dtype(x, (scores,))), mask)
     scores = scores.masked_fill(scores == -INF, -INF)  # no gradient, as for a masked row
     bag, lse = pooled_by_softmax(x, scores, Segments(offsets, x))
     return bag.to(x.dtype), scores, lse
@@ -96,7 +171,7 @@ def softmax_pool_reference(x, scores, offsets, mask):
 def weighted_pool_reference(x, weights, offsets, mask):
     """``sum_i w_i x_i`` over each bag."""
     dead = dead_rows(mask)
-    weights = weights.to(accumulation_dtype(x, weights))
+    weights = weights.to(accumulation_dtype(x, (weights,)))
     weights = weights if dead is None else weights.masked_fill(dead, 0)
     segments = Segments(offsets, x)
     return Pool.of(x, weights, dead, segments.index, segments.num_bags).to(x.dtype)
@@ -144,6 +219,9 @@ declare(
         lambda x, offsets, **_: ((num_bags(offsets), x.shape[1]),),
         Backward("mean_pool", "x", "x offsets? mask?", "bag"),
     ),
+    triton="pooling",
+)
+declare(
     Forward(
         "max_pool",
         f"Tensor x, {BAGS}",
@@ -153,4 +231,5 @@ declare(
         indices="indices",
         typed="values",
     ),
+    triton="choice",
 )

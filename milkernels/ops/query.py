@@ -1,10 +1,12 @@
-"""Pooling by a query."""
+"""Pooling by a query that is given: one vector for each head, of each bag or of all."""
 
 from torch import Tensor
 
 from milkernels import backends
 from milkernels.arguments import check_number, check_shape
+from milkernels.bags import Bags, instances_of
 from milkernels.dtypes import accumulation_dtype, result_dtype, without_autocast
+from milkernels.layers import Embed
 from milkernels.ops.contract import (
     BAGS,
     EMBED,
@@ -15,75 +17,118 @@ from milkernels.ops.contract import (
     Forward,
     call,
     declare,
+    num_bags,
     pooled_shapes,
     pooled_width,
 )
-from milkernels.ops.embedding import Embed, Stage, stage_of
+from milkernels.ops.embedding import Embedding, embedding_of
 from milkernels.ops.segments import Segments
 from milkernels.ops.trilinear import Score, dead_rows, masked_scores, pooled_by_softmax
-from milkernels.ragged import check_bags, checked_mask, for_kernels
+from milkernels.ragged import for_kernels
 from milkernels.results import Pooled
 
 
-def _query_stage(x: Tensor, query: Tensor, offsets: Tensor | None, scale: float, seed, embed: Embed) -> Stage:
-    """The arguments checked."""
-    check_bags(x, offsets)
-    stage = stage_of(x, embed, seed)
-    if isinstance(query, Tensor) and query.ndim == 3:
-        num_bags = 1 if offsets is None else offsets.shape[0] - 1
-        check_shape("query", query, (num_bags, None, stage.width), x)
-    else:
-        check_shape("query", query, (None, stage.width), x)
-    check_number("scale", scale)
-    return stage
-
-
 def query_pool(
-    x: Tensor,
+    x: Tensor | Bags,
     query: Tensor,
     offsets: Tensor | None = None,
     *,
     scale: float = 1.0,
     seed: Tensor | int | None = None,
-    embed: Embed = None,
+    embed: Embed | None = None,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Pooled:
-    """Pooling by a query: ``scores[i, k] = scale <x_i, query[b, k]>``.
+    """Pooling by a query: ``scores[i, k] = scale <x_i, query[b, k]>``, their softmax inside each bag, and the sum of
+    the instances by these weights.
 
-    ``query`` is ``[B, K, L]``, or ``[K, L]`` for all bags; it counts as a parameter.
+    Args:
+        x: ``[N, L]``, the instances of all bags back to back, or `Bags`.
+        query: ``[B, K, L]``, or ``[K, L]`` for all bags; it counts as a parameter.
+        offsets: ``[B + 1]``, where each bag begins; None: one bag.
+        scale: a finite number.
+        seed: of the embedding's dropout, an int64 tensor of one element on the device of ``x`` or an int; None draws
+            it from PyTorch's generator.
+        embed: the layer in front, an `Embed` whose E takes the place of L, or None.
+        mask: ``[N]``, non-zero = a real instance; None: all are.
+        backend: auto, native, triton or reference; None: what `use_backend` says.
+
+    Returns:
+        ``Pooled(bag [B, K, L], scores [N, K], lse [B, K])``, all differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device; the message names it and what it got.
+        BackendUnavailable: the backend asked for by name cannot serve the call.
+
+    >>> import torch
+    >>> from milkernels import query_pool
+    >>> x, offsets = torch.randn(7, 16), torch.tensor([0, 3, 7])  # two bags
+    >>> query_pool(x, torch.randn(4, 16), offsets, scale=16**-0.5).bag.shape
+    torch.Size([2, 4, 16])
     """
-    stage = _query_stage(x, query, offsets, scale, seed, embed)
-    mask = checked_mask(mask, x)
-    everything = (x, query, *stage.parameters)
-    backend = backends.choose("query_pool", *everything, requested=backend)
+    x, offsets, mask, embedding = _prepared(x, query, offsets, scale, seed, embed, mask)
+    tensors = (query, *embedding.parameters)
+    backend = backends.choose("query_pool", x, tensors, backend)
     if backend == "reference":
-        pooled = query_pool_reference(stage.rows(x, mask), query, offsets, mask, scale)
+        bag, scores, lse = query_pool_reference(embedding.instances(x, mask), query, offsets, mask, scale)
     else:
-        pooled = call("query_pool", backend, for_kernels(x), query, offsets, mask, scale, embed=stage.arguments)
-    bag, scores, lse = pooled
-    return Pooled(bag.to(result_dtype(*everything)), scores, lse)
+        inputs = (for_kernels(x), query, offsets, mask, scale)
+        bag, scores, lse = call("query_pool", backend, *inputs, embed=embedding.arguments)
+    return Pooled(bag.to(result_dtype(x, tensors)), scores, lse)
 
 
 def query_scores(
-    x: Tensor,
+    x: Tensor | Bags,
     query: Tensor,
     offsets: Tensor | None = None,
     *,
     scale: float = 1.0,
     seed: Tensor | int | None = None,
-    embed: Embed = None,
+    embed: Embed | None = None,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The scores ``[N, K]`` of `query_pool`."""
-    stage = _query_stage(x, query, offsets, scale, seed, embed)
-    mask = checked_mask(mask, x)
-    backend = backends.choose("query_scores", x, query, *stage.parameters, requested=backend)
+    """The scores of `query_pool`, ``scale <x_i, query[b, k]>``.
+
+    Args:
+        x: ``[N, L]``, the instances of all bags back to back, or `Bags`.
+        query: ``[B, K, L]``, or ``[K, L]`` for all bags.
+        offsets: ``[B + 1]``, where each bag begins; None: one bag.
+        scale: a finite number.
+        seed: of the embedding's dropout, an int64 tensor of one element on the device of ``x`` or an int; None draws
+            it from PyTorch's generator.
+        embed: the layer in front, an `Embed` whose E takes the place of L, or None.
+        mask: ``[N]``, non-zero = a real instance; None: all are.
+        backend: auto, native, triton or reference; None: what `use_backend` says.
+
+    Returns:
+        ``[N, K]`` in float32, float64 if any input is; -inf for masked instances.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device; the message names it and what it got.
+        BackendUnavailable: the backend asked for by name cannot serve the call.
+
+    >>> import torch
+    >>> from milkernels import query_scores
+    >>> query_scores(torch.randn(7, 16), torch.randn(4, 16)).shape
+    torch.Size([7, 4])
+    """
+    x, offsets, mask, embedding = _prepared(x, query, offsets, scale, seed, embed, mask)
+    backend = backends.choose("query_scores", x, (query, *embedding.parameters), backend)
     if backend == "reference":
-        return query_scores_reference(stage.rows(x, mask), query, offsets, mask, scale)
+        return query_scores_reference(embedding.instances(x, mask), query, offsets, mask, scale)
     inputs = (for_kernels(x), query, offsets, mask, scale)
-    return call("query_scores", backend, *inputs, embed=stage.arguments)
+    return call("query_scores", backend, *inputs, embed=embedding.arguments)
+
+
+def _prepared(x, query, offsets, scale, seed, embed, mask) -> tuple[Tensor, Tensor | None, Tensor | None, Embedding]:
+    """``(x, offsets, mask, embedding)``, all arguments checked."""
+    x, offsets, mask = instances_of(x, offsets, mask)
+    embedding, _ = embedding_of(x, embed, seed)
+    per_bag = isinstance(query, Tensor) and query.ndim == 3
+    check_shape("query", query, (*((num_bags(offsets),) if per_bag else ()), None, embedding.width(x)), x)
+    check_number("scale", scale)
+    return x, offsets, mask, embedding
 
 
 # The reference
@@ -92,7 +137,7 @@ def query_scores(
 @without_autocast
 def query_scores_reference(x, query, offsets, mask, scale):
     """``scale <x_i, q>``; a query per bag [B, K, L], or one for all of them [K, L]."""
-    query = query.to(accumulation_dtype(x, query))
+    query = query.to(accumulation_dtype(x, (query,)))
     shared = query.ndim == 2
     index = None if shared else Segments(offsets, x).index
     scores = Score.of(x, query[None] if shared else query, dead_rows(mask), index)
@@ -104,7 +149,7 @@ def query_pool_reference(x, query, offsets, mask, scale):
     """``(bag, scores, lse)`` for the scores of `query_scores`."""
     scores = query_scores_reference(x, query, offsets, mask, scale)
     bag, lse = pooled_by_softmax(x, scores, Segments(offsets, x))
-    return bag.to(result_dtype(x, query)), scores, lse
+    return bag, scores, lse
 
 
 # The contract
@@ -132,4 +177,5 @@ declare(
         lambda x, query, **_: ((x.shape[0], query.shape[-2]),),
         _QUERY_BACKWARD,
     ),
+    triton="pooling",
 )

@@ -10,46 +10,73 @@ from milkernels.ops.contract import BAGS, Backward, Forward, call, declare, num_
 from milkernels.ops.segments import INF, Segments, gather, stable_order
 from milkernels.ops.trilinear import exponentials, masked_scores
 from milkernels.ragged import check_offsets, checked_mask
-from milkernels.results import DSMILPooled, LossAttentionPooled, Pooled, TopInstances
-
-
-def _check_scores(scores: Tensor, offsets: Tensor | None) -> None:
-    check_instances(scores, "scores")
-    if offsets is not None:
-        check_offsets(offsets, scores.shape[0], scores.device)
+from milkernels.results import DSMILOutput, DSMILPooled, LossAttentionPooled, Pooled, TopInstances
 
 
 def segment_softmax(
     scores: Tensor, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
-    """The softmax of the scores ``[N, K]`` inside each bag: ``[N, K]`` in float32, float64 for float64."""
-    _check_scores(scores, offsets)
-    mask = checked_mask(mask, scores)
-    backend = backends.choose("segment_softmax", scores, requested=backend)
+    """The softmax of the scores inside each bag.
+
+    Args:
+        scores: ``[N, K]``; one of -inf does not count.
+        offsets: ``[B + 1]``, where each bag begins; None: one bag.
+        mask: ``[N]``, non-zero = a real instance; None: all are.
+        backend: auto, native, triton or reference; None: what `use_backend` says.
+
+    Returns:
+        ``[N, K]`` in float32, float64 for float64.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device; the message names it and what it got.
+        BackendUnavailable: the backend asked for by name cannot serve the call.
+
+    >>> import torch
+    >>> from milkernels import segment_softmax
+    >>> segment_softmax(torch.zeros(3, 1), torch.tensor([0, 2, 3]))[:, 0]
+    tensor([0.5000, 0.5000, 1.0000])
+    """
+    mask = _checked(scores, offsets, mask)
+    backend = backends.choose("segment_softmax", scores, (), backend)
     if backend == "reference":
         return segment_softmax_reference(scores, offsets, mask)
     return call("segment_softmax", backend, scores, offsets, mask)
 
 
 def attention_weights(
-    pooled: Pooled | DSMILPooled | LossAttentionPooled,
+    pooled: Pooled | DSMILPooled | DSMILOutput | LossAttentionPooled,
     offsets: Tensor | None = None,
     *,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The weights ``[N, K]`` with which a pooling op summed the instances: ``exp(scores - lse)``.
+    """The weights with which a pooling op summed the instances: ``exp(scores - lse)``.
 
-    ``offsets`` are those of that call; its mask is in the scores already.
+    Args:
+        pooled: what the op returned: ``scores [N, K]`` and ``lse [B, K]``.
+        offsets: ``[B + 1]``, those of that call; None: one bag.
+        mask: ``[N]``, non-zero = a real instance; that of the call is in the scores already.
+        backend: auto, native, triton or reference; None: what `use_backend` says.
+
+    Returns:
+        ``[N, K]``, differentiable in scores and lse.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device; the message names it and what it got.
+        BackendUnavailable: the backend asked for by name cannot serve the call.
+
+    >>> import torch
+    >>> from milkernels import attention_weights, softmax_pool
+    >>> pooled = softmax_pool(torch.randn(4, 16), torch.zeros(4, 1))
+    >>> attention_weights(pooled)[:, 0]
+    tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
     if not hasattr(pooled, "scores") or not hasattr(pooled, "lse"):
         raise TypeError(f"pooled must be what a pooling op returned; got {type(pooled).__name__}")
     scores, lse = pooled.scores, pooled.lse
-    _check_scores(scores, offsets)
-    num_bags = 1 if offsets is None else offsets.shape[0] - 1
-    check_shape("pooled.lse", lse, (num_bags, scores.shape[1]), scores)
-    mask = checked_mask(mask, scores)
-    backend = backends.choose("attention_weights", scores, lse, requested=backend)
+    mask = _checked(scores, offsets, mask)
+    check_shape("pooled.lse", lse, (num_bags(offsets), scores.shape[1]), scores)
+    backend = backends.choose("attention_weights", scores, (lse,), backend)
     if backend == "reference":
         return attention_weights_reference(scores, lse, offsets, mask)
     return call("attention_weights", backend, scores, lse, offsets, mask)
@@ -64,19 +91,43 @@ def topk_instances(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> TopInstances:
-    """The ``k`` instances with the largest (or smallest) scores ``[N, K]`` of each bag and head, best first.
+    """The ``k`` instances with the largest (or smallest) scores of each bag and head, best first.
 
-    ``k`` may exceed a bag: the rest is index -1 and value -inf (+inf for the smallest).  A score of -inf is
-    never picked.  Values come in the type of the scores.
+    Args:
+        scores: ``[N, K]``; one of -inf is never picked.
+        k: at least 1; it may exceed a bag: the rest is index -1 and value -inf (+inf for the smallest).
+        offsets: ``[B + 1]``, where each bag begins; None: one bag.
+        largest: whether the largest are wanted.
+        mask: ``[N]``, non-zero = a real instance; None: all are.
+        backend: auto, native, triton or reference; None: what `use_backend` says.
+
+    Returns:
+        ``TopInstances(values [B, K, k], indices [B, K, k])``: values in the type of the scores, indices rows of them.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device; the message names it and what it got.
+        BackendUnavailable: the backend asked for by name cannot serve the call.
+
+    >>> import torch
+    >>> from milkernels import topk_instances
+    >>> topk_instances(torch.tensor([[1.0], [3.0], [2.0]]), 2).indices
+    tensor([[[1, 2]]])
     """
-    _check_scores(scores, offsets)
+    mask = _checked(scores, offsets, mask)
     check_count("k", k)
     check_flag("largest", largest)
-    mask = checked_mask(mask, scores)
-    backend = backends.choose("topk_instances", scores, requested=backend)
+    backend = backends.choose("topk_instances", scores, (), backend)
     if backend == "reference":
         return TopInstances(*topk_instances_reference(scores, k, offsets, largest, mask))
     return TopInstances(*call("topk_instances", backend, scores, k, offsets, largest, mask))
+
+
+def _checked(scores: Tensor, offsets: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """The mask as bool ``[N]``, after a check of all three."""
+    check_instances(scores, "scores")
+    if offsets is not None:
+        check_offsets(offsets, scores.shape[0], scores.device)
+    return None if mask is None else checked_mask(mask, scores)
 
 
 # The reference
@@ -136,6 +187,9 @@ declare(
         lambda scores, **_: (tuple(scores.shape),),
         Backward("attention_weights", "scores lse", "scores lse offsets? weights", "weights"),
     ),
+    triton="pooling",
+)
+declare(
     Forward(
         "topk_instances",
         "Tensor scores, int k, Tensor? offsets, bool largest, Tensor? mask",
@@ -145,4 +199,5 @@ declare(
         indices="indices",
         typed="values",
     ),
+    triton="choice",
 )

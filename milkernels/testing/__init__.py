@@ -6,6 +6,7 @@ inherits every test and benchmark that iterates ``CASES``.  ``error_promise`` is
 promises.
 """
 
+from milkernels.testing.arguments import public_arguments, public_name
 from milkernels.testing.cases import MODES, OpCase
 from milkernels.testing.inputs import FEATURES, Inputs, Shape, even_lengths, skewed_lengths, small_lengths
 from milkernels.testing.philox import PHILOX_VECTORS, dropout_keep, philox4x32
@@ -46,6 +47,8 @@ __all__ = [
     "kinks",
     "philox4x32",
     "promise_from_errors",
+    "public_arguments",
+    "public_name",
     "skewed_lengths",
     "small_lengths",
 ]

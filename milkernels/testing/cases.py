@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import milkernels
+from milkernels.testing.arguments import public_arguments
 from milkernels.testing.formulas import OneBag, Tensors, embedded, embedding_dropout, of_embedded
 from milkernels.testing.inputs import ROWWISE, Inputs, Shape, features_of, keep_masks
 from milkernels.testing.philox import keep_scale
@@ -48,7 +50,6 @@ class OpCase:
     primary: str = "bag"  # the output that a training step differentiates
     # The size of that output for one bag, of (shape, options); one with a row per instance has a column per head.
     primary_row: Callable[[Shape, Mapping[str, Any]], tuple[int, ...]] = lambda shape, _: (shape.heads, shape.dim)
-    positional: tuple[str, ...] = ()  # arguments between x and offsets; the other tensors are keywords
     options: Mapping[str, Any] = field(default_factory=dict)
     dropout: str = ""  # the option that is the share of dropped units, where there is one
     derived: Callable[[Inputs], Tensors] = lambda inputs: {}  # parameters that follow from the other inputs
@@ -159,16 +160,12 @@ class OpCase:
 
     def call(self, inputs: Inputs, backend: str | None) -> Tensors:
         """The op itself, through the public function."""
-        import milkernels
-
         if self.compose is not None:
             return self.compose(inputs, backend)
-        tensors, options = arguments_of(inputs)
-        arguments = [tensors[name] for name in self.positional]
-        keywords = {n: t for n, t in tensors.items() if n not in self.positional} | options
+        keywords = arguments_of(self.op, inputs)
         if self.takes_offsets:
             keywords["offsets"] = inputs.offsets
-        result = getattr(milkernels, self.op)(inputs.x, *arguments, mask=inputs.mask, backend=backend, **keywords)
+        result = getattr(milkernels, self.op)(inputs.x, mask=inputs.mask, backend=backend, **keywords)
         results = (result,) if isinstance(result, Tensor) else result
         return dict(zip(self.outputs, results, strict=True))
 
@@ -218,16 +215,10 @@ def linear(prefix: str, out_dim: int, in_dim: int, randn: Callable[..., Tensor])
     return {f"{prefix}weight": randn(out_dim, in_dim) / math.sqrt(in_dim), f"{prefix}bias": randn(out_dim) / 10}
 
 
-def arguments_of(inputs: Inputs) -> tuple[Tensors, dict[str, Any]]:
-    """Tensors and options as the public function takes them: those of the embedding together."""
-    import milkernels
-
-    tensors, options = inputs.parameters | inputs.fixed, dict(inputs.options)
-    if "e_weight" in tensors:
-        layer = (tensors.pop("e_weight"), tensors.pop("e_bias"), "relu", embedding_dropout(options))
-        options |= {"embed": milkernels.InstanceEmbedding(*layer)}
-        options.pop("e_dropout_p", None)
-    return tensors, options
+def arguments_of(op: str, inputs: Inputs) -> dict[str, Any]:
+    """Tensors and options as keywords of the public function."""
+    embedding = {"e_dropout_p": embedding_dropout(inputs.options)} if "e_weight" in inputs.parameters else {}
+    return public_arguments(op, inputs.parameters | inputs.fixed | inputs.options | embedding)
 
 
 def embedding_case(case: OpCase, name: str, *, passes: int = 1) -> OpCase:
@@ -250,7 +241,7 @@ def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def bag_logsumexp(scores: Tensor, inputs: Inputs) -> Tensor:
-    """Of the scores ``[N, K]`` in each bag: ``[B, K]``."""
+    """The log-sum-exp of the scores ``[N, K]`` in each bag: ``[B, K]``."""
     return torch.stack([torch.logsumexp(scores[s:e], dim=0) for s, e in inputs.bounds()])
 
 

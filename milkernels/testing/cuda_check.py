@@ -144,7 +144,7 @@ def build(folder: Path, home: Path) -> tuple[Path, str]:
     done = subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    # Of what is not compiled again the assembler speaks no more.
+    # The assembler says nothing of what is not compiled again.
     with (folder / "build.log").open("a") as log:
         log.write(done.stdout)
     if done.returncode != 0:
@@ -153,7 +153,7 @@ def build(folder: Path, home: Path) -> tuple[Path, str]:
     return module, done.stdout
 
 
-# In a process of its own, where no other build of the module is.
+# It runs in a process of its own, where no other build of the module is.
 _UNREGISTERED = """
 import importlib.util, json, sys, torch
 name = "milkernels." + sys.argv[1].rpartition("/")[2].partition(".")[0]

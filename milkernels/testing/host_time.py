@@ -56,8 +56,8 @@ def triton_without_device() -> _Driver:
 
     found = _Driver()
     driver.set_active(found)
-    for name in triton.kernels():
-        triton._LIBRARY.impl(f"{name}.triton", triton.kernel(name), "CPU")
+    for name, module in triton.kernels().items():
+        triton.register(name, module, ("cpu",))
     triton.device_types = lambda: ("cuda", "cpu")
     return found
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import milkernels
 from milkernels.testing import formulas
 from milkernels.testing.cases import Factory, Flops, OpCase, arguments_of, bag_logsumexp, embedding_case, linear
 from milkernels.testing.formulas import Tensors
@@ -46,14 +47,12 @@ def _attention_parameters(gated: bool) -> Factory:
 
 def _attention(name: str, gated: bool) -> OpCase:
     pools = name.endswith("_pool")
-    units = ("v_weight", "v_bias", "u_weight", "u_bias") if gated else ("v_weight", "v_bias")
     return OpCase(
         name=name,
         outputs=_POOLED if pools else ("scores",),
         parameters=_attention_parameters(gated),
         one_bag=formulas.attention_pool_eager if pools else formulas.attention_scores_eager,
         primary="bag" if pools else "scores",
-        positional=(*units, "w_weight", "w_bias"),
         options={"activation": "tanh", "dropout_p": 0.0, "seed": 0},
         dropout="dropout_p",
         takes_offsets=pools,
@@ -76,7 +75,6 @@ def _query(name: str, *, per_bag: bool) -> OpCase:
         parameters=lambda s, randn: {"query": randn(*((s.bags,) if per_bag else ()), s.heads, s.dim)},
         one_bag=formulas.query_pool_eager if pools else formulas.query_scores_eager,
         primary="bag" if pools else "scores",
-        positional=("query",),
         options={"scale": 0.05},
         bagwise=frozenset({"query"} if per_bag else ()),
         takes_offsets=pools or per_bag,
@@ -99,11 +97,8 @@ def _dsmil_parameters(mlp: bool, classifier: bool) -> Factory:
 
 
 def _both_streams(inputs: Inputs, backend: str | None) -> Tensors:
-    import milkernels
-
-    tensors, options = arguments_of(inputs)
     bags = {"offsets": inputs.offsets, "mask": inputs.mask}
-    both = milkernels.dsmil(inputs.x, **tensors, **options, **bags, backend=backend)
+    both = milkernels.dsmil(inputs.x, **arguments_of("dsmil", inputs), **bags, backend=backend)
     # A training step goes through both, as DSMIL's two losses do.
     return {**both._asdict(), "streams": torch.cat([both.bag.flatten(1), both.values], dim=1)}
 
@@ -126,7 +121,6 @@ def _dsmil(name: str, *, mlp: bool = False, activation: str | None = None, both:
         stream = {
             "outputs": (*_POOLED, "critical"),
             "one_bag": formulas.dsmil_pool_eager,
-            "positional": ("instance_logits", "q_weight", "q_bias"),
             "fixed": _per_instance("instance_logits"),
             "winners": "instance_logits",
         }
@@ -156,8 +150,6 @@ def _dsmil(name: str, *, mlp: bool = False, activation: str | None = None, both:
 
 
 def _weights_of_pooled(inputs: Inputs, backend: str | None) -> Tensors:
-    import milkernels
-
     scores, lse = inputs.x, inputs.parameters["lse"]
     pooled = milkernels.Pooled(scores.new_zeros(*lse.shape, 1), scores, lse)
     return {"weights": milkernels.attention_weights(pooled, inputs.offsets, mask=inputs.mask, backend=backend)}
@@ -180,7 +172,6 @@ _ALL = (
         outputs=_POOLED,
         one_bag=formulas.softmax_pool_eager,
         parameters=_per_instance("scores"),
-        positional=("scores",),
         head_flops=_vectors(1),
         columns=(1, 2),  # the backward reads scores and writes their gradient
     ),
@@ -195,7 +186,6 @@ _ALL = (
         parameters=_classifier,
         primary="values",
         primary_row=lambda s, _: (s.heads,),
-        positional=("weight", "bias"),
         winners="weight",
         default_heads=2,
         forward_flops=_vectors(1),
@@ -214,7 +204,6 @@ _ALL = (
         alternatives={"logsumexp": formulas.loss_attention_pool_logsumexp},
         parameters=_classifier,
         primary_row=lambda s, _: (1, s.dim),
-        positional=("weight", "bias"),
         default_heads=4,
         # One vector for each class, and one for the pooled bag.
         head_flops=lambda s: 2 * s.instances * s.dim * (s.heads + 1),
@@ -226,7 +215,6 @@ _ALL = (
         outputs=("bag",),
         one_bag=formulas.weighted_pool_eager,
         parameters=_per_instance("weights"),
-        positional=("weights",),
         head_flops=_vectors(1),
     ),
     OpCase(

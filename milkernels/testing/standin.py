@@ -118,7 +118,7 @@ def standin(target=None) -> Iterator[Record]:
     with contextlib.ExitStack() as stack:
         for patch in (
             mock.patch.object(host, "_run", run),
-            # As of CUDA's allocator, which aligns to more than any kernel asks for.
+            # Aligned as by CUDA's allocator: to more than any kernel asks for.
             mock.patch.object(
                 fake_tensor.FakeTensor, "data_ptr", lambda t: t.storage_offset() * t.itemsize, create=True
             ),
@@ -344,7 +344,7 @@ def _inputs(use: Usage, op: contract.Forward) -> dict:
 def _backward(use: Usage, op: contract.Forward, inputs: dict, outputs: dict) -> None:
     known, backward = inputs | outputs, op.backward
     graded = backward.outputs.split()
-    # As in training, unless all are asked for: from the first output alone.
+    # The first output alone has a gradient, as in training, unless all are asked for.
     wanted = graded if "grads" in use else graded[:1]
     grads = [torch.empty_like(outputs[n]) if n in wanted and n in outputs else None for n in graded]
     if grads[0] is None:
