@@ -41,8 +41,11 @@ PIP_OPTIONS := --disable-pip-version-check --quiet --quiet # twice: without warn
 BUILD := $(PY) -W "ignore:Failed to initialize NumPy" setup.py --quiet build_ext --inplace
 endif
 PIP := $(PY) -m pip $(PIP_OPTIONS)
-RUFF := $(shell sed -n 's/.*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
+STYLE := $(shell sed -nE 's/.*"((ruff|clang-format)==[^"]*)".*/\1/p' pyproject.toml)
+# Not by its script, which is elsewhere where $(PYTHON) has it already.
+CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
 PYTHON_FILES := setup.py $(wildcard milkernels tests benchmarks examples)
+CPP_FILES := $(shell find csrc tests/cuda -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 CUDA_VENV := .venv-cuda
 # Of the tests of all kernels those against the oracle, for AddressSanitizer is slow; ARGS="-k 'not gradcheck'" runs all.
 CUDA_TESTS := tests/test_cuda.py tests/test_kernels.py tests/test_attention.py -k "test_cuda or test_oracle"
@@ -100,13 +103,15 @@ $(CUDA_VENV)/.created:
 	@$(CUDA_VENV)/bin/python -m pip $(PIP_OPTIONS) install $(TORCH_CUDA) "setuptools>=77" ninja numpy
 	@touch $@
 
-lint: $(VENV)/.ruff
+lint: $(VENV)/.style
 	$(PY) -m ruff check $(PYTHON_FILES)
 	$(PY) -m ruff format --check $(PYTHON_FILES)
+	$(CLANG_FORMAT) --dry-run -Werror $(CPP_FILES)
 
-format: $(VENV)/.ruff
+format: $(VENV)/.style
 	$(PY) -m ruff check --fix $(PYTHON_FILES)
 	$(PY) -m ruff format $(PYTHON_FILES)
+	$(CLANG_FORMAT) -i $(CPP_FILES)
 
 info: build
 	$(PY) -m milkernels info
@@ -145,6 +150,6 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 build: $(VENV)/.installed
 	$(BUILD)
 
-$(VENV)/.ruff: $(VENV)/.created pyproject.toml
-	@$(PY) -m ruff --version 2>/dev/null | grep -qx "$(subst ==, ,$(RUFF))" || $(PIP) install $(RUFF)
+$(VENV)/.style: $(VENV)/.created pyproject.toml
+	@$(PIP) install $(STYLE)
 	@touch $@

@@ -46,7 +46,7 @@ LONGEST = (
     "instance_max",
     "pooling",
     "dsmil",
-    "instances",
+    "plain_pooling",
     "embed",
     "attention",
     "scores",

@@ -1,5 +1,5 @@
 // The extension module: what this build is. The ops register themselves (TORCH_LIBRARY_IMPL in cpu/ and cuda/); their
-// schemas are in milkernels/ops.py.
+// schemas are in milkernels/ops.
 #include <ATen/native/CPUBlas.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -65,6 +65,7 @@ class BackendUnavailable(RuntimeError):
 
 
 NOT_IN_ONNX = 'ONNX has no compiled ops; export with backend="reference"'
+NOT_IN_TRACE = 'torch.jit.trace cannot note the arguments of compiled ops; trace with backend="reference"'
 DIFFERENTIATED_ONCE = (
     "compiled ops are differentiated once and in reverse mode, by autograd; "
     'torch.func and forward mode go through backend="reference"'
@@ -143,8 +144,8 @@ def _choose_in_transform(op: str, x: Tensor, parameters, double: bool, requested
 
 
 def _beyond_kernels(*tensors: Tensor | None) -> str | None:
-    if _torch.in_onnx_export():
-        return NOT_IN_ONNX
+    if _torch.exporting():
+        return NOT_IN_ONNX if torch.onnx.is_in_onnx_export() else NOT_IN_TRACE
     # A compiler cannot look into tensors: inside of its graph the op itself refuses.
     if not _torch.transforming() or torch.compiler.is_dynamo_compiling():
         return None

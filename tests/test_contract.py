@@ -20,6 +20,7 @@ from op_cases import (
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from milkernels.ops import contract
 
@@ -65,8 +66,13 @@ def recorded(case, backend="native", dtype=torch.float32, offsets=None, mask=MAS
     return forward.calls, backward.calls
 
 
+def leaves_of(args, graded=True):
+    """The arguments, lists included, without what they were made by."""
+    return tree_map_only(Tensor, lambda a: a.detach().requires_grad_(graded and a.requires_grad), args)
+
+
 def detached(args):
-    return tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+    return leaves_of(args, graded=False)
 
 
 def argument_names(op):
@@ -101,8 +107,7 @@ def test_float64_parameters_are_refused(case):
 def test_opcheck(case):
     forward, backward = recorded(case)
     for op, args, kwargs in forward:
-        leaves = tuple(a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args)
-        torch.library.opcheck(op, leaves, kwargs)
+        torch.library.opcheck(op, leaves_of(args), kwargs)
     for op, args, kwargs in backward:  # differentiable once
         torch.library.opcheck(op, detached(args), kwargs)
 
@@ -137,14 +142,33 @@ def test_raw_ops_refuse_what_would_read_out_of_bounds(case):
             with pytest.raises(TypeError, match="int32 or int64"):
                 op(*changed, **kwargs)
         for size in (sum(LENGTHS), *SIZES.values()):
-            shapes = {i: a.shape for i, a in enumerate(args) if isinstance(a, Tensor)}
+            flat, spec = tree_flatten(args)
+            shapes = {i: a.shape for i, a in enumerate(flat) if isinstance(a, Tensor)}
             places = [(i, d) for i, shape in shapes.items() for d, n in enumerate(shape) if n == size]
             for i, d in places if len(places) > 1 else []:
-                changed = list(args)
-                changed[i] = args[i].narrow(d, 0, size - 1).contiguous()
+                changed = list(flat)
+                changed[i] = flat[i].narrow(d, 0, size - 1).contiguous()
                 with pytest.raises((ValueError, RuntimeError)):
-                    op(*changed, **kwargs)
-                    pytest.fail(f"{op}: {names[i]} was too short in dimension {d}")
+                    op(*tree_unflatten(changed, spec), **kwargs)
+                    pytest.fail(f"{op}: tensor {i} of {names} was too short in dimension {d}")
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+@compiled(*PLAIN, *VARIANTS)
+def test_raw_ops_refuse_lists_of_another_length(case, mode):
+    """Forward and backward, in Python and, where nothing is differentiated, in C++."""
+    for op, args, kwargs in (call for calls in recorded(case) for call in calls):
+        args = list(detached(args))
+        with mode():
+            for i, name in enumerate(argument_names(op)):
+                if not isinstance(args[i], list) or name == "needs":
+                    continue
+                for wrong in (args[i][:-1], [*args[i], None]) if args[i] else ([None],):
+                    with pytest.raises(ValueError, match=f"{name} must .* elements, .*; got {len(wrong)}"):
+                        op(*args[:i], wrong, *args[i + 1 :], **kwargs)
+                if args[i]:
+                    with pytest.raises(ValueError, match="must be a tensor; got None"):
+                        op(*args[:i], [None, *args[i][1:]], *args[i + 1 :], **kwargs)
 
 
 def compiled_steps(case, backend):

@@ -16,6 +16,7 @@ import torch
 from op_cases import CASES, PLAIN, close, offsets_of, same_bits, step
 from test_contract import num_bytes, peak_allocated
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.cpp_extension import include_paths
 
 from milkernels import native, triton
@@ -84,7 +85,7 @@ def same(tensor):
 
 def replaced(args, old, new):
     """The arguments, with ``new`` of it in the place of each tensor that ``old`` says."""
-    return [new(a) if isinstance(a, torch.Tensor) and old(a) else a for a in args]
+    return tree_map_only(torch.Tensor, lambda a: new(a) if old(a) else a, args)
 
 
 def outputs(op, args) -> tuple[torch.Tensor, ...]:
@@ -163,9 +164,9 @@ def test_indices_that_are_none_reach_nothing_outside(case):
                     return a
 
                 changed = replaced(args, chosen, wreck)
-                found = found or any(a is not b for a, b in zip(changed, args, strict=True))
+                found = found or any(a is not b for a, b in zip(tree_leaves(changed), tree_leaves(args), strict=True))
                 op(*changed)
-    saved = next(op for op in contract.FORWARDS if op.name == case.kernel).backward.saved()
+    saved = next(op for op in contract.FORWARDS if op.name == case.kernel).backward.saved
     assert found == bool({"indices", "critical"} & set(saved))
 
 

@@ -33,7 +33,7 @@ def backward_of(case, backend):
         step(case.ours(backend), case.make(LENGTHS), offsets_of(LENGTHS), None)
     ((op, args),) = calls.found
     backward = BACKWARDS[op.name().rsplit(".", 1)[0]]
-    saved = dict(zip(backward.saved(), args, strict=False))
+    saved = dict(zip(backward.saved, backward.arguments.flat(args), strict=False))
     return op, args, {name: saved[name] for name in backward.inputs.split()}
 
 

@@ -20,51 +20,50 @@ std::tuple<Tensor, Tensor, Tensor> forward(const AttentionCall& call, bool pool)
   return {bag, scores, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_pool_fwd(
-    const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& u_weight,
-    const OptionalTensor& u_bias, const Tensor& w_weight, const OptionalTensor& w_bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const OptionalTensor& seed, std::string_view activation, double dropout_p,
-    std::optional<ScalarType> compute_dtype, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
-  return forward({x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, offsets, mask, seed, activation, dropout_p,
-                  compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype}}, true);
+std::tuple<Tensor, Tensor, Tensor> attention_pool_fwd(const Tensor& x, const OptionalTensors& weights,
+                                                      const OptionalTensor& offsets, const OptionalTensor& mask,
+                                                      const OptionalTensor& seed, std::string_view activation,
+                                                      double dropout_p, std::optional<ScalarType> compute_dtype,
+                                                      const OptionalTensors& embed,
+                                                      std::optional<std::string_view> embed_activation,
+                                                      double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
+  const AttentionCall call(x, AttentionWeights(weights), offsets, mask, seed, activation, dropout_p, compute_dtype,
+                           {embed, embed_activation, embed_dropout_p, embed_dtype});
+  return forward(call, true);
 }
 
-Tensor attention_scores_fwd(
-    const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& u_weight,
-    const OptionalTensor& u_bias, const Tensor& w_weight, const OptionalTensor& w_bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const OptionalTensor& seed, std::string_view activation, double dropout_p,
-    std::optional<ScalarType> compute_dtype, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
-  return std::get<1>(forward({x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, offsets, mask, seed, activation,
-                              dropout_p, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype}}, false));
+Tensor attention_scores_fwd(const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets,
+                            const OptionalTensor& mask, const OptionalTensor& seed, std::string_view activation,
+                            double dropout_p, std::optional<ScalarType> compute_dtype, const OptionalTensors& embed,
+                            std::optional<std::string_view> embed_activation, double embed_dropout_p,
+                            std::optional<ScalarType> embed_dtype) {
+  const AttentionCall call(x, AttentionWeights(weights), offsets, mask, seed, activation, dropout_p, compute_dtype,
+                           {embed, embed_activation, embed_dropout_p, embed_dtype});
+  return std::get<1>(forward(call, false));
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients attention_bwd(
-    const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& u_weight,
-    const OptionalTensor& u_bias, const Tensor& w_weight, const OptionalTensor& w_bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const OptionalTensor& seed, const OptionalTensor& bag, const Tensor& scores,
-    const OptionalTensor& lse, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-    std::string_view activation, double dropout_p, std::optional<ScalarType> compute_dtype,
-    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
-    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
-    std::array<bool, 9> needs) {
-  const AttentionCall call(x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, offsets, mask, seed, activation,
-                           dropout_p, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+Gradients attention_bwd(const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets,
+                        const OptionalTensor& mask, const OptionalTensor& seed, const OptionalTensor& bag,
+                        const Tensor& scores, const OptionalTensor& lse, const OptionalTensors& embed,
+                        std::string_view activation, double dropout_p, std::optional<ScalarType> compute_dtype,
+                        std::optional<std::string_view> embed_activation, double embed_dropout_p,
+                        std::optional<ScalarType> embed_dtype, const OptionalTensor& grad_bag,
+                        const OptionalTensor& grad_scores, const OptionalTensor& grad_lse, std::array<bool, 9> needs) {
+  const AttentionWeights given(weights);
+  const AttentionCall call(x, given, offsets, mask, seed, activation, dropout_p, compute_dtype,
+                           {embed, embed_activation, embed_dropout_p, embed_dtype});
   const PoolTensors pooled(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   RowGradients of_rows(call, needs[0], needs[7], needs[8]);
-  constexpr std::array kNames{"v_weight", "v_bias", "u_weight", "u_bias", "w_weight", "w_bias"};
   std::array<Tensor, 9> grads;
   for (int i = 1; i < 7; ++i) {
-    check_need(needs[i], call.parameters[i - 1].defined(), kNames[i - 1]);
+    check_need(needs[i], call.parameters[i - 1].defined(), AttentionWeights::kNames[i - 1]);
     grads[i] = needs[i] ? call.empty(call.parameters[i - 1].sizes()) : at::empty({0}, x.options());
   }
   with_rows(call, &of_rows, [&](const auto& in) { attention_backward(call, in, pooled, needs, grads); });
-  const std::array<OptionalTensor, 6> parameters{v_weight, v_bias, u_weight, u_bias, w_weight, w_bias};
   for (int i = 0; i < 6; ++i) {
-    if (needs[i + 1]) grads[i + 1] = grads[i + 1].to(parameters[i]->scalar_type());
+    if (needs[i + 1]) grads[i + 1] = grads[i + 1].to(given[i]->scalar_type());
   }
   grads[0] = of_rows.x, grads[7] = of_rows.typed_weight(call), grads[8] = of_rows.typed_bias(call);
   return std::tuple_cat(grads);

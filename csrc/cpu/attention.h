@@ -10,20 +10,19 @@ namespace milkernels {
 
 class AttentionCall : public Call {
  public:
-  AttentionCall(const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& u_weight,
-                const OptionalTensor& u_bias, const Tensor& w_weight, const OptionalTensor& w_bias,
-                const OptionalTensor& offsets, const OptionalTensor& mask, const OptionalTensor& seed,
-                std::string_view activation, double dropout_p, std::optional<ScalarType> compute_dtype,
-                const EmbedArguments& embed)
-      : Call(x, offsets, mask, embed), activation(parse_activation(activation)), dropout(checked_dropout(seed, dropout_p)),
-        planes(bf16_planes(x.scalar_type(), compute_dtype)) {
+  AttentionCall(const Tensor& x, const AttentionWeights& weights, const OptionalTensor& offsets,
+                const OptionalTensor& mask, const OptionalTensor& seed, std::string_view activation, double dropout_p,
+                std::optional<ScalarType> compute_dtype, const EmbedArguments& embed)
+      : Call(x, offsets, mask, embed), activation(parse_activation(activation)),
+        dropout(checked_dropout(seed, dropout_p)), planes(bf16_planes(x.scalar_type(), compute_dtype)) {
+    const Tensor &v_weight = weights.v_weight(), &w_weight = weights.w_weight();
     TORCH_CHECK_VALUE(v_weight.dim() == 2 && w_weight.dim() == 2, "v_weight and w_weight must be 2-D; got ",
                       v_weight.sizes(), " and ", w_weight.sizes());
     hidden = v_weight.size(0), heads = w_weight.size(0);
     TORCH_CHECK_VALUE(hidden > 0 && heads > 0, "v_weight and w_weight must not be empty");
-    parameters = {take(v_weight, "v_weight", {hidden, width}), take(v_bias, "v_bias", {hidden}),
-                  take(u_weight, "u_weight", {hidden, width}), take(u_bias, "u_bias", {hidden}),
-                  take(w_weight, "w_weight", {heads, hidden}), take(w_bias, "w_bias", {heads})};
+    parameters = {take(v_weight, "v_weight", {hidden, width}),           take(weights.v_bias(), "v_bias", {hidden}),
+                  take(weights.u_weight(), "u_weight", {hidden, width}), take(weights.u_bias(), "u_bias", {hidden}),
+                  take(w_weight, "w_weight", {heads, hidden}),           take(weights.w_bias(), "w_bias", {heads})};
   }
 
   Activation activation;

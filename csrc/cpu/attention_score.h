@@ -37,8 +37,8 @@ class AttentionScore final : public Score<T> {
 
   AttentionScore(const AttentionParameters<A>& p, Activation activation, Dropout dropout, int planes)
       : p_(p), dropout_(dropout), planes_(planes), group_(p.gated() ? kBlock / 2 : kBlock),
-        groups_(ceil_div(p.hidden, group_)), bias_(columns(), A(0)),
-        w_(p.heads * units(), A(0)), gate_(select_gate(activation, p.gated())),
+        groups_(ceil_div(p.hidden, group_)), bias_(columns(), A(0)), w_(p.heads * units(), A(0)),
+        gate_(select_gate(activation, p.gated())),
         packed_(Packed<E>::from_columns(p.width, columns(), planes, [&](int64_t c) { return projection_row(c); })) {
     for (int64_t c = 0; c < columns(); ++c) {
       const A* const bias = is_u(c) ? p.u_bias : p.v_bias;
@@ -51,7 +51,7 @@ class AttentionScore final : public Score<T> {
 
   int64_t heads() const override { return p_.heads; }
   int64_t backward_rows() const override { return kChunk; }
-  int64_t units() const { return groups_ * group_; }    // hidden units, padded
+  int64_t units() const { return groups_ * group_; }  // hidden units, padded
   int64_t columns() const { return groups_ * kBlock; }  // of the projection: V and U of group 0, of group 1, ..
   int64_t unit(int64_t column) const { return column / kBlock * group_ + column % group_; }
   bool is_u(int64_t column) const { return p_.gated() && column % kBlock >= group_; }
@@ -97,8 +97,7 @@ class AttentionScore final : public Score<T> {
     Buffer<A> block, keep;
 
     Worker(const AttentionScore& p, int64_t rows, bool backward)
-        : program(p), staged(p.planes_ * rows * p.packed_.depth()),
-          right(backward ? p.planes_ * rows * kBlock : 0),
+        : program(p), staged(p.planes_ * rows * p.packed_.depth()), right(backward ? p.planes_ * rows * kBlock : 0),
           grad(backward ? p.planes_ * rows * p.columns() : 0), grad_t(backward ? p.planes_ * rows * p.columns() : 0),
           block(kBlock * kBlock), keep(kBlock * kBlock) {}
     void scores(const Tile<T>& tile, A* scores) override { program.forward(tile, scores, *this); }

@@ -10,15 +10,12 @@
 #include <optional>
 #include <string_view>
 
+#include "../arguments.h"
 #include "cpu.h"
 #include "layer.h"
 #include "query_score.h"
 
 namespace milkernels {
-
-using at::ScalarType;
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 inline Activation parse_activation(std::string_view name) {
   if (name == "tanh") return Activation::kTanh;
@@ -42,15 +39,7 @@ inline void check_need(bool need, bool given, const char* name) {
   TORCH_CHECK_VALUE(given || !need, "needs says that ", name, " wants a gradient, but ", name, " is absent");
 }
 
-// The embedding of an op as it comes.
-struct EmbedArguments {
-  OptionalTensor weight, bias, seed;
-  std::optional<std::string_view> activation;
-  double dropout_p = 0;
-  std::optional<ScalarType> dtype;
-};
-
-// The same checked, in the accumulation type.
+// The layer in front of an op, checked and in the accumulation type.
 struct Embedding {
   Tensor weight, bias;  // [width, width of x], [width] or undefined
   ScalarType weight_type, bias_type;  // in which they came
@@ -102,7 +91,7 @@ class Call {
                       " on ", t->device());
     return t->to(acc).contiguous();
   }
-  // The same for indices: int64, -1 or rows of x.
+  // Takes indices likewise: they are int64, -1 or rows of x.
   Tensor take_indices(const Tensor& t, const char* name, at::IntArrayRef sizes) const {
     TORCH_CHECK_VALUE(t.is_cpu() && t.scalar_type() == at::kLong && t.sizes() == sizes, name, " must be int64 ", sizes,
                       " on the CPU; got ", t.scalar_type(), " ", t.sizes());
@@ -125,7 +114,7 @@ class Call {
   void take_embedding(const EmbedArguments& e) {
     TORCH_CHECK_VALUE(e.weight->dim() == 2 && e.weight->size(0) > 0, "e_weight must be [any, ", width, "]; got ",
                       e.weight->sizes());
-    TORCH_CHECK_VALUE(e.activation, "e_activation must be given with e_weight; got None");
+    TORCH_CHECK_VALUE(e.activation, "embed_activation must be given with embed; got None");
     const int64_t out = e.weight->size(0);
     embedding.weight = take(e.weight, "e_weight", {out, width});
     embedding.bias = take(e.bias, "e_bias", {out});
@@ -144,14 +133,15 @@ class Call {
 // An op with a classifier: weight [classes, width] and bias [classes].
 class ClassCall : public Call {
  public:
-  ClassCall(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
+  ClassCall(const Tensor& x, const ClassifierWeights& weights, const OptionalTensor& offsets,
             const OptionalTensor& mask, const EmbedArguments& embed)
       : Call(x, offsets, mask, embed) {
+    const Tensor& weight = weights.weight();
     TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0, "weight must be [any, ", width, "]; got ",
                       weight.sizes());
     classes = weight.size(0);
     this->weight = take(weight, "weight", {classes, width});
-    this->bias = take(bias, "bias", {classes});
+    bias = take(weights.bias(), "bias", {classes});
   }
   template <typename A>
   Queries<A> queries() const {
@@ -168,9 +158,12 @@ class PoolTensors {
               const OptionalTensor& lse, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
               const OptionalTensor& grad_lse) {
     const int64_t B = call.bags(), N = call.rows;
-    tensors_ = {call.take(bag, "bag", {B, heads, width}),           call.take(scores, "scores", {N, heads}),
-                call.take(lse, "lse", {B, heads}),                  call.take(grad_bag, "grad_bag", {B, heads, width}),
-                call.take(grad_scores, "grad_scores", {N, heads}), call.take(grad_lse, "grad_lse", {B, heads})};
+    tensors_ = {call.take(bag, "bag", {B, heads, width}),
+                call.take(scores, "scores", {N, heads}),
+                call.take(lse, "lse", {B, heads}),
+                call.take(grad_bag, "grad_bag", {B, heads, width}),
+                call.take(grad_scores, "grad_scores", {N, heads}),
+                call.take(grad_lse, "grad_lse", {B, heads})};
     const bool pooling = grad_bag || grad_lse;
     TORCH_CHECK_VALUE(scores && (!pooling || (lse && bag)), "the backward needs what the forward returned");
   }
@@ -207,7 +200,7 @@ auto with_element(int planes, const F& f) {
   if constexpr (std::is_same_v<T, double>) return f.template operator()<double>();
   else return planes ? f.template operator()<BFloat16>() : f.template operator()<float>();
 }
-// The same as f.template operator()<T, E>(), for the storage type of x too.
+// Calls f.template operator()<T, E>(), which has the storage type T of x too.
 template <typename F>
 auto dispatch_products(ScalarType x, int planes, const F& f) {
   return dispatch_storage(x, [&]<typename T>() {

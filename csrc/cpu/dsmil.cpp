@@ -96,12 +96,11 @@ struct StreamGradients {
 };
 
 // Gradients of q_weight .. v_bias, those that are needed, in their types; writes those of the rows.
-std::array<Tensor, 6> second_stream_backward(const DSMILCall& call, const std::array<OptionalTensor, 6>& parameters,
-                                             const Tensor& bag, const Tensor& scores, const Tensor& lse,
-                                             const Tensor& critical, const Tensor& pooled, const StreamGradients& from,
+std::array<Tensor, 6> second_stream_backward(const DSMILCall& call, const DSMILWeights& given, const Tensor& bag,
+                                             const Tensor& scores, const Tensor& lse, const Tensor& critical,
+                                             const Tensor& pooled, const StreamGradients& from,
                                              const std::array<bool, 6>& needs, RowGradients& of_rows) {
-  constexpr std::array kNames{"q_weight", "q_bias", "q2_weight", "q2_bias", "v_weight", "v_bias"};
-  for (int i = 0; i < 6; ++i) check_need(needs[i], call.parameters[i].defined(), kNames[i]);
+  for (int i = 0; i < 6; ++i) check_need(needs[i], call.parameters[i].defined(), DSMILWeights::kNames[i]);
   TORCH_CHECK_VALUE(critical.dim() == 2 && critical.size(1) > 0, "critical must be [bags, any]; got ",
                     critical.sizes());
   const int64_t B = call.bags(), C = critical.size(1), L = call.width, Lv = call.bag_width();
@@ -139,86 +138,84 @@ std::array<Tensor, 6> second_stream_backward(const DSMILCall& call, const std::a
   }
 
   Tensor grad_vectors = call.empty({B * C, queries.vectors.size(1)});
-  with_rows(call, &of_rows, [&](const auto& in) {
-    second_stream_rows_backward(call, in, queries, tensors, grad_vectors, grads);
-  });
+  with_rows(call, &of_rows,
+            [&](const auto& in) { second_stream_rows_backward(call, in, queries, tensors, grad_vectors, grads); });
   grad_vectors.masked_fill_(queries.dead.unsqueeze(1), 0.);  // a class that pools nothing may have summed 0 * NaN
   queries.backward(grad_vectors, grad_shift, {grads[0], grads[1], grads[2], grads[3]}, of_rows);
   for (int i = 0; i < 6; ++i) {
-    grads[i] = needs[i] ? grads[i].to(parameters[i]->scalar_type()) : at::empty({0}, call.x.options());
+    grads[i] = needs[i] ? grads[i].to(given[i]->scalar_type()) : at::empty({0}, call.x.options());
   }
   return grads;
 }
 
 // --- The ops
 
-Outputs dsmil_pool_fwd(const Tensor& x, const Tensor& instance_logits, const Tensor& q_weight,
-                       const OptionalTensor& q_bias, const OptionalTensor& q2_weight, const OptionalTensor& q2_bias,
-                       const OptionalTensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& offsets,
-                       const OptionalTensor& mask, const OptionalTensor& seed,
+Outputs dsmil_pool_fwd(const Tensor& x, const Tensor& instance_logits, const OptionalTensors& weights,
+                       const OptionalTensor& offsets, const OptionalTensor& mask, const OptionalTensor& seed,
                        std::optional<std::string_view> v_activation, double v_dropout_p, std::optional<double> scale,
-                       std::optional<ScalarType> compute_dtype, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-                       std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
-  const DSMILCall call(x, q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias, offsets, mask, seed, v_activation,
-                       v_dropout_p, scale, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+                       std::optional<ScalarType> compute_dtype, const OptionalTensors& embed,
+                       std::optional<std::string_view> embed_activation, double embed_dropout_p,
+                       std::optional<ScalarType> embed_dtype) {
+  const DSMILCall call(x, DSMILWeights(weights), offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype,
+                       {embed, embed_activation, embed_dropout_p, embed_dtype});
   return second_stream(call, instance_logits);
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients dsmil_pool_bwd(const Tensor& x, const Tensor& q_weight, const OptionalTensor& q_bias,
-                         const OptionalTensor& q2_weight, const OptionalTensor& q2_bias, const OptionalTensor& v_weight,
-                         const OptionalTensor& v_bias, const OptionalTensor& offsets, const OptionalTensor& mask,
-                         const OptionalTensor& seed, const Tensor& bag, const Tensor& scores, const Tensor& lse,
-                         const Tensor& critical, const Tensor& pooled, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed, std::optional<std::string_view> v_activation,
-                         double v_dropout_p, std::optional<double> scale, std::optional<ScalarType> compute_dtype,
-                         std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
-                         const OptionalTensor& grad_lse, std::array<bool, 9> needs) {
-  const DSMILCall call(x, q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias, offsets, mask, seed, v_activation,
-                       v_dropout_p, scale, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+Gradients dsmil_pool_bwd(const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets,
+                         const OptionalTensor& mask, const OptionalTensor& seed, const Tensor& bag,
+                         const Tensor& scores, const Tensor& lse, const Tensor& critical, const Tensor& pooled,
+                         const OptionalTensors& embed, std::optional<std::string_view> v_activation, double v_dropout_p,
+                         std::optional<double> scale, std::optional<ScalarType> compute_dtype,
+                         std::optional<std::string_view> embed_activation, double embed_dropout_p,
+                         std::optional<ScalarType> embed_dtype, const OptionalTensor& grad_bag,
+                         const OptionalTensor& grad_scores, const OptionalTensor& grad_lse, std::array<bool, 9> needs) {
+  const DSMILWeights given(weights);
+  const DSMILCall call(x, given, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype,
+                       {embed, embed_activation, embed_dropout_p, embed_dtype});
   RowGradients of_rows(call, needs[0], needs[7], needs[8]);
-  const auto [q, qb, q2, q2b, v, vb] = second_stream_backward(
-      call, {q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias}, bag, scores, lse, critical, pooled,
-      {grad_bag, grad_scores, grad_lse}, {needs[1], needs[2], needs[3], needs[4], needs[5], needs[6]}, of_rows);
+  const auto [q, qb, q2, q2b, v, vb] =
+      second_stream_backward(call, given, bag, scores, lse, critical, pooled, {grad_bag, grad_scores, grad_lse},
+                             {needs[1], needs[2], needs[3], needs[4], needs[5], needs[6]}, of_rows);
   of_rows.finish();
   return {of_rows.x, q, qb, q2, q2b, v, vb, of_rows.typed_weight(call), of_rows.typed_bias(call)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_fwd(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& q_weight,
-    const OptionalTensor& q_bias, const OptionalTensor& q2_weight, const OptionalTensor& q2_bias,
-    const OptionalTensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const OptionalTensor& seed, std::optional<std::string_view> v_activation,
-    double v_dropout_p, std::optional<double> scale, std::optional<ScalarType> compute_dtype, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
-  const EmbedArguments embed {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype};
-  auto [values, indices, logits] = instance_max_forward({x, weight, bias, offsets, mask, embed});
-  const DSMILCall call(x, q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias, offsets, mask, seed, v_activation,
-                       v_dropout_p, scale, compute_dtype, embed);
+    const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
+    const OptionalTensor& seed, std::optional<std::string_view> v_activation, double v_dropout_p,
+    std::optional<double> scale, std::optional<ScalarType> compute_dtype, const OptionalTensors& embed,
+    std::optional<std::string_view> embed_activation, double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
+  const DualStreamWeights given(weights);
+  const EmbedArguments layer{embed, embed_activation, embed_dropout_p, embed_dtype};
+  auto [values, indices, logits] = instance_max_forward({x, given.first, offsets, mask, layer});
+  const DSMILCall call(x, given.second, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, layer);
   auto [bag, scores, lse, critical, pooled] = second_stream(call, logits);
   return {bag, scores, lse, critical, values, logits, pooled};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_bwd(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& q_weight,
-    const OptionalTensor& q_bias, const OptionalTensor& q2_weight, const OptionalTensor& q2_bias,
-    const OptionalTensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const OptionalTensor& seed, const Tensor& bag, const Tensor& scores, const Tensor& lse,
-    const Tensor& critical, const Tensor& logits, const Tensor& pooled, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
+    const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
+    const OptionalTensor& seed, const Tensor& bag, const Tensor& scores, const Tensor& lse, const Tensor& critical,
+    const Tensor& logits, const Tensor& pooled, const OptionalTensors& embed,
     std::optional<std::string_view> v_activation, double v_dropout_p, std::optional<double> scale,
-    std::optional<ScalarType> compute_dtype, std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
-    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
-    const OptionalTensor& grad_values, const OptionalTensor& grad_logits, std::array<bool, 11> needs) {
-  const EmbedArguments embed {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype};
-  const DSMILCall call(x, q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias, offsets, mask, seed, v_activation,
-                       v_dropout_p, scale, compute_dtype, embed);
+    std::optional<ScalarType> compute_dtype, std::optional<std::string_view> embed_activation, double embed_dropout_p,
+    std::optional<ScalarType> embed_dtype, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
+    const OptionalTensor& grad_lse, const OptionalTensor& grad_values, const OptionalTensor& grad_logits,
+    std::array<bool, 11> needs) {
+  const DualStreamWeights given(weights);
+  const EmbedArguments layer{embed, embed_activation, embed_dropout_p, embed_dtype};
+  const DSMILCall call(x, given.second, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, layer);
   RowGradients of_rows(call, needs[0], needs[9], needs[10]);
-  const auto [q, qb, q2, q2b, v, vb] = second_stream_backward(
-      call, {q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias}, bag, scores, lse, critical, pooled,
-      {grad_bag, grad_scores, grad_lse}, {needs[3], needs[4], needs[5], needs[6], needs[7], needs[8]}, of_rows);
+  const auto [q, qb, q2, q2b, v, vb] =
+      second_stream_backward(call, given.second, bag, scores, lse, critical, pooled, {grad_bag, grad_scores, grad_lse},
+                             {needs[3], needs[4], needs[5], needs[6], needs[7], needs[8]}, of_rows);
+  const Tensor& weight = given.first.weight();
+  const OptionalTensor& bias = given.first.bias();
   Tensor grad_weight = at::empty({0}, x.options()), grad_bias = grad_weight.clone();
   if (grad_values || grad_logits) {
-    const ClassCall first(x, weight, bias, offsets, mask, embed);
+    const ClassCall first(x, given.first, offsets, mask, layer);
     std::tie(grad_weight, grad_bias) = instance_max_gradients(first, critical, logits, grad_values, grad_logits,
                                                               needs[1], needs[2], /*add=*/true, of_rows);
     if (needs[1]) grad_weight = grad_weight.to(weight.scalar_type());
@@ -229,8 +226,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     if (needs[2]) grad_bias = at::zeros_like(*bias, at::MemoryFormat::Contiguous);
   }
   of_rows.finish();
-  return {of_rows.x, grad_weight, grad_bias, q, qb, q2, q2b, v, vb, of_rows.typed_weight(call),
-          of_rows.typed_bias(call)};
+  return {
+      of_rows.x, grad_weight, grad_bias, q, qb, q2, q2b, v, vb, of_rows.typed_weight(call), of_rows.typed_bias(call)};
 }
 
 TORCH_LIBRARY_IMPL(milkernels, CPU, m) {

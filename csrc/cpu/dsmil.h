@@ -1,5 +1,5 @@
-// DSMIL on the CPU (Li, Li, Eliceiri 2021): a call, its critical instances, and the two passes of its second stream over
-// the rows, which typed/dsmil.cpp has for each type of these.
+// DSMIL on the CPU (Li, Li, Eliceiri 2021): a call, its critical instances, and the two passes of its second stream
+// over the rows, which typed/dsmil.cpp has for each type of these.
 //
 // What is linear never meets the instances: <Wq x_i + bq, q_m> = <x_i, Wq^T q_m> + <bq, q_m>, so a linear query is one
 // vector for each bag and class, and V sum_i a_i x_i = sum_i a_i V x_i, since the weights sum to 1. The few critical
@@ -12,24 +12,23 @@ namespace milkernels {
 
 class DSMILCall : public Call {
  public:
-  DSMILCall(const Tensor& x, const Tensor& q_weight, const OptionalTensor& q_bias, const OptionalTensor& q2_weight,
-            const OptionalTensor& q2_bias, const OptionalTensor& v_weight, const OptionalTensor& v_bias,
-            const OptionalTensor& offsets, const OptionalTensor& mask, const OptionalTensor& seed,
-            const std::optional<std::string_view>& v_activation, double v_dropout_p, std::optional<double> scale,
-            std::optional<ScalarType> compute_dtype, const EmbedArguments& embed)
-      : Call(x, offsets, mask, embed), v_activation(v_activation ? parse_activation(*v_activation) : Activation::kIdentity),
+  DSMILCall(const Tensor& x, const DSMILWeights& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
+            const OptionalTensor& seed, const std::optional<std::string_view>& v_activation, double v_dropout_p,
+            std::optional<double> scale, std::optional<ScalarType> compute_dtype, const EmbedArguments& embed)
+      : Call(x, offsets, mask, embed),
+        v_activation(v_activation ? parse_activation(*v_activation) : Activation::kIdentity),
         v_dropout(checked_dropout(seed, v_dropout_p)), planes(bf16_planes(x.scalar_type(), compute_dtype)) {
-    const auto rows_of_weight = [](const Tensor& t, const char* name) {
-      TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) > 0, name, " must be 2-D and not empty; got ", t.sizes());
-      return t.size(0);
+    const auto units = [&](int i) -> int64_t {
+      if (!weights[i]) return 0;
+      TORCH_CHECK_VALUE(weights[i]->dim() == 2 && weights[i]->size(0) > 0, DSMILWeights::kNames[i],
+                        " must be 2-D and not empty; got ", weights[i]->sizes());
+      return weights[i]->size(0);
     };
-    const int64_t Q = rows_of_weight(q_weight, "q_weight");
-    const int64_t Q2 = q2_weight ? rows_of_weight(*q2_weight, "q2_weight") : 0;
-    const int64_t Lv = v_weight ? rows_of_weight(*v_weight, "v_weight") : 0;
-    parameters = {take(q_weight, "q_weight", {Q, width}),  take(q_bias, "q_bias", {Q}),
-                  take(q2_weight, "q2_weight", {Q2, Q}),   take(q2_bias, "q2_bias", {Q2}),
-                  take(v_weight, "v_weight", {Lv, width}), take(v_bias, "v_bias", {Lv})};
-    this->scale = scale.value_or(1. / std::sqrt(static_cast<double>(q2_weight ? Q2 : Q)));
+    const auto taken = [&](int i, at::IntArrayRef sizes) { return take(weights[i], DSMILWeights::kNames[i], sizes); };
+    const int64_t Q = units(0), Q2 = units(2), Lv = units(4);
+    parameters = {taken(0, {Q, width}), taken(1, {Q}),         taken(2, {Q2, Q}),
+                  taken(3, {Q2}),       taken(4, {Lv, width}), taken(5, {Lv})};
+    this->scale = scale.value_or(1. / std::sqrt(static_cast<double>(Q2 > 0 ? Q2 : Q)));
   }
 
   const Tensor& q_weight() const { return parameters[0]; }
@@ -40,8 +39,8 @@ class DSMILCall : public Call {
   const Tensor& v_bias() const { return parameters[5]; }
   bool mlp() const { return q2_weight().defined(); }
   bool folded() const { return v_weight().defined() && v_activation == Activation::kIdentity; }
-  bool staged() const { return v_weight().defined() && !folded(); }  // the value is no linear map of the pooled vector
-  int64_t pooled_width() const { return staged() ? v_weight().size(0) : width; }
+  bool layered() const { return v_weight().defined() && !folded(); }  // the value is no linear map of what is pooled
+  int64_t pooled_width() const { return layered() ? v_weight().size(0) : width; }
   int64_t bag_width() const { return v_weight().defined() ? v_weight().size(0) : width; }
 
   Activation v_activation;
@@ -67,9 +66,9 @@ class CriticalQueries {
   void backward(const Tensor& grad_vectors, const Tensor& grad_shift, std::array<Tensor, 4> grads,
                 RowGradients& of_rows) const;
 
-  Tensor dead;     // [bags * classes]
+  Tensor dead;  // [bags * classes]
   Tensor vectors;  // what instances are multiplied with, scale included: [bags * classes, width or padded hidden]
-  Tensor shift;    // [bags * classes]
+  Tensor shift;  // [bags * classes]
 
  private:
   const DSMILCall& call_;

@@ -56,15 +56,15 @@ class EmbedSource final : public EmbeddedRows<H> {
         : p(p), staged(p.layer_.planes() * rows * p.layer_.depth()),
           left(p.has_gradient() ? p.layer_.planes() * rows * p.layer_.columns() : 0),
           transposed(p.needs_weight() ? p.layer_.planes() * rows * p.layer_.columns() : 0),
-          panel(p.needs_weight() ? p.layer_.planes() * rows * kBlock : 0),
-          made(rows * p.layer_.columns()), block(kBlock * kBlock), keep(p.dropout_ ? kBlock * kBlock : 0),
+          panel(p.needs_weight() ? p.layer_.planes() * rows * kBlock : 0), made(rows * p.layer_.columns()),
+          block(kBlock * kBlock), keep(p.dropout_ ? kBlock * kBlock : 0),
           slopes(p.has_gradient() && p.keeps_slopes_ ? rows * p.layer_.columns() : 0) {}
 
     Tile<H> rows(const Tile<H>& tile) override { return p.make(tile, *this); }
     void backward(const Tile<H>& unit, const H* grad_rows, int64_t slice) override {
       p.backward(unit, grad_rows, slice, *this);
     }
-    void nothing(const Tile<H>& unit) override {
+    void skip_backward(const Tile<H>& unit) override {
       if (T* const grad_x = p.grad_x()) std::fill_n(grad_x + unit.first * p.x_.width, unit.rows * p.x_.width, T(0));
     }
   };
@@ -201,7 +201,8 @@ template std::unique_ptr<EmbeddedRows<double>> embedded_rows(const Call&, RowGra
 template std::unique_ptr<EmbeddedRows<float>> embedded_rows(const Call&, RowGradients*);
 template std::unique_ptr<EmbeddedRows<BFloat16>> embedded_rows(const Call&, RowGradients*);
 
-SomeRows::SomeRows(const Call& call, const Tensor& indices) : call_(call), indices_(indices.reshape({-1}).contiguous()) {
+SomeRows::SomeRows(const Call& call, const Tensor& indices)
+    : call_(call), indices_(indices.reshape({-1}).contiguous()) {
   const int64_t n = indices_.numel(), width = call.x.size(1);
   const int64_t* const row = indices_.const_data_ptr<int64_t>();
   x_ = call.empty({n, width});
@@ -254,12 +255,12 @@ void SomeRows::backward(const Tensor& grad_rows, RowGradients& gradients) const 
 }
 
 void RowGradients::finish() {
-  if (few_.empty()) return;
+  if (added_.empty()) return;
   const int64_t width = x.size(1);
   dispatch_storage(x.scalar_type(), [&]<typename T>() {
     using A = acc_t<T>;
     std::vector<std::pair<int64_t, const A*>> given;
-    for (const auto& [indices, values] : few_) {
+    for (const auto& [indices, values] : added_) {
       const int64_t* const row = indices.template const_data_ptr<int64_t>();
       const A* const value = values.template const_data_ptr<A>();
       for (int64_t i = 0; i < indices.numel(); ++i) {
@@ -275,7 +276,7 @@ void RowGradients::finish() {
       add_to_row(x.mutable_data_ptr<T>() + row * width, sum.data(), A(1), width);
     }
   });
-  few_.clear();
+  added_.clear();
 }
 
 }  // namespace milkernels

@@ -1,5 +1,5 @@
-// The instance stage: the layer in front of an aggregator, h_i = drop(act(W x_i + b)), as the rows that an op sees. They
-// are made for a tile at a time, in the forward and again in the backward, and never stored.
+// The instance stage: the layer in front of an aggregator, h_i = drop(act(W x_i + b)), as the rows that an op sees.
+// They are made for a tile at a time, in the forward and again in the backward, and never stored.
 #pragma once
 
 #include "call.h"
@@ -20,14 +20,12 @@ struct RowGradients {
   void zero() {
     for (Tensor* const t : {&x, &weight, &bias}) t->zero_();
   }
-  void add(const RowGradients& other) {
-    x.add_(other.x), weight.add_(other.weight), bias.add_(other.bias);
-  }
-  // Adds values [n, width of x], in the accumulation type, to rows of x's gradient (-1: to none) when `finish` is called:
-  // what several give to one row is summed before it is rounded.
-  void add_to_rows(const Tensor& indices, const Tensor& values) { few_.emplace_back(indices, values); }
+  void add(const RowGradients& other) { x.add_(other.x), weight.add_(other.weight), bias.add_(other.bias); }
+  // Adds values [n, width of x], in the accumulation type, to rows of x's gradient (-1: to none) when `finish` is
+  // called: what several give to one row is summed before it is rounded.
+  void add_to_rows(const Tensor& indices, const Tensor& values) { added_.emplace_back(indices, values); }
   void finish();
-  // Those of weight and bias in the types of these.
+  // They return the gradients of weight and bias in the types of these.
   Tensor typed_weight(const Call& call) const { return need_weight ? weight.to(call.embedding.weight_type) : weight; }
   Tensor typed_bias(const Call& call) const { return need_bias ? bias.to(call.embedding.bias_type) : bias; }
 
@@ -35,7 +33,7 @@ struct RowGradients {
   Tensor x, weight, bias;
 
  private:
-  std::vector<std::pair<Tensor, Tensor>> few_;
+  std::vector<std::pair<Tensor, Tensor>> added_;
 };
 
 // The embedding of a call as a source of rows of type H.
@@ -69,7 +67,7 @@ void with_rows(const Call& call, RowGradients* gradients, const F& f) {
   }
 }
 
-// The same as f.template operator()<T, E>(in), E the element type of products with the rows; `planes` as in
+// Calls f.template operator()<T, E>(in), where E is the element type of products with the rows; `planes` is that of
 // dispatch_products.
 template <typename F>
 void with_products(const Call& call, int planes, RowGradients* gradients, const F& f) {

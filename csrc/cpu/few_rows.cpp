@@ -112,8 +112,8 @@ Tensor product_nn(const Tensor& a, const Tensor& b) {
       const auto row = [&](int64_t j) { return vectors + j * m; };
       return tiled_product<scalar_t>(a, Packed<scalar_t>::from_rows(k, m, 1, row), out);
     }
-    sums_of_rows<scalar_t>(n, k, vectors, m, [&](int64_t i, int64_t j) { return c[i * k + j]; },
-                           out.mutable_data_ptr<scalar_t>());
+    sums_of_rows<scalar_t>(
+        n, k, vectors, m, [&](int64_t i, int64_t j) { return c[i * k + j]; }, out.mutable_data_ptr<scalar_t>());
   });
   return out;
 }
@@ -124,8 +124,9 @@ Tensor product_tn(const Tensor& a, const Tensor& b) {
   Tensor out = at::empty({n, m}, a.options());
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "product_tn", [&] {
     const scalar_t* const c = a.const_data_ptr<scalar_t>();
-    sums_of_rows<scalar_t>(n, k, b.const_data_ptr<scalar_t>(), m, [&](int64_t i, int64_t j) { return c[j * n + i]; },
-                           out.mutable_data_ptr<scalar_t>());
+    sums_of_rows<scalar_t>(
+        n, k, b.const_data_ptr<scalar_t>(), m, [&](int64_t i, int64_t j) { return c[j * n + i]; },
+        out.mutable_data_ptr<scalar_t>());
   });
   return out;
 }

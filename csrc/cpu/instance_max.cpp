@@ -95,25 +95,28 @@ std::tuple<Tensor, Tensor> instance_max_gradients(const ClassCall& call, const T
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
-  return instance_max_forward({x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype}});
+std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const OptionalTensors& weights,
+                                                    const OptionalTensor& offsets, const OptionalTensor& mask,
+                                                    const OptionalTensors& embed,
+                                                    std::optional<std::string_view> embed_activation,
+                                                    double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
+  return instance_max_forward(
+      {x, ClassifierWeights(weights), offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype}});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_max_bwd(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const Tensor& indices, const Tensor& logits, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
+    const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
+    const Tensor& indices, const Tensor& logits, const OptionalTensors& embed,
+    std::optional<std::string_view> embed_activation, double embed_dropout_p, std::optional<ScalarType> embed_dtype,
     const OptionalTensor& grad_values, const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
-  const ClassCall call(x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+  const ClassifierWeights given(weights);
+  const ClassCall call(x, given, offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
   RowGradients of_rows(call, needs[0], needs[3], needs[4]);
   auto [grad_weight, grad_bias] = instance_max_gradients(call, indices, logits, grad_values, grad_logits, needs[1],
                                                          needs[2], /*add=*/false, of_rows);
   of_rows.finish();
-  if (needs[1]) grad_weight = grad_weight.to(weight.scalar_type());
-  if (needs[2]) grad_bias = grad_bias.to(bias->scalar_type());
+  if (needs[1]) grad_weight = grad_weight.to(given.weight().scalar_type());
+  if (needs[2]) grad_bias = grad_bias.to(given.bias()->scalar_type());
   return {of_rows.x, grad_weight, grad_bias, of_rows.typed_weight(call), of_rows.typed_bias(call)};
 }
 

@@ -13,7 +13,7 @@
 
 namespace milkernels {
 
-constexpr int64_t kBlock = 64;      // columns of a packed block, and rows of a tile
+constexpr int64_t kBlock = 64;  // columns of a packed block, and rows of a tile
 constexpr int64_t kRowMultiple = 8;  // rows of a product: few distinct shapes, each costs about 0.1 ms when first met
 
 // A matrix by rows; plane p of a split number is plane_stride further on. For the right operand of a BFloat16 product
@@ -26,7 +26,7 @@ struct Matrix {
 
   static constexpr int64_t kRowsTogether = std::is_same_v<E, BFloat16> ? 2 : 1;  // in a right operand
 
-  Matrix rows_from(int64_t r) const { return {data + r * ld, ld, plane_stride}; }                  // left operand
+  Matrix rows_from(int64_t r) const { return {data + r * ld, ld, plane_stride}; }  // left operand
   Matrix columns_from(int64_t c) const { return {data + c * kRowsTogether, ld, plane_stride}; }  // right operand
 };
 
@@ -73,9 +73,7 @@ inline void vector_product(int64_t M, int64_t N, int64_t K, Matrix<A> a, Matrix<
     constexpr int R = decltype(rows)::value;
     for_steps<Pair<A>::width>(N, [&](int64_t n, auto step) {
       Pair<A> sum[R];
-      unroll<R>([&](auto r) {
-        sum[r] = add ? load_pair(c + (m + r) * ldc + n, step) : Pair<A>{V(A(0)), V(A(0))};
-      });
+      unroll<R>([&](auto r) { sum[r] = add ? load_pair(c + (m + r) * ldc + n, step) : Pair<A>{V(A(0)), V(A(0))}; });
       for (int64_t k = 0; k < K; ++k) {
         const auto v = load_pair(b.data + k * b.ld + n, step);
         unroll<R>([&](auto r) {
@@ -294,8 +292,8 @@ inline Matrix<E> stage_right(Matrix<E> a, int64_t rows, int64_t first, int64_t w
   return {panel, kBlock, rows * kBlock};
 }
 
-// sum [columns, width] = or += left^T right over `rows`; `columns` is a multiple of kBlock. `transposed` and `panel` are
-// scratch of planes * rows * columns and planes * rows * kBlock.
+// sum [columns, width] = or += left^T right over `rows`; `columns` is a multiple of kBlock. `transposed` and `panel`
+// are scratch of planes * rows * columns and planes * rows * kBlock.
 template <typename E>
 inline void add_outer_products(Matrix<E> left, int64_t columns, Matrix<E> right, int64_t width, int64_t rows,
                                int planes, bool add, E* transposed, E* panel, acc_t<E>* sum) {

@@ -57,8 +57,8 @@ class MlpScore final : public Score<T> {
     std::pair<Matrix<E>, Matrix<E>> forward(const Tile<T>& tile, int64_t rows) {
       const auto& [first, second] = std::tie(p.first, p.second);
       const int64_t columns = first.columns();
-      const auto x = stage(tile.x, tile.ld, tile.mask, tile.rows, rows, tile.width, first.depth(), first.planes(),
-                           staged.get());
+      const auto x =
+          stage(tile.x, tile.ld, tile.mask, tile.rows, rows, tile.width, first.depth(), first.planes(), staged.get());
       first.products(x, rows, z1.get());
       A* const activated = activation_of(z1);
       first.activate(z1.get(), rows, activated);
@@ -101,9 +101,10 @@ class MlpScore final : public Score<T> {
       std::vector<const A*> vectors(heads);
       p.products.backward(unit, this->query.get(), columns, grad_scores, this->worker,
                           [&](int64_t at, int64_t n, const A* queries) {
-        for (int64_t k = 0; k < heads; ++k) vectors[k] = queries + k * columns;
-        combine(grad_scores + at * heads, vectors.data(), heads, n, columns, grad2.get() + at * columns, columns);
-      });
+                            for (int64_t k = 0; k < heads; ++k) vectors[k] = queries + k * columns;
+                            combine(grad_scores + at * heads, vectors.data(), heads, n, columns,
+                                    grad2.get() + at * columns, columns);
+                          });
       const bool start = p.slices_->start(slice);
       A* const sums = p.slices_->at(slice);
       const auto grad_h = p.second.backward(h, this->z2.get(), rows, grad2.get(), start,

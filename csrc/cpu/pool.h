@@ -6,8 +6,8 @@
 // or both grow. Slots of a bag are merged in order, so results do not depend on the number of threads.
 //
 // Score programs (attention_score.h, query_score.h, mlp_score.h) plug in as a Score, what is done with the scores as a
-// reduction. Rows lie in memory or come from a source (embed.h), which makes them for a tile at a time; a stage (value.h)
-// makes other rows to be pooled than were scored.
+// reduction. Rows lie in memory or come from a source (embed.h), which makes them for a tile at a time; a stage
+// (value.h) makes other rows to be pooled than were scored.
 #pragma once
 
 #include <memory>
@@ -50,7 +50,7 @@ struct Source {
     virtual Tile<T> rows(const Tile<T>& tile) = 0;  // those of the tile, until others are made
     // After `rows` of this unit, from their gradient [rows, width], 0 in masked ones: what they were made of.
     virtual void backward(const Tile<T>& unit, const T* grad_rows, int64_t slice) = 0;
-    virtual void nothing(const Tile<T>& unit) = 0;  // the same for a unit without a real row
+    virtual void skip_backward(const Tile<T>& unit) = 0;  // in its place for a unit without a real row
   };
   virtual ~Source() = default;
   virtual std::unique_ptr<Worker> worker(int64_t rows) const = 0;  // for tiles or units of at most so many
@@ -66,7 +66,7 @@ struct Ragged {
   const bool* mask;
   std::vector<int64_t> offsets;
   const Source<T>* source = nullptr;  // where x is null
-  T* grad_x = nullptr;                // where the gradient of x goes in a backward; null: nowhere, or to the source
+  T* grad_x = nullptr;  // where the gradient of x goes in a backward; null: nowhere, or to the source
 
   bool has_gradient() const { return grad_x != nullptr || (source && source->has_gradient()); }
   int64_t bags() const { return static_cast<int64_t>(offsets.size()) - 1; }
@@ -187,9 +187,9 @@ class Partials {
   struct Worker {
     Selection<A> selected;
     std::vector<A> weight, max, scale;
-    bool fresh;  // rows come from memory, nobody has read them just before
-    explicit Worker(int64_t heads, bool fresh = false)
-        : weight(kChunk * heads), max(heads), scale(heads), fresh(fresh) {}
+    bool prefetch;  // rows are not in cache yet
+    explicit Worker(int64_t heads, bool prefetch = false)
+        : weight(kChunk * heads), max(heads), scale(heads), prefetch(prefetch) {}
   };
 
   // `scores` [rows, heads of all].
@@ -214,7 +214,7 @@ class Partials {
         s[k] = {w.max[k], s[k].sum * w.scale[k] + sum};
       }
       weighted_sums(x, ld, w.selected.index, n, w.weight.data(), heads, w.scale.data(), width_, sum(slot, first),
-                    w.fresh);
+                    w.prefetch);
     });
   }
 
@@ -224,7 +224,7 @@ class Partials {
     if (n == 0) return;
     SoftmaxState<double>* const s = state_.data() + slot * heads_;
     for (int64_t k = 0; k < heads_; ++k) w.scale[k] = static_cast<A>(s[k].sum);  // 0 at first, then 1
-    weighted_sums(x, ld, index, n, weight, heads_, w.scale.data(), width_, sum(slot, 0), w.fresh);
+    weighted_sums(x, ld, index, n, weight, heads_, w.scale.data(), width_, sum(slot, 0), w.prefetch);
     for (int64_t k = 0; k < heads_; ++k) s[k] = {0., 1.};
   }
 
@@ -347,7 +347,7 @@ class SoftmaxPool {
   using A = acc_t<T>;
 
   SoftmaxPool(const Ragged<T>& in, const Score<T>& score, const Stage<T>* stage, A* bag, A* lse)
-      : in_(in), fresh_(!score.reads_rows()), stage_(stage), bag_(bag), lse_(lse),
+      : in_(in), prefetch_(!score.reads_rows()), stage_(stage), bag_(bag), lse_(lse),
         partials_(in.slots(), score.heads(), stage ? stage->width() : in.width) {}
 
   struct Worker {
@@ -355,7 +355,7 @@ class SoftmaxPool {
     std::unique_ptr<typename Stage<T>::Worker> stage;
   };
   Worker worker() const {
-    return {typename Partials<A>::Worker(partials_.heads(), fresh_), stage_ ? stage_->worker(kBlock) : nullptr};
+    return {typename Partials<A>::Worker(partials_.heads(), prefetch_), stage_ ? stage_->worker(kBlock) : nullptr};
   }
   void add(const Tile<T>& tile, const A* scores, Worker& w) {
     const int64_t heads = partials_.heads();
@@ -371,7 +371,7 @@ class SoftmaxPool {
 
  private:
   const Ragged<T>& in_;
-  bool fresh_;
+  bool prefetch_;
   const Stage<T>* stage_;
   A *bag_, *lse_;
   Partials<A> partials_;
@@ -391,9 +391,7 @@ template <typename T, typename Reduction>
 void pool_forward(const Score<T>& score, const Ragged<T>& in, acc_t<T>* scores, Reduction&& reduction) {
   using A = acc_t<T>;
   const int64_t heads = score.heads();
-  const auto make_worker = [&] {
-    return std::tuple(Reader<T>(in), score.forward_worker(), reduction.worker());
-  };
+  const auto make_worker = [&] { return std::tuple(Reader<T>(in), score.forward_worker(), reduction.worker()); };
   for_tiles(in, make_worker, [&](const Tile<T>& tile, auto& worker) {
     A* const out = scores + tile.first * heads;
     if (!tile.any_real()) {

@@ -91,19 +91,19 @@ class ScoreGradients {
 
   // `width`: of the rows that were pooled.
   ScoreGradients(const Ragged<T>& in, const PoolGradients<A>& g, int64_t heads, int64_t width)
-      : in_(in), g_(g), heads_(heads), width_(width), center_(in.bags(), 0), correction_(in.bags() * heads, A(0)) {
+      : in_(in), g_(g), heads_(heads), width_(width), centre_(in.bags(), 0), correction_(in.bags() * heads, A(0)) {
     if (g.grad_bag != nullptr || g.grad_lse != nullptr) normalise();
     if (g.grad_bag == nullptr) return;
     // All heads of a bag subtract the same centre, and what a head's own would have given is added to its dot products:
     // heads are then read together, and no digits are lost that eager PyTorch keeps.
     at::parallel_for(0, heads > 1 ? in.bags() : 0, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        const int64_t c = center_[b] = smallest_bag(b);
-        const A* const center = g.bag + (b * heads + c) * width;
+        const int64_t c = centre_[b] = smallest_bag(b);
+        const A* const centre = g.bag + (b * heads + c) * width;
         for (int64_t k = 0; k < heads; ++k) {
           double sum = 0;
           const A *const bag = g.bag + (b * heads + k) * width, *const grad = g.grad_bag + (b * heads + k) * width;
-          for (int64_t l = 0; k != c && l < width; ++l) sum += (double(center[l]) - bag[l]) * grad[l];
+          for (int64_t l = 0; k != c && l < width; ++l) sum += (double(centre[l]) - bag[l]) * grad[l];
           correction_[b * heads + k] = static_cast<A>(sum);
         }
       }
@@ -134,7 +134,7 @@ class ScoreGradients {
         const int64_t n = w.selected.count, bh = b * heads_ + first;
         const bool alone = heads < heads_;  // then a head is its own centre
         if (g_.grad_bag != nullptr) {
-          dots(rows + offset * ld, ld, w.selected.index, n, g_.bag + (alone ? bh : b * heads_ + center_[b]) * width_,
+          dots(rows + offset * ld, ld, w.selected.index, n, g_.bag + (alone ? bh : b * heads_ + centre_[b]) * width_,
                g_.grad_bag + bh * width_, heads, width_, w.dot.data());
         }
         for (int64_t i = 0; i < n; ++i) {
@@ -159,8 +159,8 @@ class ScoreGradients {
   }
 
  private:
-  // The head whose bag vector is the smallest of those that are finite and of some rows: a head that looks at an outlier
-  // or at NaN must not take the digits of the others.
+  // The head whose bag vector is the smallest of those that are finite and of some rows: a head that looks at an
+  // outlier or at NaN must not take the digits of the others.
   int64_t smallest_bag(int64_t b) const {
     double least = std::numeric_limits<double>::infinity();
     int64_t head = 0;
@@ -216,7 +216,7 @@ class ScoreGradients {
   PoolGradients<A> g_;
   int64_t heads_, width_;
   std::vector<A> normal_;  // [bags, heads]
-  std::vector<int64_t> center_;
+  std::vector<int64_t> centre_;
   std::vector<A> correction_;
   bool finite_ = true;
 };
@@ -228,9 +228,10 @@ class Slices {
  public:
   // As many as fit into 64 MB, but at least 4 and at most 16; `size` numbers each.
   Slices(int64_t rows, int64_t size)
-      : size_(size), count_(std::clamp<int64_t>(
-                         ceil_div(rows, chunk_rows(rows)), 1,
-                         std::clamp<int64_t>((int64_t{64} << 20) / std::max<int64_t>(size * sizeof(A), 1), 4, 16))),
+      : size_(size),
+        count_(std::clamp<int64_t>(ceil_div(rows, chunk_rows(rows)), 1,
+                                   std::clamp<int64_t>((int64_t{64} << 20) / std::max<int64_t>(size * sizeof(A), 1), 4,
+                                                       16))),
         used_(count_, 0), buffer_(count_ * size) {}
 
   int64_t count() const { return count_; }
@@ -257,8 +258,8 @@ class Slices {
 
 // `slices`: of the sums of score program and stage; programs without sums take one for each chunk.
 template <typename T>
-void pool_backward(const Score<T>& score, const Stage<T>* stage, const Ragged<T>& in,
-                   const PoolGradients<acc_t<T>>& g, int64_t slices) {
+void pool_backward(const Score<T>& score, const Stage<T>* stage, const Ragged<T>& in, const PoolGradients<acc_t<T>>& g,
+                   int64_t slices) {
   using A = acc_t<T>;
   const int64_t heads = score.heads(), width = in.width, pooled_width = stage ? stage->width() : width;
   if (in.source) slices = std::min(slices, in.source->slices());
@@ -293,7 +294,7 @@ void pool_backward(const Score<T>& score, const Stage<T>* stage, const Ragged<T>
       const Tile<T> place = in.tile(first, std::min(unit_rows, end - first));
       if (!place.any_real()) {
         if (in.grad_x != nullptr) std::fill_n(in.grad_x + first * width, place.rows * width, T(0));
-        if (in.source) w.read.source()->nothing(place);
+        if (in.source) w.read.source()->skip_backward(place);
         continue;
       }
       const Tile<T> unit = w.read(place);

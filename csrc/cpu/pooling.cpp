@@ -87,18 +87,19 @@ class QueryCall : public Call {
 
 std::tuple<Tensor, Tensor, Tensor> query_pool_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets,
                                                   const OptionalTensor& mask, double scale,
-                                                  const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-                                                  std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
-  const QueryCall call(x, query, offsets, mask, scale, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+                                                  const OptionalTensors& embed,
+                                                  std::optional<std::string_view> embed_activation,
+                                                  double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
+  const QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
   Forward out(call, call.heads);
   with_rows(call, nullptr, [&]<typename T>(const Ragged<T>& in) { out.pool(call.program<T>(in), in); });
   return {out.bag, out.scores, out.lse};
 }
 
 Tensor query_scores_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
-                        double scale, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-                        std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
-  const QueryCall call(x, query, offsets, mask, scale, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+                        double scale, const OptionalTensors& embed, std::optional<std::string_view> embed_activation,
+                        double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
+  const QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
   Tensor scores = call.empty({call.rows, call.heads});
   with_rows(call, nullptr, [&]<typename T>(const Ragged<T>& in) {
     pool_forward(call.program<T>(in), in, scores.mutable_data_ptr<acc_t<T>>(), NoPool());
@@ -106,13 +107,15 @@ Tensor query_scores_fwd(const Tensor& x, const Tensor& query, const OptionalTens
   return scores;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(
-    const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
-    const OptionalTensor& bag, const Tensor& scores, const OptionalTensor& lse, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed, double scale,
-    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
-    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
-    std::array<bool, 4> needs) {
-  const QueryCall call(x, query, offsets, mask, scale, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(const Tensor& x, const Tensor& query,
+                                                     const OptionalTensor& offsets, const OptionalTensor& mask,
+                                                     const OptionalTensor& bag, const Tensor& scores,
+                                                     const OptionalTensor& lse, const OptionalTensors& embed,
+                                                     double scale, std::optional<std::string_view> embed_activation,
+                                                     double embed_dropout_p, std::optional<ScalarType> embed_dtype,
+                                                     const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
+                                                     const OptionalTensor& grad_lse, std::array<bool, 4> needs) {
+  const QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
   const PoolTensors pooled(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   RowGradients of_rows(call, needs[0], needs[2], needs[3]);
   Tensor grad_query = call.gradient(needs[1], query.sizes());
@@ -133,10 +136,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(
 // --- loss_attention_pool
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> loss_attention_pool_fwd(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
-  const ClassCall call(x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+    const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
+    const OptionalTensors& embed, std::optional<std::string_view> embed_activation, double embed_dropout_p,
+    std::optional<ScalarType> embed_dtype) {
+  const ClassCall call(x, ClassifierWeights(weights), offsets, mask,
+                       {embed, embed_activation, embed_dropout_p, embed_dtype});
   Forward out(call, 1);
   Tensor logits = call.empty({call.rows, call.classes});
   if (mask) logits.fill_(kDead<double>);  // tiles without a real row are passed over
@@ -147,14 +151,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_attention_pool_fwd(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_bwd(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const Tensor& bag, const Tensor& scores, const Tensor& lse, const Tensor& logits,
-    const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-    std::optional<std::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
+    const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
+    const Tensor& bag, const Tensor& scores, const Tensor& lse, const Tensor& logits, const OptionalTensors& embed,
+    std::optional<std::string_view> embed_activation, double embed_dropout_p, std::optional<ScalarType> embed_dtype,
     const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
     const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
-  const ClassCall call(x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
-  check_need(needs[2], bias.has_value(), "bias");
+  const ClassifierWeights given(weights);
+  const ClassCall call(x, given, offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
+  check_need(needs[2], call.bias.defined(), "bias");
   const PoolTensors pooled(call, 1, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   const Tensor l = call.take(logits, "logits", {call.rows, call.classes}),
                g = call.take(grad_logits, "grad_logits", {call.rows, call.classes});
@@ -169,8 +173,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_bwd(
     if (needs[1]) score.classes().gradient(grad_weight.mutable_data_ptr<A>(), nullptr);
     if (needs[2]) score.classes().shift_gradient(grad_bias.mutable_data_ptr<A>());
   });
-  if (needs[1]) grad_weight = grad_weight.to(weight.scalar_type());
-  if (needs[2]) grad_bias = grad_bias.to(bias->scalar_type());
+  if (needs[1]) grad_weight = grad_weight.to(given.weight().scalar_type());
+  if (needs[2]) grad_bias = grad_bias.to(given.bias()->scalar_type());
   return {of_rows.x, grad_weight, grad_bias, of_rows.typed_weight(call), of_rows.typed_bias(call)};
 }
 

@@ -125,13 +125,21 @@ inline void for_blocks(int64_t n, const F& f) {
 }
 
 template <typename T>
-inline Pair<T> load_pair(const T* p, WholeStep) { return Pair<T>::load(p); }
+inline Pair<T> load_pair(const T* p, WholeStep) {
+  return Pair<T>::load(p);
+}
 template <typename T>
-inline Pair<T> load_pair(const T* p, int64_t count) { return Pair<T>::load(p, count); }
+inline Pair<T> load_pair(const T* p, int64_t count) {
+  return Pair<T>::load(p, count);
+}
 template <typename T>
-inline void store_pair(const Pair<T>& v, T* p, WholeStep) { v.store(p); }
+inline void store_pair(const Pair<T>& v, T* p, WholeStep) {
+  v.store(p);
+}
 template <typename T>
-inline void store_pair(const Pair<T>& v, T* p, int64_t count) { v.store(p, count); }
+inline void store_pair(const Pair<T>& v, T* p, int64_t count) {
+  v.store(p, count);
+}
 
 template <typename A>
 inline A horizontal_sum(Vectorized<A> v) {

@@ -25,9 +25,11 @@ class ScoresCall : public Call {
 // f(bag, first row, rows, heads' values of the bag): weights[i, k] = f's, 0 where a score does not count.
 template <typename A, typename F>
 void for_segments(const Ragged<A>& in, const F& f) {
-  for_tiles(in, [] { return 0; }, [&](const Tile<A>& tile, int) {
-    in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) { f(b, from, to); });
-  });
+  for_tiles(
+      in, [] { return 0; },
+      [&](const Tile<A>& tile, int) {
+        in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) { f(b, from, to); });
+      });
 }
 
 // out = exp(scores - shift[bag]) * scale[bag] (null: 1).
@@ -54,18 +56,19 @@ Tensor segment_softmax_fwd(const Tensor& scores, const OptionalTensor& offsets, 
   call.dispatch([&]<typename A>() {
     const auto in = call.ragged<A>();
     Partials<A> partials(in.slots(), heads, 0);
-    for_tiles(in, [&] { return std::pair(typename Partials<A>::Worker(heads), std::vector<A>(kBlock * heads)); },
-              [&](const Tile<A>& tile, auto& w) {
-      auto& [worker, s] = w;
-      std::copy_n(tile.x, tile.rows * heads, s.data());
-      for (int64_t r = 0; r < tile.rows; ++r) {
-        if (!is_real(tile.mask, r)) std::fill_n(s.data() + r * heads, heads, kDead<A>);
-      }
-      in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
-        const int64_t at = from - tile.first;
-        partials.add_softmax(in.slot_of(from, b), tile.x, 0, to - from, s.data() + at * heads, worker);
-      });
-    });
+    for_tiles(
+        in, [&] { return std::pair(typename Partials<A>::Worker(heads), std::vector<A>(kBlock * heads)); },
+        [&](const Tile<A>& tile, auto& w) {
+          auto& [worker, s] = w;
+          std::copy_n(tile.x, tile.rows * heads, s.data());
+          for (int64_t r = 0; r < tile.rows; ++r) {
+            if (!is_real(tile.mask, r)) std::fill_n(s.data() + r * heads, heads, kDead<A>);
+          }
+          in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
+            const int64_t at = from - tile.first;
+            partials.add_softmax(in.slot_of(from, b), tile.x, 0, to - from, s.data() + at * heads, worker);
+          });
+        });
     std::vector<A> top(in.bags() * heads), scale(in.bags() * heads);
     partials.merge_states(in, [&](int64_t i, const SoftmaxState<double>& state) {
       top[i] = static_cast<A>(state.max);
@@ -116,9 +119,8 @@ Tensor attention_weights_fwd(const Tensor& scores, const Tensor& lse, const Opti
   const ScoresCall call(scores, offsets, mask);
   const Tensor l = call.take(lse, "lse", {call.bags(), call.width});
   Tensor out = call.empty({call.rows, call.width});
-  call.dispatch([&]<typename A>() {
-    weights<A>(call.ragged<A>(), l.const_data_ptr<A>(), nullptr, out.mutable_data_ptr<A>());
-  });
+  call.dispatch(
+      [&]<typename A>() { weights<A>(call.ragged<A>(), l.const_data_ptr<A>(), nullptr, out.mutable_data_ptr<A>()); });
   return out;
 }
 

@@ -12,35 +12,30 @@
 namespace milkernels {
 namespace {
 
-struct Parameters {
-  const Tensor& v_weight;
-  const OptionalTensor &v_bias, &u_weight, &u_bias;
-  const Tensor& w_weight;
-  const OptionalTensor& w_bias;
-};
-
 class AttentionCall : public Call {
  public:
-  AttentionCall(const Tensor& x, const Parameters& p, const OptionalTensor& offsets, const OptionalTensor& mask,
+  AttentionCall(const Tensor& x, const AttentionWeights& p, const OptionalTensor& offsets, const OptionalTensor& mask,
                 const OptionalTensor& seed, std::string_view activation, double dropout_p,
-                std::optional<ScalarType> compute_dtype, const EmbeddingArguments& embedding)
-      : Call(x, offsets, mask, embedding), gated(p.u_weight.has_value()), type(product_type(row_type(), compute_dtype)),
-        activation_(activation_of(activation)), dropout_(x, seed, dropout_p) {
-    TORCH_CHECK_VALUE(p.v_weight.dim() == 2 && p.w_weight.dim() == 2, "v_weight and w_weight must be 2-D; got ",
-                      p.v_weight.sizes(), " and ", p.w_weight.sizes());
-    hidden = p.v_weight.size(0), heads = p.w_weight.size(0);
+                std::optional<ScalarType> compute_dtype, const EmbedArguments& embedding)
+      : Call(x, offsets, mask, embedding), gated(p.u_weight().has_value()),
+        type(product_type(row_type(), compute_dtype)), activation_(activation_of(activation)),
+        dropout_(x, seed, dropout_p) {
+    const Tensor &v_weight = p.v_weight(), &w_weight = p.w_weight();
+    TORCH_CHECK_VALUE(v_weight.dim() == 2 && w_weight.dim() == 2, "v_weight and w_weight must be 2-D; got ",
+                      v_weight.sizes(), " and ", w_weight.sizes());
+    hidden = v_weight.size(0), heads = w_weight.size(0);
     TORCH_CHECK_VALUE(hidden > 0 && heads > 0, "v_weight and w_weight must not be empty");
     TORCH_CHECK_VALUE(hidden <= (1 << 22) && heads <= (1 << 22), "too many hidden units or heads: ", hidden, ", ",
                       heads);
-    for (const Tensor* const weight : {&p.v_weight, gated ? &*p.u_weight : nullptr}) {
+    for (const Tensor* const weight : {&v_weight, gated ? &*p.u_weight() : nullptr}) {
       if (weight == nullptr) continue;
       TORCH_CHECK_VALUE(here(*weight) && weight->sizes() == at::IntArrayRef({hidden, width}),
                         "v_weight and u_weight must be [", hidden, ", ", width, "] on ", x.device(), "; got ",
                         weight->sizes(), " on ", weight->device());
       weights_.push_back(weight->to(type).contiguous());
     }
-    v_bias_ = take(p.v_bias, "v_bias", {hidden}), u_bias_ = take(p.u_bias, "u_bias", {hidden});
-    w = take(p.w_weight, "w_weight", {heads, hidden}), w_bias_ = take(p.w_bias, "w_bias", {heads});
+    v_bias_ = take(p.v_bias(), "v_bias", {hidden}), u_bias_ = take(p.u_bias(), "u_bias", {hidden});
+    w = take(w_weight, "w_weight", {heads, hidden}), w_bias_ = take(p.w_bias(), "w_bias", {heads});
   }
 
   int64_t units() const { return gated ? 2 * hidden : hidden; }
@@ -49,8 +44,15 @@ class AttentionCall : public Call {
 
   template <typename A>
   Gate<A> gate() const {
-    return {gated, activation_, dropout_.typed(), static_cast<int>(hidden), static_cast<int>(heads),
-            data<A>(v_bias_), data<A>(u_bias_), data<A>(w), data<A>(w_bias_)};
+    return {gated,
+            activation_,
+            dropout_.typed(),
+            static_cast<int>(hidden),
+            static_cast<int>(heads),
+            data<A>(v_bias_),
+            data<A>(u_bias_),
+            data<A>(w),
+            data<A>(w_bias_)};
   }
   template <typename E>
   GateRows<E> gate_rows(const Tensor& z, int64_t first) const {
@@ -87,12 +89,12 @@ class AttentionCall : public Call {
 
 std::string forced;
 
-// Of multiplications and additions in the products: up to so many are done sooner than several kernels are launched.
-// Not measured. Half types have the units that multiply matrices.
+// One kernel does up to so many multiplications and additions sooner than several kernels are launched, it is thought:
+// this was not measured. Half types have the units that multiply matrices.
 constexpr int64_t kSmallWork = int64_t{1} << 30, kSmallHalfWork = int64_t{1} << 32;
 constexpr int64_t kSmallHeads = 16, kSmallWidth = 8192;
 
-// By shapes and types alone.
+// Decides by shapes and types alone.
 bool is_small(const AttentionCall& call) {
   if (call.embedding || !call.same_type() || call.heads > kSmallHeads || call.width > kSmallWidth) return false;
   // The backward's workspace: gradients of products, and a copy of x without masked rows.
@@ -105,7 +107,7 @@ bool is_small(const AttentionCall& call) {
 
 // --- Forward
 
-// And what is pooled by them, if anything is.
+// Writes the scores slice by slice and, where `pooled` is given, adds the rows to it by them.
 void scores_in_slices(const AttentionCall& call, const Tensor& scores, Sums* pooled = nullptr) {
   const Tensor weight = call.projection();
   const int64_t size = weight.element_size(), converted = call.same_type() ? 0 : call.width * size;
@@ -113,14 +115,13 @@ void scores_in_slices(const AttentionCall& call, const Tensor& scores, Sums* poo
   call.in_slices(bytes, [&](int64_t first, int64_t count) {
     const Slice slice = instances(call, first, count);
     const Tensor z = product(rows_for_products(call, slice, call.type, false), weight.t(), call.type);
-    dispatch(call.type, [&]<typename E>() {
-      gate_scores(call.gate_rows<E>(z, first), data<acc_t<E>>(scores), call.stream());
-    });
+    dispatch(call.type,
+             [&]<typename E>() { gate_scores(call.gate_rows<E>(z, first), data<acc_t<E>>(scores), call.stream()); });
     if (pooled != nullptr) pooled->add(slice.x, first, scores);
   });
 }
 
-// All of it in one kernel, or false; bag and lse are undefined where scores are all that is wanted.
+// Runs the forward as one kernel, or returns false; bag and lse are undefined where scores are all that is wanted.
 bool forward_at_once(AttentionCall& call, const Tensor& scores, const Tensor& bag, const Tensor& lse) {
   if (!is_small(call)) return false;
   return dispatch(call.type, [&]<typename T>() {
@@ -134,15 +135,15 @@ bool forward_at_once(AttentionCall& call, const Tensor& scores, const Tensor& ba
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_pool_fwd(
-    const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& u_weight,
-    const OptionalTensor& u_bias, const Tensor& w_weight, const OptionalTensor& w_bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const OptionalTensor& seed, std::string_view activation, double dropout_p,
-    std::optional<ScalarType> compute_dtype, const OptionalTensor& e_weight, const OptionalTensor& e_bias,
-    const OptionalTensor& e_seed, std::optional<c10::string_view> e_activation, double e_dropout_p,
-    std::optional<ScalarType> e_dtype) {
-  AttentionCall call(x, {v_weight, v_bias, u_weight, u_bias, w_weight, w_bias}, offsets, mask, seed, activation,
-                     dropout_p, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+std::tuple<Tensor, Tensor, Tensor> attention_pool_fwd(const Tensor& x, const OptionalTensors& weights,
+                                                      const OptionalTensor& offsets, const OptionalTensor& mask,
+                                                      const OptionalTensor& seed, std::string_view activation,
+                                                      double dropout_p, std::optional<ScalarType> compute_dtype,
+                                                      const OptionalTensors& embed,
+                                                      std::optional<std::string_view> embed_activation,
+                                                      double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
+  AttentionCall call(x, AttentionWeights(weights), offsets, mask, seed, activation, dropout_p, compute_dtype,
+                     {embed, embed_activation, embed_dropout_p, embed_dtype});
   if (call.embedding) {
     const Tensor scores = call.empty({call.rows, call.heads});
     Sums pooled(call, call.chunked(), call.heads, call.width, Scoring::kGiven);
@@ -157,16 +158,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_fwd(
   return {out.bag, out.scores, out.lse};
 }
 
-Tensor attention_scores_fwd(const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias,
-                            const OptionalTensor& u_weight, const OptionalTensor& u_bias, const Tensor& w_weight,
-                            const OptionalTensor& w_bias, const OptionalTensor& offsets, const OptionalTensor& mask,
-                            const OptionalTensor& seed, std::string_view activation, double dropout_p,
-                            std::optional<ScalarType> compute_dtype, const OptionalTensor& e_weight,
-                            const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-                            std::optional<c10::string_view> e_activation, double e_dropout_p,
-                            std::optional<ScalarType> e_dtype) {
-  AttentionCall call(x, {v_weight, v_bias, u_weight, u_bias, w_weight, w_bias}, offsets, mask, seed, activation,
-                     dropout_p, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+Tensor attention_scores_fwd(const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets,
+                            const OptionalTensor& mask, const OptionalTensor& seed, std::string_view activation,
+                            double dropout_p, std::optional<ScalarType> compute_dtype, const OptionalTensors& embed,
+                            std::optional<std::string_view> embed_activation, double embed_dropout_p,
+                            std::optional<ScalarType> embed_dtype) {
+  AttentionCall call(x, AttentionWeights(weights), offsets, mask, seed, activation, dropout_p, compute_dtype,
+                     {embed, embed_activation, embed_dropout_p, embed_dtype});
   const Tensor scores = call.empty({call.rows, call.heads});
   if (!forward_at_once(call, scores, {}, {})) scores_in_slices(call, scores);
   return scores;
@@ -180,7 +178,7 @@ struct Found {
   Tensor weight, sums;
 };
 
-// What gradients of a slice's products are multiplied by in float16; undefined in other types. `size` bounds what a
+// The factor of gradients of a slice's products in float16; undefined in other types. `size` bounds what a
 // unit's gradient is of its score's.
 Tensor scale_of(const AttentionCall& call, const Tensor& of_scores, const Tensor& size) {
   return call.type == at::kHalf ? power_of_two_scale(largest(of_scores) * size, call.headroom()) : Tensor();
@@ -225,8 +223,7 @@ Found backward_in_slices(const AttentionCall& call, PoolGradients& gradients, Ro
   return found;
 }
 
-// The same in one kernel behind that of the pooling, and the library's product for V and U; false where it is not for
-// this call.
+// Runs the backward as one kernel behind that of the pooling, with the library's product for V and U, or returns false.
 bool backward_at_once(AttentionCall& call, const PooledTensors& of, const RowGradients& rows, bool need_weight,
                       Found& found, Tensor& ds) {
   if (!is_small(call) || call.type == at::kHalf) return false;  // float16 needs a scale
@@ -240,8 +237,8 @@ bool backward_at_once(AttentionCall& call, const PooledTensors& of, const RowGra
       return false;
     } else {
       using A = acc_t<T>;
-      SmallBackward<T> p{call.small<T>(), data<A>(ds), data<T>(dz), data<A>(found.sums),
-                         data_if<T>(rows.wanted(), rows.x), pooled};
+      SmallBackward<T> p{
+          call.small<T>(), data<A>(ds), data<T>(dz), data<A>(found.sums), data_if<T>(rows.wanted(), rows.x), pooled};
       if (!fits(p)) return false;
       if (!pooled) {
         PoolGradients gradients(call, of, false);
@@ -264,21 +261,17 @@ bool backward_at_once(AttentionCall& call, const PooledTensors& of, const RowGra
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients attention_bwd(
-    const Tensor& x, const Tensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& u_weight,
-    const OptionalTensor& u_bias, const Tensor& w_weight, const OptionalTensor& w_bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const OptionalTensor& seed, const OptionalTensor& bag, const Tensor& scores,
-    const OptionalTensor& lse, const OptionalTensor& e_weight, const OptionalTensor& e_bias,
-    const OptionalTensor& e_seed, std::string_view activation, double dropout_p,
-    std::optional<ScalarType> compute_dtype, std::optional<c10::string_view> e_activation, double e_dropout_p,
-    std::optional<ScalarType> e_dtype, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
-    const OptionalTensor& grad_lse, std::array<bool, 9> needs) {
-  AttentionCall call(x, {v_weight, v_bias, u_weight, u_bias, w_weight, w_bias}, offsets, mask, seed, activation,
-                     dropout_p, compute_dtype, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
-  check_wanted(needs[2], v_bias.has_value(), "v_bias");
-  check_wanted(needs[3], u_weight.has_value(), "u_weight");
-  check_wanted(needs[4], u_bias.has_value(), "u_bias");
-  check_wanted(needs[6], w_bias.has_value(), "w_bias");
+Gradients attention_bwd(const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets,
+                        const OptionalTensor& mask, const OptionalTensor& seed, const OptionalTensor& bag,
+                        const Tensor& scores, const OptionalTensor& lse, const OptionalTensors& embed,
+                        std::string_view activation, double dropout_p, std::optional<ScalarType> compute_dtype,
+                        std::optional<std::string_view> embed_activation, double embed_dropout_p,
+                        std::optional<ScalarType> embed_dtype, const OptionalTensor& grad_bag,
+                        const OptionalTensor& grad_scores, const OptionalTensor& grad_lse, std::array<bool, 9> needs) {
+  const AttentionWeights given(weights);
+  AttentionCall call(x, given, offsets, mask, seed, activation, dropout_p, compute_dtype,
+                     {embed, embed_activation, embed_dropout_p, embed_dtype});
+  check_wanted(needs.data() + 1, given);
   const int64_t K = call.heads, D = call.hidden;
   const PooledTensors of(call, K, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   const bool need_weight = needs[1] || needs[3];
@@ -293,17 +286,13 @@ Gradients attention_bwd(
   const auto part = [](const Tensor& t, int64_t first, int64_t count) {
     return t.defined() ? t.narrow(0, first, count) : t;
   };
-  const std::array<Tensor, 6> all{part(found.weight, 0, D),
-                                  found.sums[K],
-                                  call.gated ? part(found.weight, D, D) : Tensor(),
-                                  found.sums[K + 1],
-                                  part(found.sums, 0, K),
-                                  ds.sum(0)};
-  const std::array<OptionalTensor, 6> like{v_weight, v_bias, u_weight, u_bias, w_weight, w_bias};
+  const std::array<Tensor, 6> all{
+      part(found.weight, 0, D), found.sums[K],          call.gated ? part(found.weight, D, D) : Tensor(),
+      found.sums[K + 1],        part(found.sums, 0, K), ds.sum(0)};
   std::array<Tensor, 6> own;
   for (int i = 0; i < 6; ++i) {
-    // In memory of its own.
-    own[i] = needs[i + 1] ? all[i].to(like[i]->scalar_type(), false, /*copy=*/true) : call.grad_x(false);
+    // Each gradient has memory of its own.
+    own[i] = needs[i + 1] ? all[i].to(given[i]->scalar_type(), false, /*copy=*/true) : call.grad_x(false);
   }
   return std::tuple_cat(std::make_tuple(rows.x), own, rows.parameters());
 }

@@ -46,7 +46,7 @@ template <typename T>
 T* data(const Tensor& t) {
   return t.defined() ? static_cast<T*>(t.data_ptr()) : nullptr;
 }
-// The same where it may be null: nobody needs it.
+// Null where nobody needs the tensor.
 template <typename T>
 T* data_if(bool need, const Tensor& t) {
   return need ? data<T>(t) : nullptr;
@@ -56,7 +56,7 @@ constexpr int kMostChunks = 1 << 14;   // partial results of one bag are put tog
 constexpr int64_t kWholeRows = 16384;  // up to so many rows in all, and kWholeBag in a bag on average, a bag is one
 constexpr int64_t kWholeBag = 1024;    // block's: one launch for all of them
 
-// Of slices of rows between two kernels, in bytes: large enough that launches hide, small enough to stay in the L2 of a
+// A slice of rows between two kernels has so many bytes: enough that launches hide, few enough to stay in the L2 of a
 // data-centre GPU.
 inline int64_t workspace = 32 << 20;  // tests make it small
 
@@ -64,7 +64,7 @@ inline int64_t workspace = 32 << 20;  // tests make it small
 struct Slice {
   Tensor x;  // [count, any], of row `first` on
   int64_t first, count;
-  Tensor places = {};     // int64 [count]: the rows that these are instead; one outside of x is 0
+  Tensor places = {};  // int64 [count]: the rows that these are instead; one outside of x is 0
   bool embedded = false;  // masked rows are 0
   // What the backward of embedded rows needs: rows of x as they went into the product, masked ones 0, and what the
   // derivative of the activation is taken at.
@@ -73,8 +73,7 @@ struct Slice {
 
 class Call {
  public:
-  Call(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask,
-       const EmbeddingArguments& embedding = {})
+  Call(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask, const EmbedArguments& embedding = {})
       : x(rows_of(x)), acc(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat), rows(x.size(0)),
         width(x.size(1)), guard_(x) {
     TORCH_CHECK_VALUE(width > 0 && width <= (1 << 30), "x must have 1 to 2^30 columns; got ", x.sizes());
@@ -106,8 +105,12 @@ class Call {
   }
 
   Bags ragged() const {
-    return {data<void>(offsets), offsets.defined() && offsets.scalar_type() == at::kLong, static_cast<int>(bags), shift,
-            rows, data<bool>(mask)};
+    return {data<void>(offsets),
+            offsets.defined() && offsets.scalar_type() == at::kLong,
+            static_cast<int>(bags),
+            shift,
+            rows,
+            data<bool>(mask)};
   }
   // All rows in one bag: for what is summed over all of them.
   Bags one_bag() const { return {nullptr, true, 1, chunk_shift_, rows, data<bool>(mask)}; }
@@ -143,7 +146,7 @@ class Call {
     return {data<T>(t), stride, static_cast<int>(t.size(1)), copy};
   }
 
-  // Of rows as the op sees them.
+  // The type of the rows as the op sees them.
   ScalarType row_type() const { return embedding ? embedding->weight.scalar_type() : x.scalar_type(); }
   // The numbers of a slice's rows.
   RowNumbers numbers(const Slice& slice) const {
@@ -163,14 +166,14 @@ class Call {
                       t->sizes(), " on ", t->device());
     return t->to(acc).contiguous();
   }
-  // The same for indices of rows: int64; kernels pass over those that are none.
+  // Takes indices of rows, which are int64; kernels pass over those that are none.
   Tensor take_indices(const Tensor& t, const char* name, at::IntArrayRef sizes) const {
     TORCH_CHECK_VALUE(here(t) && t.scalar_type() == at::kLong && t.sizes() == sizes, name, " must be int64 ", sizes,
                       " on ", x.device(), "; got ", t.scalar_type(), " ", t.sizes(), " on ", t.device());
     return t.contiguous();
   }
 
-  // Workspace for partial results. Nothing, where each bag lies in one chunk.
+  // Allocates the workspace for partial results: nothing where each bag lies in one chunk.
   template <typename A>
   Partials<A> partials(const Bags& bags, int64_t heads, int64_t columns) {
     const int64_t slots = bags.whole() ? 0 : bags.slots();
@@ -185,9 +188,9 @@ class Call {
   static cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
 #endif
 
-  Tensor x;              // rows of consecutive numbers
-  ScalarType acc;        // of scores, sums and gradients
-  int64_t rows, width;   // of what is scored and pooled: x, or its embedding
+  Tensor x;  // rows of consecutive numbers
+  ScalarType acc;  // of scores, sums and gradients
+  int64_t rows, width;  // of what is scored and pooled: x, or its embedding
   int64_t bags = 1;
   int shift = 0;
   Tensor offsets, mask;

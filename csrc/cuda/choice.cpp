@@ -13,7 +13,7 @@ Tensor empty_indices(const Call& call, at::IntArrayRef sizes) {
   return at::empty(sizes, call.x.options().dtype(at::kLong));
 }
 
-// Workspace for what segments chose. Nothing, where each bag lies in one chunk.
+// The workspace for what segments chose; it is empty where each bag lies in one chunk.
 struct ChosenTensors {
   ChosenTensors(const Call& call, int64_t columns)
       : values(call.empty({call.ragged().whole() ? 0 : call.slots(), columns})),
@@ -83,7 +83,7 @@ void add_to_rows(const Call& call, const Tensor& indices, const Tensor& vectors,
 
 namespace {
 
-// All of it in one read of x, where its rows fit.
+// Does all of it in one read of x, or returns false where its rows do not fit.
 bool instance_max_at_once(Call& call, const Tensor& weight, const Tensor& bias, const Tensor& values,
                           const Tensor& indices, const Tensor& logits) {
   if (call.embedding) return false;
@@ -118,8 +118,8 @@ std::tuple<Tensor, Tensor> instance_max_gradients(Call& call, const Tensor& weig
                of_values = call.take(grad_values, "grad_values", {call.bags, C});
   Tensor grad_weight = call.empty({0}), grad_bias = call.gradient(needs[1], {C});
   if (grad_logits) {
-    const Tensor of_logits = alive(call.take(grad_logits, "grad_logits", {call.rows, C}),
-                                   call.take(logits, "logits", {call.rows, C}));
+    const Tensor of_logits =
+        alive(call.take(grad_logits, "grad_logits", {call.rows, C}), call.take(logits, "logits", {call.rows, C}));
     if (of_values.defined()) put_at(call, chosen, of_values, true, of_logits);
     std::optional<Sums> of_weight;
     if (needs[0]) of_weight.emplace(call, call.one_bag(), C, call.width, Scoring::kWeights);
@@ -137,39 +137,38 @@ std::tuple<Tensor, Tensor> instance_max_gradients(Call& call, const Tensor& weig
   // Few rows have a gradient, and nothing else is read.
   TORCH_CHECK_VALUE(of_values.defined(), "neither values nor logits have a gradient");
   const Tensor g = of_values.masked_fill(chosen < 0, 0).unsqueeze(-1);
-  const Slice few = instances_at(call, chosen);
+  const Slice winners = instances_at(call, chosen);
   if (!onto) rows.zero();
-  if (rows.wanted()) rows.add_at(few, g * weight);
-  if (needs[0]) grad_weight = (g * few.x.view({call.bags, C, call.width})).sum(0);
+  if (rows.wanted()) rows.add_at(winners, g * weight);
+  if (needs[0]) grad_weight = (g * winners.x.view({call.bags, C, call.width})).sum(0);
   if (needs[1]) grad_bias = g.sum({0, 2});
   return {grad_weight, grad_bias};
 }
 
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const OptionalTensors& weights,
                                                     const OptionalTensor& offsets, const OptionalTensor& mask,
-                                                    const OptionalTensor& e_weight, const OptionalTensor& e_bias,
-                                                    const OptionalTensor& e_seed,
-                                                    std::optional<c10::string_view> e_activation, double e_dropout_p,
-                                                    std::optional<ScalarType> e_dtype) {
-  ClassCall call(x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+                                                    const OptionalTensors& embed,
+                                                    std::optional<std::string_view> embed_activation,
+                                                    double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
+  ClassCall call(x, ClassifierWeights(weights), offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
   return instance_max(call, call.weight, call.bias);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_max_bwd(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const Tensor& indices, const Tensor& logits, const OptionalTensor& e_weight,
-    const OptionalTensor& e_bias, const OptionalTensor& e_seed, std::optional<c10::string_view> e_activation,
-    double e_dropout_p, std::optional<ScalarType> e_dtype, const OptionalTensor& grad_values,
-    const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
-  ClassCall call(x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
-  check_wanted(needs[2], bias.has_value(), "bias");
+    const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
+    const Tensor& indices, const Tensor& logits, const OptionalTensors& embed,
+    std::optional<std::string_view> embed_activation, double embed_dropout_p, std::optional<ScalarType> embed_dtype,
+    const OptionalTensor& grad_values, const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
+  const ClassifierWeights given(weights);
+  ClassCall call(x, given, offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
+  check_wanted(needs.data() + 1, given);
   RowGradients rows(call, needs[0], needs[3], needs[4]);
   const auto [grad_weight, grad_bias] = instance_max_gradients(call, call.weight, indices, logits, grad_values,
                                                                grad_logits, {needs[1], needs[2]}, rows, false);
-  return std::tuple_cat(std::make_tuple(rows.x, grad_weight.to(weight.scalar_type()),
-                                        bias ? grad_bias.to(bias->scalar_type()) : grad_bias),
+  return std::tuple_cat(std::make_tuple(rows.x, grad_weight.to(given.weight().scalar_type()),
+                                        given.bias() ? grad_bias.to(given.bias()->scalar_type()) : grad_bias),
                         rows.parameters());
 }
 

@@ -38,8 +38,8 @@ __device__ inline void merge_best(Best<A, V>& best, const Best<A, V>& other) {
   for (int i = 0; i < V; ++i) {
     // Of the two, the one that comes first is asked to give way.
     const bool later = best.at[i] < 0 || (other.at[i] >= 0 && best.at[i] < other.at[i]);
-    const bool other_wins = later ? wins(other.value[i], best.value[i], best.at[i])
-                                  : !wins(best.value[i], other.value[i], other.at[i]);
+    const bool other_wins =
+        later ? wins(other.value[i], best.value[i], best.at[i]) : !wins(best.value[i], other.value[i], other.at[i]);
     const bool taken = other.at[i] >= 0 && other_wins;
     best.value[i] = taken ? other.value[i] : best.value[i];
     best.at[i] = taken ? other.at[i] : best.at[i];
@@ -144,9 +144,7 @@ template <typename T>
 struct ClassCut {
   using A = acc_t<T>;
   int tile, classes;
-  __host__ __device__ int64_t products(int width) const {
-    return pipeline_bytes<T>(tile, tile_pitch<T>(width));
-  }
+  __host__ __device__ int64_t products(int width) const { return pipeline_bytes<T>(tile, tile_pitch<T>(width)); }
   __host__ __device__ int64_t best(int width) const {
     return products(width) + round_up(int64_t{tile} * classes * static_cast<int64_t>(sizeof(A)), int64_t{8});
   }
@@ -368,13 +366,13 @@ void pick(const TopK<T>& p, cudaStream_t stream) {
   launch<pick_kernel<T>>(element_grid(count), kElements, 0, stream, p);
 }
 
-#define MILKERNELS_CHOICE(T)                                                                                         \
-  template void first_max(const FirstMax<T>&, cudaStream_t);                                                         \
-  template bool class_max(const ClassMax<T>&, cudaStream_t);                                                         \
-  template void put(const Places&, int64_t, int64_t, const T*, bool, T*, cudaStream_t);                              \
-  template void gather_rows(const Places&, const Rows<T>&, T*, cudaStream_t);                                        \
-  template void add_rows(const Places&, int, int, const acc_t<T>*, T*, cudaStream_t);                       \
-  template void sort_keys(const TopK<T>&, cudaStream_t);                                                             \
+#define MILKERNELS_CHOICE(T)                                                            \
+  template void first_max(const FirstMax<T>&, cudaStream_t);                            \
+  template bool class_max(const ClassMax<T>&, cudaStream_t);                            \
+  template void put(const Places&, int64_t, int64_t, const T*, bool, T*, cudaStream_t); \
+  template void gather_rows(const Places&, const Rows<T>&, T*, cudaStream_t);           \
+  template void add_rows(const Places&, int, int, const acc_t<T>*, T*, cudaStream_t);   \
+  template void sort_keys(const TopK<T>&, cudaStream_t);                                \
   template void pick(const TopK<T>&, cudaStream_t);
 MILKERNELS_CHOICE(float)
 MILKERNELS_CHOICE(double)

@@ -63,8 +63,7 @@ void gather_rows(const Places& places, const Rows<T>& from, T* out, cudaStream_t
 // out[place] += vectors[i], of places [bags, classes] and out [rows, width]. The classes of a bag may have chosen one
 // row, bags never do.
 template <typename T>
-void add_rows(const Places& places, int classes, int width, const acc_t<T>* vectors, T* out,
-              cudaStream_t stream);
+void add_rows(const Places& places, int classes, int width, const acc_t<T>* vectors, T* out, cudaStream_t stream);
 
 // The k best rows of each bag and column, in their order.
 template <typename T>

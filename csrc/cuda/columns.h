@@ -9,9 +9,7 @@ constexpr int kReducers = 128;  // threads of a block
 constexpr int kReadAhead = 4;   // rows that a thread reads before it uses the first
 
 // Columns that a block takes at once: all, or even parts of them.
-inline int columns_at_once(int columns, int most = kReducers) {
-  return ceil_div(columns, ceil_div(columns, most));
-}
+inline int columns_at_once(int columns, int most = kReducers) { return ceil_div(columns, ceil_div(columns, most)); }
 template <typename S>
 constexpr int64_t reduce_bytes() {
   return kReducers * static_cast<int64_t>(sizeof(S));

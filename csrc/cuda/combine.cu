@@ -4,12 +4,11 @@
 namespace milkernels {
 namespace {
 
-constexpr int kColumns = 32, kLanes = 8;  // of a block: so many threads share a column
+constexpr int kColumns = 32, kLanes = 8, kCombiners = kColumns * kLanes;  // of a block: so many threads share a column
 
 template <typename A>
-__global__ void __launch_bounds__(kColumns * kLanes)
-    combine_kernel(Bags bags, int heads, int width, Merge merge, Partials<A> partials, A* out,
-                   A* out_total) {
+__global__ void __launch_bounds__(kCombiners)
+    combine_kernel(Bags bags, int heads, int width, Merge merge, Partials<A> partials, A* out, A* out_total) {
   MILKERNELS_SHARED(memory);
   A* const parts = reinterpret_cast<A*>(memory);  // [2, kLanes, kColumns]
   A* const totals = parts + kLanes * kColumns;
@@ -20,7 +19,7 @@ __global__ void __launch_bounds__(kColumns * kLanes)
   constexpr A kDead = -std::numeric_limits<A>::infinity();
   A top = kDead;
   if (merge == Merge::kSoftmax) {
-    for (int64_t s = slots.begin + threadIdx.x; s < slots.end; s += kColumns * kLanes) {
+    for (int64_t s = slots.begin + threadIdx.x; s < slots.end; s += kCombiners) {
       top = larger(top, partials.top[s * heads + k]);
     }
     parts[threadIdx.x] = top;
@@ -59,8 +58,8 @@ void combine(const Bags& bags, int heads, int width, Merge merge, const Partials
              cudaStream_t stream) {
   if (bags.count == 0 || heads == 0) return;
   const dim3 grid(static_cast<unsigned>(int64_t{bags.count} * heads), ceil_div(width, kColumns));
-  launch<combine_kernel<A>>(grid, kColumns * kLanes, 2 * kColumns * kLanes * sizeof(A), stream, bags, heads, width,
-                            merge, partials, out, total);
+  launch<combine_kernel<A>>(grid, kCombiners, 2 * kCombiners * sizeof(A), stream, bags, heads, width, merge, partials,
+                            out, total);
 }
 
 template void combine(const Bags&, int, int, Merge, const Partials<float>&, float*, float*, cudaStream_t);

@@ -116,8 +116,8 @@ __device__ inline A group_sums(const A (&value)[COUNT]) {
   A sum[kHalf];
 #pragma unroll
   for (int i = 0; i < kHalf; ++i) {
-    sum[i] = (upper ? value[i + kHalf] : value[i]) +
-             __shfl_xor_sync(kAllLanes, upper ? value[i] : value[i + kHalf], kHalf);
+    sum[i] =
+        (upper ? value[i + kHalf] : value[i]) + __shfl_xor_sync(kAllLanes, upper ? value[i] : value[i + kHalf], kHalf);
   }
   if constexpr (kHalf > 1) {
     return group_sums(sum);

@@ -36,27 +36,27 @@ void add_to(Tensor& sum, const Tensor& part) { sum = sum.defined() ? sum + part 
 
 class DSMILCall : public Call {
  public:
-  DSMILCall(const Tensor& x, const std::array<OptionalTensor, kParameters>& given, const OptionalTensor& offsets,
-            const OptionalTensor& mask, const OptionalTensor& seed,
-            const std::optional<c10::string_view>& v_activation, double v_dropout_p, std::optional<double> scale,
-            std::optional<ScalarType> compute_dtype, const EmbeddingArguments& embedding)
+  DSMILCall(const Tensor& x, const DSMILWeights& given, const OptionalTensor& offsets, const OptionalTensor& mask,
+            const OptionalTensor& seed, const std::optional<c10::string_view>& v_activation, double v_dropout_p,
+            std::optional<double> scale, std::optional<ScalarType> compute_dtype, const EmbedArguments& embedding)
       : Call(x, offsets, mask, embedding), type(product_type(row_type(), compute_dtype)),
-        activation(v_activation ? activation_of(*v_activation) : Activation::kIdentity),
-        dropout(x, seed, v_dropout_p) {
-    const auto units = [&](Parameter i, const char* name) -> int64_t {
+        activation(v_activation ? activation_of(*v_activation) : Activation::kIdentity), dropout(x, seed, v_dropout_p) {
+    const auto units = [&](Parameter i) -> int64_t {
       if (!given[i]) return 0;
-      TORCH_CHECK_VALUE(given[i]->dim() == 2 && given[i]->size(0) > 0, name, " must be 2-D and not empty; got ",
-                        given[i]->sizes());
+      TORCH_CHECK_VALUE(given[i]->dim() == 2 && given[i]->size(0) > 0, DSMILWeights::kNames[i],
+                        " must be 2-D and not empty; got ", given[i]->sizes());
       return given[i]->size(0);
     };
-    const int64_t Q = units(kQ, "q_weight"), Q2 = units(kQ2, "q2_weight"), Lv = units(kV, "v_weight");
-    parameters = {take(given[kQ], "q_weight", {Q, width}),  take(given[kQBias], "q_bias", {Q}),
-                  take(given[kQ2], "q2_weight", {Q2, Q}),   take(given[kQ2Bias], "q2_bias", {Q2}),
-                  take(given[kV], "v_weight", {Lv, width}), take(given[kVBias], "v_bias", {Lv})};
+    const auto taken = [&](Parameter i, at::IntArrayRef sizes) {
+      return take(given[i], DSMILWeights::kNames[i], sizes);
+    };
+    const int64_t Q = units(kQ), Q2 = units(kQ2), Lv = units(kV);
+    parameters = {taken(kQ, {Q, width}), taken(kQBias, {Q}),     taken(kQ2, {Q2, Q}),
+                  taken(kQ2Bias, {Q2}),  taken(kV, {Lv, width}), taken(kVBias, {Lv})};
     mlp = Q2 > 0;
     folded = Lv > 0 && activation == Activation::kIdentity;
     layered = Lv > 0 && !folded;
-    staged = layered || dropout;
+    value_rows = layered || dropout;
     pooled_width = layered ? Lv : width;
     bag_width = Lv > 0 ? Lv : width;
     this->scale = scale.value_or(1. / std::sqrt(static_cast<double>(mlp ? Q2 : Q)));
@@ -67,8 +67,9 @@ class DSMILCall : public Call {
   // Bytes of a slice's row: activations of the query and the value, and their gradients.
   int64_t bytes_per_row(const RowGradients* to = nullptr) const {
     const bool gradient = to != nullptr;
-    const int64_t units = (mlp ? parameters[kQ].size(0) + parameters[kQ2].size(0) : 0) + (staged ? pooled_width : 0);
-    const int64_t numbers = units * (gradient ? 4 : 2) + width * (gradient ? 1 + mlp + staged : 1 + staged);
+    const int64_t units =
+        (mlp ? parameters[kQ].size(0) + parameters[kQ2].size(0) : 0) + (value_rows ? pooled_width : 0);
+    const int64_t numbers = units * (gradient ? 4 : 2) + width * (gradient ? 1 + mlp + value_rows : 1 + value_rows);
     return numbers * static_cast<int64_t>(c10::elementSize(acc)) + bytes_of_instance(*this, to);
   }
 
@@ -82,8 +83,9 @@ class DSMILCall : public Call {
   Activation activation;
   DropoutTensors dropout;
   Parameters parameters;  // in the accumulation type; undefined where absent
-  bool mlp, folded, layered, staged;  // layered: the value is no linear map of what is pooled; staged: nor are its rows
-                                      // those of x
+  // layered: the value is no linear map of what is pooled. value_rows: what is pooled are rows of its own, not those of
+  // x, since a layer or dropout comes before.
+  bool mlp, folded, layered, value_rows;
   int64_t pooled_width, bag_width;
   double scale;
 };
@@ -127,8 +129,8 @@ class CriticalQueries {
     query_ = call.mlp ? linear(hidden_, call[kQ2], call[kQ2Bias]).tanh_() : z_;
     const Tensor scaled = query_ * call.scale;
     vectors = call.mlp ? scaled : few_products(scaled, call[kQ]).contiguous();
-    shift = call.mlp || !call[kQBias].defined() ? at::zeros_like(scaled.select(2, 0))
-                                                : few_products(scaled, call[kQBias]);
+    shift =
+        call.mlp || !call[kQBias].defined() ? at::zeros_like(scaled.select(2, 0)) : few_products(scaled, call[kQBias]);
     shift = shift.masked_fill(dead, kDead).contiguous();
   }
 
@@ -155,10 +157,10 @@ class CriticalQueries {
     return few_products(of_z, call_[kQ]);
   }
 
-  Tensor dead;     // [bags, classes]
-  Slice rows;      // the instances
+  Tensor dead;  // [bags, classes]
+  Slice rows;  // the instances
   Tensor vectors;  // what instances, or their queries, are multiplied with, scale included: [bags, classes, L or Q2]
-  Tensor shift;    // [bags, classes]
+  Tensor shift;  // [bags, classes]
 
  private:
   const DSMILCall& call_;
@@ -171,7 +173,7 @@ using SecondStream = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 SecondStream second_stream(DSMILCall& call, const Tensor& critical) {
   const CriticalQueries queries(call, critical);
   Tensor bag, scores, lse, pooled = call.empty({0});
-  if (!call.mlp && !call.staged) {
+  if (!call.mlp && !call.value_rows) {
     std::tie(bag, scores, lse) = pool_by_products(call, queries.vectors, queries.shift);
   } else {
     scores = call.empty({call.rows, critical.size(1)});
@@ -184,7 +186,7 @@ SecondStream second_stream(DSMILCall& call, const Tensor& critical) {
       } else {
         products(call, slice, queries.vectors, queries.shift, kDead, scores);
       }
-      sums.add(call.staged ? ValueRows(call, slice, false).pooled : slice.x, first, scores);
+      sums.add(call.value_rows ? ValueRows(call, slice, false).pooled : slice.x, first, scores);
     });
     bag = sums.bag, lse = sums.lse;
   }
@@ -201,18 +203,17 @@ class RowsBackward {
  public:
   RowsBackward(DSMILCall& call, const CriticalQueries& queries, const PooledTensors& of, RowGradients& to,
                Parameters& grads)
-      : call_(call), queries_(queries), of_(of), to_(to), grads_(grads),
-        pool_(call, of, to.wanted() || call.layered) {}
+      : call_(call), queries_(queries), of_(of), to_(to), grads_(grads), pool_(call, of, to.wanted() || call.layered) {}
 
   // The gradient of the queries' vectors.
   Tensor run() {
-    const bool values = call_.staged && of_.grad_bag.defined();
+    const bool values = call_.value_rows && of_.grad_bag.defined();
     const int64_t width = call_.mlp ? call_[kQ2].size(0) : call_.width;
     Sums of_vectors(call_, call_.chunked(), of_.scores.size(1), width, Scoring::kWeights);
     call_.in_slices(call_.bytes_per_row(&to_), [&](int64_t first, int64_t count) {
       const Slice slice = instances(call_, first, count, &to_);
       Tensor part;
-      if (call_.staged) {
+      if (call_.value_rows) {
         const ValueRows rows(call_, slice, true);
         pool_.add({rows.pooled, first, count});
         if (values) part = through_value(rows, slice);
@@ -231,7 +232,7 @@ class RowsBackward {
       }
       if (!to_.wanted()) return;
       // What came through layers, that of the bag, and that of a linear query.
-      to_.write(slice, call_.staged ? TermTensors{} : pool_.term(),
+      to_.write(slice, call_.value_rows ? TermTensors{} : pool_.term(),
                 call_.mlp ? TermTensors{} : TermTensors{pool_.scores, queries_.vectors}, part);
     });
     return of_vectors.bag;
@@ -314,17 +315,11 @@ Parameters second_stream_backward(DSMILCall& call, const SecondStreamSaved& save
     of_shift.masked_fill_(queries.dead, 0);
   }
   Tensor of_vectors;
-  if (!call.mlp && !call.staged) of_vectors = pool_by_products_backward(call, of, queries.vectors, rows, true);
+  if (!call.mlp && !call.value_rows) of_vectors = pool_by_products_backward(call, of, queries.vectors, rows, true);
   else of_vectors = RowsBackward(call, queries, of, rows, grads).run();
   const Tensor of_rows = queries.backward(of_vectors, of_shift, grads);
   if (rows.wanted()) rows.add_at(queries.rows, of_rows);
   return grads;
-}
-
-void check_wanted(const std::array<OptionalTensor, kParameters>& given, const bool* needs) {
-  constexpr std::array<const char*, kParameters> kNames{"q_weight",  "q_bias",   "q2_weight",
-                                                        "q2_bias", "v_weight", "v_bias"};
-  for (int i = 0; i < kParameters; ++i) milkernels::check_wanted(needs[i], given[i].has_value(), kNames[i]);
 }
 
 // Gradients of the parameters in their types; zeros where there is none, empty where nobody needs them.
@@ -341,16 +336,13 @@ std::array<Tensor, COUNT> in_their_types(const std::array<Tensor, COUNT>& found,
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_pool_fwd(
-    const Tensor& x, const Tensor& instance_logits, const Tensor& q_weight, const OptionalTensor& q_bias,
-    const OptionalTensor& q2_weight, const OptionalTensor& q2_bias, const OptionalTensor& v_weight,
-    const OptionalTensor& v_bias, const OptionalTensor& offsets, const OptionalTensor& mask, const OptionalTensor& seed,
-    std::optional<c10::string_view> v_activation, double v_dropout_p, std::optional<double> scale,
-    std::optional<ScalarType> compute_dtype, const OptionalTensor& e_weight, const OptionalTensor& e_bias,
-    const OptionalTensor& e_seed, std::optional<c10::string_view> e_activation, double e_dropout_p,
-    std::optional<ScalarType> e_dtype) {
-  DSMILCall call(x, {q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias}, offsets, mask, seed, v_activation,
-                 v_dropout_p, scale, compute_dtype,
-                 {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+    const Tensor& x, const Tensor& instance_logits, const OptionalTensors& weights, const OptionalTensor& offsets,
+    const OptionalTensor& mask, const OptionalTensor& seed, std::optional<std::string_view> v_activation,
+    double v_dropout_p, std::optional<double> scale, std::optional<ScalarType> compute_dtype,
+    const OptionalTensors& embed, std::optional<std::string_view> embed_activation, double embed_dropout_p,
+    std::optional<ScalarType> embed_dtype) {
+  DSMILCall call(x, DSMILWeights(weights), offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype,
+                 {embed, embed_activation, embed_dropout_p, embed_dtype});
   TORCH_CHECK_VALUE(instance_logits.dim() == 2 && instance_logits.size(1) > 0, "instance_logits must be [", call.rows,
                     ", any]; got ", instance_logits.sizes());
   Tensor logits = call.take(instance_logits, "instance_logits", {call.rows, instance_logits.size(1)});
@@ -360,79 +352,73 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_pool_fwd(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_pool_bwd(
-    const Tensor& x, const Tensor& q_weight, const OptionalTensor& q_bias, const OptionalTensor& q2_weight,
-    const OptionalTensor& q2_bias, const OptionalTensor& v_weight, const OptionalTensor& v_bias,
-    const OptionalTensor& offsets, const OptionalTensor& mask, const OptionalTensor& seed, const Tensor& bag,
-    const Tensor& scores, const Tensor& lse, const Tensor& critical, const Tensor& pooled,
-    const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-    std::optional<c10::string_view> v_activation, double v_dropout_p, std::optional<double> scale,
-    std::optional<ScalarType> compute_dtype, std::optional<c10::string_view> e_activation, double e_dropout_p,
-    std::optional<ScalarType> e_dtype, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
-    const OptionalTensor& grad_lse, std::array<bool, 9> needs) {
-  const std::array<OptionalTensor, kParameters> given{q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias};
+    const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
+    const OptionalTensor& seed, const Tensor& bag, const Tensor& scores, const Tensor& lse, const Tensor& critical,
+    const Tensor& pooled, const OptionalTensors& embed, std::optional<std::string_view> v_activation,
+    double v_dropout_p, std::optional<double> scale, std::optional<ScalarType> compute_dtype,
+    std::optional<std::string_view> embed_activation, double embed_dropout_p, std::optional<ScalarType> embed_dtype,
+    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
+    std::array<bool, 9> needs) {
+  const DSMILWeights given(weights);
   DSMILCall call(x, given, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype,
-                 {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
-  check_wanted(given, needs.data() + 1);
+                 {embed, embed_activation, embed_dropout_p, embed_dtype});
+  check_wanted(needs.data() + 1, given);
   RowGradients rows(call, needs[0], needs[7], needs[8]);
   const Parameters found =
       second_stream_backward(call, {bag, scores, lse, critical, pooled, grad_bag, grad_scores, grad_lse}, rows);
-  return std::tuple_cat(std::make_tuple(rows.x), in_their_types(found, given, needs.data() + 1), rows.parameters());
+  return std::tuple_cat(std::make_tuple(rows.x), in_their_types<6>(found, given, needs.data() + 1), rows.parameters());
 }
 
 // --- both streams
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_fwd(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& q_weight,
-    const OptionalTensor& q_bias, const OptionalTensor& q2_weight, const OptionalTensor& q2_bias,
-    const OptionalTensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const OptionalTensor& seed, std::optional<c10::string_view> v_activation,
-    double v_dropout_p, std::optional<double> scale, std::optional<ScalarType> compute_dtype,
-    const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-    std::optional<c10::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype) {
-  DSMILCall call(x, {q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias}, offsets, mask, seed, v_activation,
-                 v_dropout_p, scale, compute_dtype,
-                 {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+    const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
+    const OptionalTensor& seed, std::optional<std::string_view> v_activation, double v_dropout_p,
+    std::optional<double> scale, std::optional<ScalarType> compute_dtype, const OptionalTensors& embed,
+    std::optional<std::string_view> embed_activation, double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
+  const DualStreamWeights given(weights);
+  DSMILCall call(x, given.second, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype,
+                 {embed, embed_activation, embed_dropout_p, embed_dtype});
+  const Tensor& weight = given.first.weight();
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0, "weight must be [any, ", call.width, "]; got ",
                     weight.sizes());
   const int64_t C = weight.size(0);
   const auto [values, critical, logits] =
-      instance_max(call, call.take(weight, "weight", {C, call.width}), call.take(bias, "bias", {C}));
+      instance_max(call, call.take(weight, "weight", {C, call.width}), call.take(given.first.bias(), "bias", {C}));
   auto [bag, scores, lse, pooled] = second_stream(call, critical);
   return {bag, scores, lse, critical, values, logits, pooled};
 }
 
-using BothStreams =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using BothStreams = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-BothStreams dsmil_bwd(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& q_weight,
-    const OptionalTensor& q_bias, const OptionalTensor& q2_weight, const OptionalTensor& q2_bias,
-    const OptionalTensor& v_weight, const OptionalTensor& v_bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const OptionalTensor& seed, const Tensor& bag, const Tensor& scores, const Tensor& lse,
-    const Tensor& critical, const Tensor& logits, const Tensor& pooled, const OptionalTensor& e_weight,
-    const OptionalTensor& e_bias, const OptionalTensor& e_seed, std::optional<c10::string_view> v_activation,
-    double v_dropout_p, std::optional<double> scale, std::optional<ScalarType> compute_dtype,
-    std::optional<c10::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
-    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
-    const OptionalTensor& grad_values, const OptionalTensor& grad_logits, std::array<bool, 11> needs) {
-  const std::array<OptionalTensor, kParameters> given{q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias};
-  DSMILCall call(x, given, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype,
-                 {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
-  milkernels::check_wanted(needs[2], bias.has_value(), "bias");
-  check_wanted(given, needs.data() + 3);
+BothStreams dsmil_bwd(const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets,
+                      const OptionalTensor& mask, const OptionalTensor& seed, const Tensor& bag, const Tensor& scores,
+                      const Tensor& lse, const Tensor& critical, const Tensor& logits, const Tensor& pooled,
+                      const OptionalTensors& embed, std::optional<std::string_view> v_activation, double v_dropout_p,
+                      std::optional<double> scale, std::optional<ScalarType> compute_dtype,
+                      std::optional<std::string_view> embed_activation, double embed_dropout_p,
+                      std::optional<ScalarType> embed_dtype, const OptionalTensor& grad_bag,
+                      const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
+                      const OptionalTensor& grad_values, const OptionalTensor& grad_logits,
+                      std::array<bool, 11> needs) {
+  const DualStreamWeights given(weights);
+  DSMILCall call(x, given.second, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype,
+                 {embed, embed_activation, embed_dropout_p, embed_dtype});
+  check_wanted(needs.data() + 1, given.first);
+  check_wanted(needs.data() + 3, given.second);
+  const Tensor& weight = given.first.weight();
   const int64_t C = weight.size(0);
   RowGradients rows(call, needs[0], needs[9], needs[10]);
   const Parameters found =
       second_stream_backward(call, {bag, scores, lse, critical, pooled, grad_bag, grad_scores, grad_lse}, rows);
   std::array<Tensor, 2> first;
   if (grad_values || grad_logits) {
-    std::tie(first[0], first[1]) = instance_max_gradients(
-        call, call.take(weight, "weight", {C, call.width}), critical, call.take(logits, "logits", {call.rows, C}),
-        grad_values, grad_logits, {needs[1], needs[2]}, rows, /*onto=*/true);
+    std::tie(first[0], first[1]) = instance_max_gradients(call, call.take(weight, "weight", {C, call.width}), critical,
+                                                          call.take(logits, "logits", {call.rows, C}), grad_values,
+                                                          grad_logits, {needs[1], needs[2]}, rows, /*onto=*/true);
   }
-  return std::tuple_cat(std::make_tuple(rows.x),
-                        in_their_types<2>(first, {weight, bias ? *bias : weight}, needs.data() + 1),
-                        in_their_types(found, given, needs.data() + 3), rows.parameters());
+  return std::tuple_cat(std::make_tuple(rows.x), in_their_types<2>(first, given.first, needs.data() + 1),
+                        in_their_types<6>(found, given.second, needs.data() + 3), rows.parameters());
 }
 
 TORCH_LIBRARY_IMPL(milkernels, MILKERNELS_DEVICE_KEY, m) {

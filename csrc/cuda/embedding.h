@@ -6,13 +6,10 @@
 #include <optional>
 #include <string_view>
 
+#include "../arguments.h"
 #include "activation.h"
 
 namespace milkernels {
-
-using at::ScalarType;
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 inline Activation activation_of(std::string_view name) {
   if (name == "tanh") return Activation::kTanh;
@@ -27,7 +24,13 @@ inline void check_wanted(bool need, bool given, const char* name) {
   TORCH_CHECK_VALUE(!need || given, "needs says that ", name, " wants a gradient, but ", name, " is absent");
 }
 
-// In what products with rows of that type run.
+// Checks each of an op's weights in this way.
+template <typename Weights>
+void check_wanted(const bool* needs, const Weights& given) {
+  for (size_t i = 0; i < given.size(); ++i) check_wanted(needs[i], given[i].has_value(), Weights::kNames[i]);
+}
+
+// The type in which products with rows of that type run.
 inline ScalarType product_type(ScalarType rows, std::optional<ScalarType> compute_dtype) {
   const ScalarType type = rows == at::kDouble || !compute_dtype ? rows : *compute_dtype;
   TORCH_CHECK_TYPE(type == at::kDouble || type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
@@ -52,16 +55,8 @@ struct DropoutTensors {
   uint32_t threshold;  // of 65536
 };
 
-// As ops take it; without a weight there is none.
-struct EmbeddingArguments {
-  OptionalTensor weight, bias, seed;
-  std::optional<std::string_view> activation;
-  double dropout_p = 0;
-  std::optional<ScalarType> dtype;  // of products, and of h
-};
-
 struct Embedding {
-  Embedding(const Tensor& x, const EmbeddingArguments& of)
+  Embedding(const Tensor& x, const EmbedArguments& of)
       : dropout(x, of.seed, of.dropout_p), activation(activation_of(of.activation.value_or("none"))) {
     const Tensor& w = *of.weight;
     TORCH_CHECK_VALUE(w.dim() == 2 && w.size(0) > 0 && w.size(0) <= (1 << 30) && w.size(1) == x.size(1) &&

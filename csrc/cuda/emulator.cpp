@@ -183,7 +183,8 @@ bool release() {
       const unsigned mask = fibers[i].mask;
       bool all = true;
       for (int j = first; j < first + kLanes; ++j) {
-        if (mask >> (j - first) & 1) all = all && j < end && fibers[j].state == State::kAtWarp && fibers[j].mask == mask;
+        if (mask >> (j - first) & 1)
+          all = all && j < end && fibers[j].state == State::kAtWarp && fibers[j].mask == mask;
       }
       for (int j = first; all && j < end; ++j) {
         if (mask >> (j - first) & 1) fibers[j].state = State::kReady, any = true;
@@ -216,7 +217,7 @@ void run_block(const std::vector<int>& turns) {
   }
 }
 
-void wait(State state, unsigned mask) {
+void wait_at(State state, unsigned mask) {
   running->state = state;
   running->mask = mask;
   leave(false);
@@ -243,7 +244,8 @@ void run(dim3 grid, dim3 block, int64_t shared_bytes, const std::function<void()
   body = &kernel;
   failure.clear();
   // Those of a run that failed were left where they stood.
-  if (!std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == State::kDone; })) stacks.clear();
+  if (!std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == State::kDone; }))
+    stacks.clear();
   while (static_cast<int>(stacks.size()) < threads) stacks.emplace_back(new unsigned char[kStack]);
   fibers.resize(threads);
   warps.assign(threads / kLanes, {});
@@ -274,8 +276,8 @@ void run(dim3 grid, dim3 block, int64_t shared_bytes, const std::function<void()
   }
 }
 
-void block_barrier() { wait(State::kAtBlock, 0); }
-void warp_barrier(unsigned mask) { wait(State::kAtWarp, mask); }
+void block_barrier() { wait_at(State::kAtBlock, 0); }
+void warp_barrier(unsigned mask) { wait_at(State::kAtWarp, mask); }
 
 uint64_t exchange(unsigned mask, uint64_t value, int from) {
   Fiber& me = *running;

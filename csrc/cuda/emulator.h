@@ -32,7 +32,7 @@ namespace milkernels::emulator {
 
 enum class Order { kForward, kReverse, kShuffled };
 void set_order(Order order);
-void set_dry(bool on);    // kernels are counted and not run
+void set_dry(bool on);  // kernels are counted and not run
 int64_t launch_count();  // so far, of kernels
 
 struct Thread {

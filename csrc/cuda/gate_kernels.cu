@@ -78,8 +78,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(E) == 8 ? 2 : kBlocks)
   MILKERNELS_SHARED(memory);
   A* const shared = reinterpret_cast<A*>(memory);
   const int hidden = p.gate.hidden, heads = p.gate.heads;
-  const int unit =
-      (static_cast<int>(blockIdx.y) * across + static_cast<int>(threadIdx.x) % across) * kUnitsTogether;
+  const int unit = (static_cast<int>(blockIdx.y) * across + static_cast<int>(threadIdx.x) % across) * kUnitsTogether;
   const int64_t begin = int64_t{blockIdx.x} * kSummedRows, end = smaller(begin + kSummedRows, p.count);
   const A factor = scale == nullptr ? A(1) : *scale;
   A* const out = sums + int64_t{blockIdx.x} * (heads + 2) * hidden;
@@ -161,7 +160,7 @@ void gate_backward(const GateRows<E>& p, const acc_t<E>* ds, const acc_t<E>* sca
   else run.template operator()<gate_backward_kernel<E, false, 4>>();
 }
 
-#define MILKERNELS_INSTANTIATE(E)                                  \
+#define MILKERNELS_INSTANTIATE(E)                                         \
   template void gate_scores(const GateRows<E>&, acc_t<E>*, cudaStream_t); \
   template void gate_backward(const GateRows<E>&, const acc_t<E>*, const acc_t<E>*, acc_t<E>*, cudaStream_t);
 MILKERNELS_INSTANTIATE(float)

@@ -52,8 +52,7 @@ inline Tensor sums_of_columns(const Call& call, const Tensor& values) {
   const int64_t K = values.size(1);
   const Tensor out = call.empty({call.bags, K}), partials = call.empty({call.slots(), K});
   dispatch_sums(call.acc, [&]<typename A>() {
-    column_sums<A>(call.ragged(), static_cast<int>(K), data<A>(values), data<A>(partials), data<A>(out),
-                   call.stream());
+    column_sums<A>(call.ragged(), static_cast<int>(K), data<A>(values), data<A>(partials), data<A>(out), call.stream());
   });
   return out;
 }

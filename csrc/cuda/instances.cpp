@@ -62,8 +62,8 @@ LayerGradient RowGradients::into_layer(const Slice& slice, const Tensor& grad) {
   const Embedding& e = *call_.embedding;
   Slice of_rows = slice;
   of_rows.x = grad;
-  const Tensor of_products = staged(call_, of_rows, call_.acc,
-                                    {e.dropout.typed(), slice.argument, e.activation, DropoutBranch::kEmbedding});
+  const Tensor of_products =
+      staged(call_, of_rows, call_.acc, {e.dropout.typed(), slice.argument, e.activation, DropoutBranch::kEmbedding});
   if (bias_.defined()) bias_ += of_products.sum(0);
   const LayerGradient layer(of_products, call_.row_type());
   if (weight_.defined()) weight_ += layer.of_weight(slice.input);

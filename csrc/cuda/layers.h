@@ -16,7 +16,7 @@ inline Tensor product(const Tensor& a, const Tensor& b, ScalarType type) {
 #endif
 }
 
-// The same into `out`, which has their type.
+// Writes that product into `out`, which has their type.
 inline void product_into(Tensor out, const Tensor& a, const Tensor& b) {
 #ifdef MILKERNELS_EMULATED
   out.copy_(product(a, b, out.scalar_type()));

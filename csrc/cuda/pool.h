@@ -9,7 +9,7 @@ namespace milkernels {
 enum class Scoring {
   kGiven,    // scores that are an input
   kQuery,    // <x_i, vector[b, k]> + shift[b, k]
-  kClasses,  // one head: log sum_j exp(<x_i, vector[j]> + shift[j])
+  kLogSumExp,  // one head: log sum_j exp(<x_i, vector[j]> + shift[j])
   kWeights,  // no softmax: given weights, or 1
 };
 
@@ -37,8 +37,8 @@ struct PoolForward {
   Scoring scoring;
   int heads;
   const A* given;      // [rows, heads], or null: weights of 1
-  Vectors<A> vectors;  // of kQuery, kClasses
-  A *products, *scores;  // [rows, vectors] of kClasses or null, [rows, heads] or null
+  Vectors<A> vectors;  // of kQuery, kLogSumExp
+  A *products, *scores;  // [rows, vectors] of kLogSumExp or null, [rows, heads] or null
   Partials<A> partials;
   bool mean;         // sums of weights divide kWeights
   A *bag, *lse;      // [bags, heads, width], [bags, heads] or null
@@ -66,14 +66,15 @@ struct PoolBackward {
   Bags bags;
   Scoring scoring;  // but kWeights
   int heads;
-  Vectors<A> vectors;  // of kQuery, kClasses
-  const A *bag, *scores, *lse, *logits;  // of the forward; logits of kClasses
-  const A* normal;  // [slots, heads]: what sums over a bag's slots to sum_i exp(score - lse); not read where bags are whole
+  Vectors<A> vectors;  // of kQuery, kLogSumExp
+  const A *bag, *scores, *lse, *logits;  // of the forward; logits of kLogSumExp
+  // [slots, heads]: what sums over a bag's slots to sum_i exp(score - lse); not read where bags are whole
+  const A* normal;
   const A *grad_bag, *grad_scores, *grad_lse, *grad_logits;  // all but the first may be null
   T* grad_x;                           // [rows, width] or null
   A* grad_given;                       // [rows, heads] of kGiven or null
   Partials<A> partials;                // of `vectors` heads
-  A *grad_vectors, *grad_shift;        // [bags, vectors, width] or null; [bags, vectors] of kClasses
+  A *grad_vectors, *grad_shift;        // [bags, vectors, width] or null; [bags, vectors] of kLogSumExp
 };
 
 // Whether a block has the shared memory for it.

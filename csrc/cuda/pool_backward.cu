@@ -6,8 +6,8 @@
 namespace milkernels {
 namespace {
 
-// A block's numbers, in shared memory. Its vectors [V] are those that scores are products with, its heads [K] those that
-// were pooled.
+// A block's numbers, in shared memory. Its vectors [V] are those that scores are products with, its heads [K] those
+// that were pooled.
 template <typename T>
 struct Shared {
   using A = acc_t<T>;
@@ -19,7 +19,7 @@ struct Shared {
   A* coefficients;  // [tile, V]: the gradients of the scores, or of the logits
   A* normal;        // [K]
   A* shift;         // [K]: grad_lse - <bag - centre, grad_bag>
-  A* total;         // [V]: of coefficients of kClasses, of the gradients that came for the scores of kQuery
+  A* total;         // [V]: of coefficients of kLogSumExp, of the gradients that came for the scores of kQuery
   A* lost;          // [V]: what rounding took from the totals, which thousands of tiles add to
 
   static int64_t bytes(int tile, int pitch, int heads, int vectors) {
@@ -106,14 +106,14 @@ struct Block {
 
   // A warp for each head or class, a lane for each row.
   __device__ void differentiate(const Tile<T>& tile) const {
-    const int r = lane_index(), count = SCORING == Scoring::kClasses ? vectors : p.heads;
+    const int r = lane_index(), count = SCORING == Scoring::kLogSumExp ? vectors : p.heads;
     for (int j = warp_index(); j < count; j += warp_count()) {
       A weight = 0, coefficient = 0, summed = 0;
       if (r < tile.count) {
-        const int k = SCORING == Scoring::kClasses ? 0 : j;
+        const int k = SCORING == Scoring::kLogSumExp ? 0 : j;
         coefficient = gradient(tile, r, k, weight);
         const int64_t at = (tile.row + r) * count + j;
-        if constexpr (SCORING == Scoring::kClasses) {
+        if constexpr (SCORING == Scoring::kLogSumExp) {
           const A logit = p.logits[at], score = p.scores[tile.row + r];
           const bool dead = logit == kDead || !(tile.real >> r & 1);
           coefficient *= dead ? A(0) : std::exp(logit - score);
@@ -212,7 +212,8 @@ struct Block {
       A shared = 0;
       if (SCORING == Scoring::kQuery) {
         shared = s.total[j];
-        if (first && p.grad_lse != nullptr && s.normal[j] != 0) shared += p.grad_lse[int64_t{segment.bag} * p.heads + j];
+        if (first && p.grad_lse != nullptr && s.normal[j] != 0)
+          shared += p.grad_lse[int64_t{segment.bag} * p.heads + j];
       }
       A* const out = (whole ? p.grad_vectors : p.partials.sum) + (slot * vectors + j) * p.rows.width;
       for (int c = static_cast<int>(threadIdx.x); c < p.rows.width; c += kThreads) {
@@ -235,7 +236,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks) pool_backward_kernel(PoolBa
   if (segment.begin >= segment.end && !p.bags.whole()) return;
   const int vectors = SCORING == Scoring::kGiven ? 0 : p.vectors.count, pitch = tile_pitch<T>(p.rows.width);
   const Shared<T> s(memory, tile_size, pitch, p.heads, vectors);
-  const Block<T, SCORING> block{p, s, segment, vectors, pitch, p.vectors.at + segment.bag * p.vectors.of_bag,
+  const Block<T, SCORING> block{p,
+                                s,
+                                segment,
+                                vectors,
+                                pitch,
+                                p.vectors.at + segment.bag * p.vectors.of_bag,
                                 p.grad_bag + int64_t{segment.bag} * p.heads * p.rows.width};
   Pipeline<T> pipeline(s.stages, p.rows, p.bags, {segment.begin, segment.end}, p.rows.width, tile_size);
   block.begin();
@@ -281,10 +287,11 @@ void pool_backward(const PoolBackward<T>& p, cudaStream_t stream) {
   } else if (p.scoring == Scoring::kQuery) {
     launch<pool_backward_kernel<T, Scoring::kQuery>>(grid, kThreads, shared, stream, p, tile);
   } else {
-    launch<pool_backward_kernel<T, Scoring::kClasses>>(grid, kThreads, shared, stream, p, tile);
+    launch<pool_backward_kernel<T, Scoring::kLogSumExp>>(grid, kThreads, shared, stream, p, tile);
   }
   if (p.grad_vectors != nullptr && !p.bags.whole()) {
-    combine<acc_t<T>>(p.bags, p.vectors.count, p.rows.width, Merge::kSum, p.partials, p.grad_vectors, p.grad_shift, stream);
+    combine<acc_t<T>>(p.bags, p.vectors.count, p.rows.width, Merge::kSum, p.partials, p.grad_vectors, p.grad_shift,
+                      stream);
   }
 }
 

@@ -15,9 +15,7 @@ struct Cut {
 };
 
 // Whether scores are made of products with the rows.
-__host__ __device__ constexpr bool scored(Scoring s) {
-  return s == Scoring::kQuery || s == Scoring::kClasses;
-}
+__host__ __device__ constexpr bool scored(Scoring s) { return s == Scoring::kQuery || s == Scoring::kLogSumExp; }
 
 // A weight that stands for: this row is not summed, whatever it holds.
 template <typename A>
@@ -61,11 +59,12 @@ struct Block {
   // Scores of a row for a head, where they are not products.
   __device__ A given(int64_t row, int k) const { return p.given == nullptr ? A(1) : p.given[row * p.heads + head + k]; }
 
-  // The logits of kClasses, or the scores of kQuery, as they leave.
+  // The logits of kLogSumExp, or the scores of kQuery, as they leave.
   __device__ void store_products(const Tile<T>& tile) const {
-    A* const out = SCORING == Scoring::kClasses ? p.products : p.scores;
+    A* const out = SCORING == Scoring::kLogSumExp ? p.products : p.scores;
     if (out == nullptr) return;
-    const int all = SCORING == Scoring::kClasses ? vectors : p.heads, first = SCORING == Scoring::kClasses ? 0 : head;
+    const int all = SCORING == Scoring::kLogSumExp ? vectors : p.heads,
+              first = SCORING == Scoring::kLogSumExp ? 0 : head;
     for (int i = static_cast<int>(threadIdx.x); i < tile.count * vectors; i += static_cast<int>(blockDim.x)) {
       const int r = i / vectors, j = i % vectors;
       const A value = tile.real >> r & 1 ? s.products[i] : -std::numeric_limits<A>::infinity();
@@ -75,7 +74,7 @@ struct Block {
 
   __device__ A score(const Tile<T>& tile, int r, int k) const {
     if constexpr (SCORING == Scoring::kQuery) return s.products[r * vectors + k];
-    if constexpr (SCORING == Scoring::kClasses) {
+    if constexpr (SCORING == Scoring::kLogSumExp) {
       const A* const logits = s.products + r * vectors;
       A top = logits[0];
       for (int j = 1; j < vectors; ++j) top = larger(top, logits[j]);
@@ -113,8 +112,8 @@ struct Block {
     }
   }
 
-  // sum[k] = sum[k] scale[k] + weights x, K heads at a time; a vector of columns for each thread in turn. A tile is summed
-  // by itself: beside a row of weight 1 many small ones would be rounded away one by one.
+  // sum[k] = sum[k] scale[k] + weights x, K heads at a time; a vector of columns for each thread in turn. A tile is
+  // summed by itself: beside a row of weight 1 many small ones would be rounded away one by one.
   template <int K>
   __device__ void add(const Tile<T>& tile) const {
     for (int c = static_cast<int>(threadIdx.x) * V; c < pitch; c += static_cast<int>(blockDim.x) * V) {
@@ -181,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) pool_kernel(PoolForward<T> 
   if ((segment.begin >= segment.end || others) && !p.bags.whole()) return;
   const int head = static_cast<int>(blockIdx.y) * cut.heads, heads = smaller(cut.heads, p.heads - head);
   const int column = static_cast<int>(blockIdx.z) * cut.columns, columns = smaller(cut.columns, p.rows.width - column);
-  const int vectors = SCORING == Scoring::kQuery ? heads : SCORING == Scoring::kClasses ? p.vectors.count : 0;
+  const int vectors = SCORING == Scoring::kQuery ? heads : SCORING == Scoring::kLogSumExp ? p.vectors.count : 0;
   const int pitch = tile_pitch<T>(columns);
   const Shared<T> s(memory, cut.tile, pitch, heads, vectors);
   for (int i = static_cast<int>(threadIdx.x); i < heads * pitch; i += kThreads) s.sum[i] = 0;
@@ -243,12 +242,17 @@ bool pool_forward(const PoolForward<T>& p, cudaStream_t stream) {
   Cut cut;
   if (!make_cut(p, cut)) return false;
   if (p.bags.count == 0) return true;
-  const dim3 grid(static_cast<unsigned>(p.bags.slots_in(p.first, p.count)), ceil_div(p.heads, cut.heads), ceil_div(p.rows.width, cut.columns));
+  const dim3 grid(static_cast<unsigned>(p.bags.slots_in(p.first, p.count)), ceil_div(p.heads, cut.heads),
+                  ceil_div(p.rows.width, cut.columns));
   switch (p.scoring) {
     case Scoring::kGiven: launch<pool_kernel<T, Scoring::kGiven>>(grid, kThreads, cut.shared, stream, p, cut); break;
     case Scoring::kQuery: launch<pool_kernel<T, Scoring::kQuery>>(grid, kThreads, cut.shared, stream, p, cut); break;
-    case Scoring::kClasses: launch<pool_kernel<T, Scoring::kClasses>>(grid, kThreads, cut.shared, stream, p, cut); break;
-    case Scoring::kWeights: launch<pool_kernel<T, Scoring::kWeights>>(grid, kThreads, cut.shared, stream, p, cut); break;
+    case Scoring::kLogSumExp:
+      launch<pool_kernel<T, Scoring::kLogSumExp>>(grid, kThreads, cut.shared, stream, p, cut);
+      break;
+    case Scoring::kWeights:
+      launch<pool_kernel<T, Scoring::kWeights>>(grid, kThreads, cut.shared, stream, p, cut);
+      break;
   }
   if (!p.bags.whole() && p.last) {
     const Merge merge = p.scoring != Scoring::kWeights ? Merge::kSoftmax : p.mean ? Merge::kMean : Merge::kSum;

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> softmax_pool_bwd(const Tensor& x, const OptionalTenso
 class QueryCall : public Call {
  public:
   QueryCall(const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
-            double scale, const EmbeddingArguments& embedding)
+            double scale, const EmbedArguments& embedding)
       : Call(x, offsets, mask, embedding) {
     const bool per_bag = query.dim() == 3;
     TORCH_CHECK_VALUE(per_bag || query.dim() == 2, "query must be 2-D or 3-D; got ", query.sizes());
@@ -56,32 +56,31 @@ class QueryCall : public Call {
 
 std::tuple<Tensor, Tensor, Tensor> query_pool_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets,
                                                   const OptionalTensor& mask, double scale,
-                                                  const OptionalTensor& e_weight, const OptionalTensor& e_bias,
-                                                  const OptionalTensor& e_seed,
-                                                  std::optional<c10::string_view> e_activation, double e_dropout_p,
-                                                  std::optional<ScalarType> e_dtype) {
-  QueryCall call(x, query, offsets, mask, scale, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+                                                  const OptionalTensors& embed,
+                                                  std::optional<std::string_view> embed_activation,
+                                                  double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
+  QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
   return pool_by_products(call, call.scaled, {});
 }
 
 Tensor query_scores_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
-                        double scale, const OptionalTensor& e_weight, const OptionalTensor& e_bias,
-                        const OptionalTensor& e_seed, std::optional<c10::string_view> e_activation, double e_dropout_p,
-                        std::optional<ScalarType> e_dtype) {
-  const QueryCall call(x, query, offsets, mask, scale, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+                        double scale, const OptionalTensors& embed, std::optional<std::string_view> embed_activation,
+                        double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
+  const QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
   Tensor scores = call.empty({call.rows, call.heads});
   for_instances(call, nullptr, [&](const Slice& slice) { products(call, slice, call.scaled, {}, kDead, scores); });
   return scores;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(
-    const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
-    const OptionalTensor& bag, const Tensor& scores, const OptionalTensor& lse, const OptionalTensor& e_weight,
-    const OptionalTensor& e_bias, const OptionalTensor& e_seed, double scale,
-    std::optional<c10::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
-    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
-    std::array<bool, 4> needs) {
-  QueryCall call(x, query, offsets, mask, scale, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(const Tensor& x, const Tensor& query,
+                                                     const OptionalTensor& offsets, const OptionalTensor& mask,
+                                                     const OptionalTensor& bag, const Tensor& scores,
+                                                     const OptionalTensor& lse, const OptionalTensors& embed,
+                                                     double scale, std::optional<std::string_view> embed_activation,
+                                                     double embed_dropout_p, std::optional<ScalarType> embed_dtype,
+                                                     const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
+                                                     const OptionalTensor& grad_lse, std::array<bool, 4> needs) {
+  QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
   const PooledTensors of(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   RowGradients rows(call, needs[0], needs[2], needs[3]);
   Tensor grad_query = pool_by_products_backward(call, of, call.scaled, rows, needs[1]);
@@ -94,17 +93,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(
 
 using LossAttention = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // bag, scores, lse, logits
 
-LossAttention loss_attention_pool_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                      const OptionalTensor& offsets, const OptionalTensor& mask,
-                                      const OptionalTensor& e_weight, const OptionalTensor& e_bias,
-                                      const OptionalTensor& e_seed, std::optional<c10::string_view> e_activation,
-                                      double e_dropout_p, std::optional<ScalarType> e_dtype) {
-  ClassCall call(x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+LossAttention loss_attention_pool_fwd(const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets,
+                                      const OptionalTensor& mask, const OptionalTensors& embed,
+                                      std::optional<std::string_view> embed_activation, double embed_dropout_p,
+                                      std::optional<ScalarType> embed_dtype) {
+  ClassCall call(x, ClassifierWeights(weights), offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
   const Forward out(call, 1);
   const Tensor logits = call.empty({call.rows, call.classes});
   const bool done = !call.embedding && dispatch(x.scalar_type(), [&]<typename T>() {
     using A = acc_t<T>;
-    auto p = out.arguments<T>(call, Scoring::kClasses);
+    auto p = out.arguments<T>(call, Scoring::kLogSumExp);
     p.vectors = {data<A>(call.weight), static_cast<int>(call.classes), 0, data<A>(call.bias), 0};
     p.products = data<A>(logits);
     return pool_forward(p, call.stream());
@@ -138,32 +136,30 @@ std::tuple<Tensor, Tensor> loss_attention_in_slices(ClassCall& call, const Poole
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_bwd(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
-    const OptionalTensor& mask, const Tensor& bag, const Tensor& scores, const Tensor& lse, const Tensor& logits,
-    const OptionalTensor& e_weight, const OptionalTensor& e_bias, const OptionalTensor& e_seed,
-    std::optional<c10::string_view> e_activation, double e_dropout_p, std::optional<ScalarType> e_dtype,
+    const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
+    const Tensor& bag, const Tensor& scores, const Tensor& lse, const Tensor& logits, const OptionalTensors& embed,
+    std::optional<std::string_view> embed_activation, double embed_dropout_p, std::optional<ScalarType> embed_dtype,
     const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
     const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
-  ClassCall call(x, weight, bias, offsets, mask, {e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype});
+  const ClassifierWeights given(weights);
+  ClassCall call(x, given, offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
   const PooledTensors of(call, 1, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   const Tensor l = call.take(logits, "logits", {call.rows, call.classes}),
                g = call.take(grad_logits, "grad_logits", {call.rows, call.classes});
-  check_wanted(needs[2], bias.has_value(), "bias");
+  check_wanted(needs.data() + 1, given);
   const bool sums = needs[1] || needs[2];
   RowGradients rows(call, needs[0], needs[3], needs[4]);
   Tensor grad_weight = call.gradient(sums, {call.bags, call.classes, call.width}),
          grad_bias = call.gradient(sums, {call.bags, call.classes});
-  if (Backward{of, Scoring::kClasses, call.weight, l, g, rows.x, {}, grad_weight, grad_bias}.run(call)) {
+  if (Backward{of, Scoring::kLogSumExp, call.weight, l, g, rows.x, {}, grad_weight, grad_bias}.run(call)) {
     grad_weight = grad_weight.sum(0), grad_bias = grad_bias.sum(0);
   } else {
     std::tie(grad_weight, grad_bias) = loss_attention_in_slices(call, of, l, g, needs[1], rows);
   }
-  const auto own = [&](bool need, const Tensor& t, const Tensor& like) {
-    return need ? t.to(like.scalar_type()) : call.empty({0});
+  const auto own = [&](int i, const Tensor& t) {
+    return needs[i + 1] ? t.to(given[i]->scalar_type()) : call.empty({0});
   };
-  return std::tuple_cat(std::make_tuple(rows.x, own(needs[1], grad_weight, weight),
-                                        own(needs[2], grad_bias, bias ? *bias : weight)),
-                        rows.parameters());
+  return std::tuple_cat(std::make_tuple(rows.x, own(0, grad_weight), own(1, grad_bias)), rows.parameters());
 }
 
 // --- weighted_pool, mean_pool

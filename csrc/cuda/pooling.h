@@ -83,14 +83,15 @@ struct Backward {
 // An op with a classifier: weight [classes, width] and bias [classes].
 class ClassCall : public Call {
  public:
-  ClassCall(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& offsets,
-            const OptionalTensor& mask, const EmbeddingArguments& embedding)
+  ClassCall(const Tensor& x, const ClassifierWeights& weights, const OptionalTensor& offsets,
+            const OptionalTensor& mask, const EmbedArguments& embedding)
       : Call(x, offsets, mask, embedding) {
+    const Tensor& weight = weights.weight();
     TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0, "weight must be [any, ", width, "]; got ",
                       weight.sizes());
     classes = weight.size(0);
     this->weight = take(weight, "weight", {classes, width});
-    this->bias = take(bias, "bias", {classes});
+    bias = take(weights.bias(), "bias", {classes});
   }
   int64_t classes;
   Tensor weight, bias;
@@ -108,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> pool_as_scored(Call& call, const Tensor& scor
   return {sums.bag, scores, sums.lse};
 }
 
-// The same for the scores <x_i, vectors[b, k]> + shift[b, k]; vectors [B, K, L], or [K, L] for all bags.
+// Pools in this way by the scores <x_i, vectors[b, k]> + shift[b, k]; vectors [B, K, L], or [K, L] for all bags.
 inline std::tuple<Tensor, Tensor, Tensor> pool_by_products(Call& call, const Tensor& vectors, const Tensor& shift) {
   const int64_t K = vectors.size(-2);
   const Forward out(call, K);
@@ -120,9 +121,8 @@ inline std::tuple<Tensor, Tensor, Tensor> pool_by_products(Call& call, const Ten
     return pool_forward(p, call.stream());
   });
   if (done) return {out.bag, out.scores, out.lse};
-  return pool_as_scored(call, out.scores, [&](const Slice& slice) {
-    products(call, slice, vectors, shift, kDead, out.scores);
-  });
+  return pool_as_scored(call, out.scores,
+                        [&](const Slice& slice) { products(call, slice, vectors, shift, kDead, out.scores); });
 }
 
 // Writes the gradient of the rows; returns that of the vectors [B, K, L], if wanted.

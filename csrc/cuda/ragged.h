@@ -1,6 +1,6 @@
-// Bags back to back, as kernels see them: rows of x, and the schedule. Rows are cut into chunks of 2^shift; a segment is
-// what one bag has in one chunk. Bag b owns the slots from (its first row >> shift) + b on, so that segments of a bag
-// follow each other and no two share a slot: as in cpu/pool.h and milkernels/bags.py.
+// Bags back to back, as kernels see them: rows of x, and the schedule. Rows are cut into chunks of 2^shift; a segment
+// is what one bag has in one chunk. Bag b owns the slots from (its first row >> shift) + b on, so that segments of a
+// bag follow each other and no two share a slot: as in cpu/pool.h and milkernels/bags.py.
 #pragma once
 
 #include "device.h"

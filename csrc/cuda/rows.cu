@@ -238,7 +238,7 @@ void column_sums(const Bags& bags, int columns, const A* values, A* partials, A*
   sum_columns(bags, columns, values, static_cast<const A*>(nullptr), partials, out, stream);
 }
 
-#define MILKERNELS_INSTANTIATE(T)                               \
+#define MILKERNELS_INSTANTIATE(T)                                  \
   template void row_products(const RowProducts<T>&, cudaStream_t); \
   template void expand_rows(const ExpandRows<T>&, cudaStream_t);
 MILKERNELS_INSTANTIATE(float)
@@ -247,10 +247,10 @@ MILKERNELS_INSTANTIATE(bfloat16)
 MILKERNELS_INSTANTIATE(float16)
 #undef MILKERNELS_INSTANTIATE
 
-#define MILKERNELS_INSTANTIATE(A)                                                                                  \
-  template void score_gradients(const ScoreGradients<A>&, cudaStream_t);                                           \
-  template void pool_centres(const PoolCentres<A>&, cudaStream_t);                                                 \
-  template void softmax_normal(const Bags&, int, const A*, const A*, A*, A*, cudaStream_t);                        \
+#define MILKERNELS_INSTANTIATE(A)                                                           \
+  template void score_gradients(const ScoreGradients<A>&, cudaStream_t);                    \
+  template void pool_centres(const PoolCentres<A>&, cudaStream_t);                          \
+  template void softmax_normal(const Bags&, int, const A*, const A*, A*, A*, cudaStream_t); \
   template void column_sums(const Bags&, int, const A*, A*, A*, cudaStream_t);
 MILKERNELS_INSTANTIATE(float)
 MILKERNELS_INSTANTIATE(double)

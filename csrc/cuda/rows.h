@@ -63,7 +63,7 @@ template <typename A>
 struct PoolCentres {
   int bags, heads, width;
   const A *bag, *lse, *grad_bag;  // [bags, heads, width], [bags, heads], [bags, heads, width]
-  A *centre, *shift;              // [bags, width], [bags, heads]
+  A *centre, *shift;  // [bags, width], [bags, heads]
 };
 template <typename A>
 void pool_centres(const PoolCentres<A>& p, cudaStream_t stream);
@@ -71,7 +71,8 @@ void pool_centres(const PoolCentres<A>& p, cudaStream_t stream);
 // sum_i exp(score - lse) over each bag, 1 but for the rounding of lse: out [bags, heads]; null: only its parts, which
 // partials [slots, heads] gets.
 template <typename A>
-void softmax_normal(const Bags& bags, int heads, const A* scores, const A* lse, A* partials, A* out, cudaStream_t stream);
+void softmax_normal(const Bags& bags, int heads, const A* scores, const A* lse, A* partials, A* out,
+                    cudaStream_t stream);
 
 // sum_i values[i, k] over each bag, without masked rows: [bags, columns]; `partials` [slots, columns].
 template <typename A>

@@ -39,8 +39,8 @@ __host__ __device__ inline int64_t pipeline_bytes(int tile, int pitch) {
 template <typename T>
 class Pipeline {
  public:
-  // `stages` has pipeline_bytes; columns [0, width) of the rows of a segment, `tile` rows at a time; row `first` is that
-  // of rows.x.
+  // `stages` has pipeline_bytes; columns [0, width) of the rows of a segment, `tile` rows at a time; row `first` is
+  // that of rows.x.
   __device__ Pipeline(T* stages, const Rows<T>& rows, const Bags& bags, Range range, int width, int tile,
                       int64_t first = 0)
       : stages_(stages), rows_(rows), bags_(bags), range_(range), first_(first), width_(width), tile_(tile),

@@ -29,6 +29,8 @@ from milkernels.ops.trilinear import linear, masked_scores, pooled_by_softmax, w
 from milkernels.ragged import for_kernels
 from milkernels.results import Pooled
 
+__all__ = ["attention_pool", "attention_scores", "gated_attention_pool", "gated_attention_scores"]
+
 
 def attention_pool(
     x: Tensor | Bags,
@@ -279,15 +281,14 @@ def attention_pool_reference(x, v_weight, v_bias, u_weight, u_bias, w_weight, w_
 
 # The contract
 
+_WEIGHTS = "weights[v_weight v_bias u_weight u_bias w_weight w_bias]"
 _ATTENTION = (
-    "Tensor x, Tensor v_weight, Tensor? v_bias, Tensor? u_weight, Tensor? u_bias, Tensor w_weight, Tensor? w_bias, "
-    f"{BAGS}, Tensor? seed, str activation, float dropout_p, ScalarType? compute_dtype, {EMBED}"
+    f"Tensor x, {_WEIGHTS}, {BAGS}, Tensor? seed, str activation, float dropout_p, ScalarType? compute_dtype, {EMBED}"
 )
 _ATTENTION_BACKWARD = Backward(
     "attention",
     inputs="x v_weight v_bias u_weight u_bias w_weight w_bias" + EMBED_INPUTS,
-    saves="x v_weight [v_bias] [u_weight] [u_bias] w_weight [w_bias] [offsets] [mask] [seed] [bag] scores [lse]"
-    + EMBED_SAVES,
+    saves=f"x {_WEIGHTS} offsets? mask? seed? bag? scores lse?" + EMBED_SAVES,
     options=("str activation", "float dropout_p", "ScalarType? compute_dtype", *EMBED_OPTIONS),
     outputs="bag scores lse",
 )

@@ -4,15 +4,21 @@ One schema per op; the overload name is the backend (``milkernels::softmax_pool_
 dispatcher goes straight to the kernel of that backend and device, and the fake and autograd registrations below
 serve all of them.  Kernels are registered elsewhere: in ``csrc`` for ``native``.
 
-An op is declared as a `Forward`, what it saves and differentiates as a `Backward`; both schemas, the fakes and the
-autograd function are made from these.  Ops of one `Backward` share a kernel.
+An op is declared as a `Forward`, what it saves and differentiates as a `Backward`; both schemas, the fakes, the
+autograd function and the batching rule are made from these.  Ops of one `Backward` share a kernel.
+
+A schema has the weights of an op in one list, and the layer in front of it in another.  ``torch.autograd.Function``
+does not see tensors inside of lists, so here every tensor has a name and a place of its own, and `Arguments` says how
+these are grouped for a kernel.
 
 Autocast: an op is opaque to autocast (the key falls through).  ``compute_dtype`` carries the autocast type, and the
 kernels convert operands tile by tile; casting ``x`` as a whole would keep an [N, L] copy for the backward.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,13 +32,77 @@ FORWARDS: list["Forward"] = []  # every op that was declared
 EMBEDDED: set[str] = set()  # ops that take an embedding
 
 
+class Arguments:
+    """The arguments of an op: flat, each tensor under a name of its own, and grouped, as its schema has them.
+
+    Declared as in a schema, but for the lists of tensors, which name their elements: ``weights[v_weight v_bias]`` is
+    ``Tensor?[] weights`` of two.  The first of a list is always there, but ``embed?[..]`` may be empty.
+    """
+
+    def __init__(self, declarations: Sequence[str]):
+        schema, self.names, self._lists = [], [], []
+        self.tensors = []  # the places of tensors among flat arguments
+        for place, declaration in enumerate(declarations):
+            if found := re.fullmatch(r"(\w+)(\??)\[(.*)\]", declaration):
+                name, optional, elements = found[1], bool(found[2]), found[3].split()
+                first = len(self.names)
+                self._lists.append((name, optional, place, first, first + len(elements)))
+                self.tensors += range(first, first + len(elements))
+                self.names += elements
+                schema.append(f"Tensor?[] {name}")
+            else:
+                if declaration.startswith("Tensor"):
+                    self.tensors.append(len(self.names))
+                self.names.append(declaration.split()[-1])
+                schema.append(declaration)
+        self.schema = ", ".join(schema)
+
+    def grouped(self, flat: Sequence) -> Sequence:
+        if not self._lists:
+            return flat
+        out, at = [], 0
+        for _, optional, _, first, last in self._lists:
+            out += flat[at:first]
+            out.append([] if optional and flat[first] is None else list(flat[first:last]))
+            at = last
+        out += flat[at:]
+        return out
+
+    def flat(self, grouped: Sequence) -> Sequence:
+        if not self._lists:
+            return grouped
+        out, at = [], 0
+        for name, optional, place, first, last in self._lists:
+            out += grouped[at:place]
+            elements, count = grouped[place], last - first
+            if len(elements) == count:
+                if elements[0] is None:
+                    raise ValueError(f"{self.names[first]} must be a tensor; got None")
+                out += elements
+            elif optional and len(elements) == 0:
+                out += [None] * count
+            else:
+                must = "must be empty or have" if optional else "must have"
+                elements = f"{count} elements, {', '.join(self.names[first:last])}; got {len(elements)}"
+                raise ValueError(f"{name} {must} {elements}")
+            at = place + 1
+        out += grouped[at:]
+        return out
+
+
+def _declared(text: str, separator: str) -> list[str]:
+    """What stands between separators outside of brackets."""
+    return re.split(separator + r"(?![^\[]*\])", text)
+
+
 @dataclass(frozen=True)
 class Backward:
     """``<name>_bwd(saves, options, gradients of outputs, needs) -> gradients of inputs``.
 
-    ``saves`` are inputs and outputs of the forward by name, those in brackets may be None; and so may be the gradient
-    of an output, where there are several.  ``needs`` says which of ``inputs`` want a gradient; the others come back as
-    empty tensors.  A gradient has the type of what is saved under its name: that of the input, or of accumulation.
+    ``saves`` are inputs and outputs of the forward by name, ``name?`` where it may be None, and lists as `Arguments`
+    has them; the gradient of an output may be None where there are several.  ``needs`` says which of ``inputs`` want a
+    gradient; the others come back as empty tensors.  A gradient has the type of what is saved under its name: that of
+    the input, or of accumulation.
     """
 
     name: str
@@ -45,17 +115,26 @@ class Backward:
     def full_name(self) -> str:
         return f"{self.name}_bwd"
 
-    def saved(self) -> list[str]:
-        return [name.strip("[]") for name in self.saves.split()]
+    @cached_property
+    def _saves(self) -> list[str]:
+        """As `Arguments` takes them."""
+        saves = _declared(self.saves, " ")
+        return [s if "[" in s else f"Tensor? {s[:-1]}" if s.endswith("?") else f"Tensor {s}" for s in saves]
 
-    def schema(self) -> str:
-        saved = [f"Tensor? {name[1:-1]}" if name[0] == "[" else f"Tensor {name}" for name in self.saves.split()]
+    @cached_property
+    def saved(self) -> list[str]:
+        return Arguments(self._saves).names
+
+    @cached_property
+    def arguments(self) -> Arguments:
         optional = "?" if len(self.outputs.split()) > 1 else ""
         grads = [f"Tensor{optional} grad_{name}" for name in self.outputs.split()]
+        return Arguments([*self._saves, *self.options, *grads, f"bool[{len(self.inputs.split())}] needs"])
+
+    def schema(self) -> str:
         count = len(self.inputs.split())
         results = ", ".join(["Tensor"] * count)
-        arguments = [*saved, *self.options, *grads, f"bool[{count}] needs"]
-        return f"({', '.join(arguments)}) -> {f'({results})' if count > 1 else results}"
+        return f"({self.arguments.schema}) -> {f'({results})' if count > 1 else results}"
 
 
 @dataclass(frozen=True)
@@ -74,12 +153,13 @@ class Forward:
     def full_name(self) -> str:
         return f"{self.name}_fwd"
 
+    @cached_property
+    def arguments(self) -> Arguments:
+        return Arguments(_declared(self.inputs, ", "))
+
     def schema(self) -> str:
         outputs = [f"Tensor {name}" for name in self.outputs.split()]
-        return f"({self.inputs}) -> {'(' + ', '.join(outputs) + ')' if len(outputs) > 1 else 'Tensor'}"
-
-    def names(self) -> list[str]:
-        return [declaration.split()[-1].split("=")[0] for declaration in self.inputs.split(", ")]
+        return f"({self.arguments.schema}) -> {'(' + ', '.join(outputs) + ')' if len(outputs) > 1 else 'Tensor'}"
 
 
 def num_bags(offsets: Tensor | None) -> int:
@@ -97,11 +177,12 @@ def pooled_shapes(x, offsets, heads, width):
 
 
 BAGS = "Tensor? offsets, Tensor? mask"
-# The embedding: ``drop(act(W x + b))`` takes the place of x. All None: there is none. It has a seed and a type of
-# its own, so that it is the same for every op.
-EMBED = "Tensor? e_weight, Tensor? e_bias, Tensor? e_seed, str? e_activation, float e_dropout_p, ScalarType? e_dtype"
-EMBED_SAVES, EMBED_INPUTS = " [e_weight] [e_bias] [e_seed]", " e_weight e_bias"
-EMBED_OPTIONS = ("str? e_activation", "float e_dropout_p", "ScalarType? e_dtype")
+# The layer in front of an op: ``drop(act(W x + b))`` takes the place of x. Where the list is empty, there is none.
+# It has a seed and a type of its own, so that it is the same for every op.
+_EMBED = "embed?[e_weight e_bias e_seed]"
+EMBED_OPTIONS = ("str? embed_activation", "float embed_dropout_p", "ScalarType? embed_dtype")
+EMBED = ", ".join((_EMBED, *EMBED_OPTIONS))
+EMBED_SAVES, EMBED_INPUTS = f" {_EMBED}", " e_weight e_bias"
 NO_EMBEDDING = (None, None, None, None, 0.0, None)
 
 
@@ -109,11 +190,12 @@ NO_EMBEDDING = (None, None, None, None, 0.0, None)
 
 
 def _forward_fake(op: Forward):
-    names, outputs = op.names(), op.outputs.split()
+    names, outputs = op.arguments.names, op.outputs.split()
 
-    def fake(*inputs):
+    def fake(*arguments):
         if torch.onnx.is_in_onnx_export():  # whose own error would come late and name no way out
             raise RuntimeError(f"milkernels: {op.name}: {backends.NOT_IN_ONNX}")
+        inputs = op.arguments.flat(arguments)
         first = inputs[0]
         dtypes = {name: torch.int64 for name in op.indices.split()} | {name: first.dtype for name in op.typed.split()}
         shapes = op.shapes(**dict(zip(names, inputs, strict=True)))
@@ -127,10 +209,10 @@ def _forward_fake(op: Forward):
 
 
 def _backward_fake(op: Backward):
-    saves = op.saved()
-    places = [saves.index(name) for name in op.inputs.split()]
+    places = [op.saved.index(name) for name in op.inputs.split()]
 
-    def fake(*args):
+    def fake(*arguments):
+        args = op.arguments.flat(arguments)
         results = tuple(
             torch.empty_like(args[place], memory_format=torch.contiguous_format) if need else args[0].new_empty(0)
             for place, need in zip(places, args[-1], strict=True)
@@ -143,10 +225,18 @@ def _backward_fake(op: Backward):
 # Autograd
 
 
+def _requires_grad(inputs, tensors: Sequence[int]) -> bool:
+    for i in tensors:  # noqa: SIM110, a generator takes three times as long
+        if inputs[i] is not None and inputs[i].requires_grad:
+            return True
+    return False
+
+
 def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function]:
     """The forward as a function whose backward is an op of its own, so that a compiler sees one node."""
-    backward, names, outputs = op.backward, op.names(), op.outputs.split()
+    backward, names, outputs = op.backward, op.arguments.names, op.outputs.split()
     forward_op, backward_op = _overload(f"{op.name}_fwd", backend), _overload(f"{backward.name}_bwd", backend)
+    grouped, grouped_saves = op.arguments.grouped, backward.arguments.grouped
     options = [names.index(option.split()[-1]) for option in backward.options]
     grad_outputs = [outputs.index(name) if name in outputs else None for name in backward.outputs.split()]
     non_differentiable = [i for i, name in enumerate(outputs) if name not in backward.outputs.split()]
@@ -156,14 +246,14 @@ def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function
     values = [*names, *outputs]
     saved_sources = [
         len(names) + outputs.index(name) if name in outputs else values.index(name) if name in values else None
-        for name in backward.saved()
+        for name in backward.saved
     ]
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
             with _torch.below_autograd():
-                result = forward_op(*inputs)
+                result = forward_op(*grouped(inputs))
             results = result if isinstance(result, tuple) else (result,)
             known = (*inputs, *results)
             ctx.set_materialize_grads(False)
@@ -178,7 +268,7 @@ def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function
             grads = [None if i is None else grads[i] for i in grad_outputs]
             if any(g is not None for g in grads):
                 needs = [ctx.needs_input_grad[i] for i in differentiable]
-                results = backward_op(*ctx.saved_tensors, *ctx.options, *grads, needs)
+                results = backward_op(*grouped_saves((*ctx.saved_tensors, *ctx.options, *grads, needs)))
                 results = (results,) if isinstance(results, Tensor) else results
                 for i, gradient, need in zip(differentiable, results, needs, strict=True):
                     found[i] = gradient if need else None
@@ -195,13 +285,37 @@ def _backward_function(op: Backward, backend: str) -> type[torch.autograd.Functi
         @staticmethod
         def forward(ctx, *inputs):
             with _torch.below_autograd():
-                return backward_op(*inputs)
+                return backward_op(*op.arguments.grouped(inputs))
 
         @staticmethod
         def backward(ctx, *grads):
             raise RuntimeError(f"milkernels: {op.name}_bwd: {backends.DIFFERENTIATED_ONCE}")
 
     return Function
+
+
+# Batching
+
+
+def _sliced(operand: Tensor | None, dim: int | None, i: int) -> Tensor | None:
+    return operand if dim is None else operand.select(dim, i)
+
+
+def _batching_rule(op: torch._ops.OpOverload):
+    """One call for each slice. PyTorch's own fallback is this too, but does not look into lists."""
+
+    def rule(info, in_dims, *arguments):
+        operands, spec = _torch.pytree.tree_flatten(arguments)
+        dims = _torch.pytree.tree_leaves(in_dims)  # None, which is a leaf too, for what is the same in all slices
+        slices = []
+        for i in range(info.batch_size):
+            leaves = [_sliced(operand, dim, i) for operand, dim in zip(operands, dims, strict=True)]
+            slices.append(op(*_torch.pytree.tree_unflatten(leaves, spec)))
+        if isinstance(slices[0], Tensor):
+            return torch.stack(slices), 0
+        return tuple(torch.stack(parts) for parts in zip(*slices, strict=True)), (0,) * len(slices[0])
+
+    return rule
 
 
 # Registration
@@ -211,21 +325,22 @@ def declare(*ops: Forward, triton: str) -> None:
     """Registers ops, the backwards that they share, and Triton's kernels for them: those of ``milkernels.triton``'s
     module of that name.  Kernels in C++ register themselves when their module is loaded."""
     FORWARDS.extend(ops)
-    EMBEDDED.update(op.name for op in ops if "e_weight" in op.names())
+    EMBEDDED.update(op.name for op in ops if "e_weight" in op.arguments.names)
     backwards = dict.fromkeys(op.backward for op in ops)
     for backend in backends.KERNELS:
         for op in (*ops, *backwards):
             _define(op, backend)
         for op in ops:
-            _implement(op, backend, _forward_fake(op), _forward_function(op, backend))
-            _CALLS[op.name, backend] = _overload(f"{op.name}_fwd", backend)
+            function = _forward_function(op, backend)
+            _implement(op, backend, _forward_fake(op), function)
+            _CALLS[op.name, backend] = _overload(op.full_name, backend), function, op.arguments
         for op in backwards:
             _implement(op, backend, _backward_fake(op), _backward_function(op, backend))
     for op in (*ops, *backwards):
         adapter.register(op.full_name, triton)
 
 
-_CALLS: dict[tuple[str, str], torch._ops.OpOverload] = {}  # by (op, backend)
+_CALLS: dict[tuple[str, str], tuple] = {}  # by (op, backend): the forward, its autograd function, its arguments
 
 
 def _overload(name: str, backend: str) -> torch._ops.OpOverload:
@@ -239,22 +354,36 @@ def _define(op: Forward | Backward, backend: str) -> None:
 def _implement(op: Forward | Backward, backend: str, fake, function: type[torch.autograd.Function]) -> None:
     """Autograd and fake of one op of one backend. torch.library.register_autograd would do, but it rebuilds the
     argument list from the schema on every call: 90 us a call against 40 us, which bags of a few instances feel."""
-    overload = _overload(op.full_name, backend)
+    overload, declared = _overload(op.full_name, backend), op.arguments
 
-    def autograd_kernel(*inputs):
-        if _torch.transforming() and any(isinstance(t, Tensor) and _torch.differentiated(t) for t in inputs):
-            raise RuntimeError(f"milkernels: {op.full_name}: {backends.DIFFERENTIATED_ONCE}")
+    def autograd_kernel(*arguments):
+        if _torch.transforming():
+            inputs = declared.flat(arguments)
+            tensors = [inputs[i] for i in declared.tensors if inputs[i] is not None]
+            if any(_torch.differentiated(t) for t in tensors):
+                raise RuntimeError(f"milkernels: {op.full_name}: {backends.DIFFERENTIATED_ONCE}")
         if torch.is_grad_enabled():
-            for t in inputs:
-                if isinstance(t, Tensor) and t.requires_grad:
-                    return function.apply(*inputs)
+            inputs = declared.flat(arguments)
+            if _requires_grad(inputs, declared.tensors):
+                return function.apply(*inputs)
         with _torch.below_autograd():
-            return overload(*inputs)
+            return overload(*arguments)
 
     _LIBRARY.impl(f"{op.full_name}.{backend}", autograd_kernel, "Autograd")
     torch.library.register_fake(f"milkernels::{op.full_name}.{backend}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"milkernels::{op.full_name}.{backend}", _batching_rule(overload), lib=_LIBRARY)
 
 
 def call(op: str, backend: str, *inputs, embed: tuple = NO_EMBEDDING):
-    """The outputs of ``<op>_fwd``, both in the order declared above; scores and sums in the accumulation type."""
-    return _CALLS[op, backend](*inputs, *(embed if op in EMBEDDED else ()))
+    """The outputs of ``<op>_fwd``, both in the order declared above, the inputs flat; scores and sums in the
+    accumulation type."""
+    overload, function, declared = _CALLS[op, backend]
+    if op in EMBEDDED:
+        inputs = (*inputs, *embed)
+    if not _torch.eager():
+        return overload(*declared.grouped(inputs))
+    # What the kernel of autograd does, without the way there: the dispatcher makes every argument twice.
+    if torch.is_grad_enabled() and _requires_grad(inputs, declared.tensors):
+        return function.apply(*inputs)
+    with _torch.below_autograd():
+        return overload(*declared.grouped(inputs))

@@ -30,6 +30,8 @@ from milkernels.ops.trilinear import Score, dead_rows, linear, masked_scores, po
 from milkernels.ragged import for_kernels
 from milkernels.results import DSMILOutput, DSMILPooled, InstanceMax
 
+__all__ = ["dsmil", "dsmil_pool", "instance_max"]
+
 
 def instance_max(
     x: Tensor | Bags,
@@ -315,10 +317,8 @@ def _both_streams(x, bag, scores, lse, critical, pooled):
 
 # The contract
 
-_DSMIL = (
-    "Tensor q_weight, Tensor? q_bias, Tensor? q2_weight, Tensor? q2_bias, Tensor? v_weight, Tensor? v_bias, "
-    f"{BAGS}, Tensor? seed, str? v_activation, float v_dropout_p, float? scale, ScalarType? compute_dtype, {EMBED}"
-)
+_SECOND = "q_weight q_bias q2_weight q2_bias v_weight v_bias"  # the weights of the second stream
+_DSMIL = f"{BAGS}, Tensor? seed, str? v_activation, float v_dropout_p, float? scale, ScalarType? compute_dtype, {EMBED}"
 _DSMIL_OPTIONS = (
     *("str? v_activation", "float v_dropout_p", "float? scale", "ScalarType? compute_dtype"),
     *EMBED_OPTIONS,
@@ -327,13 +327,13 @@ _DSMIL_OPTIONS = (
 declare(
     Forward(
         "instance_max",
-        f"Tensor x, Tensor weight, Tensor? bias, {BAGS}, {EMBED}",
+        f"Tensor x, weights[weight bias], {BAGS}, {EMBED}",
         "values indices logits",
         lambda x, weight, offsets, **_: (*[(num_bags(offsets), weight.shape[0])] * 2, (x.shape[0], weight.shape[0])),
         Backward(
             "instance_max",
             inputs="x weight bias" + EMBED_INPUTS,
-            saves="x weight [bias] [offsets] [mask] indices logits" + EMBED_SAVES,
+            saves="x weights[weight bias] offsets? mask? indices logits" + EMBED_SAVES,
             outputs="values logits",
             options=EMBED_OPTIONS,
         ),
@@ -344,16 +344,15 @@ declare(
 declare(
     Forward(
         "dsmil_pool",
-        f"Tensor x, Tensor instance_logits, {_DSMIL}",
+        f"Tensor x, Tensor instance_logits, weights[{_SECOND}], {_DSMIL}",
         "bag scores lse critical pooled",
         lambda x, instance_logits, v_weight, v_activation, offsets, e_weight, **_: _dsmil_shapes(
             x, instance_logits.shape[1], v_weight, v_activation, offsets, e_weight
         ),
         Backward(
             "dsmil_pool",
-            inputs="x q_weight q_bias q2_weight q2_bias v_weight v_bias" + EMBED_INPUTS,
-            saves="x q_weight [q_bias] [q2_weight] [q2_bias] [v_weight] [v_bias] [offsets] [mask] [seed] "
-            "bag scores lse critical pooled" + EMBED_SAVES,
+            inputs=f"x {_SECOND}" + EMBED_INPUTS,
+            saves=f"x weights[{_SECOND}] offsets? mask? seed? bag scores lse critical pooled" + EMBED_SAVES,
             options=_DSMIL_OPTIONS,
             outputs="bag scores lse",
         ),
@@ -361,16 +360,16 @@ declare(
     ),
     Forward(
         "dsmil",
-        f"Tensor x, Tensor weight, Tensor? bias, {_DSMIL}",
+        f"Tensor x, weights[weight bias {_SECOND}], {_DSMIL}",
         "bag scores lse critical values logits pooled",
         lambda x, weight, v_weight, v_activation, offsets, e_weight, **_: _both_streams(
             x, *_dsmil_shapes(x, weight.shape[0], v_weight, v_activation, offsets, e_weight)
         ),
         Backward(
             "dsmil",
-            inputs="x weight bias q_weight q_bias q2_weight q2_bias v_weight v_bias" + EMBED_INPUTS,
-            saves="x weight [bias] q_weight [q_bias] [q2_weight] [q2_bias] [v_weight] [v_bias] [offsets] [mask] [seed] "
-            "bag scores lse critical logits pooled" + EMBED_SAVES,
+            inputs=f"x weight bias {_SECOND}" + EMBED_INPUTS,
+            saves=f"x weights[weight bias {_SECOND}] offsets? mask? seed? bag scores lse critical logits pooled"
+            + EMBED_SAVES,
             options=_DSMIL_OPTIONS,
             outputs="bag scores lse values logits",
         ),

@@ -25,6 +25,8 @@ from milkernels.ops.trilinear import linear, masked_scores, pooled_by_softmax, w
 from milkernels.ragged import for_kernels
 from milkernels.results import LossAttentionPooled
 
+__all__ = ["loss_attention_pool"]
+
 
 def loss_attention_pool(
     x: Tensor | Bags,
@@ -97,7 +99,7 @@ def loss_attention_pool_reference(x, weight, bias, offsets, mask, compute_dtype)
 declare(
     Forward(
         "loss_attention_pool",
-        f"Tensor x, Tensor weight, Tensor? bias, {BAGS}, {EMBED}",
+        f"Tensor x, weights[weight bias], {BAGS}, {EMBED}",
         "bag scores lse logits",
         lambda x, weight, offsets, e_weight, **_: (
             *pooled_shapes(x, offsets, 1, pooled_width(x, e_weight)),
@@ -106,7 +108,7 @@ declare(
         Backward(
             "loss_attention_pool",
             inputs="x weight bias" + EMBED_INPUTS,
-            saves="x weight [bias] [offsets] [mask] bag scores lse logits" + EMBED_SAVES,
+            saves="x weights[weight bias] offsets? mask? bag scores lse logits" + EMBED_SAVES,
             outputs="bag scores lse logits",
             options=EMBED_OPTIONS,
         ),

@@ -13,6 +13,8 @@ from milkernels.ops.trilinear import Pool, dead_rows, masked_scores, pooled_by_s
 from milkernels.ragged import for_kernels
 from milkernels.results import MaxPooled, Pooled
 
+__all__ = ["max_pool", "mean_pool", "softmax_pool", "weighted_pool"]
+
 
 def softmax_pool(
     x: Tensor | Bags,
@@ -203,21 +205,21 @@ declare(
         f"Tensor x, Tensor given, {BAGS}",
         "bag scores lse",
         lambda x, given, offsets, **_: pooled_shapes(x, offsets, given.shape[1], pooled_width(x)),
-        Backward("softmax_pool", "x scores", "x [offsets] [mask] bag scores lse", "bag scores lse"),
+        Backward("softmax_pool", "x scores", "x offsets? mask? bag scores lse", "bag scores lse"),
     ),
     Forward(
         "weighted_pool",
         f"Tensor x, Tensor weights, {BAGS}",
         "bag",
         lambda x, weights, offsets, **_: pooled_shapes(x, offsets, weights.shape[1], pooled_width(x))[:1],
-        Backward("weighted_pool", "x weights", "x weights [offsets] [mask]", "bag"),
+        Backward("weighted_pool", "x weights", "x weights offsets? mask?", "bag"),
     ),
     Forward(
         "mean_pool",
         f"Tensor x, {BAGS}",
         "bag",
         lambda x, offsets, **_: ((num_bags(offsets), x.shape[1]),),
-        Backward("mean_pool", "x", "x [offsets] [mask]", "bag"),
+        Backward("mean_pool", "x", "x offsets? mask?", "bag"),
     ),
     triton="pooling",
 )

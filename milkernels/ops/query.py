@@ -27,6 +27,8 @@ from milkernels.ops.trilinear import Score, dead_rows, masked_scores, pooled_by_
 from milkernels.ragged import for_kernels
 from milkernels.results import Pooled
 
+__all__ = ["query_pool", "query_scores"]
+
 
 def query_pool(
     x: Tensor | Bags,
@@ -158,7 +160,7 @@ _QUERY = f"Tensor x, Tensor query, {BAGS}, float scale, {EMBED}"
 _QUERY_BACKWARD = Backward(
     "query",
     inputs="x query" + EMBED_INPUTS,
-    saves="x query [offsets] [mask] [bag] scores [lse]" + EMBED_SAVES,
+    saves="x query offsets? mask? bag? scores lse?" + EMBED_SAVES,
     options=("float scale", *EMBED_OPTIONS),
     outputs="bag scores lse",
 )

@@ -12,6 +12,8 @@ from milkernels.ops.trilinear import exponentials, masked_scores
 from milkernels.ragged import check_offsets, checked_mask
 from milkernels.results import DSMILOutput, DSMILPooled, LossAttentionPooled, Pooled, TopInstances
 
+__all__ = ["attention_weights", "segment_softmax", "topk_instances"]
+
 
 def segment_softmax(
     scores: Tensor, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
@@ -178,14 +180,14 @@ declare(
         f"Tensor scores, {BAGS}",
         "weights",
         lambda scores, **_: (tuple(scores.shape),),
-        Backward("segment_softmax", "scores", "scores [offsets] weights", "weights"),
+        Backward("segment_softmax", "scores", "scores offsets? weights", "weights"),
     ),
     Forward(
         "attention_weights",
         f"Tensor scores, Tensor lse, {BAGS}",
         "weights",
         lambda scores, **_: (tuple(scores.shape),),
-        Backward("attention_weights", "scores lse", "scores lse [offsets] weights", "weights"),
+        Backward("attention_weights", "scores lse", "scores lse offsets? weights", "weights"),
     ),
     triton="pooling",
 )

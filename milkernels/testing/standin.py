@@ -324,22 +324,21 @@ def _inputs(use: Usage, op: contract.Forward) -> dict:
         **{"scale": None if op.name.startswith("dsmil") else 0.05},
         **{"compute_dtype": torch.bfloat16 if "autocast" in use else None},
     }
-    options |= {"e_activation": use.embedding, "e_dropout_p": options["dropout_p"] if use.embedding else 0.0}
-    options["e_dtype"] = options["compute_dtype"] if use.embedding else None
+    options |= {"embed_activation": use.embedding, "embed_dropout_p": options["dropout_p"] if use.embedding else 0.0}
+    options["embed_dtype"] = options["compute_dtype"] if use.embedding else None
     given = ("", *use.extras, *(["embed"] if use.embedding else []))
 
     def absent(name: str) -> bool:
         return given_with.get(name, "") not in given or (name.endswith("bias") and "nobias" in use)
 
-    def value(declaration: str):
-        name = declaration.split()[-1]
-        if not declaration.startswith("Tensor"):
+    def value(name: str):
+        if name in options and name not in shapes:
             return options[name]
-        if declaration.startswith("Tensor?") and absent(name):
+        if absent(name):
             return None
         return torch.empty([sizes[s] for s in shapes[name]], dtype=types.get(name, parameter_type), device="cuda")
 
-    return {declaration.split()[-1]: value(declaration) for declaration in op.inputs.split(", ")}
+    return {name: value(name) for name in op.arguments.names}
 
 
 def _backward(use: Usage, op: contract.Forward, inputs: dict, outputs: dict) -> None:
@@ -353,8 +352,8 @@ def _backward(use: Usage, op: contract.Forward, inputs: dict, outputs: dict) -> 
     options = [known[option.split()[-1]] for option in backward.options]
     needs = [isinstance(known[name], Tensor) for name in backward.inputs.split()]
     needs[0] = "frozen" not in use
-    saved = [known.get(name) for name in backward.saved()]
-    adapter.kernel(f"{backward.name}_bwd")(*saved, *options, *grads, needs)
+    saved = [known.get(name) for name in backward.saved]
+    adapter.kernel(f"{backward.name}_bwd")(*backward.arguments.grouped((*saved, *options, *grads, needs)))
 
 
 def call_op(use: Usage, record: Record) -> tuple[Record, Record]:
@@ -366,7 +365,7 @@ def call_op(use: Usage, record: Record) -> tuple[Record, Record]:
     forced |= {"products": "split"} if "split" in use else {}
     with tuning.use(**forced), _precision("high" if "tf32" in use else "highest"):
         inputs, start = _inputs(use, op), record.copy()
-        out = adapter.kernel(f"{op.name}_fwd")(*inputs.values())
+        out = adapter.kernel(f"{op.name}_fwd")(*op.arguments.grouped(tuple(inputs.values())))
         middle = record.copy()
         outputs = dict(zip(op.outputs.split(), out if isinstance(out, tuple) else (out,), strict=True))
         _backward(use, op, inputs, outputs)

@@ -234,8 +234,8 @@ def _scores_of_slice(call: _Attention, x: Tensor, block: slice, out: Tensor) -> 
     )  # fmt: skip
 
 
-def attention_pool_fwd(x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, offsets, mask, *options):
-    call = _Attention(x, (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias), offsets, mask, *options)
+def attention_pool_fwd(x, weights, offsets, mask, *options):
+    call = _Attention(x, weights, offsets, mask, *options)
     partials = pool.Partials(call, call.heads, call.width)
     if call.embedding is None:
         scores = _scores(call)
@@ -246,22 +246,18 @@ def attention_pool_fwd(x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, 
     return bag, scores, lse
 
 
-def attention_scores_fwd(x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, offsets, mask, *options):
-    call = _Attention(x, (v_weight, v_bias, u_weight, u_bias, w_weight, w_bias), offsets, mask, *options)
+def attention_scores_fwd(x, weights, offsets, mask, *options):
+    call = _Attention(x, weights, offsets, mask, *options)
     return _scores(call)
 
 
 def attention_bwd(
-    x, v_weight, v_bias, u_weight, u_bias, w_weight, w_bias, offsets, mask, seed, bag, scores, lse,
-    e_weight, e_bias, e_seed, activation, dropout_p, compute_dtype, e_activation, e_dropout_p, e_dtype,
-    grad_bag, grad_scores, grad_lse, needs,
+    x, weights, offsets, mask, seed, bag, scores, lse, embed, activation, dropout_p, compute_dtype,
+    embed_activation, embed_dropout_p, embed_dtype, grad_bag, grad_scores, grad_lse, needs,
 ):  # fmt: skip
-    inputs = checked_inputs(
-        needs, x=x, v_weight=v_weight, v_bias=v_bias, u_weight=u_weight, u_bias=u_bias, w_weight=w_weight,
-        w_bias=w_bias, e_weight=e_weight, e_bias=e_bias,
-    )  # fmt: skip
-    parameters, embed = inputs[1:7], (e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
-    call = _Attention(x, parameters, offsets, mask, seed, activation, dropout_p, compute_dtype, *embed)
+    inputs = checked_inputs(needs, "v_weight v_bias u_weight u_bias w_weight w_bias", x, weights, embed)
+    embed = (embed, embed_activation, embed_dropout_p, embed_dtype)
+    call = _Attention(x, weights, offsets, mask, seed, activation, dropout_p, compute_dtype, *embed)
     embedded, sink = call.embedding is not None, RowGradients(call, needs)
     pooled = None if embedded else call.x
     gradients = PoolGradients(call, pooled, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.needed)

@@ -172,20 +172,20 @@ def put(indices: Tensor, values: Tensor, out: Tensor, k: int = 1, *, add: bool =
 # The ops
 
 
-def instance_max_fwd(x, weight, bias, offsets, mask, *embed):
+def instance_max_fwd(x, weights, offsets, mask, *embed):
     call = Instances(x, offsets, mask, *embed)
-    logits = class_logits(call, weight, bias)
+    logits = class_logits(call, *weights)
     return *first_max(call, logits, dead=True, empty=float("-inf")), logits
 
 
 def instance_max_bwd(
-    x, weight, bias, offsets, mask, indices, logits, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype,
+    x, weights, offsets, mask, indices, logits, embed, embed_activation, embed_dropout_p, embed_dtype,
     grad_values, grad_logits, needs,
 ):  # fmt: skip
-    inputs = checked_inputs(needs, x=x, weight=weight, bias=bias, e_weight=e_weight, e_bias=e_bias)
-    call = Instances(x, offsets, mask, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
+    inputs = checked_inputs(needs, "weight bias", x, weights, embed)
+    call = Instances(x, offsets, mask, embed, embed_activation, embed_dropout_p, embed_dtype)
     sink = RowGradients(call, needs)
-    of_layer = instance_max_gradients(call, weight, indices, logits, grad_values, grad_logits, needs[1:3], sink)
+    of_layer = instance_max_gradients(call, weights[0], indices, logits, grad_values, grad_logits, needs[1:3], sink)
     found = (sink.of_x(), *of_layer, sink.weight, sink.bias)
     return in_their_types(call, inputs, found, needs)
 

@@ -25,6 +25,7 @@ from milkernels.triton.instances import Instances, Rows
 from milkernels.triton.pooling import class_logits, masked, pool_by_products, pool_by_products_backward
 
 _DEAD = float("-inf")
+_WEIGHTS = "q_weight q_bias q2_weight q2_bias v_weight v_bias"
 
 
 class _DSMIL(Instances):
@@ -145,8 +146,8 @@ def _add(found: dict[str, Tensor], name: str, part: Tensor) -> None:
     found[name] = found[name] + part if name in found else part
 
 
-def dsmil_pool_fwd(x, instance_logits, q, q_bias, q2, q2_bias, v, v_bias, offsets, mask, *options):
-    call = _DSMIL(x, (q, q_bias, q2, q2_bias, v, v_bias), offsets, mask, *options)
+def dsmil_pool_fwd(x, instance_logits, weights, offsets, mask, *options):
+    call = _DSMIL(x, weights, offsets, mask, *options)
     _, critical = first_max(call, masked(call.to_acc(instance_logits), mask), dead=True, empty=_DEAD)
     return _second_stream(call, critical)
 
@@ -178,16 +179,13 @@ def _second_stream(call: _DSMIL, critical: Tensor):
 
 
 def dsmil_pool_bwd(
-    x, q, q_bias, q2, q2_bias, v, v_bias, offsets, mask, seed, bag, scores, lse, critical, pooled, e_weight, e_bias,
-    e_seed, v_activation, v_dropout_p, scale, compute_dtype, e_activation, e_dropout_p, e_dtype,
+    x, weights, offsets, mask, seed, bag, scores, lse, critical, pooled, embed,
+    v_activation, v_dropout_p, scale, compute_dtype, embed_activation, embed_dropout_p, embed_dtype,
     grad_bag, grad_scores, grad_lse, needs,
 ):  # fmt: skip
-    inputs = checked_inputs(
-        needs, x=x, q_weight=q, q_bias=q_bias, q2_weight=q2, q2_bias=q2_bias, v_weight=v, v_bias=v_bias,
-        e_weight=e_weight, e_bias=e_bias,
-    )  # fmt: skip
-    embed = (e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
-    call = _DSMIL(x, inputs[1:7], offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, *embed)
+    inputs = checked_inputs(needs, _WEIGHTS, x, weights, embed)
+    embed = (embed, embed_activation, embed_dropout_p, embed_dtype)
+    call = _DSMIL(x, weights, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, *embed)
     critical, sink = critical.contiguous(), RowGradients(call, needs)
     queries = _CriticalQueries(call, critical)
     found = _second_stream_backward(queries, bag, scores, lse, pooled, grad_bag, grad_scores, grad_lse, sink)
@@ -319,30 +317,27 @@ class _Backward:
 # Both streams
 
 
-def dsmil_fwd(x, weight, bias, q, q_bias, q2, q2_bias, v, v_bias, offsets, mask, *options):
-    call = _DSMIL(x, (q, q_bias, q2, q2_bias, v, v_bias), offsets, mask, *options)
-    logits = class_logits(call, weight, bias)
+def dsmil_fwd(x, weights, offsets, mask, *options):
+    call = _DSMIL(x, weights[2:], offsets, mask, *options)
+    logits = class_logits(call, *weights[:2])
     values, critical = first_max(call, logits, dead=True, empty=_DEAD)
     bag, scores, lse, critical, pooled = _second_stream(call, critical)
     return bag, scores, lse, critical, values, logits, pooled
 
 
 def dsmil_bwd(
-    x, weight, bias, q, q_bias, q2, q2_bias, v, v_bias, offsets, mask, seed, bag, scores, lse, critical, logits, pooled,
-    e_weight, e_bias, e_seed, v_activation, v_dropout_p, scale, compute_dtype, e_activation, e_dropout_p, e_dtype,
+    x, weights, offsets, mask, seed, bag, scores, lse, critical, logits, pooled, embed,
+    v_activation, v_dropout_p, scale, compute_dtype, embed_activation, embed_dropout_p, embed_dtype,
     grad_bag, grad_scores, grad_lse, grad_values, grad_logits, needs,
 ):  # fmt: skip
-    inputs = checked_inputs(
-        needs, x=x, weight=weight, bias=bias, q_weight=q, q_bias=q_bias, q2_weight=q2, q2_bias=q2_bias, v_weight=v,
-        v_bias=v_bias, e_weight=e_weight, e_bias=e_bias,
-    )  # fmt: skip
-    embed = (e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
-    call = _DSMIL(x, inputs[3:9], offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, *embed)
+    inputs = checked_inputs(needs, f"weight bias {_WEIGHTS}", x, weights, embed)
+    embed = (embed, embed_activation, embed_dropout_p, embed_dtype)
+    call = _DSMIL(x, weights[2:], offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, *embed)
     critical, sink = critical.contiguous(), RowGradients(call, needs)
     queries = _CriticalQueries(call, critical)
     found = _second_stream_backward(queries, bag, scores, lse, pooled, grad_bag, grad_scores, grad_lse, sink)
     if grad_values is not None or grad_logits is not None:
         found["weight"], found["bias"] = instance_max_gradients(
-            call, weight, critical, logits, grad_values, grad_logits, needs[1:3], sink, queries.chosen
+            call, weights[0], critical, logits, grad_values, grad_logits, needs[1:3], sink, queries.chosen
         )
     return _in_order(call, inputs, found, needs, sink, ("weight", "bias", *_NAMES))

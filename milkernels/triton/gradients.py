@@ -186,13 +186,14 @@ def largest_finite(t: Tensor) -> Tensor:
     return t.nan_to_num(0, 0, 0).abs().amax() if t.numel() else t.new_zeros(())
 
 
-def checked_inputs(needs, **inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The inputs of an op that may have a gradient, in the order of ``needs``. Raises ValueError where one that needs a
-    gradient is absent."""
-    for need, (name, value) in zip(needs, inputs.items(), strict=True):
+def checked_inputs(needs, names: str, x: Tensor, weights, embed) -> tuple[Tensor | None, ...]:
+    """The inputs of an op that may have a gradient, in the order of ``needs``: x, the weights, which have these names,
+    and those of the embedding. Raises ValueError where one that needs a gradient is absent."""
+    inputs = (x, *weights, *(embed[:2] or (None, None)))
+    for need, name, value in zip(needs, ("x", *names.split(), "e_weight", "e_bias"), inputs, strict=True):
         if need and value is None:
             raise ValueError(f"needs says that {name} wants a gradient, but {name} is absent")
-    return tuple(inputs.values())
+    return inputs
 
 
 def in_their_types(call: Call, inputs, found, needs) -> tuple[Tensor, ...]:

@@ -200,13 +200,14 @@ def _places(which: slice | Tensor) -> tuple[int, Tensor | None]:
 
 
 class Instances(Call):
-    """A call whose op sees the rows ``x`` [N, L] as they are, or embedded [N, E] where a weight [E, L] is given."""
+    """A call whose op sees the rows ``x`` [N, L] as they are, or embedded [N, E] where ``embed`` has a weight [E, L],
+    a bias and a seed."""
 
-    def __init__(self, x, offsets, mask, weight=None, bias=None, seed=None, activation=None, dropout_p=0.0, dtype=None):
+    def __init__(self, x, offsets, mask, embed=(), activation=None, dropout_p=0.0, dtype=None):
         super().__init__(x, offsets, mask)
         self.embedding = None
-        if weight is not None:
-            self.embedding = Embedding(x, weight, bias, seed, activation, dropout_p, dtype)
+        if embed:
+            self.embedding = Embedding(x, *embed, activation, dropout_p, dtype)
             self.width, self.dtype = self.embedding.width, self.embedding.type
 
     def rows_at(self, block: slice, *, keep: bool = False) -> Rows:

@@ -138,11 +138,11 @@ def pool_by_products_backward(call: Instances, gradients: PoolGradients, vectors
 
 
 def query_bwd(
-    x, query, offsets, mask, bag, scores, lse, e_weight, e_bias, e_seed, scale, e_activation, e_dropout_p, e_dtype,
+    x, query, offsets, mask, bag, scores, lse, embed, scale, embed_activation, embed_dropout_p, embed_dtype,
     grad_bag, grad_scores, grad_lse, needs,
 ):  # fmt: skip
-    inputs = checked_inputs(needs, x=x, query=query, e_weight=e_weight, e_bias=e_bias)
-    call = Instances(x, offsets, mask, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
+    inputs = checked_inputs(needs, "query", x, [query], embed)
+    call = Instances(x, offsets, mask, embed, embed_activation, embed_dropout_p, embed_dtype)
     sink = RowGradients(call, needs)
     gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.needed)
     grad_query = pool_by_products_backward(call, gradients, _query(call, query, scale), sink) * scale
@@ -154,7 +154,8 @@ def query_bwd(
 # Loss-Attention (Shi et al. 2020)
 
 
-def loss_attention_pool_fwd(x, weight, bias, offsets, mask, *embed):
+def loss_attention_pool_fwd(x, weights, offsets, mask, *embed):
+    weight, bias = weights
     call = Instances(x, offsets, mask, *embed)
     vectors, shift = call.to_acc(weight), _per_bag(call, bias)
     pooled = single_pass.score_pool(call, vectors, shift, classes=True)
@@ -183,11 +184,12 @@ def _per_bag(call: Call, bias: Tensor | None) -> Tensor | None:
 
 
 def loss_attention_pool_bwd(
-    x, weight, bias, offsets, mask, bag, scores, lse, logits, e_weight, e_bias, e_seed, e_activation, e_dropout_p,
-    e_dtype, grad_bag, grad_scores, grad_lse, grad_logits, needs,
+    x, weights, offsets, mask, bag, scores, lse, logits, embed, embed_activation, embed_dropout_p, embed_dtype,
+    grad_bag, grad_scores, grad_lse, grad_logits, needs,
 ):  # fmt: skip
-    inputs = checked_inputs(needs, x=x, weight=weight, bias=bias, e_weight=e_weight, e_bias=e_bias)
-    call = Instances(x, offsets, mask, e_weight, e_bias, e_seed, e_activation, e_dropout_p, e_dtype)
+    weight, _ = weights
+    inputs = checked_inputs(needs, "weight bias", x, weights, embed)
+    call = Instances(x, offsets, mask, embed, embed_activation, embed_dropout_p, embed_dtype)
     sink, gradients = RowGradients(call, needs), None
     if grad_bag is not None or grad_scores is not None or grad_lse is not None:
         gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.needed)

@@ -29,10 +29,10 @@ enum class Fault {
   kGlobalRead,  // one number past an array
 };
 
-const char* const kNames[] = {"none",         "barrier-missing",   "barrier-too-late",  "barrier-divergent",
-                              "shuffle-divergent", "copy-unwaited", "copy-waited-late", "copy-uncommitted",
-                              "copy-misaligned", "vector-misaligned", "shared-read",    "shared-write",
-                              "global-read"};
+const char* const kNames[] = {
+    "none",          "barrier-missing",  "barrier-too-late", "barrier-divergent", "shuffle-divergent",
+    "copy-unwaited", "copy-waited-late", "copy-uncommitted", "copy-misaligned",   "vector-misaligned",
+    "shared-read",   "shared-write",     "global-read"};
 
 template <Fault FAULT>
 __global__ void sum_kernel(const float* in, float* out) {

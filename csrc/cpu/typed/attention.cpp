@@ -9,7 +9,9 @@ template <typename T, typename E>
 AttentionScore<T, E> program_of(const AttentionCall& call) {
   const auto data = [&](int i) { return data_or_null<acc_t<T>>(call.parameters[i]); };
   return {{data(0), data(1), data(2), data(3), data(4), data(5), call.width, call.hidden, call.heads},
-          call.activation, call.dropout, std::max(call.planes, 1)};
+          call.activation,
+          call.dropout,
+          std::max(call.planes, 1)};
 }
 
 }  // namespace

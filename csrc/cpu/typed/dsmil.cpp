@@ -16,7 +16,7 @@ void with_programs(const DSMILCall& call, const Ragged<T>& in, const CriticalQue
                     planes);
   };
   std::optional<ValueStage<T, E>> stage;
-  if (call.staged()) {
+  if (call.layered()) {
     stage.emplace(call.width, call.v_dropout, layer(call.v_weight(), call.v_bias(), call.v_activation));
   } else if (call.v_dropout) {
     stage.emplace(call.width, call.v_dropout, std::nullopt);
@@ -40,9 +40,9 @@ void second_stream_rows(const DSMILCall& call, const Ragged<T>& in, const Tensor
   using A = acc_t<T>;
   const int64_t classes = logits.size(1);
   FirstMax<T> first(in, classes, nullptr, critical.mutable_data_ptr<int64_t>());
-  for_tiles(in, [&] { return first.worker(); }, [&](const Tile<T>& tile, auto& w) {
-    first.add(tile, logits.const_data_ptr<A>() + tile.first * classes, w);
-  });
+  for_tiles(
+      in, [&] { return first.worker(); },
+      [&](const Tile<T>& tile, auto& w) { first.add(tile, logits.const_data_ptr<A>() + tile.first * classes, w); });
   first.finish();
   const CriticalQueries queries(call, critical);
   with_element<T>(call.planes, [&]<typename E>() {

@@ -64,20 +64,20 @@ inline const A* quick_order(const A* v, int64_t heads, int64_t width, int64_t& l
 }  // namespace
 
 template <typename T>
-void dots(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T>* center, const acc_t<T>* v,
+void dots(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T>* centre, const acc_t<T>* v,
           int64_t heads, int64_t width, acc_t<T>* out) {
   using A = acc_t<T>;
   using V = Vectorized<A>;
   std::vector<A> buffers[2];
-  int64_t ld_v, ld_center;
+  int64_t ld_v, ld_centre;
   v = quick_order<T>(v, heads, width, ld_v, buffers[0]);
-  if (center != nullptr) center = quick_order<T>(center, 1, width, ld_center, buffers[1]);
+  if (centre != nullptr) centre = quick_order<T>(centre, 1, width, ld_centre, buffers[1]);
   // Padded vectors are read whole, others as far as they go.
   const auto load_vector = [](const A* p, auto step) {
     if constexpr (std::is_same_v<T, at::BFloat16>) return Pair<A>::load(p);
     else return load_pair(p, step);
   };
-  const auto block = [&](int64_t r, int64_t k, auto rows, auto block_heads, auto centered) {
+  const auto block = [&](int64_t r, int64_t k, auto rows, auto block_heads, auto centred) {
     constexpr int R = decltype(rows)::value, H = decltype(block_heads)::value;
     V sum[R][H];
     const T* row[R];
@@ -88,21 +88,19 @@ void dots(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T
     for_steps<Pair<T>::width>(width, [&](int64_t l, auto step) {
       Pair<A> w[H], c;
       unroll<H>([&](auto h) { w[h] = load_vector(v + (k + h) * ld_v + l, step); });
-      if constexpr (decltype(centered)::value) c = load_vector(center + l, step);
+      if constexpr (decltype(centred)::value) c = load_vector(centre + l, step);
       unroll<R>([&](auto i) {
         prefetch<T>(row[i] + kAhead * ld + l);
         auto p = load_quick(row[i] + l, step);
-        if constexpr (decltype(centered)::value) p.lo = p.lo - c.lo, p.hi = p.hi - c.hi;
+        if constexpr (decltype(centred)::value) p.lo = p.lo - c.lo, p.hi = p.hi - c.hi;
         unroll<H>([&](auto h) { sum[i][h] = fmadd(p.hi, w[h].hi, fmadd(p.lo, w[h].lo, sum[i][h])); });
       });
     });
-    unroll<R>([&](auto i) {
-      unroll<H>([&](auto h) { out[(r + i) * heads + k + h] = horizontal_sum(sum[i][h]); });
-    });
+    unroll<R>([&](auto i) { unroll<H>([&](auto h) { out[(r + i) * heads + k + h] = horizontal_sum(sum[i][h]); }); });
   };
   for_blocks<4>(n, [&](int64_t r, auto rows) {
     for_blocks<kHeadBlock>(heads, [&](int64_t k, auto block_heads) {
-      if (center != nullptr) block(r, k, rows, block_heads, std::true_type{});
+      if (centre != nullptr) block(r, k, rows, block_heads, std::true_type{});
       else block(r, k, rows, block_heads, std::false_type{});
     });
   });
@@ -110,7 +108,7 @@ void dots(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T
 
 template <typename T>
 void weighted_sums(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T>* weight, int64_t heads,
-                   const acc_t<T>* scale, int64_t width, acc_t<T>* out, bool fresh) {
+                   const acc_t<T>* scale, int64_t width, acc_t<T>* out, bool prefetch) {
   using A = acc_t<T>;
   using V = Vectorized<A>;
   // Rows are read in their order, a few at a time, each as far as the sums of a strip fit into the nearest cache.
@@ -126,11 +124,9 @@ void weighted_sums(const T* x, int64_t ld, const int32_t* index, int64_t n, cons
     });
     for_steps<Pair<T>::width>(wide, [&](int64_t at, auto step) {
       Pair<A> sum[H];
-      unroll<H>([&](auto h) {
-        sum[h] = first ? Pair<A>{V(A(0)), V(A(0))} : Pair<A>::load(sums + h * kStrip + at);
-      });
+      unroll<H>([&](auto h) { sum[h] = first ? Pair<A>{V(A(0)), V(A(0))} : Pair<A>::load(sums + h * kStrip + at); });
       unroll<R>([&](auto i) {
-        if (fresh && sizeof(T) < sizeof(float)) prefetch<T>(row[i] + R * ld + at);
+        if (prefetch && sizeof(T) < sizeof(float)) milkernels::prefetch<T>(row[i] + R * ld + at);
         const auto v = load_quick(row[i] + at, step);
         unroll<H>([&](auto h) { sum[h] = {fmadd(w[i][h], v.lo, sum[h].lo), fmadd(w[i][h], v.hi, sum[h].hi)}; });
       });
@@ -141,8 +137,9 @@ void weighted_sums(const T* x, int64_t ld, const int32_t* index, int64_t n, cons
     constexpr int H = decltype(block_heads)::value;
     for (int64_t l = 0; l < width; l += kStrip) {
       const int64_t wide = std::min(kStrip, width - l);
-      for_blocks<kWeightRegisters / H>(
-          n, [&](int64_t r, auto rows) { add_rows(k, l, wide, r, r == 0, block_heads, rows); });
+      for_blocks<kWeightRegisters / H>(n, [&](int64_t r, auto rows) {
+        add_rows(k, l, wide, r, r == 0, block_heads, rows);
+      });
       unroll<H>([&](auto h) {
         const V s(scale[k + h]);
         A* const to = out + (k + h) * width + l;

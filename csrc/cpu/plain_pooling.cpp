@@ -17,18 +17,20 @@ void sum_rows(const Ragged<T>& in, int64_t heads, const acc_t<T>* weights, acc_t
   using A = acc_t<T>;
   using Worker = typename Partials<A>::Worker;
   Partials<A> partials(in.slots(), heads, in.width);
-  for_tiles(in, [&] { return Worker(heads, true); }, [&](const Tile<T>& tile, Worker& w) {
-    in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
-      const Tile<T> rows = tile.part(from - tile.first, to - from);
-      w.selected.select(rows.mask, rows.rows);
-      for (int64_t i = 0; i < w.selected.count; ++i) {
-        for (int64_t k = 0; k < heads; ++k) {
-          w.weight[i * heads + k] = weights ? weights[(from + w.selected.index[i]) * heads + k] : A(1);
-        }
-      }
-      partials.add(in.slot_of(from, b), rows.x, rows.ld, w.selected.index, w.selected.count, w.weight.data(), w);
-    });
-  });
+  for_tiles(
+      in, [&] { return Worker(heads, true); },
+      [&](const Tile<T>& tile, Worker& w) {
+        in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
+          const Tile<T> rows = tile.part(from - tile.first, to - from);
+          w.selected.select(rows.mask, rows.rows);
+          for (int64_t i = 0; i < w.selected.count; ++i) {
+            for (int64_t k = 0; k < heads; ++k) {
+              w.weight[i * heads + k] = weights ? weights[(from + w.selected.index[i]) * heads + k] : A(1);
+            }
+          }
+          partials.add(in.slot_of(from, b), rows.x, rows.ld, w.selected.index, w.selected.count, w.weight.data(), w);
+        });
+      });
   partials.merge_bags(in, false, bag, nullptr);
 }
 
@@ -40,17 +42,20 @@ void spread_rows(const Ragged<T>& in, int64_t heads, const acc_t<T>* weights, co
   const std::vector<A> ones(weights ? 0 : kBlock, A(1));
   const bool finite =
       std::all_of(grad_bag, grad_bag + in.bags() * heads * in.width, [](A v) { return std::isfinite(v); });
-  for_tiles(in, [&] { return std::vector<int64_t>(kBlock); }, [&](const Tile<T>& tile, std::vector<int64_t>& bag_of) {
-    InputGradient<T> out;
-    out.to = grad_x + tile.first * in.width;
-    out.width = in.width, out.heads = heads, out.mask = tile.mask, out.grad_bag = grad_bag, out.bag_of = bag_of.data();
-    out.weight = weights ? weights + tile.first * heads : ones.data();
-    out.finite = finite;
-    in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
-      std::fill(bag_of.begin() + (from - tile.first), bag_of.begin() + (to - tile.first), b);
-      out.store_rows(from - tile.first, to - from, nullptr, nullptr, 0);
-    });
-  });
+  for_tiles(
+      in, [&] { return std::vector<int64_t>(kBlock); },
+      [&](const Tile<T>& tile, std::vector<int64_t>& bag_of) {
+        InputGradient<T> out;
+        out.to = grad_x + tile.first * in.width;
+        out.width = in.width, out.heads = heads, out.mask = tile.mask, out.grad_bag = grad_bag,
+        out.bag_of = bag_of.data();
+        out.weight = weights ? weights + tile.first * heads : ones.data();
+        out.finite = finite;
+        in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
+          std::fill(bag_of.begin() + (from - tile.first), bag_of.begin() + (to - tile.first), b);
+          out.store_rows(from - tile.first, to - from, nullptr, nullptr, 0);
+        });
+      });
 }
 
 Tensor checked_weights(const Call& call, const Tensor& weights) {
@@ -85,12 +90,14 @@ std::tuple<Tensor, Tensor> weighted_pool_bwd(const Tensor& x, const Tensor& weig
     if (!needs[1]) return;
     const QueryProducts<T> products(in, {g.const_data_ptr<A>(), heads, heads * in.width, nullptr, 0}, in.width);
     A* const out = grad_weights.mutable_data_ptr<A>();
-    for_tiles(in, [] { return 0; }, [&](const Tile<T>& tile, int) {
-      products.scores(tile, tile.x, tile.ld, out + tile.first * heads);
-      for (int64_t r = 0; r < tile.rows; ++r) {
-        if (!is_real(tile.mask, r)) std::fill_n(out + (tile.first + r) * heads, heads, A(0));
-      }
-    });
+    for_tiles(
+        in, [] { return 0; },
+        [&](const Tile<T>& tile, int) {
+          products.scores(tile, tile.x, tile.ld, out + tile.first * heads);
+          for (int64_t r = 0; r < tile.rows; ++r) {
+            if (!is_real(tile.mask, r)) std::fill_n(out + (tile.first + r) * heads, heads, A(0));
+          }
+        });
   });
   if (needs[1]) grad_weights = grad_weights.to(weights.scalar_type());
   return {grad_x, grad_weights};
@@ -229,11 +236,13 @@ std::tuple<Tensor, Tensor> max_pool_fwd(const Tensor& x, const OptionalTensor& o
   dispatch_storage(x.scalar_type(), [&]<typename T>() {
     const auto in = call.ragged<T>();
     FeatureMax<T> best(in);
-    for_tiles(in, [] { return Selection<acc_t<T>>(); }, [&](const Tile<T>& tile, auto& selected) {
-      in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
-        best.add(tile.part(from - tile.first, to - from), in.slot_of(from, b), selected);
-      });
-    });
+    for_tiles(
+        in, [] { return Selection<acc_t<T>>(); },
+        [&](const Tile<T>& tile, auto& selected) {
+          in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
+            best.add(tile.part(from - tile.first, to - from), in.slot_of(from, b), selected);
+          });
+        });
     best.finish(values.mutable_data_ptr<T>(), indices.mutable_data_ptr<int64_t>());
   });
   return {values, indices};
