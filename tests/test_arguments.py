@@ -39,12 +39,15 @@ def test_the_number_of_parameters(op):
 
 # Instances
 
-CLASSICAL = {name: {parameter: randn(N, C).sigmoid()} for name, parameter in (
-    ("generalized_mean_pool", "x"),
-    ("isr_pool", "p"),
-    ("log_sum_exp_pool", "x"),
-    ("noisy_or_pool", "p"),
-)}
+CLASSICAL = {
+    name: {parameter: randn(N, C).sigmoid()}
+    for name, parameter in (
+        ("generalized_mean_pool", "x"),
+        ("isr_pool", "p"),
+        ("log_sum_exp_pool", "x"),
+        ("noisy_or_pool", "p"),
+    )
+}
 TAKES_BAGS = CLASSICAL | {op: None for op, tensors in OPS.items() if "x" in tensors}
 
 
