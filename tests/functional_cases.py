@@ -19,43 +19,25 @@ def randn(*size, dtype=torch.float32, seed=0):
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed + sum(size))).to(dtype)
 
 
-V = {"v_weight": (D, L), "v_bias": (D,)}
-U = {"u_weight": (D, L), "u_bias": (D,)}
-W = {"w_weight": (K, D), "w_bias": (K,)}
-CLASSES = {"weight": (C, L), "bias": (C,)}
-DSMIL = {
-    "q_weight": (D, L),
-    "q_bias": (D,),
-    "q2_weight": (4, D),
-    "q2_bias": (4,),
-    "v_weight": (4, L),
-    "v_bias": (4,),
-}
-ROWS = {"scores", "weights", "instance_logits"}  # no parameters: their type does not make the type of a result
-
-# op: tensors by name and size, the first being x or scores
-OPS = {
-    "softmax_pool": {"x": (N, L), "scores": (N, K)},
-    "attention_pool": {"x": (N, L), **V, **W},
-    "gated_attention_pool": {"x": (N, L), **V, **U, **W},
-    "attention_scores": {"x": (N, L), **V, **W},
-    "gated_attention_scores": {"x": (N, L), **V, **U, **W},
-    "query_pool": {"x": (N, L), "query": (B, K, L)},
-    "query_scores": {"x": (N, L), "query": (K, L)},
-    "weighted_pool": {"x": (N, L), "weights": (N, K)},
-    "instance_max": {"x": (N, L), **CLASSES},
-    "dsmil_pool": {"x": (N, L), "instance_logits": (N, C), **DSMIL},
-    "dsmil": {"x": (N, L), **CLASSES, **DSMIL},
-    "loss_attention_pool": {"x": (N, L), **CLASSES},
-    "mean_pool": {"x": (N, L)},
-    "max_pool": {"x": (N, L)},
-    "segment_softmax": {"scores": (N, K)},
-    "topk_instances": {"scores": (N, K)},
-}
+_SIZES = {"N": N, "B": B, "L": L, "D": D, "K": K, "C": C, "Q2": 4, "V": 4}
 
 
 def takes(op, name):
     return name in inspect.signature(getattr(milkernels, op)).parameters
+
+
+def is_required(op, name):
+    return takes(op, name) and inspect.signature(getattr(milkernels, op)).parameters[name].default is inspect._empty
+
+
+# op: tensors by name and size, the first being x or scores; for those that take them by these names
+OPS = {
+    op: {name: tuple(_SIZES[s] for s in size) for name, size in sizes.items()}
+    for op, sizes in testing.SIZES.items()
+    if not testing.CASES[op].derived
+}
+# No parameters: their type does not make the type of a result
+ROWS = {name for sizes in testing.SIZES.values() for name, size in sizes.items() if size[0] == "N"} - {"x"}
 
 
 def called(op, name):
@@ -71,9 +53,7 @@ def arguments(op, dtype=torch.float32, parameter_dtype=None, width=L):
         made[name] = randn(*size, dtype=dtype if i == 0 else parameter_dtype or dtype, seed=i)
     if takes(op, "offsets"):
         made["offsets"] = OFFSETS
-    if op == "topk_instances":
-        made["k"] = 2
-    return made
+    return made | {name: value for name, value in testing.CASES[op].options.items() if is_required(op, name)}
 
 
 def call(op, **kwargs):

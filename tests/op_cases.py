@@ -9,6 +9,7 @@ from collections.abc import Callable
 import oracle
 import pytest
 import torch
+from functional_cases import is_required, takes
 from oracle import INF
 from torch import Tensor
 
@@ -165,96 +166,84 @@ def _whole_numbers(t):
         values.copy_(values.sign() if name in ("weight", "bias") else values.round().clamp(-1, 1))
 
 
-X = {"x": ("N", "L")}
-SCORES = {"scores": ("N", "K")}
-V = {"v_weight": ("D", "L"), "v_bias": ("D",)}
-U = {"u_weight": ("D", "L"), "u_bias": ("D",)}
-W = {"w_weight": ("K", "D"), "w_bias": ("K",)}
 DROPPED = {"dropout_p": 0.4, "seed": SEED}
-NO_BIAS = {"v_bias": None, "w_bias": None}
-LOGITS = {"instance_logits": ("N", "C")}
-LINEAR_Q = {"q_weight": ("D", "L"), "q_bias": ("D",)}
-MLP_Q = {**LINEAR_Q, "q2_weight": ("Q2", "D"), "q2_bias": ("Q2",)}
-LINEAR_V = {"v_weight": ("V", "L"), "v_bias": ("V",)}
 V_DROPPED = {"v_dropout_p": 0.4, "seed": SEED}
-CLASSES = {"weight": ("C", "L"), "bias": ("C",)}
 
 
-def _dsmil(*parts, **options):
-    return Case("dsmil_pool", {k: v for part in (X, *parts) for k, v in part.items()}, options, LOGITS)
+def _case(op: str, *absent: str, sizes=None, edit=None, **options) -> Case:
+    """A call of the op with the tensors that the registry has for it, but those of layers that are ``absent``: by their
+    prefixes, or "bias" for all of them.  ``sizes`` of some may be others."""
+    tensors = {
+        name: size
+        for name, size in (testing.SIZES[op] | (sizes or {})).items()
+        if name.rpartition("_")[0] not in absent and ("bias" not in absent or not name.endswith("bias"))
+    }
+    fixed = {name: tensors.pop(name) for name in testing.FIXED[op]}
+    return Case(op, tensors, options, fixed, bags=takes(op, "offsets"), edit=edit)
 
 
 def _embedded(case: Case, activation: str, dropout_p: float = 0.0, *, bias: bool = True) -> Case:
     """The same op on embedded instances, E wide."""
-    tensors = {n: tuple("E" if s == "L" and n != "x" else s for s in size) for n, size in case.tensors.items()}
-    tensors |= {"e_weight": ("E", "L")} | ({"e_bias": ("E",)} if bias else {})
+    tensors = dict(testing.embedded_sizes(case.tensors))
+    if not bias:
+        del tensors["e_bias"]
     options = case.options | ({"seed": SEED} if dropout_p else {})
     embed = {"activation": activation, "dropout_p": dropout_p}
     return dataclasses.replace(case, tensors=tensors, options=options, embed=embed)
 
 
-CASES = {
-    "softmax_pool": Case("softmax_pool", X | SCORES),
-    "softmax_pool-dead-scores": Case("softmax_pool", X | SCORES, edit=_dead_scores),
-    "softmax_pool-nan-behind-dead-scores": Case("softmax_pool", X | SCORES, edit=_nan_behind_dead_scores),
-    "attention_pool": Case("attention_pool", X | V | W),
-    "attention_pool-relu": Case("attention_pool", X | V | W, {"activation": "relu"}),
-    "attention_pool-gelu-dropout": Case("attention_pool", X | V | W, {"activation": "gelu", **DROPPED}),
-    "attention_pool-identity-no-bias": Case(
-        "attention_pool",
-        X | {"v_weight": ("D", "L"), "w_weight": (1, "D")},
-        {"activation": "identity", **NO_BIAS},
+def _plain(op: str) -> Case:
+    options = testing.CASES[op].options
+    return _case(op, **{name: value for name, value in options.items() if is_required(op, name)})
+
+
+ONE_HEAD = {"w_weight": (1, "D")}
+SHARED = {"query": ("K", "L")}
+CASES = {op: _plain(op) for op in testing.SIZES}
+CASES |= {
+    "softmax_pool-dead-scores": _case("softmax_pool", edit=_dead_scores),
+    "softmax_pool-nan-behind-dead-scores": _case("softmax_pool", edit=_nan_behind_dead_scores),
+    "attention_pool-relu": _case("attention_pool", activation="relu"),
+    "attention_pool-gelu-dropout": _case("attention_pool", activation="gelu", **DROPPED),
+    "attention_pool-identity-no-bias": _case(
+        "attention_pool", "bias", sizes=ONE_HEAD, activation="identity", v_bias=None, w_bias=None
     ),
-    "gated_attention_pool": Case("gated_attention_pool", X | V | U | W),
-    "gated_attention_pool-dropout": Case("gated_attention_pool", X | V | U | W, DROPPED),
-    "gated_attention_pool-no-bias": Case(
-        "gated_attention_pool",
-        X | {"v_weight": ("D", "L"), "u_weight": ("D", "L"), "w_weight": (1, "D")},
-        {"u_bias": None, **NO_BIAS},
+    "gated_attention_pool-dropout": _case("gated_attention_pool", **DROPPED),
+    "gated_attention_pool-no-bias": _case(
+        "gated_attention_pool", "bias", sizes=ONE_HEAD, v_bias=None, u_bias=None, w_bias=None
     ),
-    "attention_scores": Case("attention_scores", X | V | W, bags=False),
-    "gated_attention_scores": Case("gated_attention_scores", X | V | U | W, DROPPED, bags=False),
-    "query_pool-shared": Case("query_pool", X | {"query": ("K", "L")}, {"scale": 0.3}),
-    "query_pool": Case("query_pool", X | {"query": ("B", "K", "L")}),
-    "query_scores-shared": Case("query_scores", X | {"query": ("K", "L")}),
-    "query_scores": Case("query_scores", X | {"query": ("B", "K", "L")}, {"scale": 0.3}),
-    "weighted_pool": Case("weighted_pool", X | {"weights": ("N", "K")}),
-    "instance_max": Case("instance_max", X | CLASSES),
-    "instance_max-no-bias": Case("instance_max", X | {"weight": ("C", "L")}),
-    "instance_max-ties": Case("instance_max", X | CLASSES, edit=_whole_numbers),
-    "dsmil_pool": _dsmil(LINEAR_Q),
-    "dsmil_pool-no-bias-scale-1": _dsmil({"q_weight": ("D", "L")}, scale=1.0),
-    "dsmil_pool-linear-v": _dsmil(LINEAR_Q, LINEAR_V),
-    "dsmil_pool-linear-v-no-bias": _dsmil({"q_weight": ("D", "L"), "v_weight": ("V", "L")}, v_activation="identity"),
-    "dsmil_pool-linear-v-dropout": _dsmil(LINEAR_Q, LINEAR_V, **V_DROPPED),
-    "dsmil_pool-relu-v": _dsmil(LINEAR_Q, LINEAR_V, v_activation="relu"),
-    "dsmil_pool-relu-v-dropout": _dsmil(LINEAR_Q, LINEAR_V, v_activation="relu", **V_DROPPED),
-    "dsmil_pool-mlp-q": _dsmil(MLP_Q),
-    "dsmil_pool-mlp-q-linear-v": _dsmil(MLP_Q, LINEAR_V),
-    "dsmil_pool-mlp-q-relu-v": _dsmil(MLP_Q, LINEAR_V, v_activation="relu", **V_DROPPED),
-    "dsmil_pool-mlp-q-tanh-v": _dsmil(MLP_Q, LINEAR_V, v_activation="tanh", **V_DROPPED),
-    "dsmil_pool-mlp-q-gelu-v": _dsmil(MLP_Q, LINEAR_V, v_activation="gelu", scale=0.3, **V_DROPPED),
-    "dsmil_pool-mlp-q-no-bias": _dsmil(
-        {"q_weight": ("D", "L"), "q2_weight": ("Q2", "D"), "v_weight": ("V", "L")}, v_activation="relu"
-    ),
-    "dsmil": Case("dsmil", X | CLASSES | LINEAR_Q | LINEAR_V),
-    "dsmil-mlp-q-relu-v": Case(
-        "dsmil", X | CLASSES | MLP_Q | LINEAR_V, {"v_activation": "relu", "scale": 0.3, **V_DROPPED}
-    ),
-    "dsmil-no-bias": Case("dsmil", X | {"weight": ("C", "L"), "q_weight": ("D", "L")}, {"bias": None}),
-    "loss_attention_pool": Case("loss_attention_pool", X | CLASSES),
-    "loss_attention_pool-one-class": Case("loss_attention_pool", X | {"weight": (1, "L")}),
-    "mean_pool": Case("mean_pool", X),
-    "max_pool": Case("max_pool", X),
-    "max_pool-ties": Case("max_pool", X, edit=_whole_numbers),
-    "segment_softmax": Case("segment_softmax", SCORES),
-    "segment_softmax-dead-scores": Case("segment_softmax", SCORES, edit=_dead_scores),
-    "attention_weights": Case("attention_weights", X | SCORES),
-    "attention_weights-dead-scores": Case("attention_weights", X | SCORES, edit=_dead_scores),
-    "topk_instances": Case("topk_instances", SCORES, {"k": 3}),
-    "topk_instances-dead-scores": Case("topk_instances", SCORES, {"k": 70}, edit=_dead_scores),
-    "topk_instances-ties": Case("topk_instances", SCORES, {"k": 9}, edit=_whole_numbers),
-    "topk_instances-smallest": Case("topk_instances", SCORES, {"k": 3, "largest": False}, edit=_dead_scores),
+    "gated_attention_scores": _case("gated_attention_scores", **DROPPED),
+    "query_pool-shared": _case("query_pool", sizes=SHARED, scale=0.3),
+    "query_scores-shared": _case("query_scores", sizes=SHARED),
+    "query_scores": _case("query_scores", scale=0.3),
+    "instance_max-no-bias": _case("instance_max", "bias"),
+    "instance_max-ties": _case("instance_max", edit=_whole_numbers),
+    "dsmil_pool": _case("dsmil_pool", "q2", "v"),
+    "dsmil_pool-no-bias-scale-1": _case("dsmil_pool", "q2", "v", "bias", scale=1.0),
+    "dsmil_pool-linear-v": _case("dsmil_pool", "q2"),
+    "dsmil_pool-linear-v-no-bias": _case("dsmil_pool", "q2", "bias", v_activation="identity"),
+    "dsmil_pool-linear-v-dropout": _case("dsmil_pool", "q2", **V_DROPPED),
+    "dsmil_pool-relu-v": _case("dsmil_pool", "q2", v_activation="relu"),
+    "dsmil_pool-relu-v-dropout": _case("dsmil_pool", "q2", v_activation="relu", **V_DROPPED),
+    "dsmil_pool-mlp-q": _case("dsmil_pool", "v"),
+    "dsmil_pool-mlp-q-linear-v": _case("dsmil_pool"),
+    "dsmil_pool-mlp-q-relu-v": _case("dsmil_pool", v_activation="relu", **V_DROPPED),
+    "dsmil_pool-mlp-q-tanh-v": _case("dsmil_pool", v_activation="tanh", **V_DROPPED),
+    "dsmil_pool-mlp-q-gelu-v": _case("dsmil_pool", v_activation="gelu", scale=0.3, **V_DROPPED),
+    "dsmil_pool-mlp-q-no-bias": _case("dsmil_pool", "bias", v_activation="relu"),
+    "dsmil": _case("dsmil", "q2"),
+    "dsmil-mlp-q-relu-v": _case("dsmil", v_activation="relu", scale=0.3, **V_DROPPED),
+    "dsmil-no-bias": _case("dsmil", "q2", "v", "bias", bias=None),
+    "loss_attention_pool-one-class": _case("loss_attention_pool", "bias", sizes={"weight": (1, "L")}),
+    "max_pool-ties": _case("max_pool", edit=_whole_numbers),
+    "segment_softmax-dead-scores": _case("segment_softmax", edit=_dead_scores),
+    # They take what a pooling returned, of instances and scores.
+    "attention_weights": Case("attention_weights", testing.SIZES["softmax_pool"]),
+    "attention_weights-dead-scores": Case("attention_weights", testing.SIZES["softmax_pool"], edit=_dead_scores),
+    "topk_instances": _case("topk_instances", k=3),
+    "topk_instances-dead-scores": _case("topk_instances", k=70, edit=_dead_scores),
+    "topk_instances-ties": _case("topk_instances", k=9, edit=_whole_numbers),
+    "topk_instances-smallest": _case("topk_instances", k=3, largest=False, edit=_dead_scores),
 }
 CASES |= {
     "attention_pool-embed-gelu": _embedded(CASES["attention_pool"], "gelu", bias=False),

@@ -7,7 +7,7 @@ promises.
 """
 
 from milkernels.testing.arguments import public_arguments, public_name
-from milkernels.testing.cases import MODES, OpCase
+from milkernels.testing.cases import MODES, OpCase, embedded_sizes
 from milkernels.testing.inputs import FEATURES, Inputs, Shape, even_lengths, skewed_lengths, small_lengths
 from milkernels.testing.philox import PHILOX_VECTORS, dropout_keep, philox4x32
 from milkernels.testing.promise import (
@@ -23,13 +23,15 @@ from milkernels.testing.promise import (
     kinks,
     promise_from_errors,
 )
-from milkernels.testing.registry import CASES
+from milkernels.testing.registry import CASES, FIXED, SIZES
 
 __all__ = [
     "CASES",
     "FEATURES",
+    "FIXED",
     "MODES",
     "PHILOX_VECTORS",
+    "SIZES",
     "Inputs",
     "OpCase",
     "Promise",
@@ -38,6 +40,7 @@ __all__ = [
     "Verdict",
     "by_head",
     "dropout_keep",
+    "embedded_sizes",
     "eager_errors",
     "error_promise",
     "errors_of",

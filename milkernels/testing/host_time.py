@@ -15,6 +15,7 @@ import torch
 
 import milkernels
 from milkernels import native, triton
+from milkernels.testing import CASES, Shape, public_arguments
 
 OPS = ("softmax_pool", "query_pool", "loss_attention_pool", "instance_max", "gated_attention_pool")
 MODES = ("fwd", "step")
@@ -64,26 +65,19 @@ def triton_without_device() -> _Driver:
 
 def calls(op: str, backend: str) -> dict[str, object]:
     """The call of an op on a batch of small bags, by mode."""
-    torch.manual_seed(0)
-    x = torch.randn(_BAGS * _ROWS, _WIDTH, requires_grad=True)
-    offsets = torch.arange(_BAGS + 1) * _ROWS
-    w, one = (torch.randn(n, _WIDTH, requires_grad=True) for n in (_WIDTH, 1))
-    inputs = {
-        "softmax_pool": (torch.randn(len(x), 1, requires_grad=True),),
-        "query_pool": (one,),
-        "loss_attention_pool": (w[:2].detach().requires_grad_(), None),
-        "instance_max": (w[:2].detach().requires_grad_(), None),
-        "gated_attention_pool": (w, None, w.detach().clone().requires_grad_(), None, one, None),
-    }[op]
-    compute = getattr(milkernels, op)
-    leaves = [x, *(t for t in inputs if t is not None)]
+    case = CASES[op]
+    inputs = case.inputs(Shape((_ROWS,) * _BAGS, _WIDTH, _WIDTH, min(case.default_heads, 2)))
+    weights = {name: p for name, p in inputs.parameters.items() if not name.endswith("bias")}
+    layers = public_arguments(op, weights | inputs.fixed)
+    compute, x, offsets = getattr(milkernels, op), inputs.x.requires_grad_(), inputs.offsets
+    leaves = [x, *(p.requires_grad_() for p in weights.values())]
 
     def forward():
         with torch.no_grad():
-            compute(x, *inputs, offsets, backend=backend)
+            compute(x, offsets=offsets, backend=backend, **layers)
 
     def step():
-        out = compute(x, *inputs, offsets, backend=backend)[0]
+        out = compute(x, offsets=offsets, backend=backend, **layers)[0]
         torch.autograd.grad(out, leaves, torch.ones_like(out))
 
     return dict(zip(MODES, (forward, step), strict=True))

@@ -1,12 +1,13 @@
 """The registry: every op that works on bags, and its variants under keys of their own."""
 
 import math
+
 import torch
 from torch import Tensor
 
 import milkernels
 from milkernels.testing import formulas
-from milkernels.testing.cases import Flops, OpCase, Sizes, arguments_of, bag_logsumexp, embedding_case, linear
+from milkernels.testing.cases import Flops, OpCase, arguments_of, bag_logsumexp, embedding_case, linear
 from milkernels.testing.formulas import Tensors
 from milkernels.testing.inputs import Inputs, Shape
 
@@ -250,8 +251,7 @@ _EMBEDDED = (
 )
 CASES: dict[str, OpCase] = {case.name: case for case in (*_ALL, *_EMBEDDED)}
 # Of each op all the tensors that it takes, whichever of its cases does; and those that never need a gradient
-SIZES: dict[str, Sizes] = {}
-FIXED: dict[str, frozenset[str]] = {}
-for _case in _ALL:
-    SIZES[_case.op] = SIZES.get(_case.op, {}) | _case.tensors
-    FIXED[_case.op] = _case.fixed
+SIZES: dict[str, dict[str, tuple]] = {case.op: {} for case in _ALL}
+FIXED: dict[str, frozenset[str]] = {case.op: case.fixed for case in _ALL}
+for _case in reversed(_ALL):  # where sizes differ, those of the variant, which comes after the plain case
+    SIZES[_case.op] |= {name: size for name, size in _case.tensors.items() if name not in SIZES[_case.op]}

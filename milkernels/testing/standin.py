@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from milkernels import triton as adapter
 from milkernels.ops import contract
+from milkernels.testing.cases import embedded_sizes
+from milkernels.testing.registry import CASES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 _GRID = (2**31 - 1, 65535, 65535)  # CUDA's limits
@@ -285,38 +287,38 @@ class _Counting(TorchDispatchMode):
 
 # Calls of ops, from what `ops` declares
 
-_SHAPES = {
-    **{"x": "NI", "given": "NK", "scores": "NK", "weights": "NK", "instance_logits": "NK", "lse": "BK"},
-    **{"query": "KL", "weight": "KL", "bias": "K", "offsets": "O", "mask": "N", "seed": "1"},
-    **{"v_weight": "DL", "v_bias": "D", "u_weight": "DL", "u_bias": "D", "w_weight": "KD", "w_bias": "K"},
-    **{"q_weight": "DL", "q_bias": "D", "q2_weight": "DD", "q2_bias": "D"},
-    **{"e_weight": "LI", "e_bias": "L", "e_seed": "1"},
-}
-_GIVEN_WITH = {
-    **{"u_weight": "gated", "u_bias": "gated", "q2_weight": "mlp", "q2_bias": "mlp"},
-    **{"offsets": "bags", "mask": "mask", "seed": "drop"},
-    **{"e_weight": "embed", "e_bias": "embed", "e_seed": "embed"},
-}
+_LAYERS = {"u_": "gated", "q2_": "mlp", "v_": "value", "e_": "embed"}  # that may be absent: what asks for them
+_GIVEN_WITH = {"offsets": "bags", "mask": "mask", "seed": "drop", "e_seed": "embed"}
 _TYPES = {"offsets": torch.int64, "seed": torch.int64, "e_seed": torch.int64, "mask": torch.bool}
-_ROWWISE = ("x", "given", "scores", "weights", "instance_logits")
 _ACTIVATIONS = ("tanh", "relu", "gelu", "identity")
+
+
+def _tensors(use: Usage, op: contract.Forward) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """The tensors of an op with their sizes; and of those that may be absent by which extra they are given."""
+    cases = [case for case in CASES.values() if case.op.removeprefix("gated_") == op.name and not case.embeds]
+    sizes = {name: size for case in cases for name, size in case.tensors.items()}
+    if "scores" in sizes:
+        sizes["given"] = sizes["scores"]  # the name of scores that are an input where others are an output
+    if "query" in sizes and ("shared" in use or "bags" not in use):
+        sizes["query"] = sizes["query"][-2:]
+    if use.embedding:
+        sizes = embedded_sizes(sizes)
+    always = set.intersection(*(set(case.tensors) for case in cases))
+    words = {f"{layer}{part}": word for layer, word in _LAYERS.items() for part in ("weight", "bias")}
+    given_with = _GIVEN_WITH | {name: word for name, word in words.items() if name not in always}
+    return sizes | {"offsets": ("O",), "mask": ("N",), "seed": (1,), "e_seed": (1,)}, given_with
 
 
 def _inputs(use: Usage, op: contract.Forward) -> dict:
     """The inputs of a forward by name."""
-    # A value layer of DSMIL keeps the width.
-    shapes = _SHAPES | ({"v_weight": "LL", "v_bias": "L"} if op.name.startswith("dsmil") else {})
-    given_with = _GIVEN_WITH | ({"v_weight": "value", "v_bias": "value"} if op.name.startswith("dsmil") else {})
-    if "bags" in use and "shared" not in use:
-        shapes["query"] = "BKL"
+    shapes, given_with = _tensors(use, op)
     bags = use.B if "bags" in use else 1
-    sizes = {"N": use.N, "L": use.L, "D": use.D, "K": use.K, "B": bags, "O": bags + 1, "1": 1}
-    sizes["I"] = 2 * use.L if use.embedding else use.L
+    sizes = {"N": use.N, "L": 2 * use.L if use.embedding else use.L, "E": use.L, "D": use.D, "K": use.K}
+    sizes |= {"B": bags, "O": bags + 1, "C": use.K, "Q2": use.D, "V": use.L}  # a value keeps the width
     dtype, _, of_parameters = use.dtype.partition("/")
+    rowwise = dict.fromkeys((name for name, size in shapes.items() if size[0] == "N"), DTYPES[dtype])
+    types = {"lse": torch.float64 if dtype == "fp64" else torch.float32} | rowwise | _TYPES
     parameter_type = DTYPES[of_parameters or dtype]
-    types = (
-        _TYPES | dict.fromkeys(_ROWWISE, DTYPES[dtype]) | {"lse": torch.float64 if dtype == "fp64" else torch.float32}
-    )
     activation = next((name for name in _ACTIVATIONS if name in use), None)
     options = {
         **{"activation": activation or "tanh", "v_activation": activation, "k": 8, "largest": True},
@@ -336,7 +338,9 @@ def _inputs(use: Usage, op: contract.Forward) -> dict:
             return options[name]
         if absent(name):
             return None
-        return torch.empty([sizes[s] for s in shapes[name]], dtype=types.get(name, parameter_type), device="cuda")
+        return torch.empty(
+            [sizes.get(s, s) for s in shapes[name]], dtype=types.get(name, parameter_type), device="cuda"
+        )
 
     return {name: value(name) for name in op.arguments.names}
 
