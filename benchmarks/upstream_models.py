@@ -321,7 +321,7 @@ class GivenEmbeddings(nn.Module):
             return self.classifiers(torch.softmax(scores, dim=0).T @ h)
         (v, *_), (u, *dropout), w = self.attention.attention_a, self.attention.attention_b, self.attention.attention_c
         p = sum(layer.p for layer in dropout if isinstance(layer, nn.Dropout)) if self.training else 0.0
-        pooled = milkernels.gated_attention_pool(h, v.weight, v.bias, u.weight, u.bias, w.weight, w.bias, dropout_p=p)
+        pooled = milkernels.gated_attention_pool(h, v, u, w, dropout_p=p)
         return self.classifiers(pooled.bag[0])
 
     def fuse(self) -> tuple[bool, list[str]]:

@@ -92,6 +92,10 @@ def has_kernel(overload: str, device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(overload, device_type.upper())
 
 
+# What torch.compiler.assume_constant_result does, without its import of the compiler: that calls it while it traces.
+has_kernel._dynamo_marked_constant = True
+
+
 def without_autocast() -> torch._C._ExcludeDispatchKeyGuard:
     """Within the block PyTorch's products keep the types that they are given. Cheaper than ``torch.autocast``."""
     return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)

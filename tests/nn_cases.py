@@ -4,7 +4,7 @@ import pytest
 import torch
 from op_cases import cotangents
 
-from milkernels import Bags, nn
+from milkernels import Bags, Embed, nn
 
 NAN = float("nan")
 LENGTHS = (4, 0, 1, 7)
@@ -35,8 +35,7 @@ class Embedded(torch.nn.Module):
         self.activation = activation
 
     def forward(self, x, offsets=None, mask=None, **options):
-        embed = (self.linear.weight, self.linear.bias, self.activation)
-        return self.pool(x, offsets, mask, embed=embed, **options)
+        return self.pool(x, offsets, mask, embed=Embed(self.linear, self.activation), **options)
 
 
 MAKERS = {

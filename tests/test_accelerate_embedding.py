@@ -13,7 +13,7 @@ from test_accelerate_guards import CHANGES, KINDS
 from torch import nn
 
 import milkernels
-from milkernels import InstanceEmbedding, embed_instances
+from milkernels import Embed, embed_instances
 from milkernels import ops as public
 from milkernels.integrations import layers
 
@@ -254,7 +254,7 @@ def test_instance_losses_see_the_units_that_the_pooling_saw(name):
 
     torch.manual_seed(7)
     x, seed = inputs["x"].flatten(0, -2), torch.randint(2**63 - 1, (1,))
-    embed = InstanceEmbedding(front[0].weight, front[0].bias, "gelu" if name.startswith("torchmil") else "relu", p)
+    embed = Embed(front[0], "gelu" if name.startswith("torchmil") else "relu", p)
     h = embed_instances(x, embed, torch.arange(len(x)), seed=seed)
     setattr(model, at, nn.Sequential(Given(h), *front[3:]))  # CLAM's attention network is in there as well
     parameters = dict(model.named_parameters()) | {f"{at}.0.weight": front[0].weight, f"{at}.0.bias": front[0].bias}

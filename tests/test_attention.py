@@ -2,6 +2,8 @@
 matrices.  What they share with every kernel is in test_kernels.py and test_contract.py.
 """
 
+import itertools
+
 import pytest
 import torch
 from op_cases import of_the_cpu
@@ -197,15 +199,12 @@ def test_dropout_mask_is_the_reference_mask():
     """Where every unit has weight 1 and value 1, a score counts the kept units, so one flipped bit would show."""
     rows, units, seed, p = 300, 72, 2**63 - 5, 0.25
     x, v, v_bias, w = torch.zeros(rows, 4), torch.zeros(units, 4), torch.ones(units), torch.eye(units)
-    scores = milkernels.attention_scores(
-        x, v, v_bias, w, None, activation="identity", dropout_p=p, seed=seed, backend="native"
-    )
+    options = {"activation": "identity", "dropout_p": p, "seed": seed, "backend": "native"}
+    scores = milkernels.attention_scores(x, (v, v_bias), w, **options)
     keep = testing.dropout_keep(seed, rows, units, 0, p)
     assert torch.equal(scores != 0, keep)
     torch.testing.assert_close(scores[keep], torch.full_like(scores[keep], 1 / (1 - round(p * 65536) / 65536)))
-    gated = milkernels.gated_attention_scores(
-        x, v, v_bias, v, v_bias, w, None, activation="identity", dropout_p=p, seed=seed, backend="native"
-    )
+    gated = milkernels.gated_attention_scores(x, (v, v_bias), (v, v_bias), w, **options)
     assert torch.equal(gated != 0, keep & testing.dropout_keep(seed, rows, units, 1, p))
 
 
@@ -213,7 +212,7 @@ def test_dropout_extremes_and_generator():
     x, v, w = torch.randn(50, 8), torch.randn(16, 8), torch.randn(1, 16)
 
     def scores(p, **options):
-        return milkernels.attention_scores(x, v, None, w, None, dropout_p=p, backend="native", **options)
+        return milkernels.attention_scores(x, v, w, dropout_p=p, backend="native", **options)
 
     assert (scores(1.0, seed=1) == 0).all()
     assert torch.equal(scores(0.0, seed=1), scores(0.0))
@@ -227,23 +226,21 @@ def test_dropout_extremes_and_generator():
 # Autocast
 
 
-def sample(gated=True, dtype=torch.float32, rows=70):
+def sample(rows=70):
     torch.manual_seed(0)
-    x, offsets = torch.randn(rows, 12, dtype=dtype), torch.tensor([0, 30, 30, rows])
-    parameters = [torch.randn(s, dtype=dtype) for s in ((8, 12), (8,), (8, 12), (8,), (2, 8), (2,))]
-    if not gated:
-        parameters[2] = parameters[3] = None
-    return x, parameters, offsets
+    x, offsets = torch.randn(rows, 12), torch.tensor([0, 30, 30, rows])
+    layers = [(torch.randn(out, width), torch.randn(out)) for out, width in ((8, 12), (8, 12), (2, 8))]
+    return x, layers, offsets
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_equals_the_reference_under_autocast(dtype, layout):
-    x, parameters, offsets = sample()
-    leaves = [t.requires_grad_() for t in (x, *parameters)]
-    exact = milkernels.gated_attention_pool(x, *parameters, offsets, backend="reference")
+    x, layers, offsets = sample()
+    leaves = [t.requires_grad_() for t in (x, *itertools.chain(*layers))]
+    exact = milkernels.gated_attention_pool(x, *layers, offsets, backend="reference")
     with torch.autocast("cpu", dtype):
-        pooled = milkernels.gated_attention_pool(x, *parameters, offsets, backend="native")
-        reference = milkernels.gated_attention_pool(x, *parameters, offsets, backend="reference")
+        pooled = milkernels.gated_attention_pool(x, *layers, offsets, backend="native")
+        reference = milkernels.gated_attention_pool(x, *layers, offsets, backend="reference")
     assert pooled.bag.dtype == torch.float32
     for ours, theirs, best in zip(pooled, reference, exact, strict=True):
         finite = best.isfinite()

@@ -10,12 +10,18 @@ import torch
 from op_cases import needs_extension
 
 import milkernels
-from milkernels import backends, native, triton, use_backend
+from milkernels import _context, _torch, backends, native, triton, use_backend
+from milkernels.ops import contract
 
 
 def taken(device: str = "cpu", op: str = "mean_pool", dtype=torch.float32) -> str:
     """What a call that names no backend is served by; the tensor may be on a device that is not there."""
     return backends.choose(op, SimpleNamespace(device=torch.device(device), dtype=dtype))
+
+
+def requested() -> str:
+    """What a call that names no backend asks for."""
+    return _context.current() or START
 
 
 START = backends._START
@@ -27,13 +33,13 @@ def test_blocks_nest():
         with use_backend("auto"):
             assert taken() == AUTO
         assert taken() == "reference"
-    assert backends._requested() == START
+    assert requested() == START
 
 
 def test_an_error_leaves_the_block():
     with pytest.raises(KeyError), use_backend("reference"):
         raise KeyError
-    assert backends._requested() == START
+    assert requested() == START
 
 
 def test_a_block_counts_for_its_thread_alone():
@@ -44,17 +50,17 @@ def test_a_block_counts_for_its_thread_alone():
         with use_backend("reference"):
             first.set()
             second.wait(10)
-            seen["one"] = backends._requested()
+            seen["one"] = requested()
         left.set()
 
     def other():
         first.wait(10)
-        seen["before"] = backends._requested()
+        seen["before"] = requested()
         with use_backend("native"):
             second.set()
             left.wait(10)
-            seen["other"] = backends._requested()
-        seen["after"] = backends._requested()
+            seen["other"] = requested()
+        seen["after"] = requested()
 
     threads = [threading.Thread(target=f) for f in (one, other)]
     for thread in threads:
@@ -62,18 +68,18 @@ def test_a_block_counts_for_its_thread_alone():
     for thread in threads:
         thread.join()
     assert seen == {"one": "reference", "before": START, "other": "native", "after": START}
-    assert backends._requested() == START
+    assert requested() == START
 
 
 def test_a_block_counts_for_its_task_alone():
     async def inside():
         with use_backend("reference"):
             await asyncio.sleep(0.01)
-            return backends._requested()
+            return requested()
 
     async def outside():
         await asyncio.sleep(0.005)
-        return backends._requested()
+        return requested()
 
     async def both():
         return await asyncio.gather(inside(), outside())
@@ -86,14 +92,14 @@ def test_generators_leave_nothing_behind():
 
     def generate(name):
         with use_backend(name):
-            yield backends._requested()
+            yield requested()
 
     first, second = generate("reference"), generate("native")
     assert (next(first), next(second)) == ("reference", "native")
     first.close()
-    assert backends._requested() == "native"
+    assert requested() == "native"
     second.close()
-    assert backends._requested() == START
+    assert requested() == START
 
 
 def test_backward_and_checkpoints_inside_of_a_block():
@@ -101,7 +107,7 @@ def test_backward_and_checkpoints_inside_of_a_block():
     seen = []
 
     def call(x):
-        seen.append(backends._requested())
+        seen.append(requested())
         return milkernels.mean_pool(x)
 
     with use_backend("reference"):
@@ -115,7 +121,7 @@ def test_threads_of_autograd_see_the_block_around_backward():
 
     def work(context):
         torch._C._stash_obj_in_tls("context", context)
-        seen.append(backends._requested())
+        seen.append(requested())
         torch._C._remove_obj_from_tls("context")
 
     with use_backend("reference"):
@@ -165,7 +171,7 @@ def test_compiled_code_sees_the_block_around_it():
             with use_backend(name):
                 torch.testing.assert_close(compiled(x), x.mean(0, keepdim=True))
     assert len(traced) == 2
-    assert backends._requested() == START
+    assert requested() == START
 
 
 @needs_extension
@@ -177,7 +183,7 @@ def test_a_block_inside_of_compiled_code():
 
     x = torch.randn(4, 3)
     assert ops_of(f, x) == {"native"}
-    assert backends._requested() == START and not backends._traced
+    assert requested() == START and not backends._traced
 
 
 def test_a_block_around_a_graph_break():
@@ -190,7 +196,7 @@ def test_a_block_around_a_graph_break():
     seen, x = [], torch.randn(4, 3)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(f, backend="eager")(x), x.mean(0, keepdim=True))
-    assert seen == ["reference"] and backends._requested() == START and not backends._traced
+    assert seen == ["reference"] and requested() == START and not backends._traced
 
 
 # auto
@@ -198,16 +204,22 @@ def test_a_block_around_a_graph_break():
 
 @pytest.fixture
 def cuda_modules(monkeypatch):
-    """A machine whose C++ module for CUDA is there or not, and Triton too."""
+    """A machine whose C++ module for CUDA is there or not, and Triton too; with a kernel of every op in both."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_torch, "has_kernel", lambda overload, device: True)
     backends._warned.clear()
 
     def have(native_module: bool, has_triton: bool) -> None:
         loaded = (object(), None) if native_module else (None, "the CUDA module was not built")
         monkeypatch.setitem(native._loaded, "cuda", loaded)
-        monkeypatch.setattr(triton, "load_error", lambda: None if has_triton else "Triton is not installed")
+        monkeypatch.setattr(
+            triton, "load_error", lambda device="cuda": None if has_triton else "Triton is not installed"
+        )
+
+        backends._served.clear()
 
     yield have
+    backends._served.clear()
     backends._warned.clear()
 
 
@@ -215,7 +227,7 @@ def test_auto_on_cuda_takes_the_native_kernels_where_triton_is_missing(cuda_modu
     expected = {(True, True): "triton", (False, True): "triton", (True, False): "native"}
     for machine, backend in expected.items():
         cuda_modules(*machine)
-        for op in sorted(native.OPS):
+        for op in (declared.name for declared in contract.FORWARDS):
             assert taken("cuda", op) == backend
             assert [row[2] for row in backends.report((op,)) if row[1] == "cuda"] == [backend]
     cuda_modules(False, False)
@@ -225,7 +237,5 @@ def test_auto_on_cuda_takes_the_native_kernels_where_triton_is_missing(cuda_modu
 
 def test_auto_on_cuda_takes_the_native_kernels_for_what_triton_cannot(cuda_modules, monkeypatch):
     cuda_modules(True, True)
-    monkeypatch.setattr(triton, "_DTYPES", (torch.float32,))
-    assert taken("cuda", dtype=torch.float64) == "native"
-    monkeypatch.setattr(triton, "OPS", triton.OPS - {"mean_pool"})
+    monkeypatch.setattr(_torch, "has_kernel", lambda overload, device: overload != "milkernels::mean_pool_fwd.triton")
     assert taken("cuda") == "native" and taken("cuda", "max_pool") == "triton"

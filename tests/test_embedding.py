@@ -6,10 +6,10 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from functional_cases import DTYPES, OPS, ROWS, L, N, arguments, call, randn, takes
+from functional_cases import DTYPES, OPS, ROWS, L, N, arguments, call, called, randn, takes
 
 import milkernels
-from milkernels import InstanceEmbedding, backends, embed_instances
+from milkernels import Embed, backends, embed_instances
 from milkernels.ops import contract
 
 pytestmark = pytest.mark.filterwarnings("ignore:milkernels")  # of what runs on the reference
@@ -22,7 +22,7 @@ every_op = pytest.mark.parametrize("op", EMBEDDED)
 
 
 def embedding(dtype=torch.float32, activation="relu", dropout_p=0.0):
-    return InstanceEmbedding(randn(E, L, dtype=dtype, seed=50), randn(E, dtype=dtype, seed=51), activation, dropout_p)
+    return Embed((randn(E, L, dtype=dtype, seed=50), randn(E, dtype=dtype, seed=51)), activation, dropout_p)
 
 
 def behind(op, dtype=torch.float32, parameter_dtype=None):
@@ -37,7 +37,7 @@ def dropout_of(op):
 
 def leaves_of(kwargs, embed):
     tensors = {n: t for n, t in kwargs.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
-    tensors |= {"embed.weight": embed.weight, "embed.bias": embed.bias}
+    tensors |= dict(zip(("embed.weight", "embed.bias"), embed.linear, strict=True))
     return {n: t.requires_grad_() for n, t in tensors.items() if n != "instance_logits"}
 
 
@@ -63,35 +63,38 @@ def test_which_ops_have_an_embedding():
 
 
 WEIGHT = torch.ones(E, L)
-FIELDS = r"embed must be an InstanceEmbedding, \(weight, bias, activation, dropout_p\); got"
+FIELDS = r"embed must be Embed\(linear, activation, dropout_p\); got"
+LAYER = r"embed.linear must be an nn.Linear, a weight or a pair \(weight, bias\); got"
 BAD = [
     (WEIGHT, TypeError, f"{FIELDS} Tensor"),
     (torch.nn.Linear(L, E), TypeError, f"{FIELDS} Linear"),
     ("relu", TypeError, f"{FIELDS} str"),
     ({"weight": WEIGHT}, TypeError, f"{FIELDS} dict"),
     ((), TypeError, f"{FIELDS} 0 values"),
-    ((WEIGHT, None, "relu", 0.0, 7), TypeError, f"{FIELDS} 5 values"),
-    ((None,), TypeError, "embed.weight must be a tensor; got NoneType"),
-    ((WEIGHT.tolist(),), TypeError, "embed.weight must be a tensor; got list"),
-    ((WEIGHT.int(),), TypeError, "embed.weight must be float16.*got torch.int32"),
-    ((WEIGHT[0],), ValueError, r"embed.weight must have 2 dimensions; got shape \(6,\)"),
-    ((WEIGHT[None],), ValueError, r"embed.weight must have 2 dimensions; got shape \(1, 7, 6\)"),
-    ((torch.ones(E, L + 1),), ValueError, r"embed.weight must be \[any, 6\]; got shape \(7, 7\)"),
-    ((WEIGHT[:0],), ValueError, r"embed.weight must be \[any, 6\]; got shape \(0, 6\)"),
-    ((WEIGHT.to("meta"),), ValueError, "embed.weight must be on the device of the instances, cpu; got meta"),
-    ((WEIGHT, 0.5), TypeError, "embed.bias must be a tensor; got float"),
-    ((WEIGHT, torch.ones(E).long()), TypeError, "embed.bias must be float16.*got torch.int64"),
-    ((WEIGHT, torch.ones(E, 1)), ValueError, r"embed.bias must have 1 dimensions; got shape \(7, 1\)"),
-    ((WEIGHT, torch.ones(L)), ValueError, r"embed.bias must be \[7\]; got shape \(6,\)"),
-    ((WEIGHT, torch.ones(E).to("meta")), ValueError, "embed.bias must be on the device.*got meta"),
-    ((WEIGHT, None, "silu"), ValueError, "embed.activation must be one of tanh, relu, gelu, identity; got 'silu'"),
-    ((WEIGHT, None, None), ValueError, "embed.activation must be one of .*; got None"),
-    ((WEIGHT, None, 0.5), ValueError, "embed.activation must be one of .*; got 0.5"),
-    ((WEIGHT, None, "relu", -0.1), ValueError, "embed.dropout_p must be between 0 and 1; got -0.1"),
-    ((WEIGHT, None, "relu", 1.5), ValueError, "embed.dropout_p must be between 0 and 1; got 1.5"),
-    ((WEIGHT, None, "relu", float("nan")), ValueError, "embed.dropout_p must be between 0 and 1; got nan"),
-    ((WEIGHT, None, "relu", "0.5"), TypeError, "embed.dropout_p must be a number; got str"),
-    ((WEIGHT, None, "relu", None), TypeError, "embed.dropout_p must be a number; got NoneType"),
+    ((WEIGHT, "relu", 0.0, 7), TypeError, f"{FIELDS} 4 values"),
+    ((None,), TypeError, f"{LAYER} NoneType"),
+    ((WEIGHT.tolist(),), TypeError, f"{LAYER} 7 values"),
+    (((WEIGHT, None, None),), TypeError, f"{LAYER} 3 values"),
+    (((None, WEIGHT[0]),), TypeError, "embed.linear.weight must be a tensor; got NoneType"),
+    ((WEIGHT.int(),), TypeError, "embed.linear.weight must be float16.*got torch.int32"),
+    ((WEIGHT[0],), ValueError, r"embed.linear.weight must have 2 dimensions; got shape \(6,\)"),
+    ((WEIGHT[None],), ValueError, r"embed.linear.weight must have 2 dimensions; got shape \(1, 7, 6\)"),
+    ((torch.ones(E, L + 1),), ValueError, r"embed.linear.weight must be \[any, 6\]; got shape \(7, 7\)"),
+    ((WEIGHT[:0],), ValueError, r"embed.linear.weight must be \[any, 6\]; got shape \(0, 6\)"),
+    ((WEIGHT.to("meta"),), ValueError, "embed.linear.weight must be on the device of the instances, cpu; got meta"),
+    (((WEIGHT, 0.5),), TypeError, "embed.linear.bias must be a tensor; got float"),
+    (((WEIGHT, torch.ones(E).long()),), TypeError, "embed.linear.bias must be float16.*got torch.int64"),
+    (((WEIGHT, torch.ones(E, 1)),), ValueError, r"embed.linear.bias must have 1 dimensions; got shape \(7, 1\)"),
+    (((WEIGHT, torch.ones(L)),), ValueError, r"embed.linear.bias must be \[7\]; got shape \(6,\)"),
+    (((WEIGHT, torch.ones(E).to("meta")),), ValueError, "embed.linear.bias must be on the device.*got meta"),
+    ((WEIGHT, "silu"), ValueError, "embed.activation must be one of tanh, relu, gelu, identity; got 'silu'"),
+    ((WEIGHT, None), ValueError, "embed.activation must be one of .*; got None"),
+    ((WEIGHT, 0.5), ValueError, "embed.activation must be one of .*; got 0.5"),
+    ((WEIGHT, "relu", -0.1), ValueError, "embed.dropout_p must be between 0 and 1; got -0.1"),
+    ((WEIGHT, "relu", 1.5), ValueError, "embed.dropout_p must be between 0 and 1; got 1.5"),
+    ((WEIGHT, "relu", float("nan")), ValueError, "embed.dropout_p must be between 0 and 1; got nan"),
+    ((WEIGHT, "relu", "0.5"), TypeError, "embed.dropout_p must be a number; got str"),
+    ((WEIGHT, "relu", None), TypeError, "embed.dropout_p must be a number; got NoneType"),
 ]
 BAD_SEEDS = [
     (1.0, TypeError, "seed must be an int64 tensor, an int or None; got float"),
@@ -127,7 +130,11 @@ def test_bad_embeddings(op, no_work):
 @pytest.mark.parametrize("op, name", [(op, n) for op in EMBEDDED for n, size in OPS[op].items() if size[-1] == L])
 def test_the_width_of_an_op_is_that_of_its_embedding(op, name, no_work):
     wide = (behind(op) | {name: arguments(op)[name]}) if name != "x" else arguments(op) | {"x": randn(N, E)}
-    match = rf"{name} must be \[.*7\]; got shape \(.*6\)" if name != "x" else r"embed.weight must be \[any, 7\]; got"
+    match = (
+        rf"{called(op, name)} must be \[.*7\]; got shape \(.*6\)"
+        if name != "x"
+        else r"embed.linear.weight must be \[any, 7\]; got"
+    )
     with pytest.raises(ValueError, match=match):
         call(op, **wide, embed=embedding())
 
@@ -137,12 +144,14 @@ def test_the_width_of_an_op_is_that_of_its_embedding(op, name, no_work):
 
 @every_op
 def test_plain_tuples_are_taken(op):
-    kwargs, (weight, bias, *_) = behind(op), embedding()
+    kwargs, (weight, bias) = behind(op), embedding().linear
+    layer = torch.nn.Linear(L, E)
+    layer.weight.data, layer.bias.data = weight, bias
     for plain, named in [
-        ((weight,), InstanceEmbedding(weight)),
-        ((weight, bias), InstanceEmbedding(weight, bias)),
-        ([weight, None, "gelu"], InstanceEmbedding(weight, activation="gelu")),
-        ((weight, bias, "tanh", 0), InstanceEmbedding(weight, bias, "tanh", 0.0)),
+        ((weight,), Embed(weight)),
+        (((weight, bias),), Embed(layer)),
+        ([[weight, None], "gelu"], Embed(weight, activation="gelu")),
+        (((weight, bias), "tanh", 0), Embed(layer, "tanh", 0.0)),
     ]:
         for got, expected in zip(call(op, **kwargs, embed=plain), call(op, **kwargs, embed=named), strict=True):
             assert torch.equal(got, expected)
@@ -154,7 +163,7 @@ def test_it_is_the_op_of_the_embedded_instances(op, activation):
     kwargs, embed = behind(op, torch.float64), embedding(torch.float64, activation)
     leaves = leaves_of(kwargs, embed)
     got = call(op, **kwargs, embed=embed)
-    h = ACTIVATIONS[activation](F.linear(kwargs["x"], embed.weight, embed.bias))
+    h = ACTIVATIONS[activation](F.linear(kwargs["x"], *embed.linear))
     expected = call(op, **(kwargs | {"x": h}))
     same(got, expected)
     same(gradients(got, leaves), gradients(expected, leaves))
@@ -163,12 +172,13 @@ def test_it_is_the_op_of_the_embedded_instances(op, activation):
 @every_op
 def test_layouts_of_its_parameters(op):
     kwargs, embed = behind(op), embedding()
+    weight, bias = embed.linear
     expected = call(op, **kwargs, embed=embed)
-    for weight, bias in [
-        (embed.weight.t().contiguous().t(), embed.bias),
-        (torch.cat([embed.weight, embed.weight], 1)[:, :L], torch.stack([embed.bias, embed.bias], 1)[:, 0]),
+    for layer in [
+        (weight.t().contiguous().t(), bias),
+        (torch.cat([weight, weight], 1)[:, :L], torch.stack([bias, bias], 1)[:, 0]),
     ]:
-        same(call(op, **kwargs, embed=embed._replace(weight=weight, bias=bias)), expected)
+        same(call(op, **kwargs, embed=embed._replace(linear=layer)), expected)
 
 
 # Seeds
@@ -242,7 +252,7 @@ def test_result_types(op, dtype, parameter_dtype, embed_dtype):
     kwargs, embed = behind(op, dtype, parameter_dtype), embedding(embed_dtype)
     leaves = leaves_of(kwargs, embed)
     outputs = call(op, **kwargs, embed=embed)
-    floating = [t for t in (*kwargs.values(), *embed[:2]) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    floating = [t for t in (*kwargs.values(), *embed.linear) if isinstance(t, torch.Tensor) and t.is_floating_point()]
     acc = torch.float64 if torch.float64 in {t.dtype for t in floating} else torch.float32
     bag = torch.promote_types(dtype, embed_dtype)
     if any(name not in ROWS for name in list(OPS[op])[1:]):
@@ -307,10 +317,10 @@ def test_no_rows():
 def test_gradients_of_rows(activation):
     x, embed = randn(N, L, dtype=torch.float64).requires_grad_(), embedding(torch.float64, activation, 0.4)
     rows = torch.tensor([5, 1, 5])
-    weight, bias = embed.weight.requires_grad_(), embed.bias.requires_grad_()
+    weight, bias = (t.requires_grad_() for t in embed.linear)
 
     def some(x, weight, bias):
-        return embed_instances(x, embed._replace(weight=weight, bias=bias), rows, seed=3)
+        return embed_instances(x, embed._replace(linear=(weight, bias)), rows, seed=3)
 
     assert torch.autograd.gradcheck(some, (x, weight, bias))
     (gradient,) = torch.autograd.grad(some(x, weight, bias).sum(), x)

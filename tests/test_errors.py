@@ -4,6 +4,7 @@ Every argument of every function is given everything that it cannot be.  What is
 as their lengths, is tested beside each function.
 """
 
+import re
 import warnings
 
 import pytest
@@ -13,6 +14,7 @@ from functional_cases import OFFSETS, OPS, C, L, N, arguments, randn, takes
 import milkernels as mk
 from milkernels import losses, nn, visualize
 from milkernels.arguments import check_dense
+from milkernels.testing import public_arguments
 
 numpy = pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")
@@ -59,21 +61,31 @@ def wrong_tensors(t):
     return made | {"array": t.numpy(), "list": t.tolist()} | {k: ANYTHING[k] for k in ("text", "dict", "type")}
 
 
+def wrong_layers(weight, bias):
+    """What is no linear layer, and pairs of which one part is wrong."""
+    made = {"module of another kind": torch.nn.Conv1d(2, 2, 1), "module of another width": torch.nn.Linear(2, 2)}
+    made |= {f"weight of {what}": (bad, bias) for what, bad in wrong_tensors(weight).items()}
+    made |= {f"bias of {what}": (weight, bad) for what, bad in wrong_tensors(bias).items()}
+    return made | {"three": (weight, bias, bias), "no weight": (None, bias)}
+
+
 def wrong(good):
     if isinstance(good, torch.Tensor):
         return wrong_tensors(good)
+    if isinstance(good, tuple) and any(isinstance(part, torch.Tensor) for part in good):
+        return ANYTHING | MORE[tuple] | wrong_layers(*good)
     return ANYTHING | MORE[type(good)]
 
 
 # name: (function, a good call, what would be wrong elsewhere and is right here)
 MASK = torch.tensor([1.0, 0, 1, 1, 1, 1, 1, 0, 1])
 LABELS = torch.tensor([0, 1, 2])
-OPTIONS = {"activation": "relu", "dropout_p": 0.5, "seed": 3, "scale": 0.5, "v_dropout_p": 0.5, "v_activation": "relu"}
-OPTIONS |= {"largest": True}
-CALLS = {op: (getattr(mk, op), arguments(op) | {"mask": MASK}) for op in OPS}
+OPTIONS = {"activation": "relu", "dropout_p": 0.5, "seed": 3, "scale": 0.5, "largest": True}
+OPTIONS |= {"value_dropout_p": 0.5, "value_activation": "relu"}
+CALLS = {op: (getattr(mk, op), public_arguments(op, arguments(op)) | {"mask": MASK}) for op in OPS}
 for op, (_, good) in CALLS.items():
     good |= {name: value for name, value in OPTIONS.items() if takes(op, name)}
-X, P, EMBED = randn(N, L), randn(N, L).sigmoid(), mk.InstanceEmbedding(randn(4, L), randn(4), "relu", 0.5)
+X, P, EMBED = randn(N, L), randn(N, L).sigmoid(), mk.Embed((randn(4, L), randn(4)), "relu", 0.5)
 POOLED = mk.softmax_pool(X, randn(N, 2), OFFSETS)
 PREDICTION = nn.LossAttentionModel(L, 3, (8,))(X, OFFSETS)
 STREAMS = nn.DSMILModel(L, 3)(X, OFFSETS)
@@ -193,7 +205,7 @@ def test_the_argument_is_named(name):
             with pytest.raises((TypeError, ValueError)) as raised:
                 function(**(good | {argument: bad}))
                 pytest.fail(f"{argument}={what} was taken")
-            assert argument in str(raised.value), f"{argument}={what}: {raised.value}"
+            assert re.search(rf"\b{argument}\b", str(raised.value)), f"{argument}={what}: {raised.value}"
 
 
 @pytest.mark.parametrize("value", [-torch.inf, -1e9, 0.5, float("nan")])

@@ -323,5 +323,5 @@ def test_the_default_is_the_chunked_level(launched):
     from milkernels.triton import tuning
 
     assert tuning.Plan() == tuning.Plan(scores="chunked", products="library")
-    milkernels.attention_scores(torch.randn(5, 8), torch.randn(4, 8), None, torch.randn(1, 4), None, backend="triton")
+    milkernels.attention_scores(torch.randn(5, 8), torch.randn(4, 8), torch.randn(1, 4), backend="triton")
     assert len(launched) == 1

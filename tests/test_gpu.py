@@ -24,7 +24,8 @@ import upstream_padded as pad
 from op_cases import CASES, PLAIN, close, offsets_of, same_bits, step
 
 import milkernels
-from milkernels import backends, native, testing, triton
+from milkernels import backends, testing, triton
+from milkernels.ops import contract
 
 # Empty bags, one instance, whole segments and bags that cross them.  No number of rows is a multiple of 16, which would
 # have kernels compiled once more; so would other sizes.
@@ -80,7 +81,7 @@ def device(request):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if request.param == "native":
-        reason = native.unsupported("softmax_pool", torch.empty(0, 1, device="cuda"))
+        reason = backends.why_not("native", "softmax_pool", "cuda")
         if reason is not None:
             pytest.skip(f"no CUDA C++ kernels: {reason}")
     elif triton.interpreted() or triton.load_error() is not None:
@@ -229,7 +230,7 @@ def compile_job(name, dtype, parameter_dtype, lengths, masked, device=_COMPILED_
 
 def test_auto_takes_the_kernels(device):
     x = torch.ones(5, 3, device=device)
-    for op in triton.OPS:
+    for op in (declared.name for declared in contract.FORWARDS):
         assert backends.choose(op, x) == "triton"
         assert backends.choose(op, x, requested=device.backend) == device.backend
     bag = milkernels.softmax_pool(x, torch.zeros(5, 1, device=device), backend=device.backend).bag
@@ -337,8 +338,8 @@ def test_dropout_mask_is_the_cpus(device):
     )
     options = {"activation": "identity", "dropout_p": p, "seed": seed, "backend": device.backend}
     keep = testing.dropout_keep(seed, rows, units, 0, p)
-    assert torch.equal(milkernels.attention_scores(x, v, v_bias, w, None, **options).cpu() != 0, keep)
-    gated = milkernels.gated_attention_scores(x, v, v_bias, v, v_bias, w, None, **options).cpu()
+    assert torch.equal(milkernels.attention_scores(x, (v, v_bias), w, **options).cpu() != 0, keep)
+    gated = milkernels.gated_attention_scores(x, (v, v_bias), (v, v_bias), w, **options).cpu()
     assert torch.equal(gated != 0, keep & testing.dropout_keep(seed, rows, units, 1, p))
 
 
@@ -454,7 +455,7 @@ def test_memory_does_not_grow_with_the_hidden_units(device):
     w = torch.randn(1, hidden, device=device, dtype=HALF, requires_grad=True)
 
     def train():
-        bag = milkernels.gated_attention_pool(x, v, None, u, None, w, None, backend=device.backend).bag
+        bag = milkernels.gated_attention_pool(x, v, u, w, backend=device.backend).bag
         torch.autograd.grad(bag, (x, v, u, w), torch.ones_like(bag))
 
     train()

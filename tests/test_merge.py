@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import milkernels
-from milkernels import Pooled
+from milkernels import Pooled, testing
 
 INF = float("inf")
 L, K = 7, 2
@@ -83,9 +83,10 @@ def test_parameters_get_their_gradients(backend):
     x, shapes = draw(N, L), {"v_weight": (5, L), "v_bias": (5,), "w_weight": (K, 5), "w_bias": (K,)}
     parameters = {name: draw(*shape, seed=i).requires_grad_() for i, (name, shape) in enumerate(shapes.items())}
     leaves = [x.requires_grad_(), *parameters.values()]
+    layers = testing.public_arguments("attention_pool", parameters)
 
     def pool(x, offsets):
-        return milkernels.attention_pool(x, **parameters, offsets=offsets, backend=backend)
+        return milkernels.attention_pool(x, **layers, offsets=offsets, backend=backend)
 
     ours, whole = merged(pool, x), pool(x, WHOLE)
     torch.testing.assert_close([*ours], [*whole])
@@ -118,7 +119,7 @@ def test_loss_attention_carries_its_logits():
     x, weight = draw(N, L), draw(3, L, seed=1)
 
     def pool(x, offsets):
-        return milkernels.loss_attention_pool(x, weight, None, offsets)
+        return milkernels.loss_attention_pool(x, weight, offsets)
 
     ours = merged(pool, x)
     assert type(ours) is milkernels.LossAttentionPooled
@@ -137,8 +138,8 @@ def test_dsmil_carries_its_critical_instances(both):
 
     def pool(x, offsets):
         if both:
-            return milkernels.dsmil(x, weight, None, q, None, offsets)
-        return milkernels.dsmil_pool(x, x.detach() @ weight.T, q, None, offsets)
+            return milkernels.dsmil(x, weight, q, offsets)
+        return milkernels.dsmil_pool(x, x.detach() @ weight.T, q, offsets)
 
     ours, whole = merged(pool, x), pool(x, WHOLE)
     assert type(ours) is type(whole)
@@ -149,7 +150,7 @@ def test_dsmil_carries_its_critical_instances(both):
 def test_the_critical_instance_is_that_of_the_largest_value():
     def part(values, critical, rows):
         one = torch.zeros(2, 2, 3), torch.zeros(rows, 2), torch.zeros(2, 2), torch.tensor(critical)
-        return milkernels.DSMIL(*one, torch.tensor(values), torch.zeros(rows, 2))
+        return milkernels.DSMILOutput(*one, torch.tensor(values), torch.zeros(rows, 2))
 
     parts = [
         part([[1.0, 2.0], [-INF, 5.0]], [[1, 0], [-1, 2]], 3),
@@ -184,8 +185,8 @@ def test_it_can_be_compiled():
 
 
 ONE = milkernels.softmax_pool(draw(5, L), draw(5, K), torch.tensor([0, 2, 5]))
-OTHER = milkernels.loss_attention_pool(draw(5, L), draw(2, L), None, torch.tensor([0, 2, 5]))
-CRITICAL = milkernels.dsmil_pool(draw(5, L), draw(5, K), draw(3, L), None, torch.tensor([0, 2, 5]))
+OTHER = milkernels.loss_attention_pool(draw(5, L), draw(2, L), torch.tensor([0, 2, 5]))
+CRITICAL = milkernels.dsmil_pool(draw(5, L), draw(5, K), draw(3, L), torch.tensor([0, 2, 5]))
 BOUNDS = torch.tensor([0, 2, 5])
 
 

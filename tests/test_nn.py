@@ -38,22 +38,23 @@ from milkernels import Bags, native, nn
 
 
 def attention(m, x, offsets):
-    gate = (m.u_weight, m.u_bias) if m.gated else ()
+    gate = ((m.u_weight, m.u_bias),) if m.gated else ()
     op = milkernels.gated_attention_pool if m.gated else milkernels.attention_pool
     activation = "tanh" if m.gated or m.activation == "tanh" else "relu"
-    return op(x, m.v_weight, m.v_bias, *gate, m.w_weight, m.w_bias, offsets, activation=activation, backend="reference")
+    layers = ((m.v_weight, m.v_bias), *gate, (m.w_weight, m.w_bias))
+    return op(x, *layers, offsets, activation=activation, backend="reference")
 
 
 def dsmil(m, x, offsets):
-    options = {"scale": 1.0} if not m.nonlinear_query else {"q2_weight": m.q2_weight, "q2_bias": m.q2_bias}
-    options |= {"v_weight": m.v_weight, "v_bias": m.v_bias} if m.value else {}
-    options |= {"v_activation": "relu"} if m.value == "relu" else {}
-    parameters = (m.weight, m.bias, m.q_weight, m.q_bias)
-    return milkernels.dsmil(x, *parameters, offsets, **options, backend="reference")
+    options = {"scale": 1.0} if not m.nonlinear_query else {"q2": (m.q2_weight, m.q2_bias)}
+    options |= {"value": (m.v_weight, m.v_bias)} if m.value else {}
+    options |= {"value_activation": "relu"} if m.value == "relu" else {}
+    layers = ((m.weight, m.bias), (m.q_weight, m.q_bias))
+    return milkernels.dsmil(x, *layers, offsets, **options, backend="reference")
 
 
 def loss_attention(m, x, offsets):
-    return milkernels.loss_attention_pool(x, m.weight, m.bias, offsets, backend="reference")
+    return milkernels.loss_attention_pool(x, (m.weight, m.bias), offsets, backend="reference")
 
 
 def embedded(m, x):
@@ -269,10 +270,10 @@ def test_attention_dropout_is_that_of_the_op_and_in_training_only():
     bags = make_bags()
     for gated in (True, False):
         module = nn.AttentionPool(L, D, K, gated=gated, dropout=0.4, dtype=torch.float64)
-        gate = (module.u_weight, module.u_bias) if gated else ()
-        parameters = (module.v_weight, module.v_bias, *gate, module.w_weight, module.w_bias, bags.offsets)
+        gate = ((module.u_weight, module.u_bias),) if gated else ()
+        layers = ((module.v_weight, module.v_bias), *gate, (module.w_weight, module.w_bias))
         op = milkernels.gated_attention_pool if gated else milkernels.attention_pool
-        dropped, kept = (op(bags.values, *parameters, dropout_p=p, seed=7) for p in (0.4, 0.0))
+        dropped, kept = (op(bags, *layers, dropout_p=p, seed=7) for p in (0.4, 0.0))
         assert not torch.equal(dropped.scores, kept.scores)
         assert torch.equal(module(bags, seed=7).scores, dropped.scores)
         assert torch.equal(module(bags, seed=torch.tensor([7])).scores, dropped.scores)
@@ -282,9 +283,9 @@ def test_attention_dropout_is_that_of_the_op_and_in_training_only():
 def test_dsmil_dropout_is_that_of_the_op_and_in_training_only():
     bags = make_bags()
     module = nn.DSMIL(L, C, Q, nonlinear_query=False, value="relu", value_dropout=0.4, dtype=torch.float64)
-    parameters = (module.weight, module.bias, module.q_weight, module.q_bias, bags.offsets)
-    value = {"v_weight": module.v_weight, "v_bias": module.v_bias, "v_activation": "relu", "seed": 7}
-    dropped, kept = (milkernels.dsmil(bags.values, *parameters, **value, v_dropout_p=p) for p in (0.4, 0.0))
+    layers = ((module.weight, module.bias), (module.q_weight, module.q_bias))
+    value = {"value": (module.v_weight, module.v_bias), "value_activation": "relu", "seed": 7}
+    dropped, kept = (milkernels.dsmil(bags, *layers, **value, value_dropout_p=p) for p in (0.4, 0.0))
     assert not torch.equal(dropped.bag, kept.bag)
     assert torch.equal(module(bags, seed=7).bag, dropped.bag)
     assert torch.equal(module.eval()(bags, seed=7).bag, kept.bag)

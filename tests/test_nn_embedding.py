@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import milkernels
-from milkernels import InstanceEmbedding, nn
+from milkernels import Embed, nn
 from milkernels.ops import attention, dual_stream, embedding, loss_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:milkernels")  # of what runs on the reference
@@ -27,14 +27,14 @@ every_model = pytest.mark.parametrize("make_model", MODELS.values(), ids=MODELS)
 @pytest.fixture
 def handed(monkeypatch):
     """The embeddings that ops are given, in order."""
-    seen, stage_of = [], embedding.stage_of
+    seen, embedding_of = [], embedding.embedding_of
 
     def recording(x, embed, *rest):
         seen.append(embed)
-        return stage_of(x, embed, *rest)
+        return embedding_of(x, embed, *rest)
 
     for family in (attention, dual_stream, loss_attention):
-        monkeypatch.setattr(family, "stage_of", recording)
+        monkeypatch.setattr(family, "embedding_of", recording)
     return seen
 
 
@@ -59,8 +59,9 @@ def test_the_op_takes_the_last_layer(make_model, dims, handed):
         layer.register_forward_hook(lambda module, args, output: called.append(module))
     outcome(model, bags)
     (embed,) = handed
-    assert embed.weight is linears[-1].weight and embed.bias is linears[-1].bias
-    assert embed[2:] == ("relu", 0.0) and called == linears[:-1]
+    weight, bias = embed.linear
+    assert weight is linears[-1].weight and bias is linears[-1].bias
+    assert embed[1:] == ("relu", 0.0) and called == linears[:-1]
 
 
 @every_model
@@ -220,9 +221,9 @@ def test_dropout_is_that_of_the_op():
     torch.manual_seed(5)
     got = model(bags).pooled
     torch.manual_seed(5)
-    embed = InstanceEmbedding(layer.weight, layer.bias, "relu", 0.5)
-    parameters = (pool.v_weight, pool.v_bias, pool.u_weight, pool.u_bias, pool.w_weight, pool.w_bias)
-    expected = milkernels.gated_attention_pool(bags.values, *parameters, bags.offsets, dropout_p=0.5, embed=embed)
+    embed = Embed(layer, "relu", 0.5)
+    v, u, w = (pool.v_weight, pool.v_bias), (pool.u_weight, pool.u_bias), (pool.w_weight, pool.w_bias)
+    expected = milkernels.gated_attention_pool(bags, v, u, w, dropout_p=0.5, embed=embed)
     same_bits(got._asdict(), expected._asdict())
 
 
@@ -238,7 +239,7 @@ def test_a_seed_fixes_what_the_embedding_drops(make_pool):
     pool, bags = make_pool(0.4), make_bags()
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(E, L, generator=generator, dtype=torch.float64)
-    embed = InstanceEmbedding(weight, None, "relu", 0.4)
+    embed = Embed(weight, "relu", 0.4)
     first = pool(bags, embed=embed, seed=7)
     same_bits(fields(pool(bags, embed=embed, seed=torch.tensor([7])), torch.arange(N)), fields(first, torch.arange(N)))
     h = milkernels.embed_instances(bags.values, embed, torch.arange(N), seed=7)

@@ -150,7 +150,7 @@ def test_forward_refuses_what_is_not_bags(name):
 def test_forward_refuses_another_width(name):
     match = r"x must have in_dim=6 features; got shape \(12, 5\)"
     if name.startswith("embedded"):
-        match = r"embed.weight must be \[any, 5\]; got shape \(7, 6\)"
+        match = r"embed.linear.weight must be \[any, 5\]; got shape \(7, 6\)"
     with pytest.raises(ValueError, match=match):
         make(name)(make_bags().values[:, 1:])
 
@@ -160,7 +160,7 @@ def test_pools_refuse_an_embedding_of_another_width(pool):
     x = make_bags(dtype=torch.float32).values
     with pytest.raises(ValueError, match=r"weight must be \[any, 5\]; got shape \(\d+, 6\)"):
         pool(x, embed=(torch.zeros(5, L),))
-    with pytest.raises(TypeError, match="embed must be an InstanceEmbedding.*got Linear"):
+    with pytest.raises(TypeError, match="embed must be Embed\\(linear, .*got Linear"):
         pool(x, embed=torch.nn.Linear(L, L))
 
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import setuptools
@@ -17,7 +16,7 @@ import torch
 from torch.utils import cpp_extension
 
 import milkernels
-from milkernels import native
+from milkernels import backends, native
 
 ROOT = Path(milkernels.__file__).parent.parent
 PYPROJECT = ROOT / "pyproject.toml"
@@ -302,9 +301,8 @@ def test_kernels_for_cuda_tensors_say_why_they_are_not_there():
     """And never keep the package from being imported."""
     reason = native.load_error("cuda")
     assert (reason is None) == bool(native.build_info("cuda"))
-    assert native.unsupported("max_pool", torch.empty(1, 1, device="meta")) == "it has no kernels for meta tensors"
-    x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
-    assert native.unsupported("max_pool", x) == reason
+    assert backends.why_not("native", "max_pool", "meta") == "it has no kernels for meta tensors"
+    assert backends.why_not("native", "max_pool", "cuda") == reason
     if torch.version.cuda is None:
         assert "not built for CUDA" in reason
 

@@ -161,9 +161,9 @@ def test_ties_go_to_the_lowest_index():
     offsets, weight = torch.tensor([0, 2, 6, 9]), torch.eye(2)
     expected = [[0, 0], [3, 2], [7, 6]]
     for indices in (
-        milkernels.instance_max(x, weight, None, offsets).indices,
+        milkernels.instance_max(x, weight, offsets).indices,
         milkernels.max_pool(x, offsets).indices,
-        milkernels.dsmil_pool(x, x, weight, None, offsets).critical,
+        milkernels.dsmil_pool(x, x, weight, offsets).critical,
         milkernels.topk_instances(x, 1, offsets).indices[..., 0],
     ):
         assert indices.tolist() == expected
@@ -192,9 +192,9 @@ def test_padding_never_wins(offsets):
     """Padding by zeros beats real scores that are all negative, where libraries multiply by the mask."""
     x, mask = torch.tensor([[-3.0], [-1.0], [0.0], [0.0]]), torch.tensor([True, True, False, False])
     weight = torch.ones(1, 1)
-    best = milkernels.instance_max(x, weight, None, offsets, mask=mask)
+    best = milkernels.instance_max(x, weight, offsets, mask=mask)
     assert (best.values[-1].item(), best.indices[-1].item()) == (-1.0, 1)
-    assert milkernels.dsmil_pool(x, x, weight, None, offsets, mask=mask).critical[-1].item() == 1
+    assert milkernels.dsmil_pool(x, x, weight, offsets, mask=mask).critical[-1].item() == 1
     assert milkernels.max_pool(x, offsets, mask=mask).values[-1].item() == -1.0
     assert milkernels.topk_instances(x, 3, offsets, mask=mask).indices[-1].tolist() == [[1, 0, -1]]
 
@@ -225,7 +225,7 @@ def test_logits_far_apart_neither_underflow_nor_overflow():
     x = torch.tensor([[-400.0], [-150.0], [900.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [-0.5]])
     for offsets in (None, torch.tensor([0, 1, 2, 3])):
-        pooled = milkernels.loss_attention_pool(x, weight, None, offsets)
+        pooled = milkernels.loss_attention_pool(x, weight, offsets)
         assert torch.equal(pooled.scores.flatten(), torch.tensor([200.0, 75.0, 900.0]))
         weights = milkernels.attention_weights(pooled, offsets).flatten()
         assert weights.tolist() == ([0.0, 0.0, 1.0] if offsets is None else [1.0, 1.0, 1.0])
@@ -286,15 +286,14 @@ def test_weights_sum_to_one():
 
 
 def two_streams(x, w, v, offsets, mask):
-    scored = milkernels.instance_max(x, w, None, offsets, mask=mask, backend="reference")
+    scored = milkernels.instance_max(x, w, offsets, mask=mask, backend="reference")
     pooled = milkernels.dsmil_pool(
         x,
         scored.logits,
         w,
-        None,
         offsets,
-        v_weight=v,
-        v_dropout_p=0.3,
+        value=v,
+        value_dropout_p=0.3,
         seed=1,
         mask=mask,
         backend="reference",
@@ -304,19 +303,8 @@ def two_streams(x, w, v, offsets, mask):
 
 
 def gated(x, w, v, offsets, mask):
-    pooled = milkernels.gated_attention_pool(
-        x,
-        w,
-        None,
-        v,
-        None,
-        w.mT[:2, :3].contiguous(),
-        None,
-        offsets,
-        mask=mask,
-        dropout_p=0.3,
-        backend="reference",
-    )
+    heads = w.mT[:2, :3].contiguous()
+    pooled = milkernels.gated_attention_pool(x, w, v, heads, offsets, mask=mask, dropout_p=0.3, backend="reference")
     return pooled.bag, pooled.lse
 
 

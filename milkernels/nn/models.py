@@ -351,7 +351,7 @@ class InstancePooling(_Pooling):
         in_dim: features of an instance.
         num_classes: C, that do not exclude each other.
         hidden_dims: of the embedding, a linear layer and ReLU each; empty takes the instances as they are.
-        pooling: max, mean, log_sum_exp, generalized_mean, noisy_or or isr: see `milkernels.classical`.
+        pooling: max, mean, log_sum_exp, generalized_mean, noisy_or or isr: see `milkernels.ops.classical`.
         dropout: after each layer of the embedding, in [0, 1]; only with one.
         r: the exponent of log_sum_exp (None: 1) and generalized_mean (None: 3).
         factory: device and dtype.

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 
 from milkernels import triton as adapter
+from milkernels.ops import contract
 from milkernels.testing.standin import Launch, Usage, call_op, modules, standin
 
 KB = 1024
@@ -242,7 +243,12 @@ def table(rows: list[Row]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m milkernels.testing.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--op", action="append", choices=sorted(adapter.OPS), help="only this one; may be repeated")
+    parser.add_argument(
+        "--op",
+        action="append",
+        choices=sorted(op.name for op in contract.FORWARDS),
+        help="only this one; may be repeated",
+    )
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="only this one; may be repeated")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="architectures at a time")
     arguments = parser.parse_args(argv)
