@@ -3,35 +3,13 @@
 from importlib import metadata
 
 from milkernels import nn as nn  # not in __all__: a star would put it over torch's
+from milkernels import ops
 from milkernels.backends import BackendUnavailable, use_backend
 from milkernels.bags import Bags, collate_bags
 from milkernels.integrations import accelerate, restore
 from milkernels.layers import Embed
 from milkernels.merging import merge_pooled
-from milkernels.ops import (
-    attention_pool,
-    attention_scores,
-    attention_weights,
-    dsmil,
-    dsmil_pool,
-    embed_instances,
-    gated_attention_pool,
-    gated_attention_scores,
-    generalized_mean_pool,
-    instance_max,
-    isr_pool,
-    log_sum_exp_pool,
-    loss_attention_pool,
-    max_pool,
-    mean_pool,
-    noisy_or_pool,
-    query_pool,
-    query_scores,
-    segment_softmax,
-    softmax_pool,
-    topk_instances,
-    weighted_pool,
-)
+from milkernels.ops import *
 from milkernels.results import (
     DSMILOutput,
     DSMILPooled,
@@ -49,12 +27,13 @@ except metadata.PackageNotFoundError:  # run from a source tree that was not ins
     __version__ = "0+unknown"
 
 __all__ = [
+    *ops.__all__,
+    "BackendUnavailable",
     "BagAttention",
     "Bags",
-    "BackendUnavailable",
     "DSMILOutput",
-    "Embed",
     "DSMILPooled",
+    "Embed",
     "InstanceMax",
     "LossAttentionPooled",
     "MaxPooled",
@@ -62,31 +41,9 @@ __all__ = [
     "TopInstances",
     "accelerate",
     "attention_arrays",
-    "attention_pool",
-    "attention_scores",
-    "attention_weights",
     "collate_bags",
-    "dsmil",
-    "dsmil_pool",
-    "embed_instances",
-    "gated_attention_pool",
-    "gated_attention_scores",
-    "generalized_mean_pool",
     "heatmap",
-    "instance_max",
-    "isr_pool",
-    "log_sum_exp_pool",
-    "loss_attention_pool",
-    "max_pool",
-    "mean_pool",
     "merge_pooled",
-    "noisy_or_pool",
-    "query_pool",
-    "query_scores",
     "restore",
-    "segment_softmax",
-    "softmax_pool",
-    "topk_instances",
     "use_backend",
-    "weighted_pool",
 ]

@@ -34,36 +34,15 @@ Conventions of all of them:
 - **Errors.**  TypeError and ValueError name the argument and the value got.  No op synchronises with a GPU.
 """
 
-from milkernels.ops.attention import attention_pool, attention_scores, gated_attention_pool, gated_attention_scores
-from milkernels.ops.classical import generalized_mean_pool, isr_pool, log_sum_exp_pool, noisy_or_pool
-from milkernels.ops.dual_stream import dsmil, dsmil_pool, instance_max
-from milkernels.ops.embedding import embed_instances
-from milkernels.ops.loss_attention import loss_attention_pool
-from milkernels.ops.pooling import max_pool, mean_pool, softmax_pool, weighted_pool
-from milkernels.ops.query import query_pool, query_scores
-from milkernels.ops.scores import attention_weights, segment_softmax, topk_instances
+from milkernels.ops import attention, classical, dual_stream, embedding, loss_attention, pooling, query, scores
+from milkernels.ops.attention import *
+from milkernels.ops.classical import *
+from milkernels.ops.dual_stream import *
+from milkernels.ops.embedding import *
+from milkernels.ops.loss_attention import *
+from milkernels.ops.pooling import *
+from milkernels.ops.query import *
+from milkernels.ops.scores import *
 
-__all__ = [
-    "attention_pool",
-    "attention_scores",
-    "attention_weights",
-    "dsmil",
-    "dsmil_pool",
-    "embed_instances",
-    "gated_attention_pool",
-    "gated_attention_scores",
-    "generalized_mean_pool",
-    "instance_max",
-    "isr_pool",
-    "log_sum_exp_pool",
-    "loss_attention_pool",
-    "max_pool",
-    "mean_pool",
-    "noisy_or_pool",
-    "query_pool",
-    "query_scores",
-    "segment_softmax",
-    "softmax_pool",
-    "topk_instances",
-    "weighted_pool",
-]
+FAMILIES = (attention, classical, dual_stream, embedding, loss_attention, pooling, query, scores)
+__all__ = [name for family in FAMILIES for name in family.__all__]

@@ -29,6 +29,8 @@ from milkernels.ops.trilinear import linear, masked_scores, pooled_by_softmax, w
 from milkernels.ragged import for_kernels
 from milkernels.results import Pooled
 
+__all__ = ["attention_pool", "attention_scores", "gated_attention_pool", "gated_attention_scores"]
+
 
 def attention_pool(
     x: Tensor | Bags,

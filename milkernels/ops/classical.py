@@ -46,6 +46,8 @@ from milkernels.bags import Bags, instances_of
 from milkernels.ops.pooling import max_pool, mean_pool, weighted_pool
 from milkernels.ragged import bag_index
 
+__all__ = ["generalized_mean_pool", "isr_pool", "log_sum_exp_pool", "noisy_or_pool"]
+
 
 def log_sum_exp_pool(
     x: Tensor | Bags,

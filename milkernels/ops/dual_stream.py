@@ -30,6 +30,8 @@ from milkernels.ops.trilinear import Score, dead_rows, linear, masked_scores, po
 from milkernels.ragged import for_kernels
 from milkernels.results import DSMILOutput, DSMILPooled, InstanceMax
 
+__all__ = ["dsmil", "dsmil_pool", "instance_max"]
+
 
 def instance_max(
     x: Tensor | Bags,

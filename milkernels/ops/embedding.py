@@ -16,6 +16,8 @@ from milkernels.ops.contract import NO_EMBEDDING
 from milkernels.ops.dropout import DROP_EMBEDDING, dropout
 from milkernels.ops.trilinear import linear, without_masked
 
+__all__ = ["embed_instances"]
+
 
 class Embedding(NamedTuple):
     """``embed`` of a call, checked."""

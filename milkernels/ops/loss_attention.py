@@ -25,6 +25,8 @@ from milkernels.ops.trilinear import linear, masked_scores, pooled_by_softmax, w
 from milkernels.ragged import for_kernels
 from milkernels.results import LossAttentionPooled
 
+__all__ = ["loss_attention_pool"]
+
 
 def loss_attention_pool(
     x: Tensor | Bags,

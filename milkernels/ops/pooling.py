@@ -13,6 +13,8 @@ from milkernels.ops.trilinear import Pool, dead_rows, masked_scores, pooled_by_s
 from milkernels.ragged import for_kernels
 from milkernels.results import MaxPooled, Pooled
 
+__all__ = ["max_pool", "mean_pool", "softmax_pool", "weighted_pool"]
+
 
 def softmax_pool(
     x: Tensor | Bags,

@@ -27,6 +27,8 @@ from milkernels.ops.trilinear import Score, dead_rows, masked_scores, pooled_by_
 from milkernels.ragged import for_kernels
 from milkernels.results import Pooled
 
+__all__ = ["query_pool", "query_scores"]
+
 
 def query_pool(
     x: Tensor | Bags,

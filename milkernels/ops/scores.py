@@ -12,6 +12,8 @@ from milkernels.ops.trilinear import exponentials, masked_scores
 from milkernels.ragged import check_offsets, checked_mask
 from milkernels.results import DSMILOutput, DSMILPooled, LossAttentionPooled, Pooled, TopInstances
 
+__all__ = ["attention_weights", "segment_softmax", "topk_instances"]
+
 
 def segment_softmax(
     scores: Tensor, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
