@@ -84,6 +84,7 @@ def has_values(tensor: Tensor) -> bool:
 
 # The dispatcher
 
+OpOverload = torch._ops.OpOverload
 below_autograd = torch._C._AutoDispatchBelowAutograd  # within the block, calls go past autograd
 
 
@@ -114,6 +115,11 @@ def called_hooks(module: nn.Module) -> list[str]:
 def has_global_hooks() -> bool:
     """Whether hooks for all modules are registered."""
     return any(getattr(_global_hooks, f"_global{kind}") for kind in _HOOKS)
+
+
+def submodules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The modules inside of it by name, as they are registered: those that are None and the same ones again too."""
+    return module._modules
 
 
 def has_own(module: nn.Module, *names: str) -> bool:

@@ -102,8 +102,9 @@ def test_what_ops_take(name):
     inner = [module] if isinstance(module, nn.Linear) else list(module)
     linear = inner[called]
     assert list(found.called) == inner[:called]
-    assert found.embed.weight is linear.weight and found.embed.bias is linear.bias
-    assert found.embed[2:] == (activation, p)
+    weight, bias = found.embed.linear
+    assert weight is linear.weight and bias is linear.bias
+    assert found.embed[1:] == (activation, p)
     module.eval()
     x = torch.randn(6, 5 if name == "deeper" else 4)
     h = embed_instances(found(x), layers.embedding(module).embed, torch.arange(6))

@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 import milkernels
 
@@ -226,3 +227,48 @@ def test_importing_changes_nothing_outside():
             gone = [name for name in old if name not in new]
             assert not changed and not gone, (owner, changed, gone)
     """)
+
+
+def _private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+_OBJECTS = (torch.nn.Linear(1, 1), torch.zeros(1), torch.zeros(1).untyped_storage(), torch.autograd.Function)
+OF_OBJECTS = {name for thing in _OBJECTS for name in dir(thing) if _private(name)}  # _modules, _version, ...
+
+
+def private_uses(path: Path) -> list[str]:
+    """What a file takes of PyTorch whose name begins with an underscore: imports, and attributes of its modules and of
+    its objects."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            of_torch = ast.unparse(node.value).split(".")[0] == "torch"
+            private = _private(node.attr) and (of_torch or node.attr in OF_OBJECTS)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{name}" for name in names]
+            private = any(name.startswith("torch.") and any(map(_private, name.split("."))) for name in names)
+        else:
+            continue
+        if private:
+            found.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_the_private_parts_of_pytorch_have_one_room():
+    """Elsewhere a new PyTorch would break what nobody looks for."""
+    shipped = [path for path in FILES if unit_of(module_of(path)) not in ("bench", "testing")]
+    room = PACKAGE / "_torch.py"
+    assert not [use for path in shipped if path != room for use in private_uses(path)]
+    assert len(private_uses(room)) > 20
+
+
+def test_private_uses_are_found(tmp_path):
+    file = tmp_path / "bad.py"
+    file.write_text(
+        "from torch.utils import _pytree\nimport torch._dynamo\nfrom milkernels import _torch\ntorch._C.x\n"
+        "module._parameters\nself._own\npair._replace()\nmodule.__dict__\n"
+    )
+    assert {use.split(":")[1] for use in private_uses(file)} == {"1", "2", "4", "5"}

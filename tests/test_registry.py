@@ -204,12 +204,12 @@ def test_an_embedded_case_is_the_plain_one_behind_a_layer(op):
     case, plain = CASES[op], CASES[op.removesuffix("_embed")]
     inputs = case.inputs(SHAPE, torch.float64, **{case.dropout: 0.3})
     assert inputs.x.shape == (50, 12) and inputs.parameters["e_weight"].shape == (6, 12)
-    tensors, options = arguments_of(inputs)
-    h = milkernels.embed_instances(inputs.x, options.pop("embed"), torch.arange(50), seed=options["seed"])
+    embed, seed = arguments_of(case.op, inputs)["embed"], inputs.options["seed"]
+    h = milkernels.embed_instances(inputs.x, embed, torch.arange(50), seed=seed)
     assert (h == 0).double().mean() > 0.3 and set(inputs.with_keep().keep) >= {"keep_embedding"}
-    if plain.dropout != case.dropout:
-        options.pop("seed")
-    expected = plain.call(replace(inputs, x=h, parameters=tensors, fixed={}, options=options), "reference")
+    parameters = {name: t for name, t in inputs.parameters.items() if not name.startswith("e_")}
+    options = {name: value for name, value in inputs.options.items() if name in plain.options}
+    expected = plain.call(replace(inputs, x=h, parameters=parameters, options=options), "reference")
     for name, t in case.call(inputs, "reference").items():
         torch.testing.assert_close(t, expected[name])
 

@@ -180,14 +180,13 @@ def _child_launches(ops: list[str]) -> dict:
 def _launches_of(case: OpCase) -> dict[str, dict[str, int]]:
     from milkernels.testing.standin import launches
 
-    made = case.parameters(Shape((2, 3), 8, 8, case.default_heads), torch.randn)
     extras = {
         "bags": case.takes_offsets,
-        "shared": "query" in made and not case.bagwise,
+        "shared": "query" in case.tensors and "query" not in case.with_first("B"),
         "embed": bool(case.embeds),
-        "gated": "u_weight" in made,
-        "mlp": "q2_weight" in made,
-        "value": case.op.startswith("dsmil") and "v_weight" in made,
+        "gated": "u_weight" in case.tensors,
+        "mlp": "q2_weight" in case.tensors,
+        "value": case.op.startswith("dsmil") and "v_weight" in case.tensors,
         case.options.get("v_activation") or "": True,
         "grads": case.compose is not None,  # a step through all that it returns
     }

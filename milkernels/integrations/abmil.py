@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from milkernels import ops
+from milkernels._torch import submodules
 from milkernels.integrations.engine import Structure, has, register, structure_of
 from milkernels.integrations.layers import (
     Branch,
@@ -212,7 +213,7 @@ def _read_fc(module: nn.Module, act: str) -> Gate:
 
 def _lazy_linear(name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """A Linear, or torchmil's LazyLinear, which is a module around one."""
-    if type(module).__name__ == "LazyLinear" and list(module._modules) == ["module"]:
+    if type(module).__name__ == "LazyLinear" and list(submodules(module)) == ["module"]:
         check_plain(name, module)
         module = module.module
     return linear(name, module)
@@ -251,7 +252,7 @@ class TorchmilABMIL(Structure):
     embedding = "feat_ext"
 
     def looks_like(self, module: nn.Module) -> bool:
-        return set(module._modules) - {"criterion"} == {"feat_ext", "pool", "classifier"}
+        return set(submodules(module)) - {"criterion"} == {"feat_ext", "pool", "classifier"}
 
     def parts(self, module: nn.Module) -> Gate:
         check_plain("pool", module.pool)
@@ -322,7 +323,7 @@ class CAMILPool(Structure):
 def _is_layer(module: nn.Module) -> bool:
     gated = has(module, "attention_V", "attention_U", "attention_weights")
     plain = isinstance(getattr(module, "attention", None), nn.Sequential)
-    return len(module._modules) == (3 if gated else 1) and (gated or plain)
+    return len(submodules(module)) == (3 if gated else 1) and (gated or plain)
 
 
 def _read_layer(module: nn.Module) -> Gate:

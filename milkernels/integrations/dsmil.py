@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from milkernels import ops
+from milkernels._torch import submodules
 from milkernels.integrations.engine import Structure, has, register, structure_of
 from milkernels.integrations.layers import (
     Embedding,
@@ -116,7 +117,7 @@ class MILNet(Structure):
         return x.shape[0]
 
     def looks_like(self, module: nn.Module) -> bool:
-        return list(module._modules) == ["i_classifier", "b_classifier"]
+        return list(submodules(module)) == ["i_classifier", "b_classifier"]
 
     def parts(self, module: nn.Module) -> _Parts:
         instances, bags = module.i_classifier, module.b_classifier
@@ -124,10 +125,10 @@ class MILNet(Structure):
         if structure_of(bags) is not SECOND_STREAM:
             refuse("b_classifier is not known to be the second stream of DSMIL")
         check_plain("b_classifier", bags)
-        if list(instances._modules) == ["fc"]:
+        if list(submodules(instances)) == ["fc"]:
             layers = children("i_classifier.fc", instances.fc)
             fc = layers[0] if len(layers) == 1 else refuse("i_classifier.fc is more than one Linear")
-        elif list(instances._modules) == ["feature_extractor", "fc"]:
+        elif list(submodules(instances)) == ["feature_extractor", "fc"]:
             fc = instances.fc
         else:
             refuse("i_classifier is neither a layer fc nor feature_extractor and fc")
@@ -233,7 +234,7 @@ class MILLabDSMIL(Structure):
     def parts(self, module: nn.Module) -> _Parts:
         check_plain("i_classifier", module.i_classifier)
         check_plain("b_classifier", module.b_classifier)
-        if list(module.i_classifier._modules) != ["inst_classifier"]:
+        if list(submodules(module.i_classifier)) != ["inst_classifier"]:
             refuse("i_classifier is more than its layer inst_classifier")
         if structure_of(module.b_classifier) is not MILLAB_SECOND_STREAM:
             refuse("b_classifier is not known to be the second stream of MIL-Lab's DSMIL")

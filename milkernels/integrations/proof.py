@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from milkernels._torch import submodules
 from milkernels.integrations.layers import Unfusable, refuse, without_called
 
 ROWS = 23  # of a bag, and of the longest in a padded batch
@@ -181,7 +182,7 @@ def _without(module: nn.Module, structure: Any) -> Iterator[None]:
     taken = []
     for path in filter(None, (*structure.opaque, structure.embedding)):
         parent, _, name = path.rpartition(".")
-        modules = module.get_submodule(parent)._modules
+        modules = submodules(module.get_submodule(parent))
         if modules.get(name) is not None:
             taken.append((modules, name, modules[name]))
             modules[name] = without_called(modules[name]) if path == structure.embedding else nn.Identity()

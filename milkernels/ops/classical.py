@@ -63,8 +63,23 @@ def log_sum_exp_pool(
     ``eps (|x| + 1/r)``.
 
     Args:
-        x: ``[N, C]``, any finite numbers; pooled to ``[B, C]``, 0 for an empty bag.
-        r: a finite number above 0; ValueError otherwise.
+        x: ``[N, C]``, any finite numbers, or `Bags`.
+        offsets: ``[B + 1]``, where each bag begins; None: one bag.
+        r: a finite number above 0.
+        mask: ``[N]``, non-zero = a real instance; None: all are.
+        backend: auto, native, triton or reference; None: what `use_backend` says.
+
+    Returns:
+        ``[B, C]`` in the type of ``x``, 0 for an empty bag; differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device; the message names it and what it got.
+        BackendUnavailable: the backend asked for by name cannot serve the ops that this one is made of.
+
+    >>> import torch
+    >>> from milkernels import log_sum_exp_pool
+    >>> log_sum_exp_pool(torch.tensor([[1.0], [3.0]]), r=100.0)
+    tensor([[2.9931]])
     """
     x, offsets, mask = instances_of(x, offsets, mask)
     check_exponent(r)
@@ -88,7 +103,22 @@ def noisy_or_pool(
     (Second derivatives between two instances of p = 1 come as 0.)
 
     Args:
-        p: ``[N, C]``, probabilities in [0, 1]; pooled to ``[B, C]``, 0 for an empty bag.
+        p: ``[N, C]``, probabilities in [0, 1], or `Bags`.
+        offsets: ``[B + 1]``, where each bag begins; None: one bag.
+        mask: ``[N]``, non-zero = a real instance; None: all are.
+        backend: auto, native, triton or reference; None: what `use_backend` says.
+
+    Returns:
+        ``[B, C]`` in the type of ``p``, 0 for an empty bag; differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device; the message names it and what it got.
+        BackendUnavailable: the backend asked for by name cannot serve the ops that this one is made of.
+
+    >>> import torch
+    >>> from milkernels import noisy_or_pool
+    >>> noisy_or_pool(torch.tensor([[0.5], [0.5], [0.0]]))
+    tensor([[0.7500]])
     """
     p, offsets, mask = instances_of(p, offsets, mask, "p")
     sure, log_none = _sums(lambda p: torch.log1p(-p), p, offsets, mask, backend)
@@ -107,7 +137,22 @@ def isr_pool(
     for that instance and 0 for the others, 0 for all where several are 1.  (Second derivatives between those are 0.)
 
     Args:
-        p: ``[N, C]``, probabilities in [0, 1]; pooled to ``[B, C]``, 0 for an empty bag.
+        p: ``[N, C]``, probabilities in [0, 1], or `Bags`.
+        offsets: ``[B + 1]``, where each bag begins; None: one bag.
+        mask: ``[N]``, non-zero = a real instance; None: all are.
+        backend: auto, native, triton or reference; None: what `use_backend` says.
+
+    Returns:
+        ``[B, C]`` in the type of ``p``, 0 for an empty bag; differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device; the message names it and what it got.
+        BackendUnavailable: the backend asked for by name cannot serve the ops that this one is made of.
+
+    >>> import torch
+    >>> from milkernels import isr_pool
+    >>> isr_pool(torch.tensor([[0.5], [0.5], [0.0]]))
+    tensor([[0.6667]])
     """
     p, offsets, mask = instances_of(p, offsets, mask, "p")
     sure, odds = _sums(lambda p: p / (1 - p), p, offsets, mask, backend)
@@ -130,8 +175,23 @@ def generalized_mean_pool(
     exist, in a bag of zeros or for ``x_i = 0`` and r < 1, the gradient is 0 (r = 1 is `mean_pool`).
 
     Args:
-        x: ``[N, C]``, finite numbers from 0 on; pooled to ``[B, C]``, 0 for an empty bag.
-        r: a finite number above 0; ValueError otherwise.
+        x: ``[N, C]``, finite numbers from 0 on, or `Bags`.
+        offsets: ``[B + 1]``, where each bag begins; None: one bag.
+        r: a finite number above 0.
+        mask: ``[N]``, non-zero = a real instance; None: all are.
+        backend: auto, native, triton or reference; None: what `use_backend` says.
+
+    Returns:
+        ``[B, C]`` in the type of ``x``, 0 for an empty bag; differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device; the message names it and what it got.
+        BackendUnavailable: the backend asked for by name cannot serve the ops that this one is made of.
+
+    >>> import torch
+    >>> from milkernels import generalized_mean_pool
+    >>> generalized_mean_pool(torch.tensor([[3.0], [4.0]]), r=2.0)
+    tensor([[3.5355]])
     """
     x, offsets, mask = instances_of(x, offsets, mask)
     check_exponent(r)

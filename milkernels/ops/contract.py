@@ -301,7 +301,7 @@ def _sliced(operand: Tensor | None, dim: int | None, i: int) -> Tensor | None:
     return operand if dim is None else operand.select(dim, i)
 
 
-def _batching_rule(op: torch._ops.OpOverload):
+def _batching_rule(op: _torch.OpOverload):
     """One call for each slice. PyTorch's own fallback is this too, but does not look into lists."""
 
     def rule(info, in_dims, *arguments):
@@ -343,7 +343,7 @@ def declare(*ops: Forward, triton: str) -> None:
 _CALLS: dict[tuple[str, str], tuple] = {}  # by (op, backend): the forward, its autograd function, its arguments
 
 
-def _overload(name: str, backend: str) -> torch._ops.OpOverload:
+def _overload(name: str, backend: str) -> _torch.OpOverload:
     return getattr(getattr(torch.ops.milkernels, name), backend)
 
 

@@ -12,14 +12,14 @@ from torch import Tensor
 import milkernels
 from milkernels.testing.arguments import public_arguments
 from milkernels.testing.formulas import OneBag, Tensors, embedded, embedding_dropout, of_embedded
-from milkernels.testing.inputs import ROWWISE, Inputs, Shape, features_of, keep_masks
+from milkernels.testing.inputs import Inputs, Shape, features_of, keep_masks
 from milkernels.testing.philox import keep_scale
 
 MODES = ("fwd", "step", "frozen")  # forward; forward and backward; the same when x needs no gradient
 _PER_INSTANCE = frozenset({"scores", "logits", "weights"})  # outputs of N rows; the others have one row per bag
 _INDICES = frozenset({"indices", "critical"})  # outputs that are rows of x
 
-Factory = Callable[[Shape, Callable[..., Tensor]], dict[str, Tensor]]
+Sizes = Mapping[str, tuple[str | int, ...]]  # of tensors by name; see OpCase
 Flops = Callable[[Shape], int]
 
 
@@ -27,13 +27,13 @@ def _no_flops(shape: Shape) -> int:
     return 0
 
 
-def _no_tensors(shape: Shape, randn: Callable[..., Tensor]) -> Tensors:
-    return {}
-
-
 @dataclass(frozen=True)
 class OpCase:
-    """One op, or one variant of it.  The first tensor of a call is ``Inputs.x``: the instances, or their scores.
+    """One op, or one variant of it.
+
+    ``tensors`` are all that it takes, with their sizes: N instances, B bags, L numbers of an instance, D hidden units,
+    K heads, C classes, Q2 units of a second query layer, V of a value, E of the layer in front.  The first one is
+    ``Inputs.x``, the instances or their scores.
 
     Arithmetic is that of the cheapest exact algorithm that stores no hidden unit; see ``flops`` and ``bytes``.
     """
@@ -41,19 +41,18 @@ class OpCase:
     name: str  # the key in the registry
     outputs: tuple[str, ...]  # in the order the op returns them
     one_bag: OneBag  # the formula it replaces
-    parameters: Factory = _no_tensors  # (shape, randn) -> tensors that may need a gradient
-    fixed: Factory = _no_tensors  # tensors that never do
+    tensors: Sizes
+    fixed: frozenset[str] = frozenset()  # those that never need a gradient
+    gain: Mapping[str, float] = field(default_factory=dict)  # of weights: by how much they are larger than usual
     op: str = ""  # the public function, where its name is not the key
     compose: Callable[[Inputs, str | None], Tensors] | None = None  # the call, where one function is not all of it
     alternatives: Mapping[str, OneBag] = field(default_factory=dict)  # other formulas for the same, by what they use
-    leading: str = "x"  # what ``Inputs.x`` is: instances [N, L], or scores [N, K]
     primary: str = "bag"  # the output that a training step differentiates
     # The size of that output for one bag, of (shape, options); one with a row per instance has a column per head.
     primary_row: Callable[[Shape, Mapping[str, Any]], tuple[int, ...]] = lambda shape, _: (shape.heads, shape.dim)
     options: Mapping[str, Any] = field(default_factory=dict)
     dropout: str = ""  # the option that is the share of dropped units, where there is one
-    derived: Callable[[Inputs], Tensors] = lambda inputs: {}  # parameters that follow from the other inputs
-    bagwise: frozenset[str] = frozenset()  # parameters with one row per bag
+    derived: Mapping[str, Callable[[Inputs], Tensor]] = field(default_factory=dict)  # follow from the other inputs
     takes_offsets: bool = True
     winners: str = ""  # where a choice is made: in the logits of a classifier "weight", or in the tensor named
     default_heads: int = 1
@@ -70,13 +69,22 @@ class OpCase:
     def __post_init__(self):
         object.__setattr__(self, "op", self.op or self.name)
 
+    @property
+    def leading(self) -> str:
+        """What ``Inputs.x`` is: instances, or scores."""
+        return next(iter(self.tensors))
+
+    def with_first(self, symbol: str) -> frozenset[str]:
+        """The tensors besides ``Inputs.x`` with one row for each instance ("N") or bag ("B")."""
+        return frozenset(name for name, size in self.tensors.items() if size[0] == symbol) - {self.leading}
+
     def inner(self, shape: Shape) -> Shape:
         """What the op sees behind the layer in front of it, if there is one: instances half as wide, as in CLAM."""
         return replace(shape, dim=max(1, shape.dim // 2)) if self.embeds else shape
 
     def modes(self) -> tuple[str, ...]:
         """The modes in which there is something to compute: an op without parameters has nothing to train."""
-        return MODES if self.leading == "x" and self.parameters is not _no_tensors else MODES[:2]
+        return MODES if self.leading == "x" and len(self.tensors) > 1 else MODES[:2]
 
     def width(self, shape: Shape) -> int:
         """Numbers in a row of ``Inputs.x``."""
@@ -107,26 +115,41 @@ class OpCase:
         instances = self.leading == "x"
         x = features_of(features, shape, randn) if instances else randn(shape.instances, shape.heads)
         inner = self.inner(shape)
-        parameters, fixed = self.parameters(inner, randn), self.fixed(inner, randn)
-        if self.embeds:
-            parameters |= linear("e_", inner.dim, shape.dim, randn)
+        tensors = self._draw(shape, randn)
         if self.winners:
-            self._plant(x, parameters | fixed, _real_rows(shape, mask, x.device), options)
+            self._plant(x, tensors, _real_rows(shape, mask, x.device), options)
         per_instance = self.primary in _PER_INSTANCE
         size = (shape.instances, shape.heads) if per_instance else (shape.bags, *self.primary_row(inner, options))
         inputs = Inputs(
             x=x.to(dtype),
-            parameters={name: t.to(parameter_dtype or dtype) for name, t in parameters.items()},
-            fixed={name: t.to(dtype) for name, t in fixed.items()},
+            parameters={n: t.to(parameter_dtype or dtype) for n, t in tensors.items() if n not in self.fixed},
+            fixed={name: tensors[name].to(dtype) for name in self.fixed},
             offsets=_offsets(shape.lengths, x.device) if shape.bags > 1 else None,
             mask=mask,
             options=options,
             lengths=shape.lengths,
             cotangent=randn(*size).to(dtype),
-            bagwise=self.bagwise,
+            rowwise=self.with_first("N"),
+            bagwise=self.with_first("B"),
         )
-        inputs.parameters |= {n: t.to(parameter_dtype or dtype) for n, t in self.derived(inputs).items()}
+        inputs.parameters |= {name: of(inputs).to(parameter_dtype or dtype) for name, of in self.derived.items()}
         return inputs
+
+    def _draw(self, shape: Shape, randn: Callable[..., Tensor]) -> Tensors:
+        """All tensors but ``Inputs.x`` and what is derived: normal, weights so that they keep the variance."""
+        inner = self.inner(shape)
+        symbols = {"N": shape.instances, "B": shape.bags, "L": shape.dim, "D": shape.hidden, "Q2": shape.hidden}
+        symbols |= {"K": shape.heads, "C": shape.heads, "E": inner.dim, "V": inner.dim}
+        made = {}
+        for name, size in self.tensors.items():
+            if name == self.leading or name in self.derived:
+                continue
+            made[name] = t = randn(*(symbols.get(s, s) for s in size))
+            if name.endswith("weight"):
+                made[name] = self.gain.get(name, 1) * t / math.sqrt(t.shape[1])
+            elif name.endswith("bias"):
+                made[name] = t / 10
+        return made
 
     def _plant(self, x: Tensor, tensors: Tensors, bags: list[Tensor], options: Mapping[str, Any]) -> None:
         if self.embeds:
@@ -143,7 +166,7 @@ class OpCase:
 
         def cut(tensors: Tensors) -> Tensors:
             # A leaf of its own: the prefix of a parameter with one row per instance must not reach back.
-            sizes = dict.fromkeys(ROWWISE, rows) | dict.fromkeys(inputs.bagwise, len(lengths))
+            sizes = dict.fromkeys(inputs.rowwise, rows) | dict.fromkeys(inputs.bagwise, len(lengths))
             return {n: t[: sizes[n]].detach().clone() if n in sizes else t for n, t in tensors.items()}
 
         return replace(
@@ -211,8 +234,15 @@ class OpCase:
         return x * (sum(self.reads) + int(mode == "step")) + column * sum(self.columns)
 
 
-def linear(prefix: str, out_dim: int, in_dim: int, randn: Callable[..., Tensor]) -> Tensors:
-    return {f"{prefix}weight": randn(out_dim, in_dim) / math.sqrt(in_dim), f"{prefix}bias": randn(out_dim) / 10}
+def linear(prefix: str, out: str, width: str) -> Sizes:
+    """The weight and the bias of a linear layer."""
+    return {f"{prefix}weight": (out, width), f"{prefix}bias": (out,)}
+
+
+def embedded_sizes(tensors: Sizes) -> Sizes:
+    """The same behind a layer in front: what is not the instances is as wide as that layer."""
+    sizes = {n: size if n == "x" else tuple("E" if s == "L" else s for s in size) for n, size in tensors.items()}
+    return sizes | linear("e_", "E", "L")
 
 
 def arguments_of(op: str, inputs: Inputs) -> dict[str, Any]:
@@ -227,6 +257,7 @@ def embedding_case(case: OpCase, name: str, *, passes: int = 1) -> OpCase:
     return replace(
         case,
         name=name,
+        tensors=embedded_sizes(case.tensors),
         one_bag=of_embedded(case.one_bag),
         alternatives={use: of_embedded(one_bag) for use, one_bag in case.alternatives.items()},
         options={**case.options, dropout: 0.0, "seed": 0},

@@ -12,7 +12,6 @@ from torch import Tensor
 from milkernels.testing.philox import dropout_keep
 
 FEATURES = ("relu", "noise")
-ROWWISE = frozenset({"scores", "weights", "instance_logits"})  # inputs with one row per instance, besides x
 # What is dropped: (option, name of the mask, branch of the counter, parameter and which of its sizes counts units)
 _DROPS = (
     ("dropout_p", "keep_activation", 0, "v_weight", 0),
@@ -87,7 +86,8 @@ class Inputs:
     lengths: tuple[int, ...]
     cotangent: Tensor  # gradient of the primary output
     keep: dict[str, Tensor] = field(default_factory=dict)  # dropout masks that make eager repeatable
-    bagwise: frozenset[str] = frozenset()  # parameters with one row per bag
+    rowwise: frozenset[str] = frozenset()  # those besides x with one row per instance
+    bagwise: frozenset[str] = frozenset()  # those with one row per bag
 
     def leaves(self, mode: str) -> dict[str, Tensor]:
         """The tensors that need a gradient in this mode, marked so."""
@@ -116,7 +116,7 @@ class Inputs:
         tensors = self.parameters | self.fixed | self.keep
         if self.mask is not None:
             tensors["mask"] = self.mask
-        return tensors, ROWWISE | {"mask", *self.keep}
+        return tensors, self.rowwise | {"mask", *self.keep}
 
     def to(self, dtype: torch.dtype) -> "Inputs":
         """Copies of the same numbers in another type, without autograd history."""

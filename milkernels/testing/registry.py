@@ -1,18 +1,18 @@
 """The registry: every op that works on bags, and its variants under keys of their own."""
 
 import math
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 import milkernels
 from milkernels.testing import formulas
-from milkernels.testing.cases import Factory, Flops, OpCase, arguments_of, bag_logsumexp, embedding_case, linear
+from milkernels.testing.cases import Flops, OpCase, Sizes, arguments_of, bag_logsumexp, embedding_case, linear
 from milkernels.testing.formulas import Tensors
 from milkernels.testing.inputs import Inputs, Shape
 
-Randn = Callable[..., Tensor]
+_X = {"x": ("N", "L")}
+_SCORES = {"scores": ("N", "K")}
+_CLASSIFIER = linear("", "C", "L")
 _POOLED = ("bag", "scores", "lse")
 
 
@@ -21,36 +21,17 @@ def _vectors(count: int) -> Flops:
     return lambda s: 2 * s.instances * s.dim * s.heads * count
 
 
-def _per_instance(name: str) -> Factory:
-    return lambda shape, randn: {name: randn(shape.instances, shape.heads)}
-
-
-def _classifier(shape: Shape, randn: Randn) -> Tensors:
-    return linear("", shape.heads, shape.dim, randn)
-
-
 # Attention
-
-
-def _attention_parameters(gated: bool) -> Factory:
-    def make(shape: Shape, randn: Randn) -> Tensors:
-        made = {}
-        for prefix in ("v_", "u_") if gated else ("v_",):
-            made |= linear(prefix, shape.hidden, shape.dim, randn)
-        # Twice the size that keeps the variance: the weights of a bag should differ visibly.
-        made["w_weight"] = 2 * randn(shape.heads, shape.hidden) / math.sqrt(shape.hidden)
-        made["w_bias"] = randn(shape.heads) / 10
-        return made
-
-    return make
 
 
 def _attention(name: str, gated: bool) -> OpCase:
     pools = name.endswith("_pool")
+    u = linear("u_", "D", "L") if gated else {}
     return OpCase(
         name=name,
         outputs=_POOLED if pools else ("scores",),
-        parameters=_attention_parameters(gated),
+        tensors=_X | linear("v_", "D", "L") | u | linear("w_", "K", "D"),
+        gain={"w_weight": 2.0},  # the weights of a bag should differ visibly
         one_bag=formulas.attention_pool_eager if pools else formulas.attention_scores_eager,
         primary="bag" if pools else "scores",
         options={"activation": "tanh", "dropout_p": 0.0, "seed": 0},
@@ -72,28 +53,16 @@ def _query(name: str, *, per_bag: bool) -> OpCase:
         name=name,
         op="query_pool" if pools else "query_scores",
         outputs=_POOLED if pools else ("scores",),
-        parameters=lambda s, randn: {"query": randn(*((s.bags,) if per_bag else ()), s.heads, s.dim)},
+        tensors=_X | {"query": ("B", "K", "L") if per_bag else ("K", "L")},
         one_bag=formulas.query_pool_eager if pools else formulas.query_scores_eager,
         primary="bag" if pools else "scores",
         options={"scale": 0.05},
-        bagwise=frozenset({"query"} if per_bag else ()),
         takes_offsets=pools or per_bag,
         head_flops=_vectors(2 if pools else 1),
     )
 
 
 # DSMIL: its second stream, and both
-
-
-def _dsmil_parameters(mlp: bool, classifier: bool) -> Factory:
-    def make(shape: Shape, randn: Randn) -> Tensors:
-        made = _classifier(shape, randn) if classifier else {}
-        made |= linear("q_", shape.hidden, shape.dim, randn)
-        if mlp:
-            return made | linear("q2_", shape.hidden, shape.hidden, randn)
-        return made | linear("v_", shape.dim, shape.dim, randn)
-
-    return make
 
 
 def _both_streams(inputs: Inputs, backend: str | None) -> Tensors:
@@ -106,8 +75,10 @@ def _both_streams(inputs: Inputs, backend: str | None) -> Tensors:
 def _dsmil(name: str, *, mlp: bool = False, activation: str | None = None, both: bool = False) -> OpCase:
     """Linear query and value; with ``mlp`` the non-linear query and no value.  ``both`` streams, or the second."""
     options = {} if mlp else {"v_dropout_p": 0.0, "seed": 0}
+    layers = linear("q_", "D", "L") | (linear("q2_", "Q2", "D") if mlp else linear("v_", "V", "L"))
     if both:
         stream = {
+            "tensors": _X | _CLASSIFIER | layers,
             "compose": _both_streams,
             "outputs": (*_POOLED, "critical", "values", "logits", "streams"),
             "one_bag": formulas.dsmil_eager,
@@ -121,7 +92,8 @@ def _dsmil(name: str, *, mlp: bool = False, activation: str | None = None, both:
         stream = {
             "outputs": (*_POOLED, "critical"),
             "one_bag": formulas.dsmil_pool_eager,
-            "fixed": _per_instance("instance_logits"),
+            "tensors": _X | layers | {"instance_logits": ("N", "C")},
+            "fixed": frozenset({"instance_logits"}),
             "winners": "instance_logits",
         }
 
@@ -134,7 +106,6 @@ def _dsmil(name: str, *, mlp: bool = False, activation: str | None = None, both:
     return OpCase(
         name=name,
         op="dsmil" if both else "dsmil_pool",
-        parameters=_dsmil_parameters(mlp, classifier=both),
         options=options | ({"v_activation": activation} if activation else {}),
         dropout="" if mlp else "v_dropout_p",
         default_heads=2,
@@ -155,11 +126,11 @@ def _weights_of_pooled(inputs: Inputs, backend: str | None) -> Tensors:
     return {"weights": milkernels.attention_weights(pooled, inputs.offsets, mask=inputs.mask, backend=backend)}
 
 
-def _exact_lse(inputs: Inputs) -> Tensors:
+def _exact_lse(inputs: Inputs) -> Tensor:
     scores = inputs.x.double()
     if inputs.mask is not None:
         scores = scores.masked_fill(~inputs.mask.bool().unsqueeze(1), -math.inf)
-    return {"lse": bag_logsumexp(scores, inputs)}
+    return bag_logsumexp(scores, inputs)
 
 
 _ALL = (
@@ -171,7 +142,7 @@ _ALL = (
         name="softmax_pool",
         outputs=_POOLED,
         one_bag=formulas.softmax_pool_eager,
-        parameters=_per_instance("scores"),
+        tensors=_X | _SCORES,
         head_flops=_vectors(1),
         columns=(1, 2),  # the backward reads scores and writes their gradient
     ),
@@ -183,7 +154,7 @@ _ALL = (
         name="instance_max",
         outputs=("values", "indices", "logits"),
         one_bag=formulas.instance_max_eager,
-        parameters=_classifier,
+        tensors=_X | _CLASSIFIER,
         primary="values",
         primary_row=lambda s, _: (s.heads,),
         winners="weight",
@@ -202,7 +173,7 @@ _ALL = (
         outputs=(*_POOLED, "logits"),
         one_bag=formulas.loss_attention_pool_eager,
         alternatives={"logsumexp": formulas.loss_attention_pool_logsumexp},
-        parameters=_classifier,
+        tensors=_X | _CLASSIFIER,
         primary_row=lambda s, _: (1, s.dim),
         default_heads=4,
         # One vector for each class, and one for the pooled bag.
@@ -214,13 +185,14 @@ _ALL = (
         name="weighted_pool",
         outputs=("bag",),
         one_bag=formulas.weighted_pool_eager,
-        parameters=_per_instance("weights"),
+        tensors=_X | {"weights": ("N", "K")},
         head_flops=_vectors(1),
     ),
     OpCase(
         name="mean_pool",
         outputs=("bag",),
         one_bag=formulas.mean_pool_eager,
+        tensors=_X,
         primary_row=lambda s, _: (s.dim,),
         forward_flops=lambda s: s.instances * s.dim,
         reads=(1, 0),
@@ -230,6 +202,7 @@ _ALL = (
         name="max_pool",
         outputs=("values", "indices"),
         one_bag=formulas.max_pool_eager,
+        tensors=_X,
         primary="values",
         primary_row=lambda s, _: (s.dim,),
         winners="x",
@@ -240,7 +213,7 @@ _ALL = (
         name="segment_softmax",
         outputs=("weights",),
         one_bag=formulas.segment_softmax_eager,
-        leading="scores",
+        tensors=_SCORES,
         primary="weights",
         reads=(1, 0),
         columns=(1, 2),  # the backward reads the weights and their gradient
@@ -250,9 +223,8 @@ _ALL = (
         compose=_weights_of_pooled,
         outputs=("weights",),
         one_bag=formulas.attention_weights_eager,
-        leading="scores",
-        derived=_exact_lse,
-        bagwise=frozenset({"lse"}),
+        tensors=_SCORES | {"lse": ("B", "K")},
+        derived={"lse": _exact_lse},
         primary="weights",
         reads=(1, 0),
         columns=(1, 2),
@@ -261,7 +233,7 @@ _ALL = (
         name="topk_instances",
         outputs=("values", "indices"),
         one_bag=formulas.topk_instances_eager,
-        leading="scores",
+        tensors=_SCORES,
         primary="values",
         primary_row=lambda s, options: (s.heads, options["k"]),
         options={"k": 8},
@@ -277,3 +249,9 @@ _EMBEDDED = (
     embedding_case(_PLAIN["loss_attention_pool"], "loss_attention_pool_embed"),
 )
 CASES: dict[str, OpCase] = {case.name: case for case in (*_ALL, *_EMBEDDED)}
+# Of each op all the tensors that it takes, whichever of its cases does; and those that never need a gradient
+SIZES: dict[str, Sizes] = {}
+FIXED: dict[str, frozenset[str]] = {}
+for _case in _ALL:
+    SIZES[_case.op] = SIZES.get(_case.op, {}) | _case.tensors
+    FIXED[_case.op] = _case.fixed
