@@ -1,6 +1,7 @@
 """The registry: every op that works on bags, and its variants under keys of their own."""
 
 import math
+
 import torch
 from torch import Tensor
 
