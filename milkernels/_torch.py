@@ -90,7 +90,8 @@ below_autograd = torch._C._AutoDispatchBelowAutograd  # within the block, calls 
 
 def has_kernel(overload: str, device_type: str) -> bool:
     """Whether a kernel was registered for tensors of that device: ``milkernels::mean_pool_fwd.native``, "cpu"."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(overload, device_type.upper())
+    known = torch._C._dispatch_has_kernel(overload)  # an op that the reference alone serves is not
+    return known and torch._C._dispatch_has_kernel_for_dispatch_key(overload, device_type.upper())
 
 
 # What torch.compiler.assume_constant_result does, without its import of the compiler: that calls it while it traces.

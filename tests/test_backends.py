@@ -239,3 +239,12 @@ def test_auto_on_cuda_takes_the_native_kernels_for_what_triton_cannot(cuda_modul
     cuda_modules(True, True)
     monkeypatch.setattr(_torch, "has_kernel", lambda overload, device: overload != "milkernels::mean_pool_fwd.triton")
     assert taken("cuda") == "native" and taken("cuda", "max_pool") == "triton"
+
+
+def test_an_op_that_was_not_declared_is_the_references():
+    """So a new op can be written before its kernels are."""
+    assert taken(op="no_such_pool") == "reference"
+    assert backends.why_not("native", "no_such_pool", "cpu") in (
+        "it has no kernel for no_such_pool",
+        native.load_error(),
+    )

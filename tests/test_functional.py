@@ -140,18 +140,10 @@ def test_result_types(op, dtype, parameter_dtype):
     bag = dtype
     for other in parameters:
         bag = torch.promote_types(bag, other)
-    expected = {
-        "weighted_pool": (bag,),
-        "mean_pool": (dtype,),
-        "max_pool": (dtype, torch.int64),
-        "instance_max": (acc, torch.int64, acc),
-        "dsmil_pool": (bag, acc, acc, torch.int64),
-        "dsmil": (bag, acc, acc, torch.int64, acc, acc),
-        "loss_attention_pool": (bag, acc, acc, acc),
-        "topk_instances": (dtype, torch.int64),
-    }
-    scores_only = op.endswith("_scores") or op == "segment_softmax"
-    assert [o.dtype for o in outputs] == list(expected.get(op, (acc,) if scores_only else (bag, acc, acc)))
+    expected = {"bag": bag, "indices": torch.int64, "critical": torch.int64}
+    expected["values"] = acc if "weight" in OPS[op] else dtype  # those of a classifier, or some of the instances' own
+    names = testing.CASES[op].outputs[: len(outputs)]
+    assert [o.dtype for o in outputs] == [expected.get(name, acc) for name in names]
     sum(o.double().masked_fill(o.isinf(), 0).sum() for o in outputs if o.requires_grad).backward()
     for t in tensors:
         assert t.grad is None or (t.grad.dtype == t.dtype and t.grad.shape == t.shape)
