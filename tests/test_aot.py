@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(triton.load_error() is not None, reason=f"{trito
 
 if triton.load_error() is None:
     from milkernels.testing import aot
-    from milkernels.testing.standin import Usage, launches, standin
+    from milkernels.testing.standin import launches, standin
 
 OPS = sorted(op.name for op in contract.FORWARDS)
 
@@ -57,7 +57,7 @@ def test_gate_compiles_nothing_in_an_interpreter():
 
 
 def test_every_op_is_in_the_table():
-    assert {Usage.parse(line).op for line in aot.USAGES.strip().splitlines()} == set(OPS)
+    assert {usage.op for usage in aot.usages()} == set(OPS)
 
 
 # Host code

@@ -101,6 +101,14 @@ dsmil_pool          fp32       1024  128  1  mlp value relu split
 """
 
 
+def usages() -> list[Usage]:
+    """Those of the table; an op that it does not name, in three ways of its own."""
+    named = [Usage.parse(line) for line in USAGES.strip().splitlines()]
+    missing = {op.name for op in contract.FORWARDS} - {usage.op for usage in named}
+    ways = ("bf16 1024 256 1", "fp32 1000 128 4 bags mask grads", "fp64 512 128 2")
+    return named + [Usage.parse(f"{op} {way}") for op in sorted(missing) for way in ways]
+
+
 @dataclass
 class Row:
     """A kernel compiled for one architecture; or an op whose host code failed there."""
@@ -257,10 +265,10 @@ def main(argv: list[str] | None = None) -> int:
     import triton
 
     start, archs = time.time(), arguments.arch or list(ARCHITECTURES)
-    usages = [Usage.parse(line) for line in USAGES.strip().splitlines()]
-    usages = [usage for usage in usages if not arguments.op or usage.op in arguments.op]
+    chosen = usages()
+    chosen = [usage for usage in chosen if not arguments.op or usage.op in arguments.op]
     with ProcessPoolExecutor(min(arguments.jobs, len(archs)), mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(of_architecture, archs, [usages] * len(archs)))
+        results = list(pool.map(of_architecture, archs, [chosen] * len(archs)))
     rows = [row for found, _ in results for row in found]
     if not arguments.op:
         launched = set().union(*(names for _, names in results))
