@@ -116,6 +116,15 @@ def _values(item) -> set:
 
 
 @pytest.fixture
+def no_interpreter(monkeypatch):
+    """Triton's kernels serve no CPU tensors, as where nothing interprets them."""
+    from milkernels import backends
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "_served", {})  # what was found while they did
+
+
+@pytest.fixture
 def quick_machine(monkeypatch):
     """For tests of the benchmark: the limits of this machine are not what is tested, and take a second."""
     from milkernels.bench import roofline

@@ -203,23 +203,19 @@ def test_a_block_around_a_graph_break():
 
 
 @pytest.fixture
-def cuda_modules(monkeypatch):
+def cuda_modules(monkeypatch, no_interpreter):
     """A machine whose C++ module for CUDA is there or not, and Triton too; with a kernel of every op in both."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(_torch, "has_kernel", lambda overload, device: True)
     backends._warned.clear()
 
     def have(native_module: bool, has_triton: bool) -> None:
         loaded = (object(), None) if native_module else (None, "the CUDA module was not built")
         monkeypatch.setitem(native._loaded, "cuda", loaded)
-        monkeypatch.setattr(
-            triton, "load_error", lambda device="cuda": None if has_triton else "Triton is not installed"
-        )
-
+        missing = None if has_triton else "Triton is not installed"
+        monkeypatch.setattr(triton, "load_error", lambda device="cuda": missing)
         backends._served.clear()
 
     yield have
-    backends._served.clear()
     backends._warned.clear()
 
 

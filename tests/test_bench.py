@@ -182,8 +182,7 @@ def test_a_failing_contender_is_a_row(ours, expected, tmp_path, monkeypatch):
     assert by_contender(result)["reference"]["status"] == "ok"
 
 
-def test_a_backend_without_a_kernel_is_a_row(tmp_path, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which would make it serve CPU tensors
+def test_a_backend_without_a_kernel_is_a_row(tmp_path, no_interpreter):
     arguments = ("--op", "mean_pool", "--contenders", "eager", "--backends", "triton", "--mode", "fwd")
     code, result = run(tmp_path, *arguments)
     assert code == 0

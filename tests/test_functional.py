@@ -73,8 +73,7 @@ def test_bad_mask(op):
 
 
 @every_op
-def test_bad_backend(op, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which would make it serve CPU tensors
+def test_bad_backend(op, no_interpreter):
     refuses(ValueError, "backend must be one of auto, .*; got 'fast'", op, backend="fast")
     refuses(milkernels.BackendUnavailable, "backend 'triton' cannot serve", op, backend="triton")
 
@@ -284,8 +283,7 @@ def test_autocast_narrows_products_only(backend):
         torch.testing.assert_close(a, b)
 
 
-def test_use_backend(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_use_backend(no_interpreter):
     kwargs = arguments("mean_pool")
     with (
         milkernels.use_backend("triton"),
