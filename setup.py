@@ -47,7 +47,7 @@ LONGEST = (
     "pooling",
     "dsmil",
     "plain_pooling",
-    "embed",
+    "instances",
     "attention",
     "scores",
 )  # to compile: they are started first

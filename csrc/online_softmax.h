@@ -28,7 +28,7 @@ MILKERNELS_HOST_DEVICE inline A rescale(A from, A to) {
 
 template <typename A>
 MILKERNELS_HOST_DEVICE inline A log_sum_exp(const SoftmaxState<A>& s) {
-  // Of a score of inf the sum is NaN, as its weight is. An empty bag has -inf: -inf + log 0.
+  // The sum is NaN where a score is inf, as its weight is. An empty bag has -inf: -inf + log 0.
   return s.max == std::numeric_limits<A>::infinity() ? s.max : s.max + std::log(s.sum);
 }
 

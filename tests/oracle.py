@@ -125,7 +125,7 @@ def _activation(name: str | None, h: Tensor) -> Tensor:
     return h
 
 
-# The instance stage
+# The embedding
 
 
 def embedded(x, weight, bias, activation, dropout_p, keep, mask):

@@ -279,7 +279,7 @@ def test_error_promise_of_slices(case, dtype):
     assert kept.ok, kept.broken()
 
 
-# The instance stage, in as many slices as there are chunks
+# The embedding, in as many slices as there are chunks
 
 
 @every_embedded

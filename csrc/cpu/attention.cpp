@@ -13,8 +13,8 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> forward(const AttentionCall& call, bool pool) {
   Tensor scores = call.empty({call.rows, call.heads}), bag, lse;
   if (pool) {
-    bag = call.empty({call.bags(), call.heads, call.width});
-    lse = call.empty({call.bags(), call.heads});
+    bag = call.empty({call.bags, call.heads, call.width});
+    lse = call.empty({call.bags, call.heads});
   }
   with_rows(call, nullptr, [&](const auto& in) { attention_forward(call, in, scores, bag, lse); });
   return {bag, scores, lse};
@@ -54,11 +54,11 @@ Gradients attention_bwd(const Tensor& x, const OptionalTensors& weights, const O
   const AttentionWeights given(weights);
   const AttentionCall call(x, given, offsets, mask, seed, activation, dropout_p, compute_dtype,
                            {embed, embed_activation, embed_dropout_p, embed_dtype});
-  const PoolTensors pooled(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
+  const PooledTensors pooled(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
+  check_needs(needs.data() + 1, given);
   RowGradients of_rows(call, needs[0], needs[7], needs[8]);
   std::array<Tensor, 9> grads;
   for (int i = 1; i < 7; ++i) {
-    check_need(needs[i], call.parameters[i - 1].defined(), AttentionWeights::kNames[i - 1]);
     grads[i] = needs[i] ? call.empty(call.parameters[i - 1].sizes()) : at::empty({0}, x.options());
   }
   with_rows(call, &of_rows, [&](const auto& in) { attention_backward(call, in, pooled, needs, grads); });

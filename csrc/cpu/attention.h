@@ -4,7 +4,7 @@
 
 #include <string_view>
 
-#include "embed.h"
+#include "instances.h"
 
 namespace milkernels {
 
@@ -13,13 +13,10 @@ class AttentionCall : public Call {
   AttentionCall(const Tensor& x, const AttentionWeights& weights, const OptionalTensor& offsets,
                 const OptionalTensor& mask, const OptionalTensor& seed, std::string_view activation, double dropout_p,
                 std::optional<ScalarType> compute_dtype, const EmbedArguments& embed)
-      : Call(x, offsets, mask, embed), activation(parse_activation(activation)),
-        dropout(checked_dropout(seed, dropout_p)), planes(bf16_planes(x.scalar_type(), compute_dtype)) {
+      : Call(x, offsets, mask, embed), activation(parse_activation(activation)), dropout(dropout_of(seed, dropout_p)),
+        planes(planes_of(compute_dtype)) {
     const Tensor &v_weight = weights.v_weight(), &w_weight = weights.w_weight();
-    TORCH_CHECK_VALUE(v_weight.dim() == 2 && w_weight.dim() == 2, "v_weight and w_weight must be 2-D; got ",
-                      v_weight.sizes(), " and ", w_weight.sizes());
-    hidden = v_weight.size(0), heads = w_weight.size(0);
-    TORCH_CHECK_VALUE(hidden > 0 && heads > 0, "v_weight and w_weight must not be empty");
+    hidden = units_of(v_weight, "v_weight", width), heads = units_of(w_weight, "w_weight", hidden);
     parameters = {take(v_weight, "v_weight", {hidden, width}),           take(weights.v_bias(), "v_bias", {hidden}),
                   take(weights.u_weight(), "u_weight", {hidden, width}), take(weights.u_bias(), "u_bias", {hidden}),
                   take(w_weight, "w_weight", {heads, hidden}),           take(weights.w_bias(), "w_bias", {heads})};
@@ -39,7 +36,7 @@ void attention_forward(const AttentionCall& call, const Ragged<T>& in, const Ten
 
 // Writes the gradients of the parameters, grads[1] .. grads[6], those that are needed, and those of the rows.
 template <typename T>
-void attention_backward(const AttentionCall& call, const Ragged<T>& in, const PoolTensors& pooled,
+void attention_backward(const AttentionCall& call, const Ragged<T>& in, const PooledTensors& pooled,
                         const std::array<bool, 9>& needs, const std::array<Tensor, 9>& grads);
 
 }  // namespace milkernels

@@ -93,11 +93,11 @@ class AttentionScore final : public Score<T> {
   struct Worker final : Score<T>::Worker {
     const AttentionScore& program;
     MatrixUnits matrix_units;
-    Buffer<E> staged, right, grad, grad_t;
+    Buffer<E> copied, right, grad, grad_t;
     Buffer<A> block, keep;
 
     Worker(const AttentionScore& p, int64_t rows, bool backward)
-        : program(p), staged(p.planes_ * rows * p.packed_.depth()), right(backward ? p.planes_ * rows * kBlock : 0),
+        : program(p), copied(p.planes_ * rows * p.packed_.depth()), right(backward ? p.planes_ * rows * kBlock : 0),
           grad(backward ? p.planes_ * rows * p.columns() : 0), grad_t(backward ? p.planes_ * rows * p.columns() : 0),
           block(kBlock * kBlock), keep(kBlock * kBlock) {}
     void scores(const Tile<T>& tile, A* scores) override { program.forward(tile, scores, *this); }
@@ -109,7 +109,7 @@ class AttentionScore final : public Score<T> {
   void forward(const Tile<T>& tile, A* scores, Worker& s) const {
     const int64_t rows = round_up(tile.rows, kRowMultiple), heads = p_.heads;
     const auto x =
-        stage(tile.x, tile.ld, tile.mask, tile.rows, rows, p_.width, packed_.depth(), planes_, s.staged.get());
+        copy_rows(tile.x, tile.ld, tile.mask, tile.rows, rows, p_.width, packed_.depth(), planes_, s.copied.get());
     for (int64_t r = 0; r < tile.rows; ++r) {
       for (int64_t k = 0; k < heads; ++k) scores[r * heads + k] = p_.w_bias ? p_.w_bias[k] : A(0);
     }
@@ -136,7 +136,7 @@ class AttentionScore final : public Score<T> {
                 Worker& s) const {
     const int64_t rows = round_up(chunk.rows, kRowMultiple), depth = packed_.depth(), heads = p_.heads;
     const int64_t plane_stride = rows * columns();
-    const auto x = stage(chunk.x, chunk.ld, chunk.mask, chunk.rows, rows, p_.width, depth, planes_, s.staged.get());
+    const auto x = copy_rows(chunk.x, chunk.ld, chunk.mask, chunk.rows, rows, p_.width, depth, planes_, s.copied.get());
     const bool first = slices_->start(slice);
     const auto out = gradients(slices_->at(slice));
     if (first) std::fill(out.bias, out.end, A(0));

@@ -1,49 +1,27 @@
-// The tensors of a call, checked so that nothing is read out of bounds whatever Python passed.
+// The tensors of a call on the CPU, where the values of offsets and indices are checked too.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
-#include <initializer_list>
 #include <optional>
-#include <string_view>
 
-#include "../arguments.h"
+#include "../call.h"
+#include "../philox.h"
 #include "cpu.h"
 #include "layer.h"
 #include "query_score.h"
 
 namespace milkernels {
 
-inline Activation parse_activation(std::string_view name) {
-  if (name == "tanh") return Activation::kTanh;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  TORCH_CHECK_VALUE(name == "identity", "activation must be tanh, relu, gelu or identity; got ", name);
-  return Activation::kIdentity;
-}
-
-inline ScalarType accumulation_type(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 template <typename A>
 const A* data_or_null(const Tensor& t) {
   return t.defined() ? t.const_data_ptr<A>() : nullptr;
 }
 
-// A backward is told which gradients are needed: ValueError for that of a parameter which is not there.
-inline void check_need(bool need, bool given, const char* name) {
-  TORCH_CHECK_VALUE(given || !need, "needs says that ", name, " wants a gradient, but ", name, " is absent");
-}
-
-// The layer in front of an op, checked and in the accumulation type.
-struct Embedding {
-  Tensor weight, bias;  // [width, width of x], [width] or undefined
-  ScalarType weight_type, bias_type;  // in which they came
-  Activation activation = Activation::kIdentity;
+// The layer in front of an op, in the accumulation type.
+struct Embedding : EmbeddingTensors {
   Dropout dropout;
   int planes = 0;  // of its products
 
@@ -57,26 +35,14 @@ struct Embedding {
   }
 };
 
-// What every op has: instances, bags, mask.
-class Call {
+class Call : public CallTensors {
  public:
   Call(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask, const EmbedArguments& embed = {})
-      : x(rows_of(x)), acc(accumulation_type(x)), rows(x.size(0)), width(x.size(1)),
-        offsets(checked_offsets(offsets, rows)) {
-    TORCH_CHECK_VALUE(width > 0, "x must have at least one column; got ", x.sizes());
-    if (embed.weight) take_embedding(embed);
-    if (mask) {
-      TORCH_CHECK_VALUE(mask->scalar_type() == at::kBool && mask->dim() == 1 && mask->size(0) == rows && mask->is_cpu(),
-                        "mask must be bool [", rows, "]; got ", mask->scalar_type(), " ", mask->sizes());
-      this->mask = mask->contiguous();
-    }
+      : CallTensors(x, offsets, mask, c10::DeviceType::CPU), offsets(checked_offsets(offsets, rows)) {
+    if (!embed.weight) return;
+    embedding = {{*this, embed, acc}, dropout_of(embed.seed, embed.dropout_p), planes_of(embed.dtype)};
+    width = embedding.weight.size(0);
   }
-
-  int64_t bags() const { return static_cast<int64_t>(offsets.size()) - 1; }
-  Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, x.options().dtype(acc)); }
-  // A gradient to fill, in the type of x or of accumulation; an empty tensor where nobody needs it.
-  Tensor grad_x(bool need) const { return at::empty(need ? x.sizes() : at::IntArrayRef({0}), x.options()); }
-  Tensor gradient(bool need, at::IntArrayRef sizes) const { return need ? empty(sizes) : empty({0}); }
 
   template <typename T>
   Ragged<T> ragged() const {  // as x lies
@@ -84,18 +50,9 @@ class Call {
     return {x.const_data_ptr<T>(), rows > 1 ? x.stride(0) : width, width, rows, data_or_null<bool>(mask), offsets};
   }
 
-  // A tensor of these sizes, contiguous and in the accumulation type; undefined where it is absent.
-  Tensor take(const OptionalTensor& t, const char* name, at::IntArrayRef sizes) const {
-    if (!t) return {};
-    TORCH_CHECK_VALUE(t->is_cpu() && t->sizes() == sizes, name, " must be ", sizes, " on the CPU; got ", t->sizes(),
-                      " on ", t->device());
-    return t->to(acc).contiguous();
-  }
-  // Takes indices likewise: they are int64, -1 or rows of x.
+  // Takes indices: they are -1 or rows of x.
   Tensor take_indices(const Tensor& t, const char* name, at::IntArrayRef sizes) const {
-    TORCH_CHECK_VALUE(t.is_cpu() && t.scalar_type() == at::kLong && t.sizes() == sizes, name, " must be int64 ", sizes,
-                      " on the CPU; got ", t.scalar_type(), " ", t.sizes());
-    const Tensor indices = t.contiguous();
+    const Tensor indices = CallTensors::take_indices(t, name, sizes);
     const int64_t* const p = indices.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < indices.numel(); ++i) {
       TORCH_CHECK_VALUE(p[i] >= -1 && p[i] < rows, name, " must be rows of x or -1; got ", p[i]);
@@ -103,83 +60,29 @@ class Call {
     return indices;
   }
 
-  Tensor x;
-  ScalarType acc;  // of scores, sums and gradients
-  int64_t rows, width;  // as the op sees them: behind an embedding, where there is one
-  Embedding embedding;
-  Tensor mask;
-  std::vector<int64_t> offsets;
-
- private:
-  void take_embedding(const EmbedArguments& e) {
-    TORCH_CHECK_VALUE(e.weight->dim() == 2 && e.weight->size(0) > 0, "e_weight must be [any, ", width, "]; got ",
-                      e.weight->sizes());
-    TORCH_CHECK_VALUE(e.activation, "embed_activation must be given with embed; got None");
-    const int64_t out = e.weight->size(0);
-    embedding.weight = take(e.weight, "e_weight", {out, width});
-    embedding.bias = take(e.bias, "e_bias", {out});
-    embedding.weight_type = e.weight->scalar_type();
-    embedding.bias_type = e.bias ? e.bias->scalar_type() : acc;
-    embedding.activation = parse_activation(*e.activation);
-    embedding.dropout = checked_dropout(e.seed, e.dropout_p);
-    embedding.planes = bf16_planes(x.scalar_type(), e.dtype);
-    width = out;
+  // The dropout of a share p of the units.
+  Dropout dropout_of(const OptionalTensor& seed, double p) const {
+    return drops(seed, p) ? Dropout(static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()), p) : Dropout();
   }
+  int planes_of(std::optional<ScalarType> dtype) const { return bf16_planes(x.scalar_type(), dtype); }
 
-  // PyTorch's own small products keep the types they are given while the call lasts.
-  c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
+  Embedding embedding;
+  std::vector<int64_t> offsets;
 };
 
-// An op with a classifier: weight [classes, width] and bias [classes].
-class ClassCall : public Call {
- public:
-  ClassCall(const Tensor& x, const ClassifierWeights& weights, const OptionalTensor& offsets,
-            const OptionalTensor& mask, const EmbedArguments& embed)
-      : Call(x, offsets, mask, embed) {
-    const Tensor& weight = weights.weight();
-    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0, "weight must be [any, ", width, "]; got ",
-                      weight.sizes());
-    classes = weight.size(0);
-    this->weight = take(weight, "weight", {classes, width});
-    bias = take(weights.bias(), "bias", {classes});
-  }
+struct ClassCall : WithClasses<Call> {
+  using WithClasses::WithClasses;
   template <typename A>
   Queries<A> queries() const {
     return {weight.const_data_ptr<A>(), classes, 0, data_or_null<A>(bias), 0};
   }
-  int64_t classes;
-  Tensor weight, bias;
 };
 
-// What a pooling's forward left and what comes back for it, checked; `heads` and `width` of the pooled rows.
-class PoolTensors {
- public:
-  PoolTensors(const Call& call, int64_t heads, int64_t width, const OptionalTensor& bag, const OptionalTensor& scores,
-              const OptionalTensor& lse, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
-              const OptionalTensor& grad_lse) {
-    const int64_t B = call.bags(), N = call.rows;
-    tensors_ = {call.take(bag, "bag", {B, heads, width}),
-                call.take(scores, "scores", {N, heads}),
-                call.take(lse, "lse", {B, heads}),
-                call.take(grad_bag, "grad_bag", {B, heads, width}),
-                call.take(grad_scores, "grad_scores", {N, heads}),
-                call.take(grad_lse, "grad_lse", {B, heads})};
-    const bool pooling = grad_bag || grad_lse;
-    TORCH_CHECK_VALUE(scores && (!pooling || (lse && bag)), "the backward needs what the forward returned");
-  }
-  template <typename A>
-  PoolGradients<A> typed() const {
-    const auto data = [&](int i) { return data_or_null<A>(tensors_[i]); };
-    return {data(0), data(1), data(2), data(3), data(4), data(5)};
-  }
-  const Tensor& bag() const { return tensors_[0]; }
-  const Tensor& lse() const { return tensors_[2]; }
-  const Tensor& grad_scores() const { return tensors_[4]; }
-  const Tensor& grad_lse() const { return tensors_[5]; }
-
- private:
-  std::array<Tensor, 6> tensors_;
-};
+template <typename A>
+PoolGradients<A> typed(const PooledTensors& p) {
+  return {data_or_null<A>(p.bag),      data_or_null<A>(p.scores),      data_or_null<A>(p.lse),
+          data_or_null<A>(p.grad_bag), data_or_null<A>(p.grad_scores), data_or_null<A>(p.grad_lse)};
+}
 
 // Calls f.template operator()<T>() for the storage type of x.
 template <typename F>

@@ -34,18 +34,8 @@ double product_rate() {
   return 2. * kRows * kDepth * kColumns * kRepeats * threads / seconds.count();
 }
 
-at::Tensor rows_of(const at::Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() == 2 && x.is_cpu(), "x must be [N, L] on the CPU; got ", x.sizes(), " on ", x.device());
-  const bool consecutive = x.size(1) == 1 || x.stride(1) == 1;
-  return consecutive && (x.size(0) <= 1 || x.stride(0) >= x.size(1)) ? x : x.contiguous();
-}
-
 std::vector<int64_t> checked_offsets(const std::optional<at::Tensor>& offsets, int64_t rows) {
   if (!offsets) return {0, rows};
-  TORCH_CHECK_TYPE(offsets->scalar_type() == at::kInt || offsets->scalar_type() == at::kLong,
-                   "offsets must be int32 or int64; got ", offsets->scalar_type());
-  TORCH_CHECK_VALUE(offsets->is_cpu() && offsets->dim() == 1 && offsets->size(0) >= 1,
-                    "offsets must be [bags + 1] on the CPU; got ", offsets->sizes(), " on ", offsets->device());
   const at::Tensor wide = offsets->to(at::kLong).contiguous();
   const int64_t* const p = wide.const_data_ptr<int64_t>();
   std::vector<int64_t> out(p, p + wide.numel());
@@ -55,14 +45,6 @@ std::vector<int64_t> checked_offsets(const std::optional<at::Tensor>& offsets, i
   }
   TORCH_CHECK_VALUE(out.back() == rows, "offsets must end at the number of rows, ", rows, "; got ", out.back());
   return out;
-}
-
-Dropout checked_dropout(const std::optional<at::Tensor>& seed, double p) {
-  TORCH_CHECK_VALUE(p >= 0 && p <= 1, "the share to drop must be in [0, 1]; got ", p);
-  if (p == 0) return {};
-  TORCH_CHECK_VALUE(seed && seed->scalar_type() == at::kLong && seed->numel() == 1 && seed->is_cpu(),
-                    "dropout needs a seed: one int64 on the CPU");
-  return {static_cast<uint64_t>(*seed->const_data_ptr<int64_t>()), p};
 }
 
 int bf16_planes(ScalarType x, std::optional<ScalarType> compute) {

@@ -6,19 +6,11 @@
 #include <optional>
 #include <vector>
 
-#include "../philox.h"
-
 namespace milkernels {
-
-// x as rows of consecutive elements, copied only if its elements are not consecutive or its rows overlap.
-at::Tensor rows_of(const at::Tensor& x);
 
 // Offsets [bags + 1] as int64, or {0, rows} where absent; ValueError unless they start at 0, never decrease and end at
 // `rows`.
 std::vector<int64_t> checked_offsets(const std::optional<at::Tensor>& offsets, int64_t rows);
-
-// The dropout of a share p of the units; ValueError unless p is in [0, 1] and, above 0, the seed is one int64.
-Dropout checked_dropout(const std::optional<at::Tensor>& seed, double p);
 
 // In what the products run: 0 for the accumulation type, else the number of bfloat16 planes of each factor. Half types
 // and, where the user allows it, float32 take the matrix units if the machine has them: bfloat16 one plane, float16 two

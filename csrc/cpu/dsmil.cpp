@@ -72,9 +72,7 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // `pooled` is what is pooled before a linear value is taken of it; empty where that is the bag itself.
 Outputs second_stream(const DSMILCall& call, const Tensor& instance_logits) {
-  TORCH_CHECK_VALUE(instance_logits.dim() == 2 && instance_logits.size(1) > 0, "instance_logits must be [", call.rows,
-                    ", any]; got ", instance_logits.sizes());
-  const int64_t B = call.bags(), C = instance_logits.size(1);
+  const int64_t B = call.bags, C = columns_of(instance_logits, "instance_logits", call.rows);
   const Tensor logits = call.take(instance_logits, "instance_logits", {call.rows, C});
   Tensor critical = at::empty({B, C}, call.x.options().dtype(at::kLong)), bag = call.empty({B, C, call.pooled_width()}),
          scores = call.empty({call.rows, C}), lse = call.empty({B, C});
@@ -100,10 +98,8 @@ std::array<Tensor, 6> second_stream_backward(const DSMILCall& call, const DSMILW
                                              const Tensor& scores, const Tensor& lse, const Tensor& critical,
                                              const Tensor& pooled, const StreamGradients& from,
                                              const std::array<bool, 6>& needs, RowGradients& of_rows) {
-  for (int i = 0; i < 6; ++i) check_need(needs[i], call.parameters[i].defined(), DSMILWeights::kNames[i]);
-  TORCH_CHECK_VALUE(critical.dim() == 2 && critical.size(1) > 0, "critical must be [bags, any]; got ",
-                    critical.sizes());
-  const int64_t B = call.bags(), C = critical.size(1), L = call.width, Lv = call.bag_width();
+  check_needs(needs.data(), given);
+  const int64_t B = call.bags, C = columns_of(critical, "critical", B), L = call.width, Lv = call.bag_width();
   const Tensor winners = call.take_indices(critical, "critical", {B, C});
   Tensor grad_pooled = call.take(from.bag, "grad_bag", {B, C, Lv});
   const CriticalQueries queries(call, winners);
@@ -121,15 +117,16 @@ std::array<Tensor, 6> second_stream_backward(const DSMILCall& call, const DSMILW
     if (call.v_bias().defined()) grads[5].add_(column_sums(g));
     grad_pooled = product_nn(g, call.v_weight()).view({B, C, L});
   }
-  const PoolTensors tensors(call, C, call.pooled_width(), call.folded() ? pooled : bag, scores, lse,
-                            grad_pooled.defined() ? OptionalTensor(grad_pooled) : std::nullopt, from.scores, from.lse);
+  const PooledTensors tensors(call, C, call.pooled_width(), call.folded() ? pooled : bag, scores, lse,
+                              grad_pooled.defined() ? OptionalTensor(grad_pooled) : std::nullopt, from.scores,
+                              from.lse);
   // A shift of all scores of a bag and class leaves the weights as they are.
   Tensor grad_shift;
   if (!call.mlp() && call.q_bias().defined() && (from.scores || from.lse)) {
     grad_shift = at::zeros({B, C}, call.x.options().dtype(call.acc));
-    if (from.lse) grad_shift.add_(tensors.grad_lse());
+    if (from.lse) grad_shift.add_(tensors.grad_lse);
     if (from.scores) {
-      const Tensor real = tensors.grad_scores().masked_fill(scores == kDead<double>, 0.);
+      const Tensor real = tensors.grad_scores.masked_fill(scores == kDead<double>, 0.);
       for (int64_t b = 0; b < B; ++b) {
         grad_shift[b].add_(column_sums(real.slice(0, call.offsets[b], call.offsets[b + 1])));
       }

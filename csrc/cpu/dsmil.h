@@ -6,7 +6,7 @@
 // instances are dealt with by products of a few rows.
 #pragma once
 
-#include "embed.h"
+#include "instances.h"
 
 namespace milkernels {
 
@@ -17,15 +17,12 @@ class DSMILCall : public Call {
             std::optional<double> scale, std::optional<ScalarType> compute_dtype, const EmbedArguments& embed)
       : Call(x, offsets, mask, embed),
         v_activation(v_activation ? parse_activation(*v_activation) : Activation::kIdentity),
-        v_dropout(checked_dropout(seed, v_dropout_p)), planes(bf16_planes(x.scalar_type(), compute_dtype)) {
-    const auto units = [&](int i) -> int64_t {
-      if (!weights[i]) return 0;
-      TORCH_CHECK_VALUE(weights[i]->dim() == 2 && weights[i]->size(0) > 0, DSMILWeights::kNames[i],
-                        " must be 2-D and not empty; got ", weights[i]->sizes());
-      return weights[i]->size(0);
+        v_dropout(dropout_of(seed, v_dropout_p)), planes(planes_of(compute_dtype)) {
+    const auto units = [&](int i, int64_t width) {
+      return weights[i] ? units_of(*weights[i], DSMILWeights::kNames[i], width) : 0;
     };
     const auto taken = [&](int i, at::IntArrayRef sizes) { return take(weights[i], DSMILWeights::kNames[i], sizes); };
-    const int64_t Q = units(0), Q2 = units(2), Lv = units(4);
+    const int64_t Q = units(0, width), Q2 = units(2, Q), Lv = units(4, width);
     parameters = {taken(0, {Q, width}), taken(1, {Q}),         taken(2, {Q2, Q}),
                   taken(3, {Q2}),       taken(4, {Lv, width}), taken(5, {Lv})};
     this->scale = scale.value_or(1. / std::sqrt(static_cast<double>(Q2 > 0 ? Q2 : Q)));
@@ -87,6 +84,7 @@ void second_stream_rows(const DSMILCall& call, const Ragged<T>& in, const Tensor
 // into grads (q_weight .. v_bias).
 template <typename T>
 void second_stream_rows_backward(const DSMILCall& call, const Ragged<T>& in, const CriticalQueries& queries,
-                                 const PoolTensors& tensors, const Tensor& grad_vectors, std::array<Tensor, 6>& grads);
+                                 const PooledTensors& tensors, const Tensor& grad_vectors,
+                                 std::array<Tensor, 6>& grads);
 
 }  // namespace milkernels

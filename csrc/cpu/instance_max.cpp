@@ -6,8 +6,8 @@
 namespace milkernels {
 
 std::tuple<Tensor, Tensor, Tensor> instance_max_forward(const ClassCall& call) {
-  Tensor values = call.empty({call.bags(), call.classes}), logits = call.empty({call.rows, call.classes});
-  Tensor indices = at::empty({call.bags(), call.classes}, call.x.options().dtype(at::kLong));
+  Tensor values = call.empty({call.bags, call.classes}), logits = call.empty({call.rows, call.classes});
+  Tensor indices = at::empty({call.bags, call.classes}, call.x.options().dtype(at::kLong));
   with_rows(call, nullptr, [&]<typename T>(const Ragged<T>& in) {
     using A = acc_t<T>;
     const QueryScore<T> score(in, call.queries<A>());
@@ -66,7 +66,7 @@ Tensor with_winners(const Tensor& grad_logits, const Tensor& indices, const Tens
 std::tuple<Tensor, Tensor> instance_max_gradients(const ClassCall& call, const Tensor& indices, const Tensor& logits,
                                                   const OptionalTensor& grad_values, const OptionalTensor& grad_logits,
                                                   bool need_weight, bool need_bias, bool add, RowGradients& of_rows) {
-  const int64_t B = call.bags(), C = call.classes;
+  const int64_t B = call.bags, C = call.classes;
   const Tensor rows = call.take_indices(indices, "indices", {B, C}), l = call.take(logits, "logits", {call.rows, C}),
                values = call.take(grad_values, "grad_values", {B, C});
   Tensor dense = call.take(grad_logits, "grad_logits", {call.rows, C});

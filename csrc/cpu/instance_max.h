@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "embed.h"
+#include "instances.h"
 
 namespace milkernels {
 

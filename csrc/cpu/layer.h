@@ -84,7 +84,7 @@ class Layer {
 
   // Scratch of one thread.
   struct Backward {
-    Buffer<E> grad, transposed, panel;  // [planes, rows, columns()], and of stage_right
+    Buffer<E> grad, transposed, panel;  // [planes, rows, columns()], and of copy_columns
     Backward(const Layer& l, int64_t rows)
         : grad(std::is_same_v<A, E> ? 0 : l.planes_ * rows * l.columns()), transposed(l.planes_ * rows * l.columns()),
           panel(l.planes_ * rows * kBlock) {}

@@ -254,8 +254,8 @@ inline bool is_real(const bool* mask, int64_t r) { return mask == nullptr || mas
 // planes * padded_rows * depth elements, masked rows and padding as zeros (whatever a masked row holds, its products
 // are then finite, and 0 times them is 0).
 template <typename T, typename E>
-inline Matrix<E> stage(const T* x, int64_t ld, const bool* mask, int64_t rows, int64_t padded_rows, int64_t width,
-                       int64_t depth, int planes, E* buffer) {
+inline Matrix<E> copy_rows(const T* x, int64_t ld, const bool* mask, int64_t rows, int64_t padded_rows, int64_t width,
+                           int64_t depth, int planes, E* buffer) {
   if constexpr (std::is_same_v<T, E>) {
     const bool whole = rows == padded_rows && width == depth && planes == 1;
     if (whole && (mask == nullptr || std::all_of(mask, mask + rows, [](bool m) { return m; }))) return {x, ld};
@@ -272,10 +272,10 @@ inline Matrix<E> stage(const T* x, int64_t ld, const bool* mask, int64_t rows, i
   return {buffer, depth, plane_stride};
 }
 
-// Columns [first, first + width) of rows staged by `stage`, at most kBlock, as a right operand: close together, which
+// Columns [first, first + width) of rows from `copy_rows`, at most kBlock, as a right operand: close together, which
 // products over many rows are faster with, BFloat16 with rows in pairs. `panel` holds planes * rows * kBlock.
 template <typename E>
-inline Matrix<E> stage_right(Matrix<E> a, int64_t rows, int64_t first, int64_t width, int planes, E* panel) {
+inline Matrix<E> copy_columns(Matrix<E> a, int64_t rows, int64_t first, int64_t width, int planes, E* panel) {
   for (int p = 0; p < planes; ++p) {
     const E* const from = a.data + p * a.plane_stride + first;
     E* const to = panel + p * rows * kBlock;
@@ -305,7 +305,7 @@ inline void add_outer_products(Matrix<E> left, int64_t columns, Matrix<E> right,
   const Matrix<E> a{transposed, rows, stride};
   for (int64_t l = 0; l < width; l += kBlock) {
     const int64_t wide = std::min(kBlock, width - l);
-    const auto b = stage_right(right, rows, l, wide, planes, panel);
+    const auto b = copy_columns(right, rows, l, wide, planes, panel);
     for (int64_t c = 0; c < columns; c += kColumns) {
       product<E>(std::min(kColumns, columns - c), wide, rows, a.rows_from(c), b, planes, sum + c * width + l, width,
                  add);

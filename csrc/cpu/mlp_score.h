@@ -44,12 +44,12 @@ class MlpScore final : public Score<T> {
   struct Worker : Score<T>::Worker {
     const MlpScore& p;
     MatrixUnits matrix_units;
-    Buffer<E> staged, hidden;
+    Buffer<E> copied, hidden;
     Buffer<A> z1, z2, query;
     typename QueryProducts<T>::Worker worker;
 
     Worker(const MlpScore& p, int64_t rows)
-        : p(p), staged(p.first.planes() * rows * p.first.depth()), hidden(p.first.planes() * rows * p.first.columns()),
+        : p(p), copied(p.first.planes() * rows * p.first.depth()), hidden(p.first.planes() * rows * p.first.columns()),
           z1(rows * p.first.columns()), z2(rows * p.second.columns()), query(rows * p.second.columns()),
           worker(p.products.worker()) {}
 
@@ -57,8 +57,8 @@ class MlpScore final : public Score<T> {
     std::pair<Matrix<E>, Matrix<E>> forward(const Tile<T>& tile, int64_t rows) {
       const auto& [first, second] = std::tie(p.first, p.second);
       const int64_t columns = first.columns();
-      const auto x =
-          stage(tile.x, tile.ld, tile.mask, tile.rows, rows, tile.width, first.depth(), first.planes(), staged.get());
+      const auto x = copy_rows(tile.x, tile.ld, tile.mask, tile.rows, rows, tile.width, first.depth(), first.planes(),
+                               copied.get());
       first.products(x, rows, z1.get());
       A* const activated = activation_of(z1);
       first.activate(z1.get(), rows, activated);

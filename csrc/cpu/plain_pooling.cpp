@@ -59,16 +59,14 @@ void spread_rows(const Ragged<T>& in, int64_t heads, const acc_t<T>* weights, co
 }
 
 Tensor checked_weights(const Call& call, const Tensor& weights) {
-  TORCH_CHECK_VALUE(weights.dim() == 2 && weights.size(1) > 0, "weights must be [", call.rows, ", any]; got ",
-                    weights.sizes());
-  return call.take(weights, "weights", {call.rows, weights.size(1)});
+  return call.take(weights, "weights", {call.rows, columns_of(weights, "weights", call.rows)});
 }
 
 Tensor weighted_pool_fwd(const Tensor& x, const Tensor& weights, const OptionalTensor& offsets,
                          const OptionalTensor& mask) {
   const Call call(x, offsets, mask);
   const Tensor w = checked_weights(call, weights);
-  Tensor bag = call.empty({call.bags(), w.size(1), call.width});
+  Tensor bag = call.empty({call.bags, w.size(1), call.width});
   dispatch_storage(x.scalar_type(), [&]<typename T>() {
     sum_rows(call.ragged<T>(), w.size(1), w.const_data_ptr<acc_t<T>>(), bag.mutable_data_ptr<acc_t<T>>());
   });
@@ -81,7 +79,7 @@ std::tuple<Tensor, Tensor> weighted_pool_bwd(const Tensor& x, const Tensor& weig
   const Call call(x, offsets, mask);
   const Tensor w = checked_weights(call, weights);
   const int64_t heads = w.size(1);
-  const Tensor g = call.take(grad_bag, "grad_bag", {call.bags(), heads, call.width});
+  const Tensor g = call.take(grad_bag, "grad_bag", {call.bags, heads, call.width});
   Tensor grad_x = call.grad_x(needs[0]), grad_weights = call.gradient(needs[1], w.sizes());
   dispatch_storage(x.scalar_type(), [&]<typename T>() {
     using A = acc_t<T>;
@@ -117,7 +115,7 @@ std::vector<double> counts(const Ragged<T>& in) {
 
 Tensor mean_pool_fwd(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask) {
   const Call call(x, offsets, mask);
-  Tensor bag = call.empty({call.bags(), call.width});
+  Tensor bag = call.empty({call.bags, call.width});
   dispatch_storage(x.scalar_type(), [&]<typename T>() {
     using A = acc_t<T>;
     const auto in = call.ragged<T>();
@@ -132,7 +130,7 @@ Tensor mean_pool_fwd(const Tensor& x, const OptionalTensor& offsets, const Optio
 Tensor mean_pool_bwd(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask, const Tensor& grad_bag,
                      std::array<bool, 1> needs) {
   const Call call(x, offsets, mask);
-  Tensor grad_x = call.grad_x(needs[0]), g = call.take(grad_bag, "grad_bag", {call.bags(), call.width});
+  Tensor grad_x = call.grad_x(needs[0]), g = call.take(grad_bag, "grad_bag", {call.bags, call.width});
   if (!needs[0]) return grad_x;
   dispatch_storage(x.scalar_type(), [&]<typename T>() {
     using A = acc_t<T>;
@@ -231,8 +229,8 @@ class FeatureMax {
 
 std::tuple<Tensor, Tensor> max_pool_fwd(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask) {
   const Call call(x, offsets, mask);
-  Tensor values = at::empty({call.bags(), call.width}, x.options()),
-         indices = at::empty({call.bags(), call.width}, x.options().dtype(at::kLong));
+  Tensor values = at::empty({call.bags, call.width}, x.options()),
+         indices = at::empty({call.bags, call.width}, x.options().dtype(at::kLong));
   dispatch_storage(x.scalar_type(), [&]<typename T>() {
     const auto in = call.ragged<T>();
     FeatureMax<T> best(in);

@@ -6,7 +6,7 @@
 // or both grow. Slots of a bag are merged in order, so results do not depend on the number of threads.
 //
 // Score programs (attention_score.h, query_score.h, mlp_score.h) plug in as a Score, what is done with the scores as a
-// reduction. Rows lie in memory or come from a source (embed.h), which makes them for a tile at a time; a stage
+// reduction. Rows lie in memory or come from a source (instances.h), which makes them for a tile at a time; a stage
 // (value.h) makes other rows to be pooled than were scored.
 #pragma once
 
@@ -324,7 +324,7 @@ struct Score {
   virtual int64_t backward_rows() const { return kBlock; }  // of a unit: a tile, or a chunk for products over rows
 };
 
-// An instance stage: the rows that are pooled, made of those of x. Workers as above.
+// A value stage: the rows that are pooled, made of those that were scored. Workers as above.
 template <typename T>
 struct Stage {
   using A = acc_t<T>;

@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "embed.h"
+#include "instances.h"
 #include "query_score.h"
 
 namespace milkernels {
@@ -13,8 +13,8 @@ namespace {
 struct Forward {
   Tensor bag, scores, lse;
   Forward(const Call& call, int64_t heads)
-      : bag(call.empty({call.bags(), heads, call.width})), scores(call.empty({call.rows, heads})),
-        lse(call.empty({call.bags(), heads})) {}
+      : bag(call.empty({call.bags, heads, call.width})), scores(call.empty({call.rows, heads})),
+        lse(call.empty({call.bags, heads})) {}
   template <typename T>
   void pool(const Score<T>& score, const Ragged<T>& in) {
     using A = acc_t<T>;
@@ -26,9 +26,7 @@ struct Forward {
 // --- softmax_pool
 
 Tensor checked_given(const Call& call, const Tensor& given) {
-  TORCH_CHECK_VALUE(given.dim() == 2 && given.size(1) > 0, "scores must be [", call.rows, ", any]; got ",
-                    given.sizes());
-  return call.take(given, "scores", {call.rows, given.size(1)});
+  return call.take(given, "scores", {call.rows, columns_of(given, "scores", call.rows)});
 }
 
 std::tuple<Tensor, Tensor, Tensor> softmax_pool_fwd(const Tensor& x, const Tensor& given, const OptionalTensor& offsets,
@@ -49,40 +47,27 @@ std::tuple<Tensor, Tensor> softmax_pool_bwd(const Tensor& x, const OptionalTenso
                                             const OptionalTensor& grad_lse, std::array<bool, 2> needs) {
   const Call call(x, offsets, mask);
   const int64_t heads = checked_given(call, scores).size(1);
-  const PoolTensors pooled(call, heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
+  const PooledTensors pooled(call, heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   RowGradients of_rows(call, needs[0], false, false);
   Tensor grad_given = call.gradient(needs[1], {call.rows, heads});
   if (needs[1]) grad_given.zero_();  // units without a real row are passed over
   with_rows(call, &of_rows, [&]<typename T>(const Ragged<T>& in) {
     using A = acc_t<T>;
     const GivenScore<T> score(in, heads, nullptr, data_if<A>(needs[1], grad_given));
-    pool_backward<T>(score, nullptr, in, pooled.typed<A>(), in.chunks());
+    pool_backward<T>(score, nullptr, in, typed<A>(pooled), in.chunks());
   });
   return {of_rows.x, grad_given};
 }
 
 // --- query_pool, query_scores
 
-class QueryCall : public Call {
- public:
-  QueryCall(const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
-            double scale, const EmbedArguments& embed)
-      : Call(x, offsets, mask, embed) {
-    const bool per_bag = query.dim() == 3;
-    TORCH_CHECK_VALUE(per_bag || query.dim() == 2, "query must be 2-D or 3-D; got ", query.sizes());
-    heads = query.size(-2);
-    TORCH_CHECK_VALUE(heads > 0, "query must have at least one head; got ", query.sizes());
-    bag_stride = per_bag ? heads * width : 0;
-    if (per_bag) scaled = take(query, "query", {bags(), heads, width});
-    else scaled = take(query, "query", {heads, width});
-    if (scale != 1.) scaled = scaled * scale;
-  }
+struct QueryCall : WithQuery<Call> {
+  using WithQuery::WithQuery;
+  bool per_bag() const { return scaled.dim() == 3; }
   template <typename T>
   QueryScore<T> program(const Ragged<T>& in) const {
-    return {in, {scaled.const_data_ptr<acc_t<T>>(), heads, bag_stride, nullptr, 0}};
+    return {in, {scaled.const_data_ptr<acc_t<T>>(), heads, per_bag() ? heads * width : 0, nullptr, 0}};
   }
-  int64_t heads, bag_stride;
-  Tensor scaled;  // the query times the scale
 };
 
 std::tuple<Tensor, Tensor, Tensor> query_pool_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets,
@@ -116,17 +101,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(const Tensor& x, const Tens
                                                      const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
                                                      const OptionalTensor& grad_lse, std::array<bool, 4> needs) {
   const QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
-  const PoolTensors pooled(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
+  const PooledTensors pooled(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   RowGradients of_rows(call, needs[0], needs[2], needs[3]);
   Tensor grad_query = call.gradient(needs[1], query.sizes());
   with_rows(call, &of_rows, [&]<typename T>(const Ragged<T>& in) {
     using A = acc_t<T>;
     auto score = call.program<T>(in);
     if (needs[1]) score.products.prepare_gradient();
-    pool_backward<T>(score, nullptr, in, pooled.typed<A>(), in.chunks());
+    pool_backward<T>(score, nullptr, in, typed<A>(pooled), in.chunks());
     if (!needs[1]) return;
-    const auto g = pooled.typed<A>();
-    if (call.bag_stride > 0) score.products.gradient_of_bags(grad_query.mutable_data_ptr<A>(), &g);
+    const auto g = typed<A>(pooled);
+    if (call.per_bag()) score.products.gradient_of_bags(grad_query.mutable_data_ptr<A>(), &g);
     else score.products.gradient(grad_query.mutable_data_ptr<A>(), &g);
   });
   if (needs[1]) grad_query = (scale == 1. ? grad_query : grad_query.mul_(scale)).to(query.scalar_type());
@@ -158,8 +143,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_bwd(
     const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
   const ClassifierWeights given(weights);
   const ClassCall call(x, given, offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
-  check_need(needs[2], call.bias.defined(), "bias");
-  const PoolTensors pooled(call, 1, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
+  check_needs(needs.data() + 1, given);
+  const PooledTensors pooled(call, 1, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   const Tensor l = call.take(logits, "logits", {call.rows, call.classes}),
                g = call.take(grad_logits, "grad_logits", {call.rows, call.classes});
   RowGradients of_rows(call, needs[0], needs[3], needs[4]);
@@ -169,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_bwd(
     using A = acc_t<T>;
     LogSumExpScore<T> score(in, call.queries<A>(), const_cast<A*>(l.const_data_ptr<A>()), data_or_null<A>(g));
     if (needs[1] || needs[2]) score.classes().prepare_gradient();
-    pool_backward<T>(score, nullptr, in, pooled.typed<A>(), in.chunks());
+    pool_backward<T>(score, nullptr, in, typed<A>(pooled), in.chunks());
     if (needs[1]) score.classes().gradient(grad_weight.mutable_data_ptr<A>(), nullptr);
     if (needs[2]) score.classes().shift_gradient(grad_bias.mutable_data_ptr<A>());
   });

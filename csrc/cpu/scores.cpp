@@ -117,7 +117,7 @@ Tensor segment_softmax_bwd(const Tensor& scores, const OptionalTensor& offsets, 
 Tensor attention_weights_fwd(const Tensor& scores, const Tensor& lse, const OptionalTensor& offsets,
                              const OptionalTensor& mask) {
   const ScoresCall call(scores, offsets, mask);
-  const Tensor l = call.take(lse, "lse", {call.bags(), call.width});
+  const Tensor l = call.take(lse, "lse", {call.bags, call.width});
   Tensor out = call.empty({call.rows, call.width});
   call.dispatch(
       [&]<typename A>() { weights<A>(call.ragged<A>(), l.const_data_ptr<A>(), nullptr, out.mutable_data_ptr<A>()); });
@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor> attention_weights_bwd(const Tensor& scores, const Ten
                                                  std::array<bool, 2> needs) {
   const ScoresCall call(weights, offsets, std::nullopt);
   const Tensor g = call.take(grad_weights, "grad_weights", {call.rows, call.width});
-  Tensor grad_scores = call.gradient(true, {call.rows, call.width}), grad_lse = call.empty({call.bags(), call.width});
+  Tensor grad_scores = call.gradient(true, {call.rows, call.width}), grad_lse = call.empty({call.bags, call.width});
   call.dispatch([&]<typename A>() {
     const auto in = call.ragged<A>();
     const int64_t heads = in.width;
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor> topk_instances_fwd(const Tensor& scores, int64_t k, c
                                               bool largest, const OptionalTensor& mask) {
   TORCH_CHECK_VALUE(k >= 1, "k must be at least 1; got ", k);
   const ScoresCall call(scores, offsets, mask);
-  const int64_t B = call.bags(), heads = call.width;
+  const int64_t B = call.bags, heads = call.width;
   Tensor indices = at::empty({B, heads, k}, scores.options().dtype(at::kLong));
   Tensor values = call.empty({B, heads, k});
   call.dispatch([&]<typename A>() {

@@ -1,4 +1,4 @@
-// The instance stage of DSMIL's value, act(V drop(x_i) + b_V): pooled in place of x_i, computed for a tile at a time
+// The value stage of DSMIL, act(V drop(x_i) + b_V): pooled in place of x_i, computed for a tile at a time
 // and again in the backward, never stored. Without V it is drop(x_i): a linear value is taken of the pooled vector
 // instead.
 #pragma once
@@ -36,14 +36,14 @@ class ValueStage final : public Stage<T> {
     const ValueStage& p;
     MatrixUnits matrix_units;
     Buffer<A> keep, dropped, z, y, grad, block;
-    Buffer<E> staged;
+    Buffer<E> copied;
     Matrix<E> x{};
     std::optional<typename Layer<E>::Backward> scratch;
 
     Worker(const ValueStage& p, int64_t rows)
         : p(p), keep(p.dropout_ ? rows * p.in_width_ : 0), dropped(p.dropout_ ? rows * p.in_width_ : 0),
           z(p.layer ? rows * p.ld() : 0), y(p.layer ? rows * p.ld() : 0), grad(p.slices_ ? rows * p.ld() : 0),
-          block(kBlock * kBlock), staged(p.layer ? p.layer->planes() * rows * p.layer->depth() : 0) {
+          block(kBlock * kBlock), copied(p.layer ? p.layer->planes() * rows * p.layer->depth() : 0) {
       if (p.slices_) scratch.emplace(*p.layer, rows);
     }
 
@@ -62,8 +62,8 @@ class ValueStage final : public Stage<T> {
       if (!p.layer) return dropped.get();
       const int64_t rows = round_up(tile.rows, kRowMultiple), depth = p.layer->depth();
       const int planes = p.layer->planes();
-      x = p.dropout_ ? stage(dropped.get(), width, tile.mask, tile.rows, rows, width, depth, planes, staged.get())
-                     : stage(tile.x, tile.ld, tile.mask, tile.rows, rows, width, depth, planes, staged.get());
+      x = p.dropout_ ? copy_rows(dropped.get(), width, tile.mask, tile.rows, rows, width, depth, planes, copied.get())
+                     : copy_rows(tile.x, tile.ld, tile.mask, tile.rows, rows, width, depth, planes, copied.get());
       p.layer->products(x, rows, z.get());
       p.layer->activate(z.get(), rows, y.get());
       return y.get();

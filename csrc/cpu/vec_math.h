@@ -4,6 +4,8 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include "../activation.h"
+
 namespace milkernels {
 
 using at::vec::fmadd;
@@ -75,8 +77,6 @@ inline Vectorized<A> tanh_expm1(Vectorized<A> a) {
   using V = Vectorized<A>;
   return expm1_clamped(at::vec::clamp(a * V(A(-2)), V(Range<A>::lowest), V(Range<A>::tanh)));
 }
-
-enum class Activation { kTanh, kRelu, kGelu, kIdentity };
 
 // The hidden unit g = act(a) or act(a) * sigmoid(b).
 template <Activation F, bool GATED, typename A>

@@ -1,11 +1,10 @@
 // Activations of hidden units, their derivatives, and the units that dropout drops.
 #pragma once
 
+#include "../activation.h"
 #include "device.h"
 
 namespace milkernels {
-
-enum class Activation { kTanh, kRelu, kGelu, kIdentity };
 
 template <typename A>
 __device__ inline A sigmoid(A x) {
@@ -40,7 +39,7 @@ struct Dropped {
   const int64_t* seed = nullptr;  // null: nothing is dropped
   uint32_t threshold = 0;         // of 65536
 
-  // Of units that are kept; nothing is where the threshold is 65536.
+  // Units that are kept are multiplied by this; none is kept where the threshold is 65536.
   template <typename A>
   __device__ A scale() const {
     return A(65536) / static_cast<A>(larger(65536 - static_cast<int>(threshold), 1));

@@ -18,22 +18,14 @@ class AttentionCall : public Call {
                 const OptionalTensor& seed, std::string_view activation, double dropout_p,
                 std::optional<ScalarType> compute_dtype, const EmbedArguments& embedding)
       : Call(x, offsets, mask, embedding), gated(p.u_weight().has_value()),
-        type(product_type(row_type(), compute_dtype)), activation_(activation_of(activation)),
-        dropout_(x, seed, dropout_p) {
+        type(product_type(row_type(), compute_dtype)), activation_(parse_activation(activation)),
+        dropout_(*this, seed, dropout_p) {
     const Tensor &v_weight = p.v_weight(), &w_weight = p.w_weight();
-    TORCH_CHECK_VALUE(v_weight.dim() == 2 && w_weight.dim() == 2, "v_weight and w_weight must be 2-D; got ",
-                      v_weight.sizes(), " and ", w_weight.sizes());
-    hidden = v_weight.size(0), heads = w_weight.size(0);
-    TORCH_CHECK_VALUE(hidden > 0 && heads > 0, "v_weight and w_weight must not be empty");
+    hidden = units_of(v_weight, "v_weight", width), heads = units_of(w_weight, "w_weight", hidden);
     TORCH_CHECK_VALUE(hidden <= (1 << 22) && heads <= (1 << 22), "too many hidden units or heads: ", hidden, ", ",
                       heads);
-    for (const Tensor* const weight : {&v_weight, gated ? &*p.u_weight() : nullptr}) {
-      if (weight == nullptr) continue;
-      TORCH_CHECK_VALUE(here(*weight) && weight->sizes() == at::IntArrayRef({hidden, width}),
-                        "v_weight and u_weight must be [", hidden, ", ", width, "] on ", x.device(), "; got ",
-                        weight->sizes(), " on ", weight->device());
-      weights_.push_back(weight->to(type).contiguous());
-    }
+    weights_.push_back(take(v_weight, "v_weight", {hidden, width}, type));
+    if (gated) weights_.push_back(take(p.u_weight(), "u_weight", {hidden, width}, type));
     v_bias_ = take(p.v_bias(), "v_bias", {hidden}), u_bias_ = take(p.u_bias(), "u_bias", {hidden});
     w = take(w_weight, "w_weight", {heads, hidden}), w_bias_ = take(p.w_bias(), "w_bias", {heads});
   }
@@ -271,7 +263,7 @@ Gradients attention_bwd(const Tensor& x, const OptionalTensors& weights, const O
   const AttentionWeights given(weights);
   AttentionCall call(x, given, offsets, mask, seed, activation, dropout_p, compute_dtype,
                      {embed, embed_activation, embed_dropout_p, embed_dtype});
-  check_wanted(needs.data() + 1, given);
+  check_needs(needs.data() + 1, given);
   const int64_t K = call.heads, D = call.hidden;
   const PooledTensors of(call, K, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   const bool need_weight = needs[1] || needs[3];

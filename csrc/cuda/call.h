@@ -3,16 +3,15 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #ifndef MILKERNELS_EMULATED
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
 
+#include "copy_rows.h"
 #include "embedding.h"
 #include "pool.h"
-#include "stage.h"
 
 // The dispatch key of the ops: kernels that are emulated run on tensors of the CPU.
 #ifdef MILKERNELS_EMULATED
@@ -71,31 +70,15 @@ struct Slice {
   Tensor input = {}, argument = {};
 };
 
-class Call {
+class Call : public CallTensors {
  public:
-  Call(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask, const EmbedArguments& embedding = {})
-      : x(rows_of(x)), acc(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat), rows(x.size(0)),
-        width(x.size(1)), guard_(x) {
-    TORCH_CHECK_VALUE(width > 0 && width <= (1 << 30), "x must have 1 to 2^30 columns; got ", x.sizes());
-    if (embedding.weight) {
-      this->embedding.emplace(this->x, embedding);
-      width = this->embedding->weight.size(0);
-    }
-    if (offsets) {
-      TORCH_CHECK_TYPE(offsets->scalar_type() == at::kInt || offsets->scalar_type() == at::kLong,
-                       "offsets must be int32 or int64; got ", offsets->scalar_type());
-      TORCH_CHECK_VALUE(here(*offsets) && offsets->dim() == 1 && offsets->size(0) >= 1,
-                        "offsets must be [bags + 1] on ", x.device(), "; got ", offsets->sizes(), " on ",
-                        offsets->device());
-      this->offsets = offsets->contiguous();
-      bags = offsets->size(0) - 1;
-    }
-    if (mask) {
-      TORCH_CHECK_VALUE(mask->scalar_type() == at::kBool && mask->dim() == 1 && mask->size(0) == rows && here(*mask),
-                        "mask must be bool [", rows, "]; got ", mask->scalar_type(), " ", mask->sizes());
-      this->mask = mask->contiguous();
-    }
-    TORCH_CHECK_VALUE(rows < (int64_t{1} << 40) && bags < (1 << 30), "too many rows or bags: ", rows, ", ", bags);
+  Call(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask, const EmbedArguments& embed = {})
+      : CallTensors(x, offsets, mask, c10::DeviceType::MILKERNELS_DEVICE_KEY), guard_(x) {
+    if (embed.weight) width = embedding.emplace(*this, embed).weight.size(0);
+    if (offsets) this->offsets = offsets->contiguous();
+    const int64_t columns = std::max(x.size(1), width);
+    TORCH_CHECK_VALUE(rows < (int64_t{1} << 40) && columns <= (1 << 30) && bags < (1 << 30),
+                      "too many rows, columns or bags: ", rows, ", ", columns, ", ", bags);
     chunk_shift_ = rows <= 2048 ? 6 : 8;
     while (rows > int64_t{kMostChunks} << chunk_shift_) ++chunk_shift_;
     shift = chunk_shift_;
@@ -153,26 +136,6 @@ class Call {
     return {slice.first, slice.count, data<int64_t>(slice.places), rows, data<bool>(mask)};
   }
 
-  bool here(const Tensor& t) const { return t.device() == x.device(); }
-  Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, x.options().dtype(acc)); }
-  // A gradient to fill, in the type of x or of accumulation; an empty tensor where nobody needs it.
-  Tensor grad_x(bool need) const { return need ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options()); }
-  Tensor gradient(bool need, at::IntArrayRef sizes) const { return need ? empty(sizes) : empty({0}); }
-
-  // A tensor of these sizes, contiguous and in the accumulation type; undefined where it is absent.
-  Tensor take(const OptionalTensor& t, const char* name, at::IntArrayRef sizes) const {
-    if (!t) return {};
-    TORCH_CHECK_VALUE(here(*t) && t->sizes() == sizes, name, " must be ", sizes, " on ", x.device(), "; got ",
-                      t->sizes(), " on ", t->device());
-    return t->to(acc).contiguous();
-  }
-  // Takes indices of rows, which are int64; kernels pass over those that are none.
-  Tensor take_indices(const Tensor& t, const char* name, at::IntArrayRef sizes) const {
-    TORCH_CHECK_VALUE(here(t) && t.scalar_type() == at::kLong && t.sizes() == sizes, name, " must be int64 ", sizes,
-                      " on ", x.device(), "; got ", t.scalar_type(), " ", t.sizes(), " on ", t.device());
-    return t.contiguous();
-  }
-
   // Allocates the workspace for partial results: nothing where each bag lies in one chunk.
   template <typename A>
   Partials<A> partials(const Bags& bags, int64_t heads, int64_t columns) {
@@ -188,21 +151,11 @@ class Call {
   static cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
 #endif
 
-  Tensor x;  // rows of consecutive numbers
-  ScalarType acc;  // of scores, sums and gradients
-  int64_t rows, width;  // of what is scored and pooled: x, or its embedding
-  int64_t bags = 1;
   int shift = 0;
-  Tensor offsets, mask;
+  Tensor offsets;
   std::optional<Embedding> embedding;
 
  private:
-  static Tensor rows_of(const Tensor& x) {
-    TORCH_CHECK_VALUE(x.dim() == 2, "x must be [N, L]; got ", x.sizes());
-    const bool consecutive = x.size(1) == 1 || x.stride(1) == 1;
-    return consecutive && (x.size(0) <= 1 || x.stride(0) >= x.size(1)) ? x : x.contiguous();
-  }
-
 #ifdef MILKERNELS_EMULATED
   struct Guard {
     explicit Guard(const Tensor&) {}
@@ -212,8 +165,6 @@ class Call {
     explicit Guard(const Tensor& x) : CUDAGuard(x.device()) {}
   } guard_;
 #endif
-  // PyTorch's own small products keep the types they are given while the call lasts.
-  c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
   std::vector<Tensor> workspace_;
   int chunk_shift_ = 0;
 };

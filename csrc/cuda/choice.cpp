@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_max_bwd(
     const OptionalTensor& grad_values, const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
   const ClassifierWeights given(weights);
   ClassCall call(x, given, offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
-  check_wanted(needs.data() + 1, given);
+  check_needs(needs.data() + 1, given);
   RowGradients rows(call, needs[0], needs[3], needs[4]);
   const auto [grad_weight, grad_bias] = instance_max_gradients(call, call.weight, indices, logits, grad_values,
                                                                grad_logits, {needs[1], needs[2]}, rows, false);

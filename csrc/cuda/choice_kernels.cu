@@ -36,7 +36,7 @@ template <typename A, int V>
 __device__ inline void merge_best(Best<A, V>& best, const Best<A, V>& other) {
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    // Of the two, the one that comes first is asked to give way.
+    // The one of the two that comes first is asked to give way.
     const bool later = best.at[i] < 0 || (other.at[i] >= 0 && best.at[i] < other.at[i]);
     const bool other_wins =
         later ? wins(other.value[i], best.value[i], best.at[i]) : !wins(best.value[i], other.value[i], other.at[i]);
@@ -245,7 +245,7 @@ __global__ void gather_kernel(Places places, Rows<T> from, T* out) {
   }
 }
 
-// Of the classes that chose a row, the first adds for all of them.
+// The first of the classes that chose a row adds for all of them.
 template <typename T>
 __global__ void add_rows_kernel(Places places, int classes, int width, const acc_t<T>* vectors, T* out) {
   using A = acc_t<T>;

@@ -28,7 +28,7 @@ struct FirstMax {
 template <typename T>
 void first_max(const FirstMax<T>& p, cudaStream_t stream);
 
-// The same of the logits  W x + b  [rows, classes], which are -inf where masked and never chosen there, in one read of
+// Finds the largest of the logits  W x + b  [rows, classes], which are -inf where masked and never chosen there, in one read of
 // the rows.
 template <typename T>
 struct ClassMax {

@@ -126,7 +126,7 @@ __device__ inline A group_sums(const A (&value)[COUNT]) {
   }
 }
 
-// The same over the warp: COUNT - 1 + log2(32 / COUNT) shuffles instead of 5 COUNT.
+// Such sums over the warp take COUNT - 1 + log2(32 / COUNT) shuffles instead of 5 COUNT.
 template <int COUNT, typename A>
 __device__ inline A warp_sums(const A (&value)[COUNT]) {
   A sum = group_sums(value);

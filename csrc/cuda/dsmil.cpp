@@ -40,17 +40,15 @@ class DSMILCall : public Call {
             const OptionalTensor& seed, const std::optional<c10::string_view>& v_activation, double v_dropout_p,
             std::optional<double> scale, std::optional<ScalarType> compute_dtype, const EmbedArguments& embedding)
       : Call(x, offsets, mask, embedding), type(product_type(row_type(), compute_dtype)),
-        activation(v_activation ? activation_of(*v_activation) : Activation::kIdentity), dropout(x, seed, v_dropout_p) {
-    const auto units = [&](Parameter i) -> int64_t {
-      if (!given[i]) return 0;
-      TORCH_CHECK_VALUE(given[i]->dim() == 2 && given[i]->size(0) > 0, DSMILWeights::kNames[i],
-                        " must be 2-D and not empty; got ", given[i]->sizes());
-      return given[i]->size(0);
+        activation(v_activation ? parse_activation(*v_activation) : Activation::kIdentity),
+        dropout(*this, seed, v_dropout_p) {
+    const auto units = [&](Parameter i, int64_t width) {
+      return given[i] ? units_of(*given[i], DSMILWeights::kNames[i], width) : 0;
     };
     const auto taken = [&](Parameter i, at::IntArrayRef sizes) {
       return take(given[i], DSMILWeights::kNames[i], sizes);
     };
-    const int64_t Q = units(kQ), Q2 = units(kQ2), Lv = units(kV);
+    const int64_t Q = units(kQ, width), Q2 = units(kQ2, Q), Lv = units(kV, width);
     parameters = {taken(kQ, {Q, width}), taken(kQBias, {Q}),     taken(kQ2, {Q2, Q}),
                   taken(kQ2Bias, {Q2}),  taken(kV, {Lv, width}), taken(kVBias, {Lv})};
     mlp = Q2 > 0;
@@ -102,7 +100,7 @@ struct QueryRows {
 struct ValueRows {
   ValueRows(const DSMILCall& call, const Slice& slice, bool clean) {
     if (call.dropout) {
-      input = milkernels::staged(call, slice, call.layered ? call.type : call.row_type(), {call.dropout.typed()});
+      input = copied_rows(call, slice, call.layered ? call.type : call.row_type(), {call.dropout.typed()});
     } else {
       input = rows_for_products(call, slice, call.type, clean);
     }
@@ -245,7 +243,7 @@ class RowsBackward {
     return out;
   }
   Tensor derived(const Tensor& grad, const Slice& slice, const Tensor& z, Activation activation) {
-    return staged(call_, {grad, slice.first, slice.count}, call_.acc, {{}, z, activation});
+    return copied_rows(call_, {grad, slice.first, slice.count}, call_.acc, {{}, z, activation});
   }
 
   Tensor through_value(const ValueRows& rows, const Slice& slice) {
@@ -254,7 +252,7 @@ class RowsBackward {
       grad = through(derived(grad, slice, rows.argument, call_.activation), rows.input, kV, to_.wanted());
     }
     if (!to_.wanted() || !call_.dropout) return grad;
-    return staged(call_, {grad, slice.first, slice.count}, call_.acc, {call_.dropout.typed()});
+    return copied_rows(call_, {grad, slice.first, slice.count}, call_.acc, {call_.dropout.typed()});
   }
 
   Tensor through_query(const QueryRows& rows, const Tensor& x, const Slice& slice) {
@@ -287,9 +285,7 @@ struct SecondStreamSaved {
 
 // Writes the gradient of the rows; returns those of the parameters, undefined where there is none.
 Parameters second_stream_backward(DSMILCall& call, const SecondStreamSaved& saved, RowGradients& rows) {
-  TORCH_CHECK_VALUE(saved.critical.dim() == 2 && saved.critical.size(1) > 0, "critical must be [bags, any]; got ",
-                    saved.critical.sizes());
-  const int64_t C = saved.critical.size(1);
+  const int64_t C = columns_of(saved.critical, "critical", call.bags);
   const Tensor critical = call.take_indices(saved.critical, "critical", {call.bags, C});
   Parameters grads;
   if (!saved.grad_bag && !saved.grad_scores && !saved.grad_lse) {
@@ -343,9 +339,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_pool_fwd(
     std::optional<ScalarType> embed_dtype) {
   DSMILCall call(x, DSMILWeights(weights), offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype,
                  {embed, embed_activation, embed_dropout_p, embed_dtype});
-  TORCH_CHECK_VALUE(instance_logits.dim() == 2 && instance_logits.size(1) > 0, "instance_logits must be [", call.rows,
-                    ", any]; got ", instance_logits.sizes());
-  Tensor logits = call.take(instance_logits, "instance_logits", {call.rows, instance_logits.size(1)});
+  const int64_t C = columns_of(instance_logits, "instance_logits", call.rows);
+  const Tensor logits = call.take(instance_logits, "instance_logits", {call.rows, C});
   const Tensor critical = first_max(call, logits, true, kDead).second;
   auto [bag, scores, lse, pooled] = second_stream(call, critical);
   return {bag, scores, lse, critical, pooled};
@@ -362,7 +357,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const DSMILWeights given(weights);
   DSMILCall call(x, given, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype,
                  {embed, embed_activation, embed_dropout_p, embed_dtype});
-  check_wanted(needs.data() + 1, given);
+  check_needs(needs.data() + 1, given);
   RowGradients rows(call, needs[0], needs[7], needs[8]);
   const Parameters found =
       second_stream_backward(call, {bag, scores, lse, critical, pooled, grad_bag, grad_scores, grad_lse}, rows);
@@ -380,9 +375,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dsmil_fwd(
   DSMILCall call(x, given.second, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype,
                  {embed, embed_activation, embed_dropout_p, embed_dtype});
   const Tensor& weight = given.first.weight();
-  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0, "weight must be [any, ", call.width, "]; got ",
-                    weight.sizes());
-  const int64_t C = weight.size(0);
+  const int64_t C = units_of(weight, "weight", call.width);
   const auto [values, critical, logits] =
       instance_max(call, call.take(weight, "weight", {C, call.width}), call.take(given.first.bias(), "bias", {C}));
   auto [bag, scores, lse, pooled] = second_stream(call, critical);
@@ -404,10 +397,10 @@ BothStreams dsmil_bwd(const Tensor& x, const OptionalTensors& weights, const Opt
   const DualStreamWeights given(weights);
   DSMILCall call(x, given.second, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype,
                  {embed, embed_activation, embed_dropout_p, embed_dtype});
-  check_wanted(needs.data() + 1, given.first);
-  check_wanted(needs.data() + 3, given.second);
+  check_needs(needs.data() + 1, given.first);
+  check_needs(needs.data() + 3, given.second);
   const Tensor& weight = given.first.weight();
-  const int64_t C = weight.size(0);
+  const int64_t C = units_of(weight, "weight", call.width);
   RowGradients rows(call, needs[0], needs[9], needs[10]);
   const Parameters found =
       second_stream_backward(call, {bag, scores, lse, critical, pooled, grad_bag, grad_scores, grad_lse}, rows);

@@ -104,23 +104,6 @@ inline Tensor weighted_sums(Call& call, const Tensor& x, const Tensor& weights, 
   return sums.bag;
 }
 
-// What a pooling's forward left and what came back for it, checked and in the accumulation type; `heads` and `width` of
-// what was pooled.
-struct PooledTensors {
-  PooledTensors(const Call& call, int64_t heads, int64_t width, const OptionalTensor& bag, const Tensor& scores,
-                const OptionalTensor& lse, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
-                const OptionalTensor& grad_lse)
-      : bag(call.take(bag, "bag", {call.bags, heads, width})), scores(call.take(scores, "scores", {call.rows, heads})),
-        lse(call.take(lse, "lse", {call.bags, heads})),
-        grad_bag(call.take(grad_bag, "grad_bag", {call.bags, heads, width})),
-        grad_scores(call.take(grad_scores, "grad_scores", {call.rows, heads})),
-        grad_lse(call.take(grad_lse, "grad_lse", {call.bags, heads})) {
-    TORCH_CHECK_VALUE(bag || !grad_bag, "grad_bag is given, but bag is absent");
-    TORCH_CHECK_VALUE(lse || !(grad_bag || grad_lse), "grad_bag or grad_lse is given, but lse is absent");
-  }
-  Tensor bag, scores, lse, grad_bag, grad_scores, grad_lse;
-};
-
 // The gradient of the scores [N, K], and the weights [N, K] by which rows get that of their bag; undefined where they
 // are not wanted or the bag vectors [B, K, L] have no gradient.
 class PoolGradients {

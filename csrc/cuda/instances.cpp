@@ -51,8 +51,8 @@ int64_t bytes_of_instance(const Call& call, const RowGradients* to) {
 }
 
 RowGradients::RowGradients(const Call& call, bool x, bool weight, bool bias) : x(call.grad_x(x)), call_(call) {
-  check_wanted(weight, call.embedding.has_value(), "e_weight");
-  check_wanted(bias, call.embedding && call.embedding->bias.defined(), "e_bias");
+  check_need(weight, call.embedding.has_value(), "e_weight");
+  check_need(bias, call.embedding && call.embedding->bias.defined(), "e_bias");
   if (weight) weight_ = at::zeros(call.embedding->weight.sizes(), call.x.options().dtype(call.acc));
   if (bias) bias_ = at::zeros({call.width}, call.x.options().dtype(call.acc));
 }
@@ -62,8 +62,8 @@ LayerGradient RowGradients::into_layer(const Slice& slice, const Tensor& grad) {
   const Embedding& e = *call_.embedding;
   Slice of_rows = slice;
   of_rows.x = grad;
-  const Tensor of_products =
-      staged(call_, of_rows, call_.acc, {e.dropout.typed(), slice.argument, e.activation, DropoutBranch::kEmbedding});
+  const Tensor of_products = copied_rows(call_, of_rows, call_.acc,
+                                         {e.dropout.typed(), slice.argument, e.activation, DropoutBranch::kEmbedding});
   if (bias_.defined()) bias_ += of_products.sum(0);
   const LayerGradient layer(of_products, call_.row_type());
   if (weight_.defined()) weight_ += layer.of_weight(slice.input);

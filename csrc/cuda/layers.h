@@ -9,7 +9,7 @@ namespace milkernels {
 inline Tensor product(const Tensor& a, const Tensor& b, ScalarType type) {
 #ifdef MILKERNELS_EMULATED
   // Products of half types on a CPU may read into the next row, NaN or not.
-  const ScalarType acc = a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const ScalarType acc = accumulation_type(a);
   return at::mm(a.to(acc), b.to(acc)).to(type);
 #else
   return type == a.scalar_type() ? at::mm(a, b) : at::mm(a, b, type);
@@ -38,23 +38,23 @@ inline Tensor largest(const Tensor& t) {
 }
 
 // What is done to rows on their way besides a change of type.
-struct Staging {
+struct Copying {
   Dropped dropped = {};
   Tensor z = {};  // in the accumulation type
   Activation activation = Activation::kIdentity;
   DropoutBranch branch = DropoutBranch::kValue;
 };
 
-// The rows of a slice in `type`: masked ones 0, staged as asked.
-inline Tensor staged(const Call& call, const Slice& slice, ScalarType type, const Staging& how = {}) {
+// The rows of a slice in `type`: masked ones 0, changed as asked.
+inline Tensor copied_rows(const Call& call, const Slice& slice, ScalarType type, const Copying& how = {}) {
   const Tensor out = at::empty({slice.x.size(0), slice.x.size(1)}, slice.x.options().dtype(type));
   dispatch(slice.x.scalar_type(), [&]<typename T>() {
     dispatch(type, [&]<typename E>() {
       if constexpr (std::is_same_v<acc_t<T>, acc_t<E>>) {
         const Rows<T> rows = Call::rows_at<T>(slice.x);
-        stage_rows(StageRows<T, E>{call.numbers(slice), rows.x, rows.stride, rows.width, data<E>(out), how.dropped,
-                                   how.branch, data<acc_t<T>>(how.z), how.activation},
-                   call.stream());
+        copy_rows(CopyRows<T, E>{call.numbers(slice), rows.x, rows.stride, rows.width, data<E>(out), how.dropped,
+                                 how.branch, data<acc_t<T>>(how.z), how.activation},
+                  call.stream());
       }
     });
   });
@@ -65,7 +65,7 @@ inline Tensor staged(const Call& call, const Slice& slice, ScalarType type, cons
 // must not be multiplied (`clean`); embedded ones are 0.
 inline Tensor rows_for_products(const Call& call, const Slice& slice, ScalarType type, bool clean) {
   const bool as_it_is = slice.x.scalar_type() == type && !(clean && call.mask.defined() && !slice.embedded);
-  return as_it_is ? slice.x : staged(call, slice, type);
+  return as_it_is ? slice.x : copied_rows(call, slice, type);
 }
 
 // The gradient of what a layer W x + b gives, in the type of its products: on its way to those of W and x.

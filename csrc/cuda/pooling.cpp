@@ -14,10 +14,9 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> softmax_pool_fwd(const Tensor& x, const Tensor& given, const OptionalTensor& offsets,
                                                     const OptionalTensor& mask) {
   Call call(x, offsets, mask);
-  TORCH_CHECK_VALUE(given.dim() == 2 && given.size(1) > 0, "scores must be [", call.rows, ", any]; got ",
-                    given.sizes());
-  const Forward out(call, given.size(1));
-  out.pool_given(call, call.take(given, "scores", {call.rows, given.size(1)}));
+  const int64_t heads = columns_of(given, "scores", call.rows);
+  const Forward out(call, heads);
+  out.pool_given(call, call.take(given, "scores", {call.rows, heads}));
   return {out.bag, out.scores, out.lse};
 }
 
@@ -26,7 +25,8 @@ std::tuple<Tensor, Tensor> softmax_pool_bwd(const Tensor& x, const OptionalTenso
                                             const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
                                             const OptionalTensor& grad_lse, std::array<bool, 2> needs) {
   Call call(x, offsets, mask);
-  const PooledTensors of(call, scores.size(1), call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
+  const int64_t heads = columns_of(scores, "scores", call.rows);
+  const PooledTensors of(call, heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   Tensor grad_x = call.grad_x(needs[0]), grad_given = call.gradient(needs[1], scores.sizes());
   if (Backward{of, Scoring::kGiven, {}, {}, {}, grad_x, grad_given}.run(call)) return {grad_x, grad_given};
   PoolGradients gradients(call, of, needs[0]);
@@ -37,22 +37,7 @@ std::tuple<Tensor, Tensor> softmax_pool_bwd(const Tensor& x, const OptionalTenso
 
 // --- query_pool, query_scores
 
-class QueryCall : public Call {
- public:
-  QueryCall(const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
-            double scale, const EmbedArguments& embedding)
-      : Call(x, offsets, mask, embedding) {
-    const bool per_bag = query.dim() == 3;
-    TORCH_CHECK_VALUE(per_bag || query.dim() == 2, "query must be 2-D or 3-D; got ", query.sizes());
-    heads = query.size(-2);
-    TORCH_CHECK_VALUE(heads > 0, "query must have at least one head; got ", query.sizes());
-    if (per_bag) scaled = take(query, "query", {bags, heads, width});
-    else scaled = take(query, "query", {heads, width});
-    if (scale != 1.) scaled = scaled * scale;
-  }
-  int64_t heads;
-  Tensor scaled;  // the query times the scale
-};
+using QueryCall = WithQuery<Call>;
 
 std::tuple<Tensor, Tensor, Tensor> query_pool_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets,
                                                   const OptionalTensor& mask, double scale,
@@ -146,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_bwd(
   const PooledTensors of(call, 1, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   const Tensor l = call.take(logits, "logits", {call.rows, call.classes}),
                g = call.take(grad_logits, "grad_logits", {call.rows, call.classes});
-  check_wanted(needs.data() + 1, given);
+  check_needs(needs.data() + 1, given);
   const bool sums = needs[1] || needs[2];
   RowGradients rows(call, needs[0], needs[3], needs[4]);
   Tensor grad_weight = call.gradient(sums, {call.bags, call.classes, call.width}),
@@ -167,16 +152,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_bwd(
 Tensor weighted_pool_fwd(const Tensor& x, const Tensor& weights, const OptionalTensor& offsets,
                          const OptionalTensor& mask) {
   Call call(x, offsets, mask);
-  TORCH_CHECK_VALUE(weights.dim() == 2, "weights must be [", call.rows, ", any]; got ", weights.sizes());
-  return weighted_sums(call, call.x, call.take(weights, "weights", {call.rows, weights.size(1)}));
+  return weighted_sums(call, call.x,
+                       call.take(weights, "weights", {call.rows, columns_of(weights, "weights", call.rows)}));
 }
 
 std::tuple<Tensor, Tensor> weighted_pool_bwd(const Tensor& x, const Tensor& weights, const OptionalTensor& offsets,
                                              const OptionalTensor& mask, const Tensor& grad_bag,
                                              std::array<bool, 2> needs) {
   const Call call(x, offsets, mask);
-  const Tensor w = call.take(weights, "weights", {call.rows, weights.size(1)}),
-               g = call.take(grad_bag, "grad_bag", {call.bags, weights.size(1), call.width});
+  const int64_t heads = columns_of(weights, "weights", call.rows);
+  const Tensor w = call.take(weights, "weights", {call.rows, heads}),
+               g = call.take(grad_bag, "grad_bag", {call.bags, heads, call.width});
   Tensor grad_x = call.grad_x(needs[0]), grad_weights = call.gradient(needs[1], w.sizes());
   if (needs[0]) expand(call, grad_x, 0, {w, g}, {});
   if (needs[1]) products(call, {call.x, 0, call.rows}, g, {}, 0, grad_weights);

@@ -80,22 +80,7 @@ struct Backward {
   }
 };
 
-// An op with a classifier: weight [classes, width] and bias [classes].
-class ClassCall : public Call {
- public:
-  ClassCall(const Tensor& x, const ClassifierWeights& weights, const OptionalTensor& offsets,
-            const OptionalTensor& mask, const EmbedArguments& embedding)
-      : Call(x, offsets, mask, embedding) {
-    const Tensor& weight = weights.weight();
-    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) > 0, "weight must be [any, ", width, "]; got ",
-                      weight.sizes());
-    classes = weight.size(0);
-    this->weight = take(weight, "weight", {classes, width});
-    bias = take(weights.bias(), "bias", {classes});
-  }
-  int64_t classes;
-  Tensor weight, bias;
-};
+using ClassCall = WithClasses<Call>;
 
 // (bag, scores, lse) of a softmax pooling of the rows as they come; score(slice) writes the scores of its rows into
 // `scores`.

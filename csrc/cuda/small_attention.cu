@@ -53,7 +53,7 @@ struct SharedForward : Shared<T> {
   }
 };
 
-// Of the backward. Units of the gradients come as slices do: those of V in whole slices, those of U behind.
+// The backward's shared memory. Units of the gradients come as slices do: those of V in whole slices, those of U behind.
 template <typename T>
 struct SharedBackward : Shared<T> {
   using A = acc_t<T>;
@@ -81,7 +81,7 @@ __host__ __device__ inline int depth_of(const Gate<A>& gate) {
 // `rows` rows of `columns` numbers, a multiple of 8, into shared memory: row_at(r) says where `width` of them are, the
 // others are 0; all are where it is null.
 template <typename T, typename RowAt>
-__device__ inline void stage(T* to, int pitch, int rows, int columns, int width, const RowAt& row_at) {
+__device__ inline void copy_rows(T* to, int pitch, int rows, int columns, int width, const RowAt& row_at) {
   const int across = columns / kUnitsTogether;
   for (int i = static_cast<int>(threadIdx.x); i < rows * across; i += kThreads) {
     const int r = i / across, c = i % across * kUnitsTogether;
@@ -108,7 +108,7 @@ struct Products {
   __device__ unsigned load(int64_t row, int count) const {
     const int lane = lane_index();
     const unsigned real = __ballot_sync(kAllLanes, lane < count && of.bags.real(row + smaller(lane, count - 1)));
-    stage(s.x, product_pitch<T>(width()), kProductRows, round_up(width(), kProductDepth), width(), [&](int r) {
+    copy_rows(s.x, product_pitch<T>(width()), kProductRows, round_up(width(), kProductDepth), width(), [&](int r) {
       return real >> r & 1 ? of.rows.x + (row + r) * of.rows.stride : static_cast<const T*>(nullptr);
     });
     return real;
@@ -121,7 +121,7 @@ struct Products {
     for (int c = 0; c < depth; c += kPanel) {
       const int wide = smaller(kPanel, depth - c);
       __syncthreads();  // the tile has come, the panel before has been used
-      stage(s.panel, Shared<T>::kPanelPitch, kProductColumns, wide, width() - c, [&](int r) {
+      copy_rows(s.panel, Shared<T>::kPanelPitch, kProductColumns, wide, width() - c, [&](int r) {
         const int u = unit + r % kSlice;
         const T* const weight = r < kSlice ? of.v_weight : of.u_weight;
         return u < of.gate.hidden ? weight + int64_t{u} * width() + c : static_cast<const T*>(nullptr);

@@ -119,7 +119,7 @@ __device__ inline void load_columns(A (&to)[COUNT], const T* from, int c, int wi
   }
 }
 
-// The same to memory.
+// Stores columns in this way.
 template <int COUNT, typename T, typename A>
 __device__ inline void store_columns(T* to, const A (&from)[COUNT], int c, int width) {
   constexpr int kStep = Vec<T>::kSize;
@@ -198,7 +198,7 @@ __device__ inline void for_vectors(int count, const F& f) {
   else f.template operator()<4>();
 }
 
-// The same for all rows of a tile in shared memory (a multiple of kRowsAtOnce), into out [rows, count] there.
+// Takes products of all rows of a tile in shared memory (a multiple of kRowsAtOnce), into out [rows, count] there.
 template <typename T>
 __device__ inline void tile_products(const T* tile, int rows, int width, const acc_t<T>* vectors, int count,
                                      const acc_t<T>* centre, acc_t<T>* out) {

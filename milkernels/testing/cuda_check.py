@@ -46,7 +46,7 @@ WANTED = {
     "class_max_kernel": ("LDGSTS.128", "LDS.128"),
     "row_products_kernel": ("LDG.128",),
     "expand_rows_kernel": ("LDG.128", "STG.128"),
-    "stage_kernel": ("LDG.128", "STG.128"),
+    "copy_rows_kernel": ("LDG.128", "STG.128"),
     "embed_kernel": ("LDG.128", "STG.128"),
     "gate_scores_kernel": ("LDG.128",),
     "gate_backward_kernel": ("LDG.128", "STG.128"),

@@ -33,21 +33,21 @@ void attention_forward(const AttentionCall& call, const Ragged<T>& in, const Ten
 }
 
 template <typename T>
-void attention_backward(const AttentionCall& call, const Ragged<T>& in, const PoolTensors& pooled,
+void attention_backward(const AttentionCall& call, const Ragged<T>& in, const PooledTensors& pooled,
                         const std::array<bool, 9>& needs, const std::array<Tensor, 9>& grads) {
   using A = acc_t<T>;
   with_element<T>(call.planes, [&]<typename E>() {
     const auto out = [&](int i) { return data_if<A>(needs[i], grads[i]); };
     auto program = program_of<T, E>(call);
     program.prepare_backward(call.rows, needs[1] || needs[3], in.has_gradient());
-    pool_backward<T>(program, nullptr, in, pooled.typed<A>(), program.slices());
+    pool_backward<T>(program, nullptr, in, typed<A>(pooled), program.slices());
     program.parameter_gradients(out(1), out(3), out(2), out(4), out(5), out(6));
   });
 }
 
 template void attention_forward(const AttentionCall&, const Ragged<MILKERNELS_TYPE>&, const Tensor&, const Tensor&,
                                 const Tensor&);
-template void attention_backward(const AttentionCall&, const Ragged<MILKERNELS_TYPE>&, const PoolTensors&,
+template void attention_backward(const AttentionCall&, const Ragged<MILKERNELS_TYPE>&, const PooledTensors&,
                                  const std::array<bool, 9>&, const std::array<Tensor, 9>&);
 
 }  // namespace milkernels

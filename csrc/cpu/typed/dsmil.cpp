@@ -55,7 +55,8 @@ void second_stream_rows(const DSMILCall& call, const Ragged<T>& in, const Tensor
 
 template <typename T>
 void second_stream_rows_backward(const DSMILCall& call, const Ragged<T>& in, const CriticalQueries& queries,
-                                 const PoolTensors& tensors, const Tensor& grad_vectors, std::array<Tensor, 6>& grads) {
+                                 const PooledTensors& tensors, const Tensor& grad_vectors,
+                                 std::array<Tensor, 6>& grads) {
   using A = acc_t<T>;
   with_element<T>(call.planes, [&]<typename E>() {
     with_programs<T, E>(call, in, queries, [&](auto& score, auto* stage) {
@@ -71,8 +72,8 @@ void second_stream_rows_backward(const DSMILCall& call, const Ragged<T>& in, con
         stage->prepare_backward(call.rows, in.has_gradient());
         if (stage->slices()) fewer(*stage->slices());
       }
-      pool_backward<T>(score, stage, in, tensors.typed<A>(), slices);
-      const auto g = tensors.typed<A>();
+      pool_backward<T>(score, stage, in, typed<A>(tensors), slices);
+      const auto g = typed<A>(tensors);
       score.products.gradient_of_bags(grad_vectors.mutable_data_ptr<A>(), call.mlp() || stage ? nullptr : &g);
       const auto take_sums = [&](const Layer<E>& layer, const typename Layer<E>::Sums& sums, int weight) {
         Tensor &w = grads[weight], &b = grads[weight + 1];
@@ -95,6 +96,6 @@ void second_stream_rows_backward(const DSMILCall& call, const Ragged<T>& in, con
 template void second_stream_rows(const DSMILCall&, const Ragged<MILKERNELS_TYPE>&, const Tensor&, const Tensor&,
                                  const Tensor&, const Tensor&, const Tensor&);
 template void second_stream_rows_backward(const DSMILCall&, const Ragged<MILKERNELS_TYPE>&, const CriticalQueries&,
-                                          const PoolTensors&, const Tensor&, std::array<Tensor, 6>&);
+                                          const PooledTensors&, const Tensor&, std::array<Tensor, 6>&);
 
 }  // namespace milkernels

@@ -1,5 +1,6 @@
-// The instance stage: the layer in front of an aggregator, h_i = drop(act(W x_i + b)), as the rows that an op sees.
-// They are made for a tile at a time, in the forward and again in the backward, and never stored.
+// Rows as an op sees them, embedded or not. Those of an embedding, the layer in front of an aggregator, are
+// h_i = drop(act(W x_i + b)): they are made for a tile at a time, in the forward and again in the backward, and never
+// stored.
 #pragma once
 
 #include "call.h"

@@ -1,4 +1,4 @@
-#include "embed.h"
+#include "instances.h"
 
 #include <ATen/TensorOperators.h>
 
@@ -47,13 +47,13 @@ class EmbedSource final : public EmbeddedRows<H> {
   struct Worker final : Source<H>::Worker {
     const EmbedSource& p;
     MatrixUnits matrix_units;
-    Buffer<E> staged, left, transposed, panel;
+    Buffer<E> copied, left, transposed, panel;
     Buffer<H> made;
     Buffer<A> block, keep, slopes;
     Matrix<E> x{};
 
     Worker(const EmbedSource& p, int64_t rows)
-        : p(p), staged(p.layer_.planes() * rows * p.layer_.depth()),
+        : p(p), copied(p.layer_.planes() * rows * p.layer_.depth()),
           left(p.has_gradient() ? p.layer_.planes() * rows * p.layer_.columns() : 0),
           transposed(p.needs_weight() ? p.layer_.planes() * rows * p.layer_.columns() : 0),
           panel(p.needs_weight() ? p.layer_.planes() * rows * kBlock : 0), made(rows * p.layer_.columns()),
@@ -78,7 +78,8 @@ class EmbedSource final : public EmbeddedRows<H> {
   Tile<H> make(const Tile<H>& tile, Worker& s) const {
     const int64_t rows = round_up(tile.rows, kRowMultiple), columns = layer_.columns();
     const auto from = x_.tile(tile.first, tile.rows);
-    s.x = stage(from.x, from.ld, tile.mask, tile.rows, rows, x_.width, layer_.depth(), layer_.planes(), s.staged.get());
+    s.x = copy_rows(from.x, from.ld, tile.mask, tile.rows, rows, x_.width, layer_.depth(), layer_.planes(),
+                    s.copied.get());
     layer_.for_blocks(s.x, rows, s.block.get(), [&](int64_t t, int64_t c, int64_t count, const A* bias) {
       if (dropout_) {
         dropout_factors(dropout_, {DropoutBranch::kEmbedding}, tile.first + t, count, c, kBlock, s.keep.get(), kBlock);
@@ -188,7 +189,7 @@ template <typename H>
 std::unique_ptr<EmbeddedRows<H>> embedded_rows(const Call& call, RowGradients* gradients) {
   std::unique_ptr<EmbeddedRows<H>> rows;
   const auto make = [&]<typename T, typename E>() {
-    // Of these pairs, H goes with one element type only.
+    // H goes with one element type of these pairs only.
     if constexpr (std::is_same_v<acc_t<T>, acc_t<H>> && (std::is_same_v<H, E> || std::is_same_v<H, acc_t<E>>)) {
       rows = std::make_unique<EmbedSource<T, E, H>>(call, gradients);
     }

@@ -1,4 +1,4 @@
-#include "stage.h"
+#include "copy_rows.h"
 
 #include "tile.h"
 
@@ -32,7 +32,7 @@ __device__ inline void drop(A (&value)[kUnitsTogether], const Dropped& dropped, 
 }
 
 template <typename T, typename E>
-__global__ void __launch_bounds__(kThreads) stage_kernel(StageRows<T, E> p) {
+__global__ void __launch_bounds__(kThreads) copy_rows_kernel(CopyRows<T, E> p) {
   using A = acc_t<T>;
   const auto [r, c] = place_of_thread(p.width);
   if (r >= p.numbers.count) return;
@@ -76,9 +76,9 @@ __global__ void __launch_bounds__(kThreads) embed_kernel(EmbedRows<E> p) {
 }  // namespace
 
 template <typename T, typename E>
-void stage_rows(const StageRows<T, E>& p, cudaStream_t stream) {
+void copy_rows(const CopyRows<T, E>& p, cudaStream_t stream) {
   if (p.numbers.count == 0) return;
-  launch<stage_kernel<T, E>>(grid_of(p.numbers.count, p.width), kThreads, 0, stream, p);
+  launch<copy_rows_kernel<T, E>>(grid_of(p.numbers.count, p.width), kThreads, 0, stream, p);
 }
 
 template <typename E>
@@ -87,15 +87,15 @@ void embed_rows(const EmbedRows<E>& p, cudaStream_t stream) {
   launch<embed_kernel<E>>(grid_of(p.numbers.count, p.width), kThreads, 0, stream, p);
 }
 
-template void stage_rows(const StageRows<double, double>&, cudaStream_t);
-#define MILKERNELS_STAGE(T)                                              \
-  template void stage_rows(const StageRows<T, float>&, cudaStream_t);    \
-  template void stage_rows(const StageRows<T, bfloat16>&, cudaStream_t); \
-  template void stage_rows(const StageRows<T, float16>&, cudaStream_t);
-MILKERNELS_STAGE(float)
-MILKERNELS_STAGE(bfloat16)
-MILKERNELS_STAGE(float16)
-#undef MILKERNELS_STAGE
+template void copy_rows(const CopyRows<double, double>&, cudaStream_t);
+#define MILKERNELS_COPY_ROWS(T)                                        \
+  template void copy_rows(const CopyRows<T, float>&, cudaStream_t);    \
+  template void copy_rows(const CopyRows<T, bfloat16>&, cudaStream_t); \
+  template void copy_rows(const CopyRows<T, float16>&, cudaStream_t);
+MILKERNELS_COPY_ROWS(float)
+MILKERNELS_COPY_ROWS(bfloat16)
+MILKERNELS_COPY_ROWS(float16)
+#undef MILKERNELS_COPY_ROWS
 template void embed_rows(const EmbedRows<float>&, cudaStream_t);
 template void embed_rows(const EmbedRows<double>&, cudaStream_t);
 template void embed_rows(const EmbedRows<bfloat16>&, cudaStream_t);

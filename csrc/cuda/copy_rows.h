@@ -21,7 +21,7 @@ struct RowNumbers {
 // out: the rows x, 0 where masked, dropped out, in the type E; times the gradient of the activation where its value (of
 // gelu: its argument) is z.
 template <typename T, typename E>
-struct StageRows {
+struct CopyRows {
   using A = acc_t<T>;
   RowNumbers numbers;
   const T* x;  // the first of these rows, as of out and z
@@ -34,7 +34,7 @@ struct StageRows {
   Activation activation = Activation::kIdentity;
 };
 template <typename T, typename E>
-void stage_rows(const StageRows<T, E>& p, cudaStream_t stream);
+void copy_rows(const CopyRows<T, E>& p, cudaStream_t stream);
 
 // out: drop(act(z + bias)) of the products z, 0 where masked.
 template <typename E>
