@@ -11,10 +11,6 @@ from milkernels.dtypes import compute_dtype_of, product_dtypes, result_dtype, wi
 from milkernels.layers import ACTIVATIONS, Embed, Linear, as_linear
 from milkernels.ops.contract import (
     BAGS,
-    EMBED,
-    EMBED_INPUTS,
-    EMBED_OPTIONS,
-    EMBED_SAVES,
     Backward,
     Forward,
     call,
@@ -282,15 +278,14 @@ def attention_pool_reference(x, v_weight, v_bias, u_weight, u_bias, w_weight, w_
 # The contract
 
 _WEIGHTS = "weights[v_weight v_bias u_weight u_bias w_weight w_bias]"
-_ATTENTION = (
-    f"Tensor x, {_WEIGHTS}, {BAGS}, Tensor? seed, str activation, float dropout_p, ScalarType? compute_dtype, {EMBED}"
-)
+_ATTENTION = f"Tensor x, {_WEIGHTS}, {BAGS}, Tensor? seed, str activation, float dropout_p, ScalarType? compute_dtype"
 _ATTENTION_BACKWARD = Backward(
     "attention",
-    inputs="x v_weight v_bias u_weight u_bias w_weight w_bias" + EMBED_INPUTS,
-    saves=f"x {_WEIGHTS} offsets? mask? seed? bag? scores lse?" + EMBED_SAVES,
-    options=("str activation", "float dropout_p", "ScalarType? compute_dtype", *EMBED_OPTIONS),
+    inputs="x v_weight v_bias u_weight u_bias w_weight w_bias",
+    saves=f"x {_WEIGHTS} offsets? mask? seed? bag? scores lse?",
+    options=("str activation", "float dropout_p", "ScalarType? compute_dtype"),
     outputs="bag scores lse",
+    embeds=True,
 )
 declare(
     Forward(

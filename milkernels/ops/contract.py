@@ -31,6 +31,13 @@ _LIBRARY = torch.library.Library("milkernels", "DEF")
 FORWARDS: list["Forward"] = []  # every op that was declared
 EMBEDDED: set[str] = set()  # ops that take an embedding
 
+BAGS = "Tensor? offsets, Tensor? mask"
+# The layer in front of an op: ``drop(act(W x + b))`` takes the place of x. Where the list is empty, there is none.
+# It has a seed and a type of its own, so that it is the same for every op.
+_EMBED = "embed?[e_weight e_bias e_seed]"
+_EMBED_OPTIONS = ("str? embed_activation", "float embed_dropout_p", "ScalarType? embed_dtype")
+NO_EMBEDDING = (None, None, None, None, 0.0, None)
+
 
 class Arguments:
     """The arguments of an op: flat, each tensor under a name of its own, and grouped, as its schema has them.
@@ -110,6 +117,13 @@ class Backward:
     saves: str
     outputs: str  # that have a gradient
     options: tuple[str, ...] = ()
+    embeds: bool = False  # whether the ops take an embedding, which has gradients too
+
+    def __post_init__(self):
+        if self.embeds:
+            object.__setattr__(self, "inputs", f"{self.inputs} e_weight e_bias")
+            object.__setattr__(self, "saves", f"{self.saves} {_EMBED}")
+            object.__setattr__(self, "options", (*self.options, *_EMBED_OPTIONS))
 
     @property
     def full_name(self) -> str:
@@ -149,6 +163,10 @@ class Forward:
     indices: str = ""  # outputs of int64
     typed: str = ""  # outputs in the type of the first input; the others accumulate in float32, float64 for float64
 
+    def __post_init__(self):
+        if self.backward.embeds:
+            object.__setattr__(self, "inputs", ", ".join((self.inputs, _EMBED, *_EMBED_OPTIONS)))
+
     @property
     def full_name(self) -> str:
         return f"{self.name}_fwd"
@@ -174,16 +192,6 @@ def pooled_width(x, e_weight=None):
 def pooled_shapes(x, offsets, heads, width):
     bags, rows = num_bags(offsets), x.shape[0]
     return (bags, heads, width), (rows, heads), (bags, heads)
-
-
-BAGS = "Tensor? offsets, Tensor? mask"
-# The layer in front of an op: ``drop(act(W x + b))`` takes the place of x. Where the list is empty, there is none.
-# It has a seed and a type of its own, so that it is the same for every op.
-_EMBED = "embed?[e_weight e_bias e_seed]"
-EMBED_OPTIONS = ("str? embed_activation", "float embed_dropout_p", "ScalarType? embed_dtype")
-EMBED = ", ".join((_EMBED, *EMBED_OPTIONS))
-EMBED_SAVES, EMBED_INPUTS = f" {_EMBED}", " e_weight e_bias"
-NO_EMBEDDING = (None, None, None, None, 0.0, None)
 
 
 # Fakes
@@ -325,7 +333,7 @@ def declare(*ops: Forward, triton: str) -> None:
     """Registers ops, the backwards that they share, and Triton's kernels for them: those of ``milkernels.triton``'s
     module of that name.  Kernels in C++ register themselves when their module is loaded."""
     FORWARDS.extend(ops)
-    EMBEDDED.update(op.name for op in ops if "e_weight" in op.arguments.names)
+    EMBEDDED.update(op.name for op in ops if op.backward.embeds)
     backwards = dict.fromkeys(op.backward for op in ops)
     for backend in backends.KERNELS:
         for op in (*ops, *backwards):

@@ -11,10 +11,6 @@ from milkernels.dtypes import compute_dtype_of, product_dtypes, result_dtype, wi
 from milkernels.layers import ACTIVATIONS, Embed, Linear, as_linear
 from milkernels.ops.contract import (
     BAGS,
-    EMBED,
-    EMBED_INPUTS,
-    EMBED_OPTIONS,
-    EMBED_SAVES,
     Backward,
     Forward,
     call,
@@ -318,24 +314,21 @@ def _both_streams(x, bag, scores, lse, critical, pooled):
 # The contract
 
 _SECOND = "q_weight q_bias q2_weight q2_bias v_weight v_bias"  # the weights of the second stream
-_DSMIL = f"{BAGS}, Tensor? seed, str? v_activation, float v_dropout_p, float? scale, ScalarType? compute_dtype, {EMBED}"
-_DSMIL_OPTIONS = (
-    *("str? v_activation", "float v_dropout_p", "float? scale", "ScalarType? compute_dtype"),
-    *EMBED_OPTIONS,
-)
+_DSMIL = f"{BAGS}, Tensor? seed, str? v_activation, float v_dropout_p, float? scale, ScalarType? compute_dtype"
+_DSMIL_OPTIONS = ("str? v_activation", "float v_dropout_p", "float? scale", "ScalarType? compute_dtype")
 
 declare(
     Forward(
         "instance_max",
-        f"Tensor x, weights[weight bias], {BAGS}, {EMBED}",
+        f"Tensor x, weights[weight bias], {BAGS}",
         "values indices logits",
         lambda x, weight, offsets, **_: (*[(num_bags(offsets), weight.shape[0])] * 2, (x.shape[0], weight.shape[0])),
         Backward(
             "instance_max",
-            inputs="x weight bias" + EMBED_INPUTS,
-            saves="x weights[weight bias] offsets? mask? indices logits" + EMBED_SAVES,
+            inputs="x weight bias",
+            saves="x weights[weight bias] offsets? mask? indices logits",
             outputs="values logits",
-            options=EMBED_OPTIONS,
+            embeds=True,
         ),
         indices="indices",
     ),
@@ -351,10 +344,11 @@ declare(
         ),
         Backward(
             "dsmil_pool",
-            inputs=f"x {_SECOND}" + EMBED_INPUTS,
-            saves=f"x weights[{_SECOND}] offsets? mask? seed? bag scores lse critical pooled" + EMBED_SAVES,
+            inputs=f"x {_SECOND}",
+            saves=f"x weights[{_SECOND}] offsets? mask? seed? bag scores lse critical pooled",
             options=_DSMIL_OPTIONS,
             outputs="bag scores lse",
+            embeds=True,
         ),
         indices="critical",
     ),
@@ -367,11 +361,11 @@ declare(
         ),
         Backward(
             "dsmil",
-            inputs=f"x weight bias {_SECOND}" + EMBED_INPUTS,
-            saves=f"x weights[weight bias {_SECOND}] offsets? mask? seed? bag scores lse critical logits pooled"
-            + EMBED_SAVES,
+            inputs=f"x weight bias {_SECOND}",
+            saves=f"x weights[weight bias {_SECOND}] offsets? mask? seed? bag scores lse critical logits pooled",
             options=_DSMIL_OPTIONS,
             outputs="bag scores lse values logits",
+            embeds=True,
         ),
         indices="critical",
     ),

@@ -8,10 +8,6 @@ from milkernels.dtypes import compute_dtype_of, product_dtypes, result_dtype, wi
 from milkernels.layers import Embed, Linear, as_linear
 from milkernels.ops.contract import (
     BAGS,
-    EMBED,
-    EMBED_INPUTS,
-    EMBED_OPTIONS,
-    EMBED_SAVES,
     Backward,
     Forward,
     call,
@@ -99,7 +95,7 @@ def loss_attention_pool_reference(x, weight, bias, offsets, mask, compute_dtype)
 declare(
     Forward(
         "loss_attention_pool",
-        f"Tensor x, weights[weight bias], {BAGS}, {EMBED}",
+        f"Tensor x, weights[weight bias], {BAGS}",
         "bag scores lse logits",
         lambda x, weight, offsets, e_weight, **_: (
             *pooled_shapes(x, offsets, 1, pooled_width(x, e_weight)),
@@ -107,10 +103,10 @@ declare(
         ),
         Backward(
             "loss_attention_pool",
-            inputs="x weight bias" + EMBED_INPUTS,
-            saves="x weights[weight bias] offsets? mask? bag scores lse logits" + EMBED_SAVES,
+            inputs="x weight bias",
+            saves="x weights[weight bias] offsets? mask? bag scores lse logits",
             outputs="bag scores lse logits",
-            options=EMBED_OPTIONS,
+            embeds=True,
         ),
     ),
     triton="pooling",

@@ -9,10 +9,6 @@ from milkernels.dtypes import accumulation_dtype, result_dtype, without_autocast
 from milkernels.layers import Embed
 from milkernels.ops.contract import (
     BAGS,
-    EMBED,
-    EMBED_INPUTS,
-    EMBED_OPTIONS,
-    EMBED_SAVES,
     Backward,
     Forward,
     call,
@@ -156,13 +152,14 @@ def query_pool_reference(x, query, offsets, mask, scale):
 
 # The contract
 
-_QUERY = f"Tensor x, Tensor query, {BAGS}, float scale, {EMBED}"
+_QUERY = f"Tensor x, Tensor query, {BAGS}, float scale"
 _QUERY_BACKWARD = Backward(
     "query",
-    inputs="x query" + EMBED_INPUTS,
-    saves="x query offsets? mask? bag? scores lse?" + EMBED_SAVES,
-    options=("float scale", *EMBED_OPTIONS),
+    inputs="x query",
+    saves="x query offsets? mask? bag? scores lse?",
+    options=("float scale",),
     outputs="bag scores lse",
+    embeds=True,
 )
 declare(
     Forward(
