@@ -30,6 +30,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "What this build is, as a dict of strings.");
   m.def("product_rate", &milkernels::product_rate, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "FLOP/s of float32 tile products on all threads, measured now (about 10 ms).");
+  m.def("release_workspace", &milkernels::release_workspace, "Frees the workspace that this thread keeps.");
   m.def("emulate_matrix_units", &milkernels::emulate_matrix_units, pybind11::arg("on"),
         "For tests: run half types in the layouts of the matrix units on machines that have none (slowly).");
 }

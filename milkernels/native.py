@@ -111,6 +111,12 @@ def build_info(device: str = "cpu") -> dict[str, str]:
     return {} if module is None else {"module": module.__name__, **module.build_info()}
 
 
+def release_workspace() -> None:
+    """Frees the workspace that this thread keeps from call to call, so that what a call needs can be measured."""
+    if hasattr(_extension, "release_workspace"):  # CUDA's kernels keep none
+        _extension.release_workspace()
+
+
 def product_rate() -> float | None:
     """FLOP/s at which the kernels' float32 tile products run on this machine now; None without the extension."""
     return None if _extension is None else _extension.product_rate()

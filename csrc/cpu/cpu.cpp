@@ -7,6 +7,8 @@
 #include <atomic>
 #include <chrono>
 
+#include "rows.h"
+
 namespace milkernels {
 
 using at::ScalarType;
@@ -16,6 +18,8 @@ std::atomic<bool> emulated{false};
 }
 
 void emulate_matrix_units(bool on) { emulated = on; }
+
+void release_workspace() { Workspace::of_thread() = Workspace(); }
 
 double product_rate() {
   constexpr int64_t kRows = 64, kDepth = 512, kColumns = 64, kRepeats = 200;

@@ -21,6 +21,9 @@ int bf16_planes(at::ScalarType x, std::optional<at::ScalarType> compute);
 // made of such products cannot beat.
 double product_rate();
 
+// Frees the workspace that this thread keeps, so that what a call needs can be measured.
+void release_workspace();
+
 // Tests take the layouts of the matrix units on any machine.
 void emulate_matrix_units(bool on);
 

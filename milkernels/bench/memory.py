@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from milkernels import native
+
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
@@ -78,6 +80,7 @@ def allocator_peak(call: Callable[[], object]) -> int | None:
     """Most bytes that PyTorch's CPU allocator held at once for ``call``, by the profiler's memory events."""
     from torch.profiler import ProfilerActivity, profile
 
+    native.release_workspace()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     del result
@@ -96,6 +99,7 @@ def allocator_peak(call: Callable[[], object]) -> int | None:
 def release() -> None:
     """Gives what the warm-up freed back to the system, or reusing it would not show."""
     gc.collect()
+    native.release_workspace()
     with contextlib.suppress(OSError, AttributeError):  # other C libraries have no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 
