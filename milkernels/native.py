@@ -12,6 +12,7 @@ that of the running PyTorch is looked for.
 
 import importlib
 import os
+import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -46,10 +47,11 @@ def _is_here(name: str) -> bool:
 
 def _imported(name: str) -> tuple[ModuleType | None, str | None]:
     """The module for the running PyTorch, or None and why not."""
-    if not _is_here(name):
+    full = f"milkernels.{name}{SUFFIX}"
+    if full not in sys.modules and not _is_here(name):  # who puts one there takes it from elsewhere on purpose
         return None, f"the compiled extension {name} {_missing(name)}; {_BUILD}"
     try:
-        return importlib.import_module(f"milkernels.{name}{SUFFIX}"), None
+        return importlib.import_module(full), None
     except ImportError as failure:
         return None, f"the compiled extension could not be imported ({failure}); {_BUILD}"
 
