@@ -89,10 +89,11 @@ def choose(op: str, x: Tensor, parameters: Sequence[Tensor | None] = (), request
         requested = _context.current() or _START
     elif requested.__class__ is not str:
         _checked(requested, "backend")
-    key = op, requested, x.device.type, x.dtype, double
+    key = requested, op, x.device.type, x.dtype, double
     served = _served.get(key)
     if served is None:
-        served, said = _choose(_checked(requested, "backend"), *key[:1], *key[2:])
+        _checked(requested, "backend")
+        served, said = _choose(*key)
         if said is None:
             _served[key] = served
         else:
@@ -100,7 +101,7 @@ def choose(op: str, x: Tensor, parameters: Sequence[Tensor | None] = (), request
     return served
 
 
-_served: dict[tuple, str] = {}  # (op, backend asked for, device type, type of x, whether a parameter is float64)
+_served: dict[tuple, str] = {}  # (backend asked for, op, device type, type of x, whether a parameter is float64)
 
 
 def _choose(requested: str, op: str, *kind) -> tuple[str, tuple[str, str] | None]:
