@@ -44,7 +44,7 @@ PIP := $(PY) -m pip $(PIP_OPTIONS)
 STYLE := $(shell sed -nE 's/.*"((ruff|clang-format)==[^"]*)".*/\1/p' pyproject.toml)
 # Not by its script, which is elsewhere where $(PYTHON) has it already.
 CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
-PYTHON_FILES := setup.py $(wildcard milkernels tests benchmarks examples)
+PYTHON_FILES := setup.py $(wildcard milkernels tools tests benchmarks examples)
 CPP_FILES := $(shell find csrc tests/cuda -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 CUDA_VENV := .venv-cuda
 # Of the tests of all kernels those against the oracle, for AddressSanitizer is slow; ARGS="-k 'not gradcheck'" runs all.
@@ -75,7 +75,7 @@ gpu:
 
 aot: $(VENV)/.installed
 	@$(PY) -c "import triton" 2>/dev/null || $(PIP) install "triton>=3.6"
-	env -u TRITON_INTERPRET $(PY) -m milkernels.testing.aot $(ARGS)
+	env -u TRITON_INTERPRET $(PY) -m tools.aot $(ARGS)
 
 # Both libraries come before Python, which is linked to neither: AddressSanitizer looks for the other's exceptions at once.
 cuda-test: $(VENV)/.installed
@@ -88,14 +88,14 @@ cuda-test: $(VENV)/.installed
 host-time: $(VENV)/.installed
 	@$(PY) -c "import rich, triton" 2>/dev/null || $(PIP) install "milkernels[test]"
 	MILKERNELS_BUILD_EXT=0 MILKERNELS_BUILD_CUDA=0 MILKERNELS_BUILD_EMULATED=1 $(BUILD)
-	env -u TRITON_INTERPRET MILKERNELS_EMULATE_CUDA=1 $(PY) -m milkernels.testing.host_time $(ARGS)
+	env -u TRITON_INTERPRET MILKERNELS_EMULATE_CUDA=1 $(PY) -m tools.host_time $(ARGS)
 
 # An environment of its own, as .venv may have a PyTorch without CUDA.
 cuda-check:
 	@command -v nvcc >/dev/null || [ -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] \
 		|| { echo "make cuda-check needs CUDA's compiler: there is no nvcc on the PATH, in CUDA_HOME or in /usr/local/cuda"; exit 1; }
 	@$(MAKE) --no-print-directory $(CUDA_VENV)/.created
-	$(CUDA_VENV)/bin/python -m milkernels.testing.cuda_check $(ARGS)
+	$(CUDA_VENV)/bin/python -m tools.cuda_check $(ARGS)
 
 $(CUDA_VENV)/.created:
 	@rm -rf $(CUDA_VENV)

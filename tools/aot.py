@@ -1,4 +1,4 @@
-"""``python -m milkernels.testing.aot``: compiles every Triton kernel as the host code launches it, with no GPU.
+"""``python -m tools.aot``: compiles every Triton kernel as the host code launches it, with no GPU.
 
 Fails on what would be slow or wrong: spills, too much shared memory, wgmma that is serialised or reads registers, a
 missing TMA load, a kernel that does not compile, a kernel that nothing launches, host code that waits for the device.
@@ -16,7 +16,7 @@ from multiprocessing import get_context
 
 from milkernels import triton as adapter
 from milkernels.ops import contract
-from milkernels.testing.standin import Launch, Usage, call_op, modules, standin
+from tools.standin import Launch, Usage, call_op, modules, standin
 
 KB = 1024
 # name: (backend, architecture, threads of a warp, most shared memory of a program)
@@ -250,7 +250,7 @@ def table(rows: list[Row]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m milkernels.testing.aot", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.aot", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--op",
         action="append",

@@ -1,4 +1,4 @@
-"""``python -m milkernels.testing.cuda_check``: builds the CUDA module and reads what came out, with no GPU.
+"""``python -m tools.cuda_check``: builds the CUDA module and reads what came out, with no GPU.
 
 Fails on what would be slow or missing: an op without a kernel, spills and stack frames, registers that a full block has
 not, a kernel that should read vectors of 16 bytes or multiply matrices and does not, a warning of the compiler.  Needs
@@ -22,7 +22,7 @@ import torch
 
 from milkernels import native
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = {"sm_80": "8.0", "sm_90a": "9.0a", "sm_100": "10.0+PTX"}
 REGISTERS = 65536  # of a multiprocessor; a thread has 255
 MOST_THREADS = 1024
@@ -306,7 +306,7 @@ def table(rows: list[Row]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m milkernels.testing.cuda_check", description=__doc__.split(":")[1])
+    parser = argparse.ArgumentParser(prog="python -m tools.cuda_check", description=__doc__.split(":")[1])
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "cuda-check", help="where to build")
     arguments = parser.parse_args(argv)
     home, start = toolkit(), time.time()

@@ -1,4 +1,4 @@
-"""``python -m milkernels.testing.host_time``: what a call costs the host, with no GPU: CUDA C++ beside Triton.
+"""``python -m tools.host_time``: what a call costs the host, with no GPU: CUDA C++ beside Triton.
 
 Kernels are not run. Those of Triton go through its own launch path down to a launcher that does nothing, those of C++
 through the emulated module, which counts them; so what neither has is the driver, some microseconds for each launch.
@@ -106,7 +106,7 @@ def measure(ops, launches: dict[str, object], rounds: int) -> list[tuple[str, st
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m milkernels.testing.host_time", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.host_time", description=__doc__.split("\n")[0])
     parser.add_argument("--op", action="append", choices=OPS)
     parser.add_argument("--rounds", type=int, default=31)
     arguments = parser.parse_args(argv)
