@@ -1,8 +1,8 @@
 """``python -m tools.costs``: what every op costs, in counts that no noise can move, beside their record.
 
 Matrix products that the CPU kernels ask the library for, bytes by PyTorch's allocator, launches of the Triton ops on
-the device of `standin`, which is not there.  ``--write`` writes the record, ``tests/costs.json``, which tests hold every
-op to.
+the device of `standin`, which is not there.  ``--write`` writes the record, ``tests/costs.json``, which tests hold all
+ops to.
 """
 
 import argparse

@@ -1,12 +1,9 @@
 """Who is measured.  Peers are looked for when they are asked for, and named with their version."""
 
 import contextlib
-import functools
 import importlib.metadata
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 
@@ -68,7 +65,7 @@ def _compile(mode: str | None) -> Prepare:
     return prepare
 
 
-def _ours(backend: str) -> Prepare:
+def ours(backend: str) -> Prepare:
     def prepare(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
         try:
             with torch.no_grad():
@@ -111,68 +108,6 @@ def _peer(
     return Contender(name, checked, version=version, peer=True, **more)
 
 
-@contextlib.contextmanager
-def _kernels(**chosen: str) -> Iterator[None]:
-    """Those that Triton takes by itself, but for the chosen ones."""
-    from milkernels.triton import tuning
-
-    with mock.patch.object(tuning, "_forced", {}), tuning.use(**chosen):
-        yield
-
-
-@contextlib.contextmanager
-def _workspace(megabytes: int) -> Iterator[None]:
-    from milkernels.triton import call
-
-    before, call.WORKSPACE = call.WORKSPACE, megabytes << 20
-    try:
-        yield
-    finally:
-        call.WORKSPACE = before
-
-
-def launched(run: Callable[[], object]) -> Counter[str]:
-    """The Triton kernels that ``run`` launches, by name."""
-    from milkernels.triton import host
-
-    names: Counter[str] = Counter()
-
-    def counting(kernel, *rest, launch=host._run):
-        names[kernel.__name__] += 1
-        launch(kernel, *rest)
-
-    with mock.patch.object(host, "_run", counting):
-        run()
-    return names
-
-
-def _with_kernels(chosen: dict[str, str]) -> Contender:
-    """Triton with other kernels than it takes by itself; none where they cannot serve the call."""
-    name = next(iter(chosen.values()))
-
-    def prepare(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
-        compute, _ = _ours("triton")(case, inputs, static)
-        few = case.prefix(inputs, PREFIX)
-        with torch.no_grad():
-            forced = launched(lambda: compute(few))
-            with _kernels():
-                usual = launched(lambda: compute(few))
-        if forced == usual:
-            raise Unavailable(f"the kernels are those of triton: {', '.join(sorted(usual))}")
-        return compute, inputs
-
-    about = f"milkernels, Triton with the {name} kernels where it would take others"
-    title = f"triton, {name}"
-    return Contender(name, prepare, title=title, ours=True, within=lambda: _kernels(**chosen), about=about)
-
-
-def _with_workspace(megabytes: int) -> Contender:
-    name = f"workspace-{megabytes}"
-    within = functools.partial(_workspace, megabytes)
-    about = f"milkernels, Triton with slices of rows whose workspace is {megabytes} MB"
-    return Contender(name, _ours("triton"), title=f"triton, {name} MB", ours=True, within=within, about=about)
-
-
 # Other formulas of an op: contender -> what they use
 ALTERNATIVES = {f"eager-{formula}": formula for case in CASES.values() for formula in case.alternatives}
 YARDSTICKS = ("eager", *ALTERNATIVES, "compile")  # what a result is divided by
@@ -204,11 +139,6 @@ _PEERS = (
         "torch.segment_reduce(offsets=...) for maxima, sums and pooling, on all bags at once",
     ),
     _peer(
-        *("scatter", peers.scatter, peers.refuses_segments),
-        "scatter_softmax and segment_csr of torch_scatter, on all bags at once; index made beforehand",
-        package="torch_scatter",
-    ),
-    _peer(
         *("jagged", peers.jagged, peers.refuses_jagged),
         "torch.nested, jagged layout: exp of the scores, and products over the ragged dimension",
     ),
@@ -218,7 +148,10 @@ _PEERS = (
         loops=True,
     ),
 )
-_COMPILED = ("compile", "compile-max-autotune")
+_COMPILED = {
+    "compile": "torch.compile, default mode, of the eager formula: of one shape, or dynamic for several bags",
+    "compile-max-autotune": 'torch.compile(mode="max-autotune") of the eager formula; no CUDA graphs for several bags',
+}
 
 REGISTRY: dict[str, Contender] = {
     c.name: c
@@ -226,34 +159,22 @@ REGISTRY: dict[str, Contender] = {
         Contender("eager", _eager, loops=True, about="the formula as published code has it, one bag after another"),
         *(
             Contender(
-                name,
-                _alternative(formula),
-                title=f"eager, {formula}",
+                *(name, _alternative(formula), f"eager, {formula}"),
                 loops=True,
                 peer=True,
                 about=f"eager with another formula of the same op: {formula}",
             )
             for name, formula in ALTERNATIVES.items()
         ),
+        Contender("compile", _compile(None), loops=True, about=_COMPILED["compile"]),
         Contender(
-            "compile",
-            _compile(None),
-            loops=True,
-            about="torch.compile, default mode, of the eager formula: of one shape, or dynamic for several bags",
-        ),
-        Contender(
-            "compile-max-autotune",
-            _compile("max-autotune"),
-            loops=True,
-            about='torch.compile(mode="max-autotune") of the eager formula; no CUDA graphs for several bags',
+            *("compile-max-autotune", _compile("max-autotune")), loops=True, about=_COMPILED["compile-max-autotune"]
         ),
         *_PEERS,
-        Contender("native", _ours("native"), ours=True, about="milkernels, the C++ kernels"),
-        Contender("triton", _ours("triton"), ours=True, about="milkernels, the Triton kernels"),
-        *(_with_kernels(chosen) for chosen in ({"scores": "chunked"}, {"scores": "fused"}, {"products": "split"})),
-        *(_with_workspace(megabytes) for megabytes in (8, 16, 32, 64)),
+        Contender("native", ours("native"), ours=True, about="milkernels, the C++ kernels"),
+        Contender("triton", ours("triton"), ours=True, about="milkernels, the Triton kernels"),
         Contender(
-            "reference", _ours("reference"), ours=True, about="milkernels in PyTorch only, with no loop over bags"
+            "reference", ours("reference"), ours=True, about="milkernels in PyTorch only, with no loop over bags"
         ),
     )
 }
@@ -276,7 +197,7 @@ def default_backends(case: OpCase, inputs: Inputs) -> list[str]:
     """The backend that serves the op here, by its own name."""
     for name in ("native", "triton"):
         try:
-            _ours(name)(case, inputs, True)
+            ours(name)(case, inputs, True)
         except Unavailable:
             continue
         return [name]

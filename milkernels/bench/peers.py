@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from milkernels.bench import cuda
 from milkernels.testing import Inputs, OpCase
 from milkernels.testing.formulas import attention_scores_eager, embedded, softmax_pool_eager
 
@@ -28,7 +27,8 @@ class Unavailable(Exception):
 
 def available_memory(device: torch.device | str = "cpu") -> int:
     if torch.device(device).type == "cuda":
-        return cuda.available_memory()
+        idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # that the allocator holds
+        return torch.cuda.mem_get_info()[0] + idle
     import psutil
 
     return psutil.virtual_memory().available
@@ -193,18 +193,6 @@ def pyg_segment(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
 
     ptr = _pointers(inputs)
     return _by_segments(case, inputs, lambda s: softmax(s, ptr=ptr), lambda t, how: segment(t, ptr, how))
-
-
-def scatter(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
-    from torch_scatter import scatter_softmax, segment_csr
-
-    ptr, index = _pointers(inputs), torch.repeat_interleave(_lengths(inputs))
-    return _by_segments(
-        case,
-        inputs,
-        lambda s: scatter_softmax(s, index, dim=0, dim_size=len(ptr) - 1),
-        lambda t, how: segment_csr(t, ptr, reduce=how),
-    )
 
 
 def segment_reduce(case: OpCase, inputs: Inputs, static: bool) -> Prepared:

@@ -3,10 +3,11 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from types import ModuleType
 
 import torch
 
-from milkernels.bench import alone, contenders, cuda, gate, harness, roofline
+from milkernels.bench import alone, contenders, gate, harness, roofline
 from milkernels.bench.contenders import Compute, Contender, Unavailable
 from milkernels.bench.workload import DTYPES, Workload
 from milkernels.testing import Inputs, evaluate
@@ -109,7 +110,8 @@ class _Run:
 
 class Bench:
     """``finished`` takes the rows of a type and mode as soon as there are no more to come, ``at_work`` the contender
-    and mode that run next: for those who look on when it takes the process with it."""
+    and mode that run next: for those who look on when it takes the process with it.  ``gpu`` is how that is measured:
+    ``benchmarks/cuda.py``."""
 
     def __init__(
         self,
@@ -118,10 +120,11 @@ class Bench:
         say: Callable[[str], object] = lambda text: None,
         finished: Callable[[list[Row]], object] = lambda rows: None,
         at_work: Callable[[str, str], object] = lambda contender, mode: None,
+        gpu: ModuleType | None = None,
     ):
         self.workload, self.options, self.say = workload, options, say
         self.finished, self.at_work = finished, at_work
-        self.on_gpu = workload.device != "cpu"
+        self.gpu = gpu
         self.case = workload.case
         self.shape = workload.shape  # the real instances: padding is not work
         self.group_budget = options.budget / max(1, len(options.dtypes) * len(options.modes))
@@ -131,7 +134,7 @@ class Bench:
             torch.set_num_threads(self.options.threads)
         self.say("machine")
         with self.workload.products():
-            limits = cuda if self.on_gpu else roofline
+            limits = self.gpu or roofline
             self.bandwidth, array = limits.read_bandwidth()
             self.probe = limits.MatrixProbe([DTYPES[d] for d in self.options.dtypes])
             rows = [row for dtype in self.options.dtypes for row in self._dtype(dtype)]
@@ -154,11 +157,11 @@ class Bench:
         groups = []
         for mode in modes:
             groups.append(self._group(dtype, mode, inputs, guesses[mode], baseline))
-            if self.on_gpu:  # a peak is known after one more run, in this process
+            if self.gpu:  # a peak is known after one more run, in this process
                 self._peaks(groups[-1])
                 self._finish(groups[-1])
         del baseline  # a gigabyte that the measurements to come have no use for
-        if not self.on_gpu:
+        if not self.gpu:
             self._measure_memory(dtype, inputs, [entry for entries in groups for entry in entries])
             for entries in groups:
                 self._finish(entries)
@@ -166,7 +169,7 @@ class Bench:
 
     def _clock(self, run: _Run, calls: int = 1) -> float:
         self.at_work(run.contender.name, run.mode)
-        return (cuda.timed if self.on_gpu else harness.timed)(run, calls)
+        return (self.gpu.timed if self.gpu else harness.timed)(run, calls)
 
     def _finish(self, entries: list[_Entry]) -> None:
         rows = [entry.row for entry in entries]
@@ -176,14 +179,14 @@ class Bench:
     def _guess(self, contender: Contender, inputs: Inputs, mode: str) -> float:
         """Seconds of one run; on a GPU, where a prefix would have kernels compiled for itself, few enough that the run
         after the first, which compiles, tells."""
-        return _ON_GPU if self.on_gpu else gate.guess_seconds(contender, self.case, inputs, mode)
+        return _ON_GPU if self.gpu else gate.guess_seconds(contender, self.case, inputs, mode)
 
     def _peaks(self, entries: list[_Entry]) -> None:
         for entry in entries:
             if entry.row.timed:
                 self.at_work(entry.contender.name, entry.row.mode)
                 try:
-                    entry.row.allocator = cuda.peak_memory(entry.call)
+                    entry.row.allocator = self.gpu.peak_memory(entry.call)
                 except Exception as error:
                     entry.row.memory_note = harness.describe(error)
 
@@ -231,7 +234,7 @@ class Bench:
         entry = _Entry(row, contender)
         self.at_work(contender.name, mode)
         try:
-            with contender.within(), cuda.sound() if self.on_gpu else contextlib.nullcontext():
+            with contender.within(), self.gpu.sound() if self.gpu else contextlib.nullcontext():
                 compute, its_inputs = contender.prepare(self.case, inputs, True)
                 entry.guess = eager_guess  # torch.compile's too: a prefix would have to be compiled for itself
                 if contender.ours or contender.peer:
@@ -275,9 +278,7 @@ class Bench:
                 self.say(f"{dtype}: memory of {name}")
                 modes = [e.row.mode for e in mine]
                 once = [e.row.mode for e in mine if e.row.once or e.guess > _SLOW]
-                answers = alone.measure(
-                    self.workload.to_json(), name, dtype, modes, once, self.options.threads, _MEMORY_TIMEOUT
-                )
+                answers = alone.measure(self.workload, name, dtype, modes, once, self.options.threads, _MEMORY_TIMEOUT)
             for entry in mine:
                 self._record_memory(entry, inputs, answers)
 

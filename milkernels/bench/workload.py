@@ -20,6 +20,13 @@ DTYPES = {
 }
 
 
+def fast_dtypes() -> list[str]:
+    """Without the instructions for it one bfloat16 step of eager takes half a minute: not by default."""
+    mkldnn = torch.ops.mkldnn
+    fast = torch.backends.mkldnn.is_available() and mkldnn._is_mkldnn_bf16_supported()
+    return ["float32", "bfloat16"] if fast else ["float32"]
+
+
 @dataclass(frozen=True)
 class Workload:
     """One op on one shape.  ``features`` is a distribution of the registry or an .npz file."""
@@ -36,6 +43,14 @@ class Workload:
     @property
     def case(self) -> OpCase:
         return CASES[self.op]
+
+    def describe(self, dtype: str) -> str:
+        s = self.shape
+        lengths = f"{s.instances}" if s.bags == 1 else f"{s.bags} of {min(s.lengths)}-{max(s.lengths)}"
+        precision = "" if self.precision == "highest" else f" precision {self.precision}"
+        embedded = f" E{self.case.inner(s).dim}" if self.case.embeds else ""
+        hidden = f" D{s.hidden}" if self.case.hidden_flops(s) else ""
+        return f"{self.op} {lengths} x {s.dim}{embedded}{hidden} K{s.heads} {dtype}{precision}"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -11,14 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from milkernels.bench import harness, roofline
+from milkernels.bench.process import Poisoned
 
 _ARRAY_BYTES = 1 << 30  # twenty times the L2 of the largest GPUs
 _HUGE, _LARGE = 8192, 4096  # widths of the probes' matrices: a few milliseconds each
 _REPEATS = 8
-
-
-class Poisoned(BaseException):
-    """A CUDA error after which every call in this process fails; no ``except Exception`` may hide it."""
 
 
 def unavailable() -> str | None:
@@ -73,11 +70,6 @@ def peak_memory(call: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats()
         call()
     return torch.cuda.max_memory_allocated() - before
-
-
-def available_memory() -> int:
-    """What the device has left, and what the allocator holds without use."""
-    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def _best(call: Callable[[], object]) -> float:
