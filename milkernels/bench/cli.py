@@ -88,9 +88,9 @@ def _shape(arguments: argparse.Namespace) -> Shape:
         dim = features.shape[1]
     elif lengths is None:
         kind = arguments.distribution or ("even" if arguments.bags else "one")
-        if kind == "one" and (arguments.bags or 1) > 1:
-            raise ValueError(f"--distribution one has one bag; got --bags {arguments.bags}")
         if kind == "one":
+            if (arguments.bags or 1) > 1:
+                raise ValueError(f"--distribution one has one bag; got --bags {arguments.bags}")
             lengths = (arguments.instances,)
         elif kind == "small":
             lengths = small_lengths(arguments.bags or 512, arguments.seed)
@@ -134,8 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         about = (arguments.features, arguments.padded, arguments.dropout, arguments.seed)
         workload = Workload(arguments.op, shape, *about)
         names = _contenders(arguments, workload)
-        unknown = [mode for mode in arguments.mode if mode not in workload.case.modes()]
-        if unknown:
+        if unknown := [mode for mode in arguments.mode if mode not in workload.case.modes()]:
             raise ValueError(f"{arguments.op} has no parameters to train: no mode {', '.join(unknown)}")
     except (ValueError, OSError, argparse.ArgumentTypeError) as error:
         p.error(str(error))

@@ -79,7 +79,7 @@ def ours(backend: str) -> Prepare:
     return prepare
 
 
-def _installed(package: str) -> str:
+def installed(package: str) -> str:
     """Its version, or nothing."""
     try:
         return importlib.metadata.version(package)
@@ -93,8 +93,7 @@ def _peer(
     """Somebody else's code: of a package, or of PyTorch alone."""
 
     def checked(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
-        refusal = refuses(case, inputs)
-        if refusal:
+        if refusal := refuses(case, inputs):
             raise Unavailable(refusal)
         try:
             return prepare(case, inputs, static)
@@ -102,7 +101,7 @@ def _peer(
             raise Unavailable(f"{package or 'PyTorch'}: {error}") from error
 
     def version() -> str:
-        return _installed(package) if package else f"torch {torch.__version__.partition('+')[0]}"
+        return installed(package) if package else f"torch {torch.__version__.partition('+')[0]}"
 
     more |= {"about": about, "package": package, "refuses": refuses}
     return Contender(name, checked, version=version, peer=True, **more)
@@ -190,7 +189,7 @@ def default_contenders(case: OpCase, inputs: Inputs) -> list[str]:
     others have nothing to tell, only the one that saves memory."""
     names = ["eager", *(name for name, formula in ALTERNATIVES.items() if formula in case.alternatives), "compile"]
     usual = [peer for peer in _PEERS if len(inputs.lengths) > 1 or peer.name == "accumulate"]
-    return names + [c.name for c in usual if (not c.package or _installed(c.package)) and not c.refuses(case, inputs)]
+    return names + [c.name for c in usual if (not c.package or installed(c.package)) and not c.refuses(case, inputs)]
 
 
 def default_backends(case: OpCase, inputs: Inputs) -> list[str]:

@@ -58,9 +58,6 @@ def _lengths(inputs: Inputs) -> Tensor:
     return torch.tensor(inputs.lengths, device=inputs.x.device)
 
 
-# A padded batch
-
-
 def padding(inputs: Inputs) -> float:
     """The rows of a padded batch over those that are real."""
     return max(inputs.lengths) * len(inputs.lengths) / max(1, sum(inputs.lengths))
@@ -127,9 +124,6 @@ def torchmil(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
         return {"bag": pool(_behind(i).x, i.mask).unsqueeze(1)}
 
     return compute, _batch(inputs)
-
-
-# Segments
 
 
 class _Gate(torch.nn.Module):
@@ -211,9 +205,6 @@ def segment_reduce(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
     return _by_segments(case, inputs, softmax, reduce)
 
 
-# Nested tensors
-
-
 def refuses_jagged(case: OpCase, inputs: Inputs) -> str:
     if not _is_attention_pool(case) and case.name not in ("softmax_pool", "mean_pool"):
         return "nobody writes this op with nested tensors"
@@ -241,9 +232,6 @@ def jagged(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
         return {"bag": torch.matmul(e, x) / total}
 
     return compute, inputs
-
-
-# Less memory
 
 
 def refuses_accumulate(case: OpCase, inputs: Inputs) -> str:

@@ -48,12 +48,8 @@ class Process:
         self.process: subprocess.Popen | None = None
 
     def call(self, function: str, arguments: dict, emit: Emit, deadline: float) -> None:
-        """``function(emit, **arguments)`` in the process; ``deadline`` is of ``time.monotonic``.
-
-        Raises:
-            Died: the process ended, by itself or by a signal.
-            OutOfTime: it was ended, because the deadline passed.
-        """
+        """``function(emit, **arguments)`` in the process, or `Died`, or `OutOfTime` where it had to be ended;
+        ``deadline`` is of ``time.monotonic``."""
         if self.process is None or self.process.poll() is not None:
             self._start()
         at_work = {"contender": "", "mode": ""}
@@ -91,7 +87,13 @@ class Process:
             start_new_session=True,  # torch.compile has processes of its own, which must end with it
         )
         self.events: queue.Queue[dict | None] = queue.Queue()
-        threading.Thread(target=_listen, args=(self.process.stdout, self.events), daemon=True).start()
+        threading.Thread(target=self._listen, args=(self.process.stdout, self.events), daemon=True).start()
+
+    @staticmethod
+    def _listen(stream, events: queue.Queue) -> None:
+        for line in stream:
+            events.put(json.loads(line))
+        events.put(None)
 
     def stop(self) -> None:
         if self.process is None:
@@ -103,10 +105,10 @@ class Process:
     def _epitaph(self) -> str:
         code = self.process.wait()
         self.errors.seek(0)
-        last = (self.errors.read().strip().splitlines() or [""])[-1]
+        last = self.errors.read().strip().splitlines()[-1:]
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         self.stop()
-        return ": ".join(filter(None, (f"the process ended with {how}", last)))
+        return ": ".join([f"the process ended with {how}", *last])
 
 
 def ask(function: str, arguments: dict, seconds: float) -> list[dict] | str:
@@ -114,24 +116,15 @@ def ask(function: str, arguments: dict, seconds: float) -> list[dict] | str:
     process, answers = Process(), []
     try:
         process.call(function, arguments, answers.append, time.monotonic() + seconds)
-    except Died as death:
-        return str(death)
-    except OutOfTime:
-        return f"not finished after {seconds:.0f} s"
+        return answers
+    except (Died, OutOfTime) as why:
+        return str(why) if isinstance(why, Died) else f"not finished after {seconds:.0f} s"
     finally:
         process.stop()
-    return answers
 
 
 def environment() -> dict[str, str]:
-    paths = [str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-
-
-def _listen(stream, events: queue.Queue) -> None:
-    for line in stream:
-        events.put(json.loads(line))
-    events.put(None)
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(_PACKAGES), os.environ.get("PYTHONPATH", "")]).rstrip(":")}
 
 
 def end_group(process: subprocess.Popen) -> None:

@@ -3,7 +3,6 @@
 There is one schema for single runs and for the grids in ``benchmarks/``, whose README.md describes it.
 """
 
-import importlib.metadata
 import json
 import math
 import os
@@ -22,45 +21,35 @@ from rich.table import Table
 
 from milkernels import native
 from milkernels.bench import run
-from milkernels.bench.contenders import YARDSTICKS, packages
+from milkernels.bench.contenders import YARDSTICKS, installed, packages
 from milkernels.bench.roofline import MatrixProbe
 from milkernels.bench.run import Result, Row
 from milkernels.bench.workload import DTYPES, Workload
 
 SCHEMA = 4
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, or where the package is installed
-_IMPOSSIBLE = 4 / 3  # a step that keeps its hidden units does three quarters of the work counted
 _NO_ERROR = 1e-3  # of the bound: sums that cancel, and luck
 _UNSTEADY = 2.0  # how far the matrix rate may move before the report says so
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
 def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    found = re.search(r"^model name\s*: (.*)$", _cpuinfo(), re.M)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def instruction_set() -> str:
     """What PyTorch uses here, and the matrix unit where there is one."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        flags = ""
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{capability}+AMX" if capability == "AVX512" and "amx_bf16" in flags else capability
+    return f"{capability}+AMX" if capability == "AVX512" and "amx_bf16" in _cpuinfo() else capability
 
 
 def machine() -> dict[str, object]:
-    versions = {}
-    for package in ("milkernels", "numpy", *packages()):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     huge = re.search(r"\[(\w+)\]", _HUGE_PAGES.read_text()) if _HUGE_PAGES.exists() else None
     return {
         "cpu": cpu_model(),
@@ -71,7 +60,7 @@ def machine() -> dict[str, object]:
         "system": f"{platform.system()} {platform.machine()}",
         "extension": native.build_info() or native.load_error(),
         "huge_pages": {"kernel": huge and huge.group(1), "torch": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"},
-        "versions": versions,
+        "versions": {name: installed(name) or None for name in ("milkernels", "numpy", *packages())},
     }
 
 
@@ -94,8 +83,6 @@ def row_values(row: Row, probe: MatrixProbe, bandwidth: float) -> dict[str, obje
     rates = probe.rates[DTYPES[row.dtype]]
     values = asdict(row) | {
         "share_of_floor": row.share_of_floor,
-        "instances_per_second": row.instances_per_second,
-        "bags_per_second": row.bags_per_second,
         "limits": {"read_bandwidth": bandwidth, "matrix_rate": statistics.median(rates) if rates else None},
     }
     timing = values.pop("timing")
@@ -183,41 +170,34 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _headline(result: Result, workload: Workload) -> list[str]:
-    here, shape = machine(), workload.shape
+    shape = workload.shape
     bags = f"{shape.bags} bags of {min(shape.lengths)} to {max(shape.lengths)}" if shape.bags > 1 else "one bag"
     padded = ", padded to the longest" if workload.padded else ""
-    lines = [
-        title(here),
+    rates = (
+        f"{str(d).removeprefix('torch.')} {_number(min(r) / 1e9)}/{_number(statistics.median(r) / 1e9)}"
+        for d, r in result.probe.rates.items()
+    )
+    return [
+        title(machine()),
         f"{workload.op}: {shape.instances} instances of {shape.dim} in {bags}{padded}; "
         f"hidden {shape.hidden}, heads {shape.heads}, features {Path(workload.features).name}",
         f"read bandwidth {result.bandwidth / 1e9:.1f} GB/s on {result.bandwidth_array >> 20} MiB; "
-        "matrix rate in GFLOP/s, min/median of the probes between the rounds: "
-        + ", ".join(
-            f"{str(d).removeprefix('torch.')} {_number(min(r) / 1e9)}/{_number(statistics.median(r) / 1e9)}"
-            for d, r in result.probe.rates.items()
-        ),
+        "matrix rate in GFLOP/s, min/median of the probes between the rounds: " + ", ".join(rates),
     ]
-    pages = here["huge_pages"]
-    if pages["kernel"] == "madvise" and not pages["torch"]:
-        lines.append("huge pages: not for PyTorch's own tensors (THP_MEM_ALLOC_ENABLE=1 would allow them)")
-    return lines
 
 
 def _cells(row: Row, yardsticks: Sequence[str]) -> list[str]:
     start = [row.op, row.dtype, row.mode, row.label]
     if not row.timed:
-        status = row.status if row.status == run.FAIL else f"[{row.status}]"
-        return [*start, status.replace("[", r"\["), *["-"] * (6 + len(yardsticks))]
-    rounds = f"{len(row.timing.seconds)}{'*' if row.once else ''}"
-    memory = "-" if row.resident is None else _number(row.resident / 1e6)
+        status = row.status if row.status == run.FAIL else rf"\[{row.status}]"
+        return [*start, status, *["-"] * (6 + len(yardsticks))]
     return [
         *start,
-        _number(1e3 * row.timing.median),
-        _number(1e3 * row.timing.minimum),
-        rounds,
+        *(_number(1e3 * seconds) for seconds in (row.timing.median, row.timing.minimum)),
+        f"{len(row.timing.seconds)}{'*' if row.once else ''}",
         *(_number(row.ratios.get(name)) for name in yardsticks),
-        _number(row.instances_per_second / 1e6),
-        memory,
+        _number(row.instances / row.timing.median / 1e6),
+        _number(row.resident and row.resident / 1e6),
         "-" if row.share_of_floor is None else f"{100 * row.share_of_floor:.0f}%",
         _number(worst_ratio(row.errors), 2),
     ]
@@ -230,11 +210,7 @@ def table(rows: Sequence[Row]) -> Table:
     ratios = (f"x {name}" for name in yardsticks)
     for name in (*texts, "median ms", "min ms", "rounds", *ratios, "M inst/s", "extra MB", "of floor", "error"):
         result.add_column(name, justify="left" if name in texts else "right", no_wrap=True)
-    previous = None
     for row in rows:
-        if previous not in (None, (row.dtype, row.mode)):
-            result.add_section()
-        previous = (row.dtype, row.mode)
         style = {run.FAIL: "bold red", run.OK: "bold" if row.ours else ""}.get(row.status, "dim")
         result.add_row(*_cells(row, yardsticks), style=style)
     return result
@@ -249,8 +225,6 @@ def _notes(rows: Sequence[Row], probe: MatrixProbe) -> list[str]:
     ]
     if any(row.once for row in rows):
         notes.append("* one run, after a warm-up on a few instances: a round would not fit the budget")
-    if any((row.share_of_floor or 0) > _IMPOSSIBLE for row in rows):
-        notes.append("shares far above 100%: the probes were disturbed more than the contenders; do not use them")
     for dtype, rates in probe.rates.items():
         if max(rates) > _UNSTEADY * min(rates):
             notes.append(

@@ -12,12 +12,7 @@ from torch import Tensor
 
 from milkernels.testing import CASES, FEATURES, Inputs, OpCase, Shape
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 def fast_dtypes() -> list[str]:
