@@ -2,6 +2,7 @@
 #
 #   make install                    .venv with PyTorch, this package (editable) and its compiled extension
 #   make bench ARGS="--op ..."      benchmarks; without ARGS one slide of 30,000 instances, in two minutes
+#   make figures                    measures the README's rows, in ten minutes on two cores, and writes them there
 #   make example ARGS="slide_bag"   one of examples/, with its options; see examples/README.md
 #   make test  ARGS="-k bags"       the tests of everything, grids thinned: some minutes (tests/conftest.py says how)
 #   make test-all                   every test, grids whole; ARGS="--tier rest": those that make test leaves out
@@ -51,13 +52,17 @@ CUDA_VENV := .venv-cuda
 CUDA_TESTS := tests/test_cuda.py tests/test_kernels.py tests/test_attention.py -k "test_cuda or test_oracle"
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install build bench example test test-all gpu aot cuda-test cuda-check host-time lint format info clean
+.PHONY: install build bench figures example test test-all gpu aot cuda-test cuda-check host-time lint format info clean
 
 install: build
 
 bench: build
 	@$(PY) -c "import numpy, rich, matplotlib, psutil" 2>/dev/null || $(PIP) install "milkernels[bench]"
 	$(PY) -m milkernels bench $(or $(ARGS),--instances 30000 --budget 20)
+
+figures: build
+	@$(PY) -c "import numpy, rich, matplotlib, psutil, pandas, tabulate" 2>/dev/null || $(PIP) install "milkernels[bench]"
+	$(PY) -m benchmarks.figures $(ARGS)
 
 example: build
 	@$(PY) -c "import numpy, rich, matplotlib, psutil, sklearn" 2>/dev/null || $(PIP) install "milkernels[examples]"
@@ -66,7 +71,7 @@ example: build
 test: TIER := quick
 test-all: TIER := all
 test test-all: build
-	@$(PY) -c "import pytest, pytest_benchmark, xdist, numpy, rich, matplotlib, psutil, sklearn, triton, pytorch_lightning, torchmil" 2>/dev/null || $(PIP) install "milkernels[test]"
+	@$(PY) -c "import pytest, pytest_benchmark, xdist, numpy, rich, matplotlib, psutil, pandas, tabulate, sklearn, triton, pytorch_lightning, torchmil" 2>/dev/null || $(PIP) install "milkernels[test]"
 	$(PY) -m pytest -ra --durations=15 -n logical --maxprocesses 8 --dist worksteal --tier $(TIER) $(ARGS)
 
 # Not in .venv, which may have to be filled from the network.

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import torch
 
-from milkernels.bench import contenders, cuda
-from milkernels.bench.largest import refused
-from milkernels.bench.units import Unit
+from benchmarks import cuda, variants
+from benchmarks.largest import refused
+from benchmarks.units import Unit
+from milkernels.bench import contenders
 from milkernels.bench.workload import DTYPES
 from milkernels.testing import CASES, Shape, evaluate
 
@@ -45,7 +46,7 @@ def launches(unit: Unit, mode: str, contender: str) -> dict:
     """How many kernels one call launches, and which of them are Triton's."""
     try:
         with _prepared(unit, mode, contender) as call:
-            ours = contenders.launched(call)
+            ours = variants.launched(call)
             return {"triton_kernels": dict(ours), "launches": _device_kernels(call)}
     except Exception as error:
         return refused(error)

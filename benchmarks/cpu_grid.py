@@ -1,13 +1,12 @@
-"""What ``--preset`` measures on a CPU: a look of two minutes, and the full grid, the most important first."""
+"""What is measured on a CPU, the most important first."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from milkernels.bench import disk
-from milkernels.bench.units import BFLOAT16, FLOAT32, Unit, heavy_tailed_lengths, named, unit
+from benchmarks import disk
+from benchmarks.units import BFLOAT16, FLOAT32, Unit, heavy_tailed_lengths, named, unit
 from milkernels.testing import CASES, even_lengths, skewed_lengths, small_lengths
 
-PRESETS = ("quick", "full")
 INSTANCES = 100_000
 DIM, HIDDEN = 512, 256
 GATED, EMBEDDED = "gated_attention_pool", "gated_attention_pool_embed"
@@ -16,7 +15,7 @@ MAIN = ("dsmil", "dsmil_mlp", "loss_attention_pool", "softmax_pool", "query_pool
 MEMORY = 4 << 30  # that the largest bag has to do with
 SCALES = {FLOAT32: (1_000, 10_000, 100_000, 300_000, 1_000_000), BFLOAT16: (10_000, 100_000, 1_000_000, 4_000_000)}
 _ONE_BAG = "eager compile accumulate native"
-_MANY_BAGS = "eager compile padded torchmil pyg pyg-segment segment-reduce scatter jagged accumulate native"
+_MANY_BAGS = "eager compile padded torchmil pyg pyg-segment segment-reduce jagged accumulate native"
 _LARGE_BAGS = "eager padded torchmil pyg accumulate native"
 
 # Lengths of bags
@@ -28,25 +27,14 @@ CLASSICAL = heavy_tailed_lengths(102, 12, 1.7, 1, 1_044)  # as MUSK2's
 _unit = partial(unit, device="cpu", seconds=1800.0)
 
 
-def grid(preset: str, dtypes: Sequence[str], threads: int) -> list[Unit]:
+def grid(dtypes: Sequence[str], threads: int) -> list[Unit]:
     """``dtypes``: those that PyTorch has fast products for; ``threads``: that PyTorch takes here."""
-    if preset == "quick":
-        return named(_quick())
     parts = (_attention, _ops, _ragged, _scaling, _sizes, _bags, partial(_threads, threads=threads), _disk, _largest)
     return named(one for part in parts for one in part(dtypes))
 
 
 def _eagers(op: str) -> str:
     return " ".join(("eager", *(f"eager-{formula}" for formula in CASES[op].alternatives)))
-
-
-def _quick() -> Iterator[Unit]:
-    """Without torch.compile, which alone would take a minute."""
-    about = {"dtype": FLOAT32, "modes": ("fwd", "step"), "headline": True}
-    yield _unit(GATED, (INSTANCES,), DIM, "eager native", budget=10.0, part="attention", **about)
-    yield _unit(GATED, small_lengths(256), DIM, "eager padded native", budget=4.0, part="ragged", **about)
-    for op in ("dsmil", "loss_attention_pool"):
-        yield _unit(op, (INSTANCES,), DIM, "eager native", budget=5.0, part="ops", **about)
 
 
 def _attention(dtypes: Sequence[str]) -> Iterator[Unit]:

@@ -16,40 +16,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.largest import refused
+from benchmarks.units import Unit
 from milkernels.bench import contenders, gate
 from milkernels.bench.contenders import Contender, Unavailable
-from milkernels.bench.largest import refused
-from milkernels.bench.units import Unit
 from milkernels.bench.workload import DTYPES
 from milkernels.testing import Inputs, evaluate
 
 _EPOCHS = 5
 
 
-def _save_numpy(path: Path, x: Tensor) -> None:
-    import numpy as np
+def _numpy():
+    import numpy
 
-    np.save(path, x.numpy())
-
-
-def _save_npz(path: Path, x: Tensor) -> None:
-    import numpy as np
-
-    np.savez(path, features=x.numpy())
-
-
-def _load_npz(path: Path) -> Tensor:
-    import numpy as np
-
-    with np.load(path) as data:
-        return torch.from_numpy(data["features"])
-
-
-def _map_numpy(path: Path) -> Tensor:
-    """Pages are read where the op touches them."""
-    import numpy as np
-
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    return numpy
 
 
 def _h5py():
@@ -60,27 +40,22 @@ def _h5py():
     return h5py
 
 
-def _save_h5(path: Path, x: Tensor) -> None:
-    with _h5py().File(path, "w") as file:
-        file["features"] = x.numpy()
-
-
-def _load_h5(path: Path) -> Tensor:
-    with _h5py().File(path) as file:
-        return torch.from_numpy(file["features"][:])
-
-
-def _save_pt(path: Path, x: Tensor) -> None:
-    torch.save(x, path)
-
-
 # Format -> (how it is written, how it is read)
-FORMATS: dict[str, tuple[Callable[[Path, Tensor], None], Callable[[Path], Tensor]]] = {
-    "npz": (_save_npz, _load_npz),
-    "h5": (_save_h5, _load_h5),
-    "pt": (_save_pt, lambda path: torch.load(path)),
-    "pt, memory-mapped": (_save_pt, lambda path: torch.load(path, mmap=True)),
-    "npy, memory-mapped": (_save_numpy, _map_numpy),
+FORMATS: dict[str, tuple[Callable[[Path, Tensor], object], Callable[[Path], Tensor]]] = {
+    "npz": (
+        lambda path, x: _numpy().savez(path, features=x.numpy()),
+        lambda path: torch.from_numpy(_numpy().load(path)["features"]),
+    ),
+    "h5": (
+        lambda path, x: _h5py().File(path, "w").create_dataset("features", data=x.numpy()).file.close(),
+        lambda path: torch.from_numpy(_h5py().File(path)["features"][:]),
+    ),
+    "pt": (lambda path, x: torch.save(x, path), torch.load),
+    "pt, memory-mapped": (lambda path, x: torch.save(x, path), lambda path: torch.load(path, mmap=True)),
+    "npy, memory-mapped": (
+        lambda path, x: _numpy().save(path, x.numpy()),
+        lambda path: torch.from_numpy(_numpy().load(path, mmap_mode="c")),
+    ),
 }
 
 

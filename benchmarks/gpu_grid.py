@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from milkernels.bench.units import BFLOAT16, FLOAT16, FLOAT32, Unit, log_uniform_lengths, named, unit
+from benchmarks.units import BFLOAT16, FLOAT16, FLOAT32, Unit, log_uniform_lengths, named, unit
 from milkernels.testing import CASES
 
 INSTANCES = 100_000

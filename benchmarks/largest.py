@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from milkernels.bench import contenders, cuda, harness, memory
+from benchmarks import cuda
+from benchmarks.units import Unit
+from milkernels.bench import contenders, harness, memory
 from milkernels.bench.contenders import Contender
-from milkernels.bench.units import Unit
 from milkernels.bench.workload import DTYPES
 from milkernels.testing import Inputs, OpCase, evaluate
 
@@ -69,8 +70,7 @@ def _limit(nbytes: int, device: str) -> Iterator[None]:
 def largest_bag(unit: Unit, mode: str, contender: str) -> dict:
     """``instances`` of it, and the ``memory`` it had to do with."""
     case, device = unit.workload.case, unit.workload.device
-    free = contenders.available_memory() if device == "cpu" else cuda.available_memory()
-    if unit.memory > free:
+    if unit.memory > contenders.available_memory(device):
         return {"status": "unavailable", "reason": f"less than {unit.memory} bytes of memory are free"}
     try:
         few = unit.workload.inputs(DTYPES[unit.dtype])

@@ -5,12 +5,50 @@ import json
 import time
 from collections.abc import Callable
 
-from milkernels.bench import contenders, worker
-from milkernels.bench.evidence import Evidence
-from milkernels.bench.units import Unit, without
+from benchmarks.results import Evidence
+from benchmarks.units import Unit, without
+from milkernels.bench import contenders, process
+from milkernels.bench.process import Emit
 
 GRACE = 5.0  # seconds: the least that a unit is started with
-Measure = Callable[[Unit, worker.Emit, float], None]
+Measure = Callable[[Unit, Emit, float], None]
+
+
+class Worker:
+    """The process that measures units."""
+
+    def __init__(self, command: tuple[str, ...] = ()):
+        self.process = process.Process(command)
+
+    def run(self, unit: Unit, emit: Emit, deadline: float) -> None:
+        self.process.call("benchmarks.kinds.measure", {"unit": unit.to_json()}, emit, deadline)
+        if unit.kind == "calls":
+            self.process.stop()  # the profiler goes with the process
+
+    def stop(self) -> None:
+        self.process.stop()
+
+
+class Compilers:
+    """Processes that compile for units that will be measured; what fails in them will fail, and be told, there."""
+
+    def __init__(self, units: list[Unit], count: int):
+        self.processes = [process.Process() for _ in range(min(count, len(units)))]
+        for i, one in enumerate(self.processes):
+            one.send("benchmarks.kinds.compile_units", {"units": [unit.to_json() for unit in units[i::count]]})
+
+    def finish(self, seconds: float) -> int:
+        """Waits so long, ends those that are at it still and returns how many: nothing may disturb what is timed."""
+        end, late = time.monotonic() + seconds, 0
+        for one in self.processes:
+            try:
+                one.receive(lambda event: None, end)
+            except process.OutOfTime:
+                late += 1
+            except process.Died:
+                pass
+            one.stop()
+        return late
 
 
 def say(text: str) -> None:
@@ -41,11 +79,11 @@ def _go(evidence: Evidence, unit: Unit, left: Unit, measure: Measure, deadline: 
     try:
         measure(left, emit, until)
         reason, blamed = "the process finished without it", None
-    except worker.OutOfTime as late:
+    except process.OutOfTime as late:
         if until == deadline:
             return  # the run is over, the unit is not to blame
         reason, blamed = f"not finished after {unit.seconds:.0f} s ({late})", None
-    except worker.Died as death:
+    except process.Died as death:
         reason, blamed = str(death), (death.mode, death.contender)
     missing = [pair for pair in left.pairs() if pair not in evidence.measured(unit)]
     if blamed in missing:

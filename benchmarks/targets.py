@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from milkernels.bench.gpu_grid import GIGABYTE, INSTANCES
-from milkernels.bench.units import Unit
+from benchmarks.gpu_grid import GIGABYTE, INSTANCES
+from benchmarks.units import Unit
 from milkernels.bench.workload import DTYPES
 
 OURS = ("triton", "fused", "split", "native")

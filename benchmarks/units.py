@@ -19,7 +19,8 @@ class Unit:
 
     ``kind``: "bench" (times, peaks, after the gate), "alone" (the same of every contender in a process of its own),
     "limits" (of the device), "calls" (of small bags; modes are "op rows mode"), "largest" (bag that can be trained
-    within ``memory`` bytes) or "disk" (an epoch that begins at files; modes are formats).
+    within ``memory`` bytes), "disk" (an epoch that begins at files; modes are
+    formats) or "upstream" (a model of another project; the contenders are before and after).
     """
 
     name: str
@@ -67,17 +68,8 @@ def unit(
     shape = Shape(tuple(lengths), width, hidden or case.default_hidden, heads)
     about = {name: more.pop(name) for name in ("precision", "padded", "dropout") if name in more}
     workload = Workload(op, shape, device=device, **about)
-    name = describe(workload, dtype) + more.pop("suffix", "")
+    name = workload.describe(dtype) + more.pop("suffix", "")
     return Unit(name, workload, dtype, tuple(modes), tuple(contenders.split()), **more)
-
-
-def describe(workload: Workload, dtype: str) -> str:
-    s = workload.shape
-    lengths = f"{s.instances}" if s.bags == 1 else f"{s.bags} of {min(s.lengths)}-{max(s.lengths)}"
-    precision = "" if workload.precision == "highest" else f" precision {workload.precision}"
-    embedded = f" E{workload.case.inner(s).dim}" if workload.case.embeds else ""
-    hidden = f" D{s.hidden}" if workload.case.hidden_flops(s) else ""
-    return f"{workload.op} {lengths} x {s.dim}{embedded}{hidden} K{s.heads} {dtype}{precision}"
 
 
 def named(units: Iterable[Unit]) -> list[Unit]:

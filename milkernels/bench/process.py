@@ -50,12 +50,18 @@ class Process:
     def call(self, function: str, arguments: dict, emit: Emit, deadline: float) -> None:
         """``function(emit, **arguments)`` in the process, or `Died`, or `OutOfTime` where it had to be ended;
         ``deadline`` is of ``time.monotonic``."""
+        self.send(function, arguments)
+        self.receive(emit, deadline)
+
+    def send(self, function: str, arguments: dict) -> None:
         if self.process is None or self.process.poll() is not None:
             self._start()
-        at_work = {"contender": "", "mode": ""}
-        with contextlib.suppress(OSError):  # where it has ended, that is in the queue
+        with contextlib.suppress(OSError):  # where it has ended, `receive` will say so
             self.process.stdin.write(json.dumps({"function": function, "arguments": arguments}) + "\n")
             self.process.stdin.flush()
+
+    def receive(self, emit: Emit, deadline: float) -> None:
+        at_work = {"contender": "", "mode": ""}
         while True:
             try:
                 event = self.events.get(timeout=max(0.0, deadline - time.monotonic()))

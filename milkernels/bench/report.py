@@ -96,7 +96,7 @@ def row_values(row: Row, probe: MatrixProbe, bandwidth: float) -> dict[str, obje
 def compact(row: dict) -> dict:
     """Few digits, and of the errors those that say something."""
     if errors := row.get("errors"):
-        worst = max(errors, key=lambda e: (e["ours"] or 0) / e["bound"] if e.get("bound") else 0)
+        worst = max(errors, key=lambda e: (e["ours"] or 0) / e["bound"] if e.get("bound") else e.get("error") or 0)
         row = row | {"errors": [e for e in errors if e is worst or not e["ok"]]}
     return plain(row)
 

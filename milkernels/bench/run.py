@@ -234,7 +234,7 @@ class Bench:
         except Exception as error:  # any reason: it is a row, not the end
             row.status, row.reason = ERROR, harness.describe(error)
         if row.status == OK:
-            only_memory = self.options.memory and self.options.rounds is None and not self.gpu
+            only_memory = self.options.memory and self.options.rounds is None
             row.once = only_memory and entry.guess > self.group_budget
             entry.call = _Run(contender, compute, its_inputs, mode, self.case.primary)
         return entry
