@@ -72,11 +72,9 @@ def _command(name: str, argv: Sequence[str]) -> str:
 
 def _machine(device: str) -> dict[str, object]:
     about = machines.machine()
-    return about | (
-        {"gpu": {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}}
-        if torch.device(device).type == "cuda"
-        else {}
-    )
+    if torch.device(device).type == "cuda":
+        about["gpu"] = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return about
 
 
 def page(results: dict, markdown: Callable[[dict], str]) -> str:
