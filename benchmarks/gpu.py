@@ -19,7 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+# Run as a script its folder would be searched first, whose modules have names that others have.
+sys.path[:] = [
+    str(ROOT),
+    *(path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent),
+]
 
 try:
     from benchmarks import cuda, gpu_grid, results, runner

@@ -136,19 +136,21 @@ def losses(frame: pd.DataFrame) -> pd.DataFrame:
     """Every timed row in which somebody else was faster than the best of ours, the worst first."""
     timed = frame[frame["median"].notna() & (frame["status"] == "ok")]
     best = timed[timed["ours"].eq(True)].groupby(["name", "mode"])["median"].min()
-    against = timed["median"] / best.reindex(pd.MultiIndex.from_frame(timed[["name", "mode"]])).to_numpy()
-    lost = timed[~timed["ours"].eq(True) & (against < 1)].assign(against=against).sort_values("against", kind="stable")
+    best = best.reindex(pd.MultiIndex.from_frame(timed[["name", "mode"]])).to_numpy()
+    timed = timed.assign(against=timed["median"] / best)
+    lost = timed[~timed["ours"].eq(True) & (timed["against"] < 1)].sort_values("against", kind="stable")
     shown = lost[["about", "dtype", "mode", "label"]].assign(ratio=[f"{ratio:.2f}" for ratio in lost["against"]])
     return shown.set_axis(_WORST, axis=1)
 
 
 def measured_by(units: list[dict]) -> str:
-    """Dates, commits and commands, each once, with how many units came of it."""
+    """Dates, commits and commands, each once, with the number of units that came of it."""
     runs: dict[tuple, int] = {}
     for unit in units:
-        key = (unit["date"][:10], (unit["commit"] or "unknown")[:12], unit["command"])
+        commit, dash, dirty = (unit["commit"] or "an unknown commit").partition("-")
+        key = (unit["date"][:10], commit[:12] + dash + dirty if unit["commit"] else commit, unit["command"])
         runs[key] = runs.get(key, 0) + 1
-    return "\n".join(f"- {date} at {at}, {count} units: `{command}`" for (date, at, command), count in runs.items())
+    return "\n".join(f"- {date} at {at} ({count}): `{command}`" for (date, at, command), count in runs.items())
 
 
 def page(content: dict, pictures: Sequence[str] = ()) -> str:

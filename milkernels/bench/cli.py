@@ -13,11 +13,9 @@ from milkernels.bench.run import Bench, Options
 from milkernels.bench.workload import DTYPES, Workload, fast_dtypes, load_features
 from milkernels.testing import CASES, FEATURES, MODES, Shape, even_lengths, skewed_lengths, small_lengths
 
-_WIDTH = 170  # columns of the table where the output is no terminal
 _EXAMPLES = """examples:
   python -m milkernels bench
   python -m milkernels bench --distribution skewed --dtype float32 --mode fwd,step,frozen
-  python -m milkernels bench --op dsmil --heads 3 --contenders eager
   python -m milkernels bench --features musk2.npz --json result.json
 """
 
@@ -140,9 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error(str(error))
     chosen = (arguments.dtype, arguments.mode, names, arguments.budget, arguments.rounds, arguments.threads)
     options = Options(*chosen, memory=not arguments.no_memory)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = Console(width=None if sys.stdout.isatty() else 170)
     with console.status("") as status:
         result = Bench(workload, options, status.update).run()
     report.show(console, result, workload)

@@ -85,8 +85,8 @@ def row_values(row: Row, probe: MatrixProbe, bandwidth: float) -> dict[str, obje
         "share_of_floor": row.share_of_floor,
         "limits": {"read_bandwidth": bandwidth, "matrix_rate": statistics.median(rates) if rates else None},
     }
-    timing = values.pop("timing")
-    values["seconds"] = timing["seconds"] if timing else []
+    del values["timing"]
+    values["seconds"] = row.timing.seconds if row.timing else []
     if row.timed:
         values |= {name: getattr(row.timing, name) for name in ("median", "minimum", "spread", "calls")}
         values["rounds"] = len(row.timing.seconds)
@@ -113,7 +113,6 @@ def plain(value):
 
 
 def provenance(command: str) -> dict[str, object]:
-    """What a unit says of where it comes from."""
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"command": command, "date": date, "commit": commit()}
 
@@ -181,7 +180,7 @@ def _headline(result: Result, workload: Workload) -> list[str]:
         title(machine()),
         f"{workload.op}: {shape.instances} instances of {shape.dim} in {bags}{padded}; "
         f"hidden {shape.hidden}, heads {shape.heads}, features {Path(workload.features).name}",
-        f"read bandwidth {result.bandwidth / 1e9:.1f} GB/s on {result.bandwidth_array >> 20} MiB; "
+        f"read bandwidth {result.bandwidth / 1e9:.1f} GB/s; "
         "matrix rate in GFLOP/s, min/median of the probes between the rounds: " + ", ".join(rates),
     ]
 

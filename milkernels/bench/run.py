@@ -73,7 +73,6 @@ class Row:
 class Result:
     rows: list[Row]
     bandwidth: float
-    bandwidth_array: int
     probe: roofline.MatrixProbe
 
     @property
@@ -132,10 +131,10 @@ class Bench:
         self.say("machine")
         with self.workload.products():
             limits = self.gpu or roofline
-            self.bandwidth, array = limits.read_bandwidth()
+            self.bandwidth, _ = limits.read_bandwidth()
             self.probe = limits.MatrixProbe([DTYPES[d] for d in self.options.dtypes])
             rows = [row for dtype in self.options.dtypes for row in self._dtype(dtype)]
-        return Result(rows, self.bandwidth, array, self.probe)
+        return Result(rows, self.bandwidth, self.probe)
 
     def _dtype(self, dtype: str) -> list[Row]:
         self.say(f"{dtype}: inputs")
@@ -169,9 +168,7 @@ class Bench:
         return (self.gpu.timed if self.gpu else harness.timed)(run, calls)
 
     def _finish(self, entries: list[_Entry]) -> None:
-        rows = [entry.row for entry in entries]
-        _compare(rows)
-        self.finished(rows)
+        self.finished(_compare([entry.row for entry in entries]))
 
     def _guess(self, contender: Contender, inputs: Inputs, mode: str) -> float:
         """Seconds of one run; on a GPU, where a prefix would have kernels compiled for itself, few enough that the run
@@ -282,8 +279,9 @@ class Bench:
                     row.timing = harness.Timing([answer["seconds"]], warm=False)
 
 
-def _compare(rows: list[Row]) -> None:
+def _compare(rows: list[Row]) -> list[Row]:
     timed = {(r.dtype, r.mode, r.contender): r for r in rows if r.timed}
     for row in timed.values():
         yardsticks = {name: timed.get((row.dtype, row.mode, name)) for name in contenders.YARDSTICKS}
         row.ratios = {n: other.timing.median / row.timing.median for n, other in yardsticks.items() if other}
+    return rows

@@ -78,18 +78,13 @@ class Workload:
         options["device"] = self.device
         if not self.padded:
             return self.case.inputs(self.shape, dtype, features, self.seed, **options)
-        mask = prefix_mask(self.shape).to(self.device)
+        lengths = torch.tensor(self.shape.lengths)
+        mask = (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).flatten().to(self.device)  # [B * M], real rows
         if isinstance(features, Tensor):
             rows = features.new_zeros(len(mask), features.shape[1])
             rows[mask] = features
             features = rows
         return self.case.inputs(self.shape.padded(), dtype, features, self.seed, mask=mask, **options)
-
-
-def prefix_mask(shape: Shape) -> Tensor:
-    """The real rows ``[B * M]`` of bags padded to the longest one."""
-    longest = max(shape.lengths)
-    return (torch.arange(longest) < torch.tensor(shape.lengths).unsqueeze(1)).flatten()
 
 
 def load_features(path: str) -> tuple[Tensor, tuple[int, ...]]:
