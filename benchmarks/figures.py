@@ -18,7 +18,6 @@ from milkernels.bench import contenders, report
 from milkernels.bench.workload import fast_dtypes
 from milkernels.testing import skewed_lengths
 
-HEADLINE = results.FOLDER / "headline.json"
 MOST_ROWS = 10
 GATED = "gated_attention_pool"
 _FIGURES = ("<!-- figures: python -m benchmarks.figures --readme -->", "<!-- end of figures -->")
@@ -97,10 +96,10 @@ def written(root: Path = report.ROOT) -> dict[Path, str]:
     """Every page that is made of something else, as it should be."""
     readme, method = root / "README.md", root / "benchmarks" / "README.md"
     folder = root / "benchmarks" / "results"
-    made = {readme: rewrite(readme.read_text(), table(results.read(folder / HEADLINE.name)), *_FIGURES)}
+    made = {readme: rewrite(readme.read_text(), table(results.read(folder / results.HEADLINE.name)), *_FIGURES)}
     made[method] = rewrite(method.read_text(), contenders_table(), *_CONTENDERS)
     for path in sorted(folder.glob("*.json")):
-        if path.name != HEADLINE.name:
+        if path.name != results.HEADLINE.name:
             content = results.read(path)
             pictures = [p.name for p in sorted(folder.glob(f"{path.stem}-*.png"))]
             made[path.with_suffix(".md")] = pages.page(content, pictures)
@@ -110,12 +109,13 @@ def written(root: Path = report.ROOT) -> dict[Path, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__.partition("\n")[0])
     p.add_argument("--readme", action="store_true", help="measure nothing, only write the pages")
-    p.add_argument("--out", type=Path, default=HEADLINE, metavar="FILE", help=argparse.SUPPRESS)
+    p.add_argument("--out", type=Path, default=results.HEADLINE, metavar="FILE", help=argparse.SUPPRESS)
     arguments = p.parse_args(argv)
     status = 0
     if not arguments.readme:
-        status = grid.measure(arguments.out, units(fast_dtypes()), "make figures")
-    if arguments.out == HEADLINE:
+        interrupted = (results.read(arguments.out) or {}).get("not_measured")
+        status = grid.measure(arguments.out, units(fast_dtypes()), "make figures", fresh=not interrupted)
+    if arguments.out == results.HEADLINE:
         for path, text in written().items():
             path.write_text(text)
     return status

@@ -82,14 +82,13 @@ def frame_of(content: dict) -> pd.DataFrame:
     lines = []
     for unit in content["units"]:
         for row in unit["rows"]:
-            shown = {name: value for name, value in unit.items() if name not in ("rows", "workload")}
-            extra = {"extra": row.get(memory), "about": about(unit), "place": len(lines)}
-            lines.append(shown | row | extra | {"part": unit.get("part") or unit["kind"], "commit": unit["commit"]})
-    columns = ["median", "once", "rounds", "spread", "instances", "bags", "share_of_floor", "load", "memory", "host"]
+            more = {"extra": row.get(memory), "about": about(unit), "part": unit["part"] or unit["kind"]}
+            lines.append({"name": unit["name"], "kind": unit["kind"], "dtype": unit["dtype"]} | row | more)
+    columns = ["label", "median", "once", "spread", "instances", "share_of_floor", "load", "memory", "host"]
     frame = pd.DataFrame(lines)
-    frame = frame.reindex(columns=dict.fromkeys([*frame.columns, *columns, "reason", "errors", "file_bytes"]))
+    frame = frame.reindex(columns=dict.fromkeys([*frame.columns, *columns, "ours", "reason", "errors"]))
     timed = frame["median"].notna() & (frame["status"] == "ok")
-    first = frame[timed & (frame["ours"] == True)].groupby(["name", "mode"])["median"].first()  # noqa: E712
+    first = frame[timed & frame["ours"].eq(True)].groupby(["name", "mode"])["median"].first()
     keys = pd.MultiIndex.from_frame(frame[["name", "mode"]])
     frame["ratio"] = frame["median"].astype(float) / first.reindex(keys).to_numpy(float)
     return frame
@@ -186,7 +185,7 @@ def write(path: Path) -> list[Path]:
 
 def main(folder: Path = results.FOLDER) -> int:
     for path in sorted(folder.glob("*.json")):
-        for made in write(path):
+        for made in write(path) if path.name != results.HEADLINE.name else ():
             print(made)
     return 0
 

@@ -16,6 +16,7 @@ from benchmarks.units import Unit
 from milkernels.bench import report
 
 FOLDER = report.ROOT / "benchmarks" / "results"
+HEADLINE = FOLDER / "headline.json"  # whose rows are on the README
 FAILED = ("error", report.run.FAIL)
 FOREIGN = ("upstream",)  # kinds of units that a grid leaves as they are
 Key = tuple[str, str]  # mode, contender

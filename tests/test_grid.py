@@ -440,6 +440,17 @@ def test_the_readmes_table(tmp_path):
     assert "nan" not in text
 
 
+def test_figures_are_measured_anew_unless_interrupted(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(grid, "measure", lambda path, units, command, fresh: asked.append((command, fresh)) or 0)
+    path = tmp_path / "headline.json"
+    for left in (None, {}, {"a": ["fwd"]}):
+        if left is not None:
+            path.write_text(json.dumps({"schema": report.SCHEMA, "not_measured": left, "units": []}))
+        assert figures.main(["--out", str(path)]) == 0
+    assert asked == [("make figures", True), ("make figures", True), ("make figures", False)]
+
+
 @needs_results
 def test_the_readme_and_the_pages_are_those_of_the_result_files():
     stale = [path.name for path, text in figures.written().items() if not path.exists() or path.read_text() != text]
