@@ -1,0 +1,15 @@
+"""What `make fuzz` found, shrunk: calls that broke the error promise."""
+
+import pytest
+from calls import Call, found
+
+FOUND = {
+    "thousands of rows of a bag, added one behind another": Call(
+        "attention_pool", (3, 2049), "float32", sizes=(("D", 2), ("K", 2), ("L", 2)), options=(("activation", "tanh"),)
+    ),
+}
+
+
+@pytest.mark.parametrize("call", FOUND.values(), ids=FOUND)
+def test_found(call):
+    found(call)
