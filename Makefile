@@ -11,6 +11,7 @@
 #   make cuda-test ARGS="-k bags"   tests of the CUDA C++ kernels, compiled for the host, under AddressSanitizer; needs GCC
 #   make cuda-check                 compiles them for NVIDIA's GPUs and checks the code; needs nvcc, and no GPU
 #   make host-time                  what a call costs the host, CUDA C++ beside Triton; no kernel is run
+#   make fuzz ARGS="--examples 2000 --legs avx2,reference"   random calls of every op against the float64 oracle
 #   make lint | format | info | clean
 #
 # PYTHON        the interpreter; what it has already is used, PyTorch first of all, and not downloaded
@@ -52,7 +53,7 @@ CUDA_VENV := .venv-cuda
 CUDA_TESTS := tests/test_cuda.py tests/test_kernels.py tests/test_attention.py -k "test_cuda or test_oracle"
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install build bench figures example test test-all gpu aot cuda-test cuda-check host-time lint format info clean
+.PHONY: install build bench figures example test test-all gpu aot cuda-test cuda-check host-time fuzz lint format info clean
 
 install: build
 
@@ -107,6 +108,10 @@ $(CUDA_VENV)/.created:
 	@$(PYTHON) -m venv $(CUDA_VENV)
 	@$(CUDA_VENV)/bin/python -m pip $(PIP_OPTIONS) install $(TORCH_CUDA) "setuptools>=77" ninja numpy
 	@touch $@
+
+fuzz: build
+	@$(PY) -c "import hypothesis, numpy" 2>/dev/null || $(PIP) install "milkernels[dev]"
+	$(PY) tests/fuzz.py $(ARGS)
 
 lint: $(VENV)/.style
 	$(PY) -m ruff check $(PYTHON_FILES)
