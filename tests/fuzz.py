@@ -237,15 +237,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--legs", default="", help=f"of {','.join(LEGS)}; without it those that are built, less triton")
     parser.add_argument("--ops", default="")
-    parser.add_argument("--large", action="store_true", help="instead, the large sizes of tests/large.py")
     parser.add_argument("--leg", help=argparse.SUPPRESS)
     parser.add_argument("--note", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     ops = options.ops.split(",") if options.ops else []
-    if options.large:
-        import large
-
-        return large.main()
     if options.leg:
         leg = Leg(options.leg, options.note)
         leg.run(leg.ops(ops), options.examples, options.seed, 60 * options.minutes)
