@@ -2,8 +2,9 @@
 
     python tests/fuzz.py --examples 2000 --legs avx512,avx2,default,emulated,reference --ops softmax_pool --seed 1
 
-A leg is a process: the kernels of one instruction set, those of CUDA run by the emulator, Triton's run by its interpreter
-(which is slow, and only asked for by name), or the reference.  What breaks the promise is shrunk, and printed as a test.
+A leg is a process: the kernels of one instruction set, those of CUDA run by the emulator, Triton's run by its
+interpreter (which is slow, and only asked for by name), or the reference.  What breaks the promise is shrunk, and
+printed as a test.
 """
 
 import argparse

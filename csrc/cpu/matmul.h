@@ -14,6 +14,7 @@
 namespace milkernels {
 
 constexpr int64_t kBlock = 64;  // columns of a packed block, and rows of a tile
+constexpr int64_t kDeepest = 2048;  // terms of a float32 sum that are added one behind another
 constexpr int64_t kRowMultiple = 8;  // rows of a product: few distinct shapes, each costs about 0.1 ms when first met
 
 // A matrix by rows; plane p of a split number is plane_stride further on. For the right operand of a BFloat16 product
@@ -94,7 +95,10 @@ inline void product(int64_t M, int64_t N, int64_t K, Matrix<E> a, Matrix<E> b, i
     vector_product<double>(M, N, K, a, b, c, ldc, add);
   } else if constexpr (std::is_same_v<E, float>) {
     if (!has_micro_kernels()) return vector_product<float>(M, N, K, a, b, c, ldc, add);
-    at::native::cpublas::brgemm(M, N, K, a.ld, b.ld, ldc, add, a.data, b.data, c, /*is_vnni=*/false);
+    for (int64_t k = 0; k < K; k += kDeepest, add = true) {  // their rounding grows with their number
+      at::native::cpublas::brgemm(M, N, std::min(kDeepest, K - k), a.ld, b.ld, ldc, add, a.data + k,
+                                  b.data + k * b.ld, c, /*is_vnni=*/false);
+    }
   } else {
     for (int order = planes - 1; order >= 0; --order) {  // small terms first
       for (int p = 0; p <= order; ++p, add = true) {
