@@ -187,7 +187,9 @@ def runs_of(call: Call, backend: str, seed: int):
         exact = step(case.truth, exact_tensors, offsets, mask, wanted)
         # Where types are mixed, eager PyTorch runs under autocast.
         with torch.autocast("cpu", _half(call), enabled=call.parameter_dtype is not None or call.autocast):
-            eager = step(case.truth, tensors, offsets, mask, wanted) if call.type != torch.float64 else exact
+            dense = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+            dense = {n: t.requires_grad_(tensors[n].requires_grad) for n, t in dense.items()}
+            eager = step(case.truth, dense, offsets, mask, wanted) if call.type != torch.float64 else exact
     with torch.autocast("cpu", _half(call), enabled=call.autocast):
         got = step(ours(call, backend), tensors, offsets, mask, wanted)
         if call.threads > 1:
