@@ -96,8 +96,8 @@ inline void product(int64_t M, int64_t N, int64_t K, Matrix<E> a, Matrix<E> b, i
   } else if constexpr (std::is_same_v<E, float>) {
     if (!has_micro_kernels()) return vector_product<float>(M, N, K, a, b, c, ldc, add);
     for (int64_t k = 0; k < K; k += kDeepest, add = true) {  // their rounding grows with their number
-      at::native::cpublas::brgemm(M, N, std::min(kDeepest, K - k), a.ld, b.ld, ldc, add, a.data + k,
-                                  b.data + k * b.ld, c, /*is_vnni=*/false);
+      at::native::cpublas::brgemm(M, N, std::min(kDeepest, K - k), a.ld, b.ld, ldc, add, a.data + k, b.data + k * b.ld,
+                                  c, /*is_vnni=*/false);
     }
   } else {
     for (int order = planes - 1; order >= 0; --order) {  // small terms first
