@@ -54,7 +54,7 @@ CUDA_TESTS := tests/test_cuda.py tests/test_kernels.py tests/test_attention.py -
 # What calls the CPU's kernels, whatever is passed to them; Triton's and the reference are not watched.
 SANITIZER := asan
 SANITIZED_asan := tests/test_kernels.py tests/test_attention.py tests/test_embedding.py tests/test_raw_ops.py \
-	tests/test_errors.py tests/test_found.py -k "not triton and not memory_held"
+	tests/test_errors.py tests/test_found.py --tier quick -k "not triton and not memory_held"
 SANITIZED_tsan := tests/threads.py
 PRELOADED_asan := libasan.so libubsan.so libstdc++.so.6
 PRELOADED_tsan := libtsan.so libstdc++.so.6
