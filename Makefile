@@ -9,9 +9,10 @@
 #   make gpu [QUICK=1] [OUT=dir]    tests and benchmarks on an NVIDIA GPU, with what $(PYTHON) has; needs no network
 #   make aot   ARGS="--op ..."      compiles every Triton kernel for NVIDIA's and AMD's GPUs and checks the code; needs none
 #   make cuda-test ARGS="-k bags"   tests of the CUDA C++ kernels, compiled for the host, under AddressSanitizer; needs GCC
+#   make fuzz  ARGS="--examples N"  random calls of every op on every backend that was built, against the oracle; ARGS="--help"
+#   make sanitize [SANITIZER=tsan]  tests of the CPU's kernels, under AddressSanitizer and UBSan; or ThreadSanitizer; needs GCC
 #   make cuda-check                 compiles them for NVIDIA's GPUs and checks the code; needs nvcc, and no GPU
 #   make host-time                  what a call costs the host, CUDA C++ beside Triton; no kernel is run
-#   make fuzz ARGS="--examples 2000 --legs avx2,reference"   random calls of every op against the float64 oracle
 #   make lint | format | info | clean
 #
 # PYTHON        the interpreter; what it has already is used, PyTorch first of all, and not downloaded
@@ -51,9 +52,16 @@ CPP_FILES := $(shell find csrc tests/cuda -name "*.h" -o -name "*.cpp" -o -name 
 CUDA_VENV := .venv-cuda
 # Of the tests of all kernels those against the oracle, for AddressSanitizer is slow; ARGS="-k 'not gradcheck'" runs all.
 CUDA_TESTS := tests/test_cuda.py tests/test_kernels.py tests/test_attention.py -k "test_cuda or test_oracle"
+# What calls the CPU's kernels, whatever is passed to them; Triton's and the reference are not watched.
+SANITIZER := asan
+SANITIZED_asan := tests/test_kernels.py tests/test_attention.py tests/test_embedding.py tests/test_raw_ops.py \
+	tests/test_errors.py tests/test_found.py --tier quick -k "not triton and not memory_held"
+SANITIZED_tsan := tests/threads.py
+PRELOADED_asan := libasan.so libubsan.so libstdc++.so.6
+PRELOADED_tsan := libtsan.so libstdc++.so.6
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install build bench figures example test test-all gpu aot cuda-test cuda-check host-time fuzz lint format info clean
+.PHONY: install build bench figures example test test-all gpu aot cuda-test cuda-check host-time fuzz sanitize lint format info clean
 
 install: build
 
@@ -90,6 +98,17 @@ cuda-test: $(VENV)/.installed
 	LD_PRELOAD="$(foreach name,libasan.so libstdc++.so.6,$$($(CXX) -print-file-name=$(name)))" ASAN_OPTIONS=detect_leaks=0 MILKERNELS_EMULATE_CUDA=1 \
 		$(PY) -m pytest -ra --durations=15 $(CUDA_TESTS) $(ARGS)
 
+fuzz: build
+	@$(PY) -c "import pytest, hypothesis" 2>/dev/null || $(PIP) install "milkernels[dev]"
+	$(PY) tests/fuzz.py $(ARGS)
+
+sanitize: $(VENV)/.installed
+	@$(PY) -c "import pytest, numpy, matplotlib" 2>/dev/null || $(PIP) install "milkernels[test]"
+	MILKERNELS_BUILD_EXT=$(SANITIZER) MILKERNELS_BUILD_CUDA=0 $(BUILD)
+	LD_PRELOAD="$(foreach name,$(PRELOADED_$(SANITIZER)),$$($(CXX) -print-file-name=$(name)))" OMP_NUM_THREADS=1 \
+		ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS="suppressions=$(CURDIR)/tests/tsan.supp" \
+		$(PY) tests/sanitize.py build/$(SANITIZER)-*/milkernels/_C_*.so -p no:cacheprovider $(SANITIZED_$(SANITIZER)) $(ARGS)
+
 # What it compiles is not watched by AddressSanitizer, which would be measured.
 host-time: $(VENV)/.installed
 	@$(PY) -c "import rich, triton" 2>/dev/null || $(PIP) install "milkernels[test]"
@@ -108,10 +127,6 @@ $(CUDA_VENV)/.created:
 	@$(PYTHON) -m venv $(CUDA_VENV)
 	@$(CUDA_VENV)/bin/python -m pip $(PIP_OPTIONS) install $(TORCH_CUDA) "setuptools>=77" ninja numpy
 	@touch $@
-
-fuzz: build
-	@$(PY) -c "import hypothesis, numpy" 2>/dev/null || $(PIP) install "milkernels[dev]"
-	$(PY) tests/fuzz.py $(ARGS)
 
 lint: $(VENV)/.style
 	$(PY) -m ruff check $(PYTHON_FILES)

@@ -2,8 +2,9 @@
 
     python tests/fuzz.py --examples 2000 --legs avx512,avx2,default,emulated,reference --ops softmax_pool --seed 1
 
-A leg is a process: the kernels of one instruction set, those of CUDA run by the emulator, Triton's by its interpreter
-(slow, and only asked for by name), or the reference.  What breaks the promise is shrunk, and printed as a test.
+A leg is a process: the kernels of one instruction set, those of CUDA run by the emulator, Triton's run by its
+interpreter (which is slow, and only asked for by name), or the reference.  What breaks the promise is shrunk, and
+printed as a test.
 """
 
 import argparse
@@ -39,7 +40,7 @@ TYPES = (
 NUMBERS = 40_000  # in the rows of a call, and products of two of its sizes: thousands of calls a minute
 
 
-def strategy(ops, slow: bool):
+def strategy(ops, compiles: bool, threads: tuple[int, ...], layouts: tuple[str, ...]):
     """Calls of these ops; how an op is called follows from its signature and the sizes in the registry."""
     from calls import _BIASES, MASK_TYPES, Call
     from functional_cases import takes
@@ -73,7 +74,8 @@ def strategy(ops, slow: bool):
         return found
 
     def data_of(draw, op, dtype, embed):
-        kinds = ["relu"] * 3 + ["outlier"]
+        # Half types cannot hold all gradients of an outlier, and round scores of hundreds by whole units.
+        kinds = ["relu"] * 3 + ["outlier"] * (dtype in ("float32", "float64"))
         if op not in ("instance_max", "dsmil") or dtype == "float64":
             kinds.append("noise")
         if op in ("instance_max", "max_pool", "topk_instances") and embed is None:
@@ -122,12 +124,12 @@ def strategy(ops, slow: bool):
             and takes(op, "offsets")
             and op != "attention_weights"
             and draw(st.integers(0, 7)) == 7,
-            layout=draw(st.sampled_from(("contiguous",) * 3 + ("wide", "every second", "shifted", "transposed"))),
+            layout=draw(st.sampled_from(("contiguous",) * 3 + layouts)),
             data=data_of(draw, op, dtype, embed),
             grads=draw(st.sampled_from(("all", "all", "frozen", "none", *tensors))),
             wanted=draw(st.sampled_from((None, None, None, 0))),
-            transform=draw(st.sampled_from(("plain",) * 100 + ("vmap",) * 8 + ("compile",) * slow)),
-            threads=draw(st.sampled_from((1,) * 12 + (2, 3))),
+            transform=draw(st.sampled_from(("plain",) * 100 + ("vmap",) * 8 + ("compile",) * compiles)),
+            threads=draw(st.sampled_from((1,) * 12 + threads)),
             seed=draw(st.integers(0, 2**20)),
         )
 
@@ -174,9 +176,15 @@ class Leg:
         from hypothesis import HealthCheck, Phase, Verbosity
 
         start, done = time.monotonic(), 0
+        # The reference's products are a library's: their bits depend on the threads, and of bfloat16 rows of odd width
+        # some read the number behind each (PyTorch 2.13 with AMX).
+        kernels = self.name.startswith(("avx", "default"))
+        threads = (2, 3) if kernels else ()
+        layouts = ("shifted", "transposed") + ("wide", "every second") * (self.name != "reference")
         while sum(self.counts.values()) < examples and time.monotonic() - start < budget:
             count = min(ROUND, examples - sum(self.counts.values()))
-            one = hypothesis.given(strategy(ops, slow=self.name != "emulated"))(lambda call: self.check(call))
+            drawn = strategy(ops, self.name != "emulated", threads, layouts)
+            one = hypothesis.given(drawn)(lambda call: self.check(call))
             one = hypothesis.settings(
                 max_examples=count,
                 deadline=None,
