@@ -173,6 +173,49 @@ class WithQuery : public CALL {
   Tensor scaled;  // the query times the scale
 };
 
+// The passes of DSMIL's second stream over its rows; CALL is that of a device. A score is
+// <row, vectors[b, c]> + shift[b, c], where a row is an instance, or its query where the query is an MLP; what is pooled
+// are instances, or their values where there is a value layer.
+template <typename CALL>
+class WithSecondStream : public CALL {
+ public:
+  WithSecondStream(const Tensor& x, const Tensor& vectors, const Tensor& shift, const DSMILWeights& weights,
+                   const OptionalTensor& offsets, const OptionalTensor& mask,
+                   const std::optional<std::string_view>& v_activation, const EmbedArguments& embed)
+      : CALL(x, offsets, mask, embed),
+        v_activation(v_activation ? parse_activation(*v_activation) : Activation::kIdentity) {
+    const auto units = [&](int i, int64_t width) {
+      return weights[i] ? units_of(*weights[i], DSMILWeights::kNames[i], width) : 0;
+    };
+    const auto taken = [&](int i, at::IntArrayRef sizes) {
+      return this->take(weights[i], DSMILWeights::kNames[i], sizes);
+    };
+    const int64_t L = this->width, Q = units(0, L), Q2 = units(2, Q), Lv = units(4, L);
+    TORCH_CHECK_VALUE((Q > 0) == (Q2 > 0), "weights must have q_weight and q2_weight, or neither");
+    parameters = {taken(0, {Q, L}), taken(1, {Q}), taken(2, {Q2, Q}), taken(3, {Q2}), taken(4, {Lv, L}), taken(5, {Lv})};
+    TORCH_CHECK_VALUE(vectors.dim() == 3 && vectors.size(1) > 0, "vectors must be [", this->bags,
+                      ", classes, width]; got ", vectors.sizes());
+    classes = vectors.size(1);
+    this->vectors = this->take(vectors, "vectors", {this->bags, classes, mlp() ? Q2 : L});
+    this->shift = this->take(shift, "shift", {this->bags, classes});
+  }
+
+  const Tensor& q_weight() const { return parameters[0]; }
+  const Tensor& q_bias() const { return parameters[1]; }
+  const Tensor& q2_weight() const { return parameters[2]; }
+  const Tensor& q2_bias() const { return parameters[3]; }
+  const Tensor& v_weight() const { return parameters[4]; }
+  const Tensor& v_bias() const { return parameters[5]; }
+  bool mlp() const { return q2_weight().defined(); }
+  bool layered() const { return v_weight().defined(); }
+  int64_t pooled_width() const { return layered() ? v_weight().size(0) : this->width; }
+
+  Activation v_activation;
+  std::array<Tensor, 6> parameters;  // q_weight .. v_bias, in the accumulation type; undefined where absent
+  int64_t classes;
+  Tensor vectors, shift;  // [bags, classes, width or units of q2], [bags, classes]
+};
+
 // What a softmax pooling's forward left and what comes back for it, in the accumulation type; `heads` and `width` are
 // those of the pooled rows.
 struct PooledTensors {

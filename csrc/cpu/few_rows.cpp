@@ -3,9 +3,11 @@
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <torch/library.h>
 
 #include <vector>
 
+#include "call.h"
 #include "heads.h"
 #include "layer.h"
 
@@ -177,4 +179,44 @@ Tensor through_activation(const Tensor& grad, const Tensor& z, Activation activa
   return out;
 }
 
+// --- The ops
+
+namespace {
+
+Tensor matrix(const Tensor& t, const char* name, ScalarType type) {
+  TORCH_CHECK_VALUE(t.dim() == 2 && t.device().is_cpu() && (type == at::kFloat || type == at::kDouble), name,
+                    " must be a float32 or float64 matrix on cpu; got ", t.scalar_type(), " ", t.sizes(), " on ",
+                    t.device());
+  return t.to(type).contiguous();
+}
+
+Tensor few_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                  std::optional<std::string_view> activation) {
+  const Tensor a = matrix(x, "x", x.scalar_type()), b = matrix(weight, "weight", x.scalar_type());
+  TORCH_CHECK_VALUE(a.size(1) == b.size(1), "weight must be [any, ", a.size(1), "]; got ", b.sizes());
+  Tensor z = product_nt(a, b);
+  if (bias) {
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == b.size(0) && bias->device().is_cpu(), "bias must be [",
+                      b.size(0), "]; got ", bias->sizes());
+    z.add_(*bias);
+  }
+  return activation ? activated(z, parse_activation(*activation)) : z;
+}
+
+Tensor few_product(const Tensor& a, const Tensor& b, bool transposed) {
+  const Tensor left = matrix(a, "a", a.scalar_type()), right = matrix(b, "b", a.scalar_type());
+  TORCH_CHECK_VALUE(left.size(!transposed) == right.size(0), "b must be [", left.size(!transposed), ", any]; got ",
+                    right.sizes());
+  return transposed ? product_tn(left, right) : product_nn(left, right);
+}
+
+Tensor few_sums(const Tensor& a) { return column_sums(matrix(a, "a", a.scalar_type())); }
+
+TORCH_LIBRARY_IMPL(milkernels, CPU, m) {
+  m.impl("few_linear.native", few_linear);
+  m.impl("few_product.native", few_product);
+  m.impl("few_sums.native", few_sums);
+}
+
+}  // namespace
 }  // namespace milkernels

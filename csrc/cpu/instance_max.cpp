@@ -1,21 +1,12 @@
-#include "instance_max.h"
-
+// instance_max on the CPU, the first stream of DSMIL (Li, Li, Eliceiri 2021).
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
 
-namespace milkernels {
+#include <tuple>
 
-std::tuple<Tensor, Tensor, Tensor> instance_max_forward(const ClassCall& call) {
-  Tensor values = call.empty({call.bags, call.classes}), logits = call.empty({call.rows, call.classes});
-  Tensor indices = at::empty({call.bags, call.classes}, call.x.options().dtype(at::kLong));
-  with_rows(call, nullptr, [&]<typename T>(const Ragged<T>& in) {
-    using A = acc_t<T>;
-    const QueryScore<T> score(in, call.queries<A>());
-    pool_forward(score, in, logits.mutable_data_ptr<A>(),
-                 FirstMax<T>(in, call.classes, values.mutable_data_ptr<A>(), indices.mutable_data_ptr<int64_t>()));
-  });
-  return {values, indices, logits};
-}
+#include "instances.h"
+
+namespace milkernels {
 
 namespace {
 
@@ -61,25 +52,24 @@ Tensor with_winners(const Tensor& grad_logits, const Tensor& indices, const Tens
   return all;
 }
 
-}  // namespace
-
+// Gradients of weight and bias (empty where nobody needs them), in the accumulation type. Those of the rows are written:
+// of a few rows, unless logits have a gradient.
 std::tuple<Tensor, Tensor> instance_max_gradients(const ClassCall& call, const Tensor& indices, const Tensor& logits,
                                                   const OptionalTensor& grad_values, const OptionalTensor& grad_logits,
-                                                  bool need_weight, bool need_bias, bool add, RowGradients& of_rows) {
+                                                  bool need_weight, bool need_bias, RowGradients& of_rows) {
   const int64_t B = call.bags, C = call.classes;
   const Tensor rows = call.take_indices(indices, "indices", {B, C}), l = call.take(logits, "logits", {call.rows, C}),
                values = call.take(grad_values, "grad_values", {B, C});
   Tensor dense = call.take(grad_logits, "grad_logits", {call.rows, C});
   check_need(need_bias, call.bias.defined(), "bias");
   if (!dense.defined()) {
-    if (!add) of_rows.zero();
+    of_rows.zero();
     if (values.defined()) return winner_gradients(call, rows, values, need_weight, need_bias, of_rows);
     return {call.gradient(need_weight, call.weight.sizes()).zero_(), call.gradient(need_bias, {C}).zero_()};
   }
   if (values.defined()) dense = with_winners(dense, rows, values);
   Tensor grad_weight = call.gradient(need_weight, call.weight.sizes()), grad_bias = call.gradient(need_bias, {C});
-  RowGradients found(call, of_rows.need_x, of_rows.need_weight, of_rows.need_bias);
-  with_rows(call, &found, [&]<typename T>(const Ragged<T>& in) {
+  with_rows(call, &of_rows, [&]<typename T>(const Ragged<T>& in) {
     using A = acc_t<T>;
     QueryScore<T> score(in, call.queries<A>());
     if (need_weight || need_bias) score.products.prepare_gradient();
@@ -88,20 +78,25 @@ std::tuple<Tensor, Tensor> instance_max_gradients(const ClassCall& call, const T
     if (need_weight) score.products.gradient(grad_weight.mutable_data_ptr<A>(), nullptr);
     if (need_bias) score.products.shift_gradient(grad_bias.mutable_data_ptr<A>());
   });
-  if (add) of_rows.add(found);
-  else of_rows = found;
   return {grad_weight, grad_bias};
 }
-
-namespace {
 
 std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const OptionalTensors& weights,
                                                     const OptionalTensor& offsets, const OptionalTensor& mask,
                                                     const OptionalTensors& embed,
                                                     std::optional<std::string_view> embed_activation,
                                                     double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
-  return instance_max_forward(
-      {x, ClassifierWeights(weights), offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype}});
+  const ClassCall call(x, ClassifierWeights(weights), offsets, mask,
+                       {embed, embed_activation, embed_dropout_p, embed_dtype});
+  Tensor values = call.empty({call.bags, call.classes}), logits = call.empty({call.rows, call.classes});
+  Tensor indices = at::empty({call.bags, call.classes}, call.x.options().dtype(at::kLong));
+  with_rows(call, nullptr, [&]<typename T>(const Ragged<T>& in) {
+    using A = acc_t<T>;
+    const QueryScore<T> score(in, call.queries<A>());
+    pool_forward(score, in, logits.mutable_data_ptr<A>(),
+                 FirstMax<T>(in, call.classes, values.mutable_data_ptr<A>(), indices.mutable_data_ptr<int64_t>()));
+  });
+  return {values, indices, logits};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_max_bwd(
@@ -112,8 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_max_bwd(
   const ClassifierWeights given(weights);
   const ClassCall call(x, given, offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
   RowGradients of_rows(call, needs[0], needs[3], needs[4]);
-  auto [grad_weight, grad_bias] = instance_max_gradients(call, indices, logits, grad_values, grad_logits, needs[1],
-                                                         needs[2], /*add=*/false, of_rows);
+  auto [grad_weight, grad_bias] =
+      instance_max_gradients(call, indices, logits, grad_values, grad_logits, needs[1], needs[2], of_rows);
   of_rows.finish();
   if (needs[1]) grad_weight = grad_weight.to(given.weight().scalar_type());
   if (needs[2]) grad_bias = grad_bias.to(given.bias()->scalar_type());

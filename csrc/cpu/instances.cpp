@@ -1,6 +1,7 @@
 #include "instances.h"
 
 #include <ATen/TensorOperators.h>
+#include <torch/library.h>
 
 #include "dropout.h"
 #include "few_rows.h"
@@ -280,4 +281,46 @@ void RowGradients::finish() {
   added_.clear();
 }
 
+// --- The ops
+
+namespace {
+
+Call call_of(const Tensor& x, const OptionalTensors& embed, std::optional<std::string_view> activation,
+             double dropout_p, std::optional<ScalarType> dtype) {
+  return {x, std::nullopt, std::nullopt, {embed, activation, dropout_p, dtype}};
+}
+
+Tensor rows_at(const Tensor& x, const Tensor& indices, const OptionalTensors& embed,
+               std::optional<std::string_view> embed_activation, double embed_dropout_p,
+               std::optional<ScalarType> embed_dtype) {
+  const Call call = call_of(x, embed, embed_activation, embed_dropout_p, embed_dtype);
+  return SomeRows(call, call.take_indices(indices, "indices", indices.sizes())).rows;
+}
+
+void add_rows_(const Tensor& grad_x, const Tensor& grad_e_weight, const Tensor& grad_e_bias, const Tensor& x,
+               const Tensor& indices, const Tensor& grad_rows, const OptionalTensors& embed,
+               std::optional<std::string_view> embed_activation, double embed_dropout_p,
+               std::optional<ScalarType> embed_dtype) {
+  const Call call = call_of(x, embed, embed_activation, embed_dropout_p, embed_dtype);
+  const auto written = [&](const Tensor& t, const char* name, const Tensor& like, ScalarType type) {
+    TORCH_CHECK_VALUE(t.numel() == 0 || (like.defined() && t.sizes() == like.sizes() && t.scalar_type() == type &&
+                                         t.is_contiguous() && call.here(t)),
+                      name, " must be empty or a contiguous gradient; got ", t.scalar_type(), " ", t.sizes());
+  };
+  written(grad_x, "grad_x", x, x.scalar_type());
+  written(grad_e_weight, "grad_e_weight", call.embedding.weight, call.acc);
+  written(grad_e_bias, "grad_e_bias", call.embedding.bias, call.acc);
+  RowGradients of_rows(grad_x, grad_e_weight, grad_e_bias);
+  if (!of_rows.any()) return;
+  const SomeRows rows(call, call.take_indices(indices, "indices", indices.sizes()));
+  rows.backward(call.take(grad_rows, "grad_rows", rows.rows.sizes()), of_rows);
+  of_rows.finish();
+}
+
+TORCH_LIBRARY_IMPL(milkernels, CPU, m) {
+  m.impl("rows_at.native", rows_at);
+  m.impl("add_rows_.native", add_rows_);
+}
+
+}  // namespace
 }  // namespace milkernels

@@ -298,7 +298,7 @@ class FirstMax {
  public:
   using A = acc_t<T>;
 
-  // values (or null) and indices are [bags, heads].
+  // values and indices are [bags, heads].
   FirstMax(const Ragged<T>& in, int64_t heads, A* values, int64_t* indices)
       : in_(in), heads_(heads), values_(values), indices_(indices), best_(in.slots() * heads) {}
 
@@ -321,7 +321,7 @@ class FirstMax {
         for (int64_t slot = in_.slot_of(from, b); from < to && slot <= in_.slot_of(to - 1, b); ++slot) {
           best.offer(best_[slot * heads_ + k]);
         }
-        if (values_ != nullptr) values_[b * heads_ + k] = best.value;
+        values_[b * heads_ + k] = best.value;
         indices_[b * heads_ + k] = best.row;
       }
     }

@@ -3,6 +3,9 @@
 
 #include <torch/library.h>
 
+#include <tuple>
+#include <utility>
+
 #include "choice_kernels.h"
 #include "pooling.h"
 
@@ -47,10 +50,8 @@ Tensor of_chosen(const Tensor& x, const Tensor& indices, const Tensor& grad_valu
   return grad;
 }
 
-}  // namespace
-
-// --- What other ops need
-
+// values [bags, C] and rows [bags, C] of the first largest of the columns of values [rows, C], in their type; where there
+// is nothing to choose, `empty` and -1. `dead`: -inf is never chosen.
 std::pair<Tensor, Tensor> first_max(const Call& call, const Tensor& values, bool dead, double empty) {
   const int64_t C = values.size(1);
   const Tensor out = at::empty({call.bags, C}, values.options()), indices = empty_indices(call, out.sizes());
@@ -63,6 +64,10 @@ std::pair<Tensor, Tensor> first_max(const Call& call, const Tensor& values, bool
   });
   return {out, indices};
 }
+
+}  // namespace
+
+// --- What other ops need
 
 Tensor gather_rows(const Call& call, const Tensor& indices) {
   const Tensor out = at::empty({indices.size(0), indices.size(1), call.x.size(1)}, call.x.options());
@@ -97,8 +102,6 @@ bool instance_max_at_once(Call& call, const Tensor& weight, const Tensor& bias, 
   });
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor> instance_max(Call& call, const Tensor& weight, const Tensor& bias) {
   const int64_t C = weight.size(0);
   const Tensor values = call.empty({call.bags, C}), indices = empty_indices(call, values.sizes());
@@ -109,10 +112,12 @@ std::tuple<Tensor, Tensor, Tensor> instance_max(Call& call, const Tensor& weight
   return {largest, rows, logits};
 }
 
+// The gradients of W and b in the accumulation type; empty where nobody needs them. That of the rows is written: of a few
+// rows, unless the logits have a gradient.
 std::tuple<Tensor, Tensor> instance_max_gradients(Call& call, const Tensor& weight, const Tensor& indices,
                                                   const Tensor& logits, const OptionalTensor& grad_values,
                                                   const OptionalTensor& grad_logits, std::array<bool, 2> needs,
-                                                  RowGradients& rows, bool onto) {
+                                                  RowGradients& rows) {
   const int64_t C = weight.size(0);
   const Tensor chosen = call.take_indices(indices, "indices", {call.bags, C}),
                of_values = call.take(grad_values, "grad_values", {call.bags, C});
@@ -125,9 +130,7 @@ std::tuple<Tensor, Tensor> instance_max_gradients(Call& call, const Tensor& weig
     if (needs[0]) of_weight.emplace(call, call.one_bag(), C, call.width, Scoring::kWeights);
     const auto take_back = [&](const Slice& slice) {
       if (needs[0]) of_weight->add(slice.x, slice.first, of_logits);
-      if (!rows.wanted()) return;
-      if (onto) rows.add(slice, {of_logits, weight});
-      else rows.write(slice, {}, {of_logits, weight});
+      if (rows.wanted()) rows.write(slice, {}, {of_logits, weight});
     };
     if (needs[0] || rows.wanted()) for_instances(call, &rows, take_back);
     if (needs[0]) grad_weight = of_weight->bag.squeeze(0);
@@ -138,14 +141,12 @@ std::tuple<Tensor, Tensor> instance_max_gradients(Call& call, const Tensor& weig
   TORCH_CHECK_VALUE(of_values.defined(), "neither values nor logits have a gradient");
   const Tensor g = of_values.masked_fill(chosen < 0, 0).unsqueeze(-1);
   const Slice winners = instances_at(call, chosen);
-  if (!onto) rows.zero();
+  rows.zero();
   if (rows.wanted()) rows.add_at(winners, g * weight);
   if (needs[0]) grad_weight = (g * winners.x.view({call.bags, C, call.width})).sum(0);
   if (needs[1]) grad_bias = g.sum({0, 2});
   return {grad_weight, grad_bias};
 }
-
-namespace {
 
 std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const OptionalTensors& weights,
                                                     const OptionalTensor& offsets, const OptionalTensor& mask,
@@ -166,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_max_bwd(
   check_needs(needs.data() + 1, given);
   RowGradients rows(call, needs[0], needs[3], needs[4]);
   const auto [grad_weight, grad_bias] = instance_max_gradients(call, call.weight, indices, logits, grad_values,
-                                                               grad_logits, {needs[1], needs[2]}, rows, false);
+                                                               grad_logits, {needs[1], needs[2]}, rows);
   return std::tuple_cat(std::make_tuple(rows.x, grad_weight.to(given.weight().scalar_type()),
                                         given.bias() ? grad_bias.to(given.bias()->scalar_type()) : grad_bias),
                         rows.parameters());

@@ -57,6 +57,20 @@ RowGradients::RowGradients(const Call& call, bool x, bool weight, bool bias) : x
   if (bias) bias_ = at::zeros({call.width}, call.x.options().dtype(call.acc));
 }
 
+RowGradients::RowGradients(const Call& call, const Tensor& x, const Tensor& weight, const Tensor& bias)
+    : x(x), call_(call) {
+  const auto take = [&](const Tensor& t, const char* name, at::IntArrayRef sizes, ScalarType type) {
+    if (t.numel() == 0) return Tensor();
+    TORCH_CHECK_VALUE(call.here(t) && t.sizes() == sizes && t.scalar_type() == type && t.is_contiguous(), name,
+                      " must be empty or a contiguous gradient; got ", t.scalar_type(), " ", t.sizes());
+    return t;
+  };
+  take(x, "grad_x", call.x.sizes(), call.x.scalar_type());
+  const int64_t in = call.x.size(1);
+  weight_ = take(weight, "grad_e_weight", {call.embedding ? call.width : 0, in}, call.acc);
+  bias_ = take(bias, "grad_e_bias", {call.embedding ? call.width : 0}, call.acc);
+}
+
 // From the gradient of embedded rows, which is that of the activations.
 LayerGradient RowGradients::into_layer(const Slice& slice, const Tensor& grad) {
   const Embedding& e = *call_.embedding;
@@ -80,22 +94,6 @@ void RowGradients::write(const Slice& slice, const TermTensors& pooled, const Te
   if (need_x()) layer.write_of_x(call_.embedding->weight, of_x);
 }
 
-void RowGradients::add(const Slice& slice, const TermTensors& scored) {
-  if (call_.embedding) {
-    const Tensor grad = call_.empty({slice.count, call_.width});
-    expand(call_, grad, slice.first, {}, scored);
-    const LayerGradient layer = into_layer(slice, grad);
-    if (need_x()) x.narrow(0, slice.first, slice.count).add_(layer.of_x(call_.embedding->weight));
-    return;
-  }
-  // What has the type of sums already is read where it stands.
-  if (x.scalar_type() == call_.acc) return expand(call_, x, 0, {}, scored, x);
-  call_.in_slices(call_.width * static_cast<int64_t>(c10::elementSize(call_.acc)), [&](int64_t first, int64_t count) {
-    const Tensor rows = x.narrow(0, first, count);
-    expand(call_, rows, first, {}, scored, rows.to(call_.acc));
-  });
-}
-
 void RowGradients::add_at(const Slice& chosen, const Tensor& vectors) {
   if (!call_.embedding) return add_to_rows(call_, chosen.places, vectors, x);
   const LayerGradient layer = into_layer(chosen, vectors.reshape({chosen.count, call_.width}).contiguous());
@@ -104,12 +102,15 @@ void RowGradients::add_at(const Slice& chosen, const Tensor& vectors) {
   add_to_rows(call_, chosen.places, of_x.view({vectors.size(0), vectors.size(1), of_x.size(1)}), x);
 }
 
+std::tuple<Tensor, Tensor> RowGradients::sums() const {
+  const auto own = [&](const Tensor& sum) { return sum.defined() ? sum : call_.empty({0}); };
+  return {own(weight_), own(bias_)};
+}
+
 std::tuple<Tensor, Tensor> RowGradients::parameters() const {
-  const auto own = [&](const Tensor& sum, ScalarType type) {
-    return sum.defined() ? sum.to(type) : at::empty({0}, call_.x.options());
-  };
-  return {own(weight_, call_.embedding ? call_.embedding->weight_type : call_.acc),
-          own(bias_, call_.embedding ? call_.embedding->bias_type : call_.acc)};
+  const auto [weight, bias] = sums();
+  if (!call_.embedding) return {weight, bias};
+  return {weight.to(call_.embedding->weight_type), bias.to(call_.embedding->bias_type)};
 }
 
 }  // namespace milkernels

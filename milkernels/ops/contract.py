@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -329,9 +330,10 @@ def _batching_rule(op: _torch.OpOverload):
 # Registration
 
 
-def declare(*ops: Forward, triton: str) -> None:
+def declare(*ops: Forward, triton: str | None = None, composed: ModuleType | None = None) -> None:
     """Registers ops, the backwards that they share, and Triton's kernels for them: those of ``milkernels.triton``'s
-    module of that name.  Kernels in C++ register themselves when their module is loaded."""
+    module of that name.  Kernels in C++ register themselves when their module is loaded.  The kernels of ops that are
+    ``composed`` are functions of this module, which take the raw ops of a backend first."""
     FORWARDS.extend(ops)
     EMBEDDED.update(op.name for op in ops if op.backward.embeds)
     backwards = dict.fromkeys(op.backward for op in ops)
@@ -345,7 +347,45 @@ def declare(*ops: Forward, triton: str) -> None:
         for op in backwards:
             _implement(op, backend, _backward_fake(op), _backward_function(op, backend))
     for op in (*ops, *backwards):
-        adapter.register(op.full_name, triton)
+        if triton is not None:
+            adapter.register(op.full_name, triton)
+        else:
+            _compose(op.full_name, getattr(composed, op.full_name))
+
+
+def declare_part(name: str, schema: str, triton: str) -> None:
+    """Registers a raw op of which others are composed: each backend has a kernel for it, and no one differentiates
+    it."""
+    for backend in backends.KERNELS:
+        _LIBRARY.define(f"{name}.{backend}{schema}")
+    adapter.register(name, triton)
+
+
+class _Parts:
+    """The raw ops of a backend, by name."""
+
+    def __init__(self, backend: str):
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> _torch.OpOverload:
+        op = _overload(name, self._backend)
+        setattr(self, name, op)
+        return op
+
+
+_PARTS = {backend: _Parts(backend) for backend in backends.KERNELS}
+
+
+def _compose(name: str, function: Callable) -> None:
+    for backend, module in backends.KERNELS.items():
+
+        def kernel(*arguments, parts=_PARTS[backend]):
+            with _torch.without_autocast():
+                return function(parts, *arguments)
+
+        for device in module.device_types():
+            if backend == "triton" or module.load_error(device) is None:  # Triton is looked for when a kernel runs
+                _LIBRARY.impl(f"{name}.{backend}", kernel, device.upper())
 
 
 _CALLS: dict[tuple[str, str], tuple] = {}  # by (op, backend): the forward, its autograd function, its arguments

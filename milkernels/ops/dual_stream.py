@@ -5,16 +5,18 @@ import torch
 from torch import Tensor
 
 from milkernels import backends
-from milkernels.arguments import check_choice, check_number, check_per_row
+from milkernels.arguments import check_choice, check_number, check_per_row, check_shape
 from milkernels.bags import Bags, instances_of
-from milkernels.dtypes import compute_dtype_of, product_dtypes, result_dtype, without_autocast
+from milkernels.dtypes import accumulation_dtype, compute_dtype_of, product_dtypes, result_dtype, without_autocast
 from milkernels.layers import ACTIVATIONS, Embed, Linear, as_linear
+from milkernels.ops import dsmil as dsmil_kernels
 from milkernels.ops.contract import (
     BAGS,
     Backward,
     Forward,
     call,
     declare,
+    declare_part,
     num_bags,
     pooled_shapes,
     pooled_width,
@@ -99,7 +101,8 @@ def dsmil_pool(
     Args:
         x: ``[N, L]``, the instances of all bags back to back, or `Bags`.
         critical: logits of the instances ``[N, C]``; the largest of a bag and class names its critical instance.  They
-            get no gradient.  A class without one, where all are -inf, pools nothing, as an empty bag.
+            get no gradient.  A class without one, where all are -inf, pools nothing, as an empty bag.  Or the critical
+            instances themselves ``[B, C, L]``, as q takes them (behind ``embed``, embedded), which get a gradient.
         q: ``[Q, L]`` and ``[Q]``: ``q(x) = W x + b``: an ``nn.Linear``, a pair ``(weight, bias or None)``, or a weight.
         offsets: ``[B + 1]``, where each bag begins; None: one bag.
         q2: ``[Q2, Q]`` and ``[Q2]``.  If given, ``q(x) = tanh(W2 relu(W x + b) + b2)``, as the authors ship it.
@@ -114,9 +117,9 @@ def dsmil_pool(
         backend: auto, native, triton or reference; None: what `use_backend` says.
 
     Returns:
-        ``DSMILPooled(bag [B, C, Lv], scores [N, C], lse [B, C], critical [B, C])``, the last one rows of ``x``; the
-        others are differentiable.  The query of a critical instance is computed again, so the gradient flows through
-        both uses of ``q``.
+        ``DSMILPooled(bag [B, C, Lv], scores [N, C], lse [B, C], critical [B, C])``, the last one rows of ``x``, -1
+        where there is none and where the instances were given; the others are differentiable.  The query of a critical
+        instance is computed again, so the gradient flows through both uses of ``q``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or device; the message names it and what it got.
@@ -129,18 +132,20 @@ def dsmil_pool(
     torch.Size([2, 2, 16])
     """
     x, offsets, mask = instances_of(x, offsets, mask)
-    check_per_row("critical", critical, x)
     embedding, weights, options = _second_stream(
         x, q, q2, value, value_activation, value_dropout_p, scale, seed, embed, mask
     )
+    given = _given_instances(critical, x, offsets, embedding.width(x))
     tensors = (*weights, *embedding.parameters)
     backend = backends.choose("dsmil_pool", x, (critical, *tensors), backend)
     if backend == "reference":
         instances = embedding.instances(x, mask)
         bag, scores, lse, chosen = _second_stream_reference(instances, critical, weights, offsets, options)
     else:
-        inputs = (for_kernels(x), critical.detach(), *weights, offsets, *options)
-        bag, scores, lse, chosen, _ = call("dsmil_pool", backend, *inputs, embed=embedding.arguments)
+        chosen = _critical_instances(backend, critical, offsets, mask) if given is None else given
+        inputs = (for_kernels(x), None if given is None else critical, chosen, *weights, offsets, *options)
+        bag, scores, lse, _ = call("dsmil_pool", backend, *inputs, embed=embedding.arguments)
+        chosen = chosen if given is None else chosen - 1
     return DSMILPooled(bag.to(result_dtype(x, tensors)), scores, lse, chosen)
 
 
@@ -235,9 +240,26 @@ def _second_stream(x, q, q2, value, value_activation, value_dropout_p, scale, se
     return embedding, (q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias), options
 
 
-def _second_stream_reference(x, logits, weights, offsets, options):
+def _given_instances(critical: Tensor, x: Tensor, offsets: Tensor | None, width: int) -> Tensor | None:
+    """Where ``critical`` are instances ``[B, C, width]``: zeros ``[B, C]``, for none of them is missing.  None where it
+    are logits."""
+    if not isinstance(critical, Tensor) or critical.dim() != 3:
+        check_per_row("critical", critical, x)
+        return None
+    check_shape("critical", critical, (num_bags(offsets), None, width), x)
+    return critical.new_zeros(critical.shape[:2], dtype=torch.int64)
+
+
+def _critical_instances(backend: str, logits: Tensor, offsets: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The row with the largest logit of each bag and class ``[B, C]``; -1 where all are -inf."""
+    logits = logits.detach().to(accumulation_dtype(logits))
+    values, indices = call("max_pool", backend, logits, offsets, mask)
+    return indices.masked_fill(values == -INF, -1)
+
+
+def _second_stream_reference(x, critical, weights, offsets, options):
     mask, seed, value_activation, *rest = options
-    return dsmil_pool_reference(x, logits, weights[:4], (*weights[4:], value_activation), offsets, mask, seed, *rest)
+    return dsmil_pool_reference(x, critical, weights[:4], (*weights[4:], value_activation), offsets, mask, seed, *rest)
 
 
 # The reference
@@ -253,18 +275,23 @@ def instance_max_reference(x, weight, bias, offsets, mask, compute_dtype):
 
 
 @without_autocast
-def dsmil_pool_reference(x, instance_logits, query, value, offsets, mask, seed, v_dropout_p, scale, compute_dtype):
+def dsmil_pool_reference(x, given, query, value, offsets, mask, seed, v_dropout_p, scale, compute_dtype):
     """``(bag, scores, lse, critical)``: the second stream of DSMIL.
 
-    ``query`` is (q_weight, q_bias, q2_weight, q2_bias), linear where q2_weight is None; ``value`` is
+    ``given`` are logits [N, C], or the critical instances [B, C, L], which leave ``critical`` at -1.  ``query`` is
+    (q_weight, q_bias, q2_weight, q2_bias), linear where q2_weight is None; ``value`` is
     (v_weight, v_bias, v_activation), ``x`` itself where v_weight is None.
     """
     q_weight, q_bias, q2_weight, q2_bias = query
-    acc, product = product_dtypes(compute_dtype, x, (instance_logits, *query, *value[:2]))
+    acc, product = product_dtypes(compute_dtype, x, (given, *query, *value[:2]))
     segments, dead = Segments(offsets, x), dead_rows(mask)
-    logits = masked_scores(instance_logits, mask)
-    critical = segments.first_max(logits, logits == -INF)
-    instances = rows_at(x, critical)
+    if given.dim() == 3:
+        instances, alive = given, given.new_ones(given.shape[:2], dtype=torch.bool)
+        critical = torch.full_like(alive, -1, dtype=torch.int64)
+    else:
+        logits = masked_scores(given, mask)
+        critical = segments.first_max(logits, logits == -INF)
+        instances, alive = rows_at(x, critical), critical >= 0
     if q2_weight is None:
         # Absorbed: <Wq x + bq, q> = <x, Wq^T q> + <bq, q>.
         q = linear(instances, q_weight, q_bias, acc, acc)
@@ -280,7 +307,7 @@ def dsmil_pool_reference(x, instance_logits, query, value, offsets, mask, seed, 
         scores = Score.of(mlp(without_masked(x, mask)), mlp(instances), dead, segments.index)
     if scale is None:
         scale = (q_weight if q2_weight is None else q2_weight).shape[0] ** -0.5
-    scores = masked_scores(scores * scale, mask).masked_fill(segments.to_rows(critical < 0), -INF)
+    scores = masked_scores(scores * scale, mask).masked_fill(~segments.to_rows(alive), -INF)
     dropped = dropout(x, v_dropout_p, seed, DROP_VALUE)
     bag, lse = _value_pool(dropped, scores, segments, mask, *value, product)
     return bag, scores, lse, critical
@@ -304,11 +331,11 @@ def _dsmil_shapes(x, classes, v_weight, v_activation, offsets, e_weight):
     bag, scores, lse = pooled_shapes(x, offsets, classes, width if v_weight is None else v_weight.shape[0])
     # Saved for the backward: what is pooled before a linear value is taken of it, if that is another vector.
     folded = v_weight is not None and v_activation in (None, "identity")
-    return bag, scores, lse, lse, ((*lse, width) if folded else (0,))
+    return bag, scores, lse, ((*lse, width) if folded else (0,))
 
 
-def _both_streams(x, bag, scores, lse, critical, pooled):
-    return bag, scores, lse, critical, lse, scores, pooled
+def _both_streams(bag, scores, lse, pooled):
+    return bag, scores, lse, lse, lse, scores, pooled
 
 
 # The contract
@@ -337,27 +364,26 @@ declare(
 declare(
     Forward(
         "dsmil_pool",
-        f"Tensor x, Tensor instance_logits, weights[{_SECOND}], {_DSMIL}",
-        "bag scores lse critical pooled",
-        lambda x, instance_logits, v_weight, v_activation, offsets, e_weight, **_: _dsmil_shapes(
-            x, instance_logits.shape[1], v_weight, v_activation, offsets, e_weight
+        f"Tensor x, Tensor? critical_rows, Tensor critical, weights[{_SECOND}], {_DSMIL}",
+        "bag scores lse pooled",
+        lambda x, critical, v_weight, v_activation, offsets, e_weight, **_: _dsmil_shapes(
+            x, critical.shape[1], v_weight, v_activation, offsets, e_weight
         ),
         Backward(
             "dsmil_pool",
-            inputs=f"x {_SECOND}",
-            saves=f"x weights[{_SECOND}] offsets? mask? seed? bag scores lse critical pooled",
+            inputs=f"x critical_rows {_SECOND}",
+            saves=f"x critical_rows? critical weights[{_SECOND}] offsets? mask? seed? bag scores lse pooled",
             options=_DSMIL_OPTIONS,
             outputs="bag scores lse",
             embeds=True,
         ),
-        indices="critical",
     ),
     Forward(
         "dsmil",
         f"Tensor x, weights[weight bias {_SECOND}], {_DSMIL}",
         "bag scores lse critical values logits pooled",
         lambda x, weight, v_weight, v_activation, offsets, e_weight, **_: _both_streams(
-            x, *_dsmil_shapes(x, weight.shape[0], v_weight, v_activation, offsets, e_weight)
+            *_dsmil_shapes(x, weight.shape[0], v_weight, v_activation, offsets, e_weight)
         ),
         Backward(
             "dsmil",
@@ -369,5 +395,27 @@ declare(
         ),
         indices="critical",
     ),
-    triton="dsmil",
+    composed=dsmil_kernels,
 )
+
+_EMBED = "Tensor?[] embed, str? embed_activation, float embed_dropout_p, ScalarType? embed_dtype"
+_ROWS = (
+    f"Tensor x, Tensor vectors, Tensor shift, Tensor?[] weights, {BAGS}, Tensor? seed, str? v_activation, "
+    f"float v_dropout_p, ScalarType? compute_dtype, {_EMBED}"
+)
+_PARTS = {
+    # The passes of the second stream over the rows; `needs` are those of x, e_weight and e_bias.
+    "dsmil_rows_fwd": f"({_ROWS}) -> (Tensor bag, Tensor scores, Tensor lse)",
+    "dsmil_rows_bwd": f"({_ROWS}, Tensor bag, Tensor scores, Tensor lse, Tensor? grad_bag, Tensor? grad_scores, "
+    f"Tensor? grad_lse, bool[3] needs) -> ({', '.join(['Tensor'] * 10)})",
+    # A few rows [n, L] as the op sees them, and their gradients on their way to what they are made of.
+    "rows_at": f"(Tensor x, Tensor indices, {_EMBED}) -> Tensor",
+    "add_rows_": "(Tensor(a!) grad_x, Tensor(b!) grad_e_weight, Tensor(c!) grad_e_bias, Tensor x, Tensor indices, "
+    f"Tensor grad_rows, {_EMBED}) -> ()",
+    # Products of a few rows, whose bits no number of threads changes: act(x W^T + b), a b or a^T b, sums of columns.
+    "few_linear": "(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor",
+    "few_product": "(Tensor a, Tensor b, bool transposed) -> Tensor",
+    "few_sums": "(Tensor a) -> Tensor",
+}
+for _name, _schema in _PARTS.items():
+    declare_part(_name, _schema, triton="dsmil")

@@ -185,16 +185,14 @@ def instance_max_bwd(
     inputs = checked_inputs(needs, "weight bias", x, weights, embed)
     call = Instances(x, offsets, mask, embed, embed_activation, embed_dropout_p, embed_dtype)
     sink = RowGradients(call, needs)
-    of_layer = instance_max_gradients(call, weights[0], indices, logits, grad_values, grad_logits, needs[1:3], sink)
+    of_layer = _instance_max_gradients(call, weights[0], indices, logits, grad_values, grad_logits, needs[1:3], sink)
     found = (sink.of_x(), *of_layer, sink.weight, sink.bias)
     return in_their_types(call, inputs, found, needs)
 
 
-def instance_max_gradients(
-    call: Instances, weight, indices, logits, grad_values, grad_logits, needs, sink, chosen=None
-):
+def _instance_max_gradients(call: Instances, weight, indices, logits, grad_values, grad_logits, needs, sink):
     """The gradients of W [C, L] and b [C]; adds that of the rows to ``sink``. Where the logits have no gradient of
-    their own, only the chosen rows [B, C] have one; ``chosen`` are these rows where they are at hand."""
+    their own, only the chosen rows [B, C] have one."""
     indices = indices.contiguous()
     grad_values = call.to_acc(grad_values)
     if grad_logits is not None:
@@ -202,7 +200,7 @@ def instance_max_gradients(
         if grad_values is not None:
             put(indices, grad_values, of_logits, add=True)
         return linear_gradients(call, weight, of_logits, None, needs[0], sink)
-    chosen = chosen or call.gathered(indices)
+    chosen = call.gathered(indices)
     g = grad_values.masked_fill(indices < 0, 0)[:, :, None]
     if sink.needed:
         sink.add_gathered(chosen, g * call.to_acc(weight))

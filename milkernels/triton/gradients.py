@@ -81,15 +81,18 @@ class PoolGradients:
 class RowGradients:
     """Where the gradient of the rows goes: to x; or slice by slice through their embedding to its weight, its bias and
     x. ``needs`` says which inputs of an op need a gradient: x is the first, the embedding's weight and bias the
-    last."""
+    last. ``onto``: the gradients of these three so far, to which what comes is added."""
 
-    def __init__(self, call: Instances, needs):
+    def __init__(self, call: Instances, needs, onto: tuple[Tensor | None, ...] | None = None):
         self.call, (need_x, *_, need_weight, need_bias) = call, needs
+        self.needed = need_x or need_weight or need_bias
+        self.written = onto is not None  # whether all of ``self.x`` is written, so that what comes then is added
+        if onto is not None:
+            self.x, self.weight, self.bias = onto
+            return
         self.x = call.x.new_empty(call.x.shape) if need_x else None
         self.weight = call.zeros(call.width, call.x.shape[1]) if need_weight else None
         self.bias = call.zeros(call.width) if need_bias else None
-        self.needed = need_x or need_weight or need_bias
-        self.written = False  # whether all of ``self.x`` is written, so that what comes then is added
 
     def slices(self, bytes_per_row: int | None = None) -> Iterator[Rows]:
         """Yields all rows once, as `Call.slices` cuts them. Let go of a slice before taking the next, for its

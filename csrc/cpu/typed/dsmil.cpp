@@ -8,7 +8,7 @@ namespace {
 
 // f(score program, stage or null) of the call.
 template <typename T, typename E, typename F>
-void with_programs(const DSMILCall& call, const Ragged<T>& in, const CriticalQueries& critical, const F& f) {
+void with_programs(const DSMILCall& call, const Ragged<T>& in, const F& f) {
   using A = acc_t<T>;
   const int planes = std::max(call.planes, 1);
   const auto layer = [&](const Tensor& weight, const Tensor& bias, Activation activation) {
@@ -24,10 +24,10 @@ void with_programs(const DSMILCall& call, const Ragged<T>& in, const CriticalQue
   ValueStage<T, E>* const value = stage ? &*stage : nullptr;
   if (call.mlp()) {
     MlpScore<T, E> score(in, layer(call.q_weight(), call.q_bias(), Activation::kRelu),
-                         layer(call.q2_weight(), call.q2_bias(), Activation::kTanh), critical.typed<A>());
+                         layer(call.q2_weight(), call.q2_bias(), Activation::kTanh), call.queries<A>());
     f(score, value);
   } else {
-    QueryScore<T> score(in, critical.typed<A>());
+    QueryScore<T> score(in, call.queries<A>());
     f(score, value);
   }
 }
@@ -35,18 +35,11 @@ void with_programs(const DSMILCall& call, const Ragged<T>& in, const CriticalQue
 }  // namespace
 
 template <typename T>
-void second_stream_rows(const DSMILCall& call, const Ragged<T>& in, const Tensor& logits, const Tensor& critical,
-                        const Tensor& bag, const Tensor& scores, const Tensor& lse) {
+void dsmil_rows(const DSMILCall& call, const Ragged<T>& in, const Tensor& bag, const Tensor& scores,
+                const Tensor& lse) {
   using A = acc_t<T>;
-  const int64_t classes = logits.size(1);
-  FirstMax<T> first(in, classes, nullptr, critical.mutable_data_ptr<int64_t>());
-  for_tiles(
-      in, [&] { return first.worker(); },
-      [&](const Tile<T>& tile, auto& w) { first.add(tile, logits.const_data_ptr<A>() + tile.first * classes, w); });
-  first.finish();
-  const CriticalQueries queries(call, critical);
   with_element<T>(call.planes, [&]<typename E>() {
-    with_programs<T, E>(call, in, queries, [&](const auto& score, const auto* stage) {
+    with_programs<T, E>(call, in, [&](const auto& score, const auto* stage) {
       pool_forward<T>(score, in, scores.mutable_data_ptr<A>(),
                       SoftmaxPool<T>(in, score, stage, bag.mutable_data_ptr<A>(), lse.mutable_data_ptr<A>()));
     });
@@ -54,12 +47,11 @@ void second_stream_rows(const DSMILCall& call, const Ragged<T>& in, const Tensor
 }
 
 template <typename T>
-void second_stream_rows_backward(const DSMILCall& call, const Ragged<T>& in, const CriticalQueries& queries,
-                                 const PooledTensors& tensors, const Tensor& grad_vectors,
-                                 std::array<Tensor, 6>& grads) {
+void dsmil_rows_backward(const DSMILCall& call, const Ragged<T>& in, const PooledTensors& tensors,
+                         const Tensor& grad_vectors, const std::array<Tensor, 6>& grads) {
   using A = acc_t<T>;
   with_element<T>(call.planes, [&]<typename E>() {
-    with_programs<T, E>(call, in, queries, [&](auto& score, auto* stage) {
+    with_programs<T, E>(call, in, [&](auto& score, auto* stage) {
       int64_t slices = in.chunks();
       const auto fewer = [&](int64_t n) { slices = std::min(slices, n); };
       if constexpr (std::is_same_v<std::decay_t<decltype(score)>, MlpScore<T, E>>) {
@@ -76,12 +68,9 @@ void second_stream_rows_backward(const DSMILCall& call, const Ragged<T>& in, con
       const auto g = typed<A>(tensors);
       score.products.gradient_of_bags(grad_vectors.mutable_data_ptr<A>(), call.mlp() || stage ? nullptr : &g);
       const auto take_sums = [&](const Layer<E>& layer, const typename Layer<E>::Sums& sums, int weight) {
-        Tensor &w = grads[weight], &b = grads[weight + 1];
-        if (w.numel() == 0) w = at::empty_like(call.parameters[weight]);
+        const Tensor &w = grads[weight], &b = grads[weight + 1];
         std::copy_n(sums.weight, layer.out() * layer.in(), w.template mutable_data_ptr<A>());
-        if (!call.parameters[weight + 1].defined()) return;
-        if (b.numel() == 0) b = at::empty_like(call.parameters[weight + 1]);
-        std::copy_n(sums.bias, layer.out(), b.template mutable_data_ptr<A>());
+        if (b.numel() > 0) std::copy_n(sums.bias, layer.out(), b.template mutable_data_ptr<A>());
       };
       if constexpr (std::is_same_v<std::decay_t<decltype(score)>, MlpScore<T, E>>) {
         const auto [first, second] = score.layer_gradients();
@@ -93,9 +82,9 @@ void second_stream_rows_backward(const DSMILCall& call, const Ragged<T>& in, con
   });
 }
 
-template void second_stream_rows(const DSMILCall&, const Ragged<MILKERNELS_TYPE>&, const Tensor&, const Tensor&,
-                                 const Tensor&, const Tensor&, const Tensor&);
-template void second_stream_rows_backward(const DSMILCall&, const Ragged<MILKERNELS_TYPE>&, const CriticalQueries&,
-                                          const PooledTensors&, const Tensor&, std::array<Tensor, 6>&);
+template void dsmil_rows(const DSMILCall&, const Ragged<MILKERNELS_TYPE>&, const Tensor&, const Tensor&,
+                         const Tensor&);
+template void dsmil_rows_backward(const DSMILCall&, const Ragged<MILKERNELS_TYPE>&, const PooledTensors&, const Tensor&,
+                                  const std::array<Tensor, 6>&);
 
 }  // namespace milkernels

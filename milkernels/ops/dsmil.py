@@ -1,0 +1,257 @@
+"""DSMIL's ops (Li, Li, Eliceiri 2021), composed of raw ops that every backend has.
+
+What is linear never meets the instances: <Wq x_i + bq, q_m> = <x_i, Wq^T q_m> + <bq, q_m>, so a linear query is one
+vector for each bag and class, and V sum_i a_i x_i = sum_i a_i V x_i, since the weights sum to 1.  A backend goes over
+the rows: it scores them by these vectors, pools them, and knows an MLP query and a value that is not linear.  Here is
+what a few rows need, n = B C critical instances, those of the first bag first.
+"""
+
+import torch
+from torch import Tensor
+
+from milkernels.dtypes import accumulation_dtype
+from milkernels.ops.segments import INF
+
+_EMBED = ("e_weight", "e_bias")
+_FIRST = ("weight", "bias")
+_SECOND = ("q_weight", "q_bias", "q2_weight", "q2_bias", "v_weight", "v_bias")
+
+
+class _SecondStream:
+    """A call on one backend, whose ops are ``ops``; the weights are in the accumulation type."""
+
+    def __init__(self, ops, x, weights, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, *embed):
+        self.ops, self.x, self.embed, self.acc = ops, x, embed, accumulation_dtype(x)
+        self.bags = (offsets, mask)
+        self.weights = [None if w is None else w.to(self.acc) for w in weights]
+        q_weight, _, q2_weight, _, v_weight, _ = self.weights
+        self.mlp = q2_weight is not None
+        self.folded = v_weight is not None and v_activation in (None, "identity")
+        self.scale = (q2_weight if self.mlp else q_weight).shape[0] ** -0.5 if scale is None else scale
+        # The layers that rows go through: those of an MLP query, and a value that is not linear.
+        layers = [*(self.weights[:4] if self.mlp else [None] * 4), *([None] * 2 if self.folded else self.weights[4:])]
+        self.of_rows = (layers, offsets, mask, seed, v_activation, v_dropout_p, compute_dtype, *embed)
+
+    def forward(self, queries: "_Queries") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(bag, scores, lse, pooled)``: pooled is what a linear value is taken of; empty where there is none."""
+        bag, scores, lse = self.ops.dsmil_rows_fwd(self.x, queries.vectors, queries.shift, *self.of_rows)
+        if not self.folded:
+            return bag, scores, lse, bag.new_empty(0)
+        pooled = bag
+        bag = self.ops.few_linear(pooled.flatten(0, 1), *self.weights[4:], None).view(*lse.shape, -1)
+        return bag.masked_fill_((lse == -INF)[..., None], 0), scores, lse, pooled
+
+    def backward(self, queries: "_Queries", saved, grads, found: dict[str, Tensor], needs) -> Tensor | None:
+        """Adds to ``found`` the gradients by name; returns that of the critical rows [n, L], which waits to be added to
+        those of the rows: what several give to one row is summed before it is rounded."""
+        bag, scores, lse, pooled = saved
+        grad_bag, grad_scores, grad_lse = (None if g is None else g.to(self.acc) for g in grads)
+        if grad_bag is None and grad_scores is None and grad_lse is None:
+            return None
+        if self.folded and grad_bag is not None:
+            of_bag = grad_bag.masked_fill((lse == -INF)[..., None], 0).flatten(0, 1)
+            found["v_weight"] = self.ops.few_product(of_bag, pooled.flatten(0, 1), True)
+            found["v_bias"] = self.ops.few_sums(of_bag)
+            grad_bag = self.ops.few_product(of_bag, self.weights[4], False).view_as(pooled)
+        names = ("x", "vectors", *_SECOND, *_EMBED)
+        gradients = self.ops.dsmil_rows_bwd(
+            self.x, queries.vectors, queries.shift, *self.of_rows,
+            pooled if self.folded else bag, scores, lse, grad_bag, grad_scores, grad_lse, needs,
+        )  # fmt: skip
+        layers = (True, True, *self.of_rows[0], True, True)
+        found |= {n: g for n, g, layer in zip(names, gradients, layers, strict=True) if layer is not None}
+        return queries.backward(found.pop("vectors"), self._of_shift(scores, grad_scores, grad_lse), found)
+
+    def _of_shift(self, scores: Tensor, grad_scores: Tensor | None, grad_lse: Tensor | None) -> Tensor | None:
+        """The gradient [n] of what the bias of a linear query adds to the scores of a bag and class.  That leaves the
+        softmax as it is, so it gets none from the bag."""
+        if self.mlp or self.weights[1] is None or (grad_scores is None and grad_lse is None):
+            return None
+        if grad_scores is None:
+            return grad_lse.flatten()
+        alive = grad_scores.masked_fill(scores == -INF, 0)
+        total = self.ops.weighted_pool_fwd(alive.new_ones(len(alive), 1), alive, *self.bags)[..., 0]
+        return (total if grad_lse is None else total + grad_lse).flatten()
+
+
+class _Queries:
+    """Those of the critical instances ``rows`` [n, L]: a score is ``<row, vectors[b, c]> + shift[b, c]``, where a row
+    is an instance, or its query by the MLP.  They are computed here, so the gradient flows through both uses of q."""
+
+    def __init__(self, call: _SecondStream, critical: Tensor, rows: Tensor):
+        ops, (q_weight, q_bias, q2_weight, q2_bias, _, _) = call.ops, call.weights
+        self.call, self.rows, self.dead = call, rows, critical.flatten() < 0
+        shift = None
+        if call.mlp:
+            self.hidden = ops.few_linear(rows, q_weight, q_bias, "relu")
+            self.query = ops.few_linear(self.hidden, q2_weight, q2_bias, "tanh")
+            vectors = self.query * call.scale
+        else:
+            self.scaled = ops.few_linear(rows, q_weight, q_bias, None).mul_(call.scale)
+            vectors = ops.few_product(self.scaled, q_weight, False)
+            if q_bias is not None:
+                shift = ops.few_linear(self.scaled, q_bias[None], None, None)[:, 0]
+        shift = vectors.new_zeros(len(vectors)) if shift is None else shift
+        self.vectors = vectors.view(*critical.shape, -1)
+        self.shift = shift.masked_fill_(self.dead, -INF).view(critical.shape)
+
+    def backward(self, of_vectors: Tensor, of_shift: Tensor | None, found: dict[str, Tensor]) -> Tensor:
+        """Adds to the gradients of the query's parameters; returns that of the rows."""
+        ops, (q_weight, q_bias, q2_weight, _, _, _) = self.call.ops, self.call.weights
+        # A class that pools nothing may have summed 0 * NaN.
+        of_vectors = of_vectors.flatten(0, 1).masked_fill(self.dead[:, None], 0)
+        if self.call.mlp:
+            of_z2 = of_vectors * self.call.scale * (1 - self.query * self.query)
+            _add(found, "q2_weight", ops.few_product(of_z2, self.hidden, True))
+            _add(found, "q2_bias", ops.few_sums(of_z2))
+            of_z = ops.few_product(of_z2, q2_weight, False) * (self.hidden > 0)
+        else:
+            _add(found, "q_weight", ops.few_product(self.scaled, of_vectors, True))
+            of_query = ops.few_linear(of_vectors, q_weight, None, None)
+            if of_shift is not None:
+                of_shift = of_shift.masked_fill(self.dead, 0)[:, None]
+                of_query += of_shift * q_bias
+                _add(found, "q_bias", ops.few_product(of_shift, self.scaled, True)[0])
+            of_z = of_query.mul_(self.call.scale)
+        _add(found, "q_weight", ops.few_product(of_z, self.rows, True))
+        _add(found, "q_bias", ops.few_sums(of_z))
+        return ops.few_product(of_z, q_weight, False)
+
+
+def _add(found: dict[str, Tensor], name: str, part: Tensor) -> None:
+    found[name] = found[name].add_(part) if name in found else part
+
+
+class _Gradients:
+    """What a backward returns: the gradients of its inputs, by name."""
+
+    def __init__(self, call: _SecondStream, names, inputs, needs):
+        self.call, self.inputs, self.found = call, dict(zip(names, inputs, strict=True)), {}
+        self.needs = dict(zip(names, needs, strict=True))
+        for name, need in self.needs.items():
+            if need and self.inputs[name] is None:
+                raise ValueError(f"needs says that {name} wants a gradient, but {name} is absent")
+        self.of_instances = [self.needs[name] for name in ("x", *_EMBED)]
+
+    def add_rows(self, critical: Tensor, of_rows: Tensor | None) -> None:
+        """Adds the gradients [n, L] of the rows of these numbers [B, C]."""
+        if of_rows is None or not any(self.of_instances):
+            return
+        written = [self._written(name) for name in ("x", *_EMBED)]
+        self.call.ops.add_rows_(*written, self.call.x, critical, of_rows, *self.call.embed)
+
+    def _written(self, name: str) -> Tensor:
+        """The gradient so far, of rows or an embedding; that of x in its type, the others in that of sums."""
+        if not self.needs[name]:
+            return self.call.x.new_empty(0)
+        if name not in self.found:
+            like = self.inputs[name]
+            dtype = like.dtype if name == "x" else self.call.acc
+            self.found[name] = torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+        return self.found[name]
+
+    def in_their_types(self) -> tuple[Tensor, ...]:
+        """All of them in the types of the inputs: 0 where there is none, empty where nobody needs it."""
+        out = []
+        for name, like in self.inputs.items():
+            if not self.needs[name]:
+                out.append(self.call.x.new_empty(0))
+            elif name in self.found:
+                out.append(self.found[name].to(like.dtype))
+            else:
+                out.append(torch.zeros_like(like, memory_format=torch.contiguous_format))
+        return tuple(out)
+
+
+# The ops. `ops` are those of a backend; the other arguments are as `dual_stream` declares them.
+
+
+def dsmil_pool_fwd(ops, x, critical_rows, critical, weights, *others):
+    call = _SecondStream(ops, x, weights, *others)
+    return call.forward(_Queries(call, critical, _rows_of(call, critical, critical_rows)))
+
+
+def dsmil_pool_bwd(
+    ops, x, critical_rows, critical, weights, offsets, mask, seed, bag, scores, lse, pooled, embed,
+    v_activation, v_dropout_p, scale, compute_dtype, embed_activation, embed_dropout_p, embed_dtype,
+    grad_bag, grad_scores, grad_lse, needs,
+):  # fmt: skip
+    embed_options = (embed, embed_activation, embed_dropout_p, embed_dtype)
+    call = _SecondStream(
+        ops, x, weights, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, *embed_options
+    )
+    names = ("x", "critical_rows", *_SECOND, *_EMBED)
+    to = _Gradients(call, names, (x, critical_rows, *weights, *_embedding(embed)), needs)
+    queries = _Queries(call, critical, _rows_of(call, critical, critical_rows))
+    saved, grads = (bag, scores, lse, pooled), (grad_bag, grad_scores, grad_lse)
+    of_rows = call.backward(queries, saved, grads, to.found, to.of_instances)
+    if critical_rows is None:
+        to.add_rows(critical, of_rows)
+    elif of_rows is not None:
+        to.found["critical_rows"] = of_rows.view_as(critical_rows)
+    return to.in_their_types()
+
+
+def dsmil_fwd(ops, x, weights, offsets, mask, *others):
+    values, critical, logits = ops.instance_max_fwd(x, weights[:2], offsets, mask, *others[-4:])
+    call = _SecondStream(ops, x, weights[2:], offsets, mask, *others)
+    bag, scores, lse, pooled = call.forward(_Queries(call, critical, _rows_of(call, critical)))
+    return bag, scores, lse, critical, values, logits, pooled
+
+
+def dsmil_bwd(
+    ops, x, weights, offsets, mask, seed, bag, scores, lse, critical, logits, pooled, embed,
+    v_activation, v_dropout_p, scale, compute_dtype, embed_activation, embed_dropout_p, embed_dtype,
+    grad_bag, grad_scores, grad_lse, grad_values, grad_logits, needs,
+):  # fmt: skip
+    embed_options = (embed, embed_activation, embed_dropout_p, embed_dtype)
+    call = _SecondStream(
+        ops, x, weights[2:], offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, *embed_options
+    )
+    to = _Gradients(call, ("x", *_FIRST, *_SECOND, *_EMBED), (x, *weights, *_embedding(embed)), needs)
+    queries = _Queries(call, critical, _rows_of(call, critical))
+    saved, grads = (bag, scores, lse, pooled), (grad_bag, grad_scores, grad_lse)
+    of_rows = call.backward(queries, saved, grads, to.found, to.of_instances)
+    if grad_logits is not None:
+        _through_logits(to, weights[:2], offsets, mask, critical, logits, grad_logits, embed_options)
+    if grad_values is not None:
+        of_winners = _through_values(to, weights[0], queries, critical, grad_values)
+        of_rows = of_winners if of_rows is None else of_rows.add_(of_winners)
+    to.add_rows(critical, of_rows)
+    return to.in_their_types()
+
+
+def _through_values(to: _Gradients, weight: Tensor, queries: _Queries, critical: Tensor, grad_values: Tensor) -> Tensor:
+    """Adds to the gradients of the classifier those by the largest logits; returns that of their rows [n, L]."""
+    call, (B, C) = to.call, critical.shape
+    g = grad_values.to(call.acc).masked_fill(critical < 0, 0)
+    rows = queries.rows.view(B, C, -1)
+    _add(to.found, "weight", call.ops.few_sums((g[..., None] * rows).flatten(1)).view(C, -1))
+    _add(to.found, "bias", call.ops.few_sums(g))
+    return (g[..., None] * weight.to(call.acc)).flatten(0, 1)
+
+
+def _through_logits(to: _Gradients, first, offsets, mask, critical, logits, grad_logits, embed_options) -> None:
+    """Adds the gradients by all logits, another pass over the rows."""
+    call, (embed, *options) = to.call, embed_options
+    needs = [to.needs[name] for name in ("x", *_FIRST, *_EMBED)]
+    # Sums are added up in the accumulation type, whatever that of the parameters.
+    first = [None if w is None else w.to(call.acc) for w in first]
+    embed = [None if w is None else w.to(call.acc) for w in embed[:2]] + list(embed[2:])
+    found = call.ops.instance_max_bwd(
+        call.x, first, offsets, mask, critical, logits, embed, *options, None, grad_logits, needs
+    )
+    for name, need, gradient in zip(("x", *_FIRST, *_EMBED), needs, found, strict=True):
+        if need:
+            _add(to.found, name, gradient)
+
+
+def _rows_of(call: _SecondStream, critical: Tensor, given: Tensor | None = None) -> Tensor:
+    """The critical instances [n, L] as the op sees them, 0 where there is none."""
+    if given is None:
+        return call.ops.rows_at(call.x, critical, *call.embed)
+    return given.to(call.acc).flatten(0, 1)
+
+
+def _embedding(embed) -> tuple[Tensor | None, Tensor | None]:
+    return tuple(embed[:2]) if embed else (None, None)
