@@ -192,6 +192,11 @@ def _embedded(case: Case, activation: str, dropout_p: float = 0.0, *, bias: bool
     return dataclasses.replace(case, tensors=tensors, options=options, embed=embed)
 
 
+def _given_instances(case: Case) -> Case:
+    """`dsmil_pool` of critical instances that are given, not chosen by logits."""
+    return dataclasses.replace(case, tensors=case.tensors | {"instance_logits": ("B", "C", "L")}, fixed={})
+
+
 def _plain(op: str) -> Case:
     options = testing.CASES[op].options
     return _case(op, **{name: value for name, value in options.items() if is_required(op, name)})
@@ -231,6 +236,8 @@ CASES |= {
     "dsmil_pool-mlp-q-tanh-v": _case("dsmil_pool", v_activation="tanh", **V_DROPPED),
     "dsmil_pool-mlp-q-gelu-v": _case("dsmil_pool", v_activation="gelu", scale=0.3, **V_DROPPED),
     "dsmil_pool-mlp-q-no-bias": _case("dsmil_pool", "bias", v_activation="relu"),
+    "dsmil_pool-given-linear-v": _given_instances(_case("dsmil_pool", "q2")),
+    "dsmil_pool-given-mlp-q-relu-v": _given_instances(_case("dsmil_pool", v_activation="relu", **V_DROPPED)),
     "dsmil": _case("dsmil", "q2"),
     "dsmil-mlp-q-relu-v": _case("dsmil", v_activation="relu", scale=0.3, **V_DROPPED),
     "dsmil-no-bias": _case("dsmil", "q2", "v", "bias", bias=None),
@@ -253,6 +260,7 @@ CASES |= {
     "query_scores-embed": _embedded(CASES["query_scores-shared"], "relu"),
     "instance_max-embed-dropout": _embedded(CASES["instance_max"], "relu", 0.3),
     "dsmil_pool-embed": _embedded(CASES["dsmil_pool-linear-v"], "relu"),
+    "dsmil_pool-given-embed": _embedded(CASES["dsmil_pool-given-linear-v"], "relu", 0.3),
     "dsmil-embed-mlp-q-relu-v": _embedded(CASES["dsmil-mlp-q-relu-v"], "relu", 0.3),
     "loss_attention_pool-embed": _embedded(CASES["loss_attention_pool"], "relu"),
 }

@@ -249,15 +249,17 @@ def dsmil_pool(
         return h if v_weight is None else _activation(v_activation, _linear(h, v_weight, v_bias))
 
     rows = real_rows(x.shape[0], offsets, mask)
-    critical = _first_max_all(instance_logits.detach(), rows)
+    given = instance_logits.dim() == 3  # the critical instances themselves [B, C, L]
+    critical = None if given else _first_max_all(instance_logits.detach(), rows)
     scale = len(q_weight if q2_weight is None else q2_weight) ** -0.5 if scale is None else scale
     scores = []
-    for r, winners in zip(rows, critical.tolist(), strict=True):
+    for b, r in enumerate(rows):
         # A class without a critical instance has no query: it pools nothing.
-        columns = [query(x[r]) @ query(x[i]) * scale if i >= 0 else x.new_full((len(r),), -INF) for i in winners]
+        winners = instance_logits[b] if given else [x[i] if i >= 0 else None for i in critical[b].tolist()]
+        columns = [x.new_full((len(r),), -INF) if m is None else query(x[r]) @ query(m) * scale for m in winners]
         scores.append(torch.stack(columns, 1))
     bag, scores, lse = _pool_all(x, rows, [value(r) for r in rows], scores)
-    return bag, scores, lse, critical
+    return bag, scores, lse, lse.new_full(lse.shape, -1, dtype=torch.int64) if given else critical
 
 
 def dsmil(x, weight, bias=None, *args, mask=None, offsets=None, **options):

@@ -165,6 +165,7 @@ from milkernels.ops import contract
 assert native.load_error("cuda") is None, native.load_error("cuda")
 ops = contract.FORWARDS
 names = [f"{op.name}_fwd" for op in ops] + [f"{op.name}_bwd" for op in {op.backward for op in ops}]
+names += contract.PARTS
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 missing = sorted(name for name in names if not has(f"milkernels::{name}.native", "CUDA"))
 print(json.dumps([len(names), missing, module.build_info()]))

@@ -15,6 +15,7 @@ import torch
 
 import milkernels
 from milkernels import native, triton
+from milkernels.ops import contract
 from milkernels.testing import CASES, Shape, public_arguments
 
 OPS = ("softmax_pool", "query_pool", "loss_attention_pool", "instance_max", "gated_attention_pool")
@@ -59,6 +60,8 @@ def triton_without_device() -> _Driver:
     driver.set_active(found)
     for name, module in triton.kernels().items():
         triton.register(name, module, ("cpu",))
+    for name in contract.COMPOSED:
+        contract.register_composed(name, "triton", "cpu")
     triton.device_types = lambda: ("cuda", "cpu")
     return found
 

@@ -4,6 +4,7 @@ Tensors are PyTorch's fake ones, so any size costs nothing, and host code that r
 """
 
 import contextlib
+import functools
 import importlib
 import io
 from collections import Counter
@@ -357,7 +358,19 @@ def _backward(use: Usage, op: contract.Forward, inputs: dict, outputs: dict) -> 
     needs = [isinstance(known[name], Tensor) for name in backward.inputs.split()]
     needs[0] = "frozen" not in use
     saved = [known.get(name) for name in backward.saved]
-    adapter.kernel(f"{backward.name}_bwd")(*backward.arguments.grouped((*saved, *options, *grads, needs)))
+    _kernel(f"{backward.name}_bwd")(*backward.arguments.grouped((*saved, *options, *grads, needs)))
+
+
+class _Parts:
+    """Triton's kernels of the raw ops that others are composed of."""
+
+    def __getattr__(self, name: str):
+        return adapter.kernel(name)
+
+
+def _kernel(name: str):
+    composed = contract.COMPOSED.get(name)
+    return adapter.kernel(name) if composed is None else functools.partial(composed, _Parts())
 
 
 def call_op(use: Usage, record: Record) -> tuple[Record, Record]:
@@ -369,7 +382,7 @@ def call_op(use: Usage, record: Record) -> tuple[Record, Record]:
     forced |= {"products": "split"} if "split" in use else {}
     with tuning.use(**forced), _precision("high" if "tf32" in use else "highest"):
         inputs, start = _inputs(use, op), record.copy()
-        out = adapter.kernel(f"{op.name}_fwd")(*op.arguments.grouped(tuple(inputs.values())))
+        out = _kernel(f"{op.name}_fwd")(*op.arguments.grouped(tuple(inputs.values())))
         middle = record.copy()
         outputs = dict(zip(op.outputs.split(), out if isinstance(out, tuple) else (out,), strict=True))
         _backward(use, op, inputs, outputs)

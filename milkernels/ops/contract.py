@@ -31,6 +31,8 @@ from milkernels.dtypes import accumulation_dtype
 _LIBRARY = torch.library.Library("milkernels", "DEF")
 FORWARDS: list["Forward"] = []  # every op that was declared
 EMBEDDED: set[str] = set()  # ops that take an embedding
+PARTS: list[str] = []  # raw ops that others are composed of
+COMPOSED: dict[str, Callable] = {}  # the functions of composed raw ops, which take the parts of a backend first
 
 BAGS = "Tensor? offsets, Tensor? mask"
 # The layer in front of an op: ``drop(act(W x + b))`` takes the place of x. Where the list is empty, there is none.
@@ -356,6 +358,7 @@ def declare(*ops: Forward, triton: str | None = None, composed: ModuleType | Non
 def declare_part(name: str, schema: str, triton: str) -> None:
     """Registers a raw op of which others are composed: each backend has a kernel for it, and no one differentiates
     it."""
+    PARTS.append(name)
     for backend in backends.KERNELS:
         _LIBRARY.define(f"{name}.{backend}{schema}")
     adapter.register(name, triton)
@@ -373,19 +376,22 @@ class _Parts:
         return op
 
 
-_PARTS = {backend: _Parts(backend) for backend in backends.KERNELS}
+def register_composed(name: str, backend: str, device: str) -> None:
+    function, parts = COMPOSED[name], _Parts(backend)
+
+    def kernel(*arguments):
+        with _torch.without_autocast():
+            return function(parts, *arguments)
+
+    _LIBRARY.impl(f"{name}.{backend}", kernel, device.upper())
 
 
 def _compose(name: str, function: Callable) -> None:
+    COMPOSED[name] = function
     for backend, module in backends.KERNELS.items():
-
-        def kernel(*arguments, parts=_PARTS[backend]):
-            with _torch.without_autocast():
-                return function(parts, *arguments)
-
         for device in module.device_types():
             if backend == "triton" or module.load_error(device) is None:  # Triton is looked for when a kernel runs
-                _LIBRARY.impl(f"{name}.{backend}", kernel, device.upper())
+                register_composed(name, backend, device)
 
 
 _CALLS: dict[tuple[str, str], tuple] = {}  # by (op, backend): the forward, its autograd function, its arguments

@@ -40,7 +40,7 @@ def register(name: str, module: str, devices: tuple[str, ...] | None = None) -> 
 
 
 def kernels() -> dict[str, str]:
-    """``<op>_fwd`` and ``<op>_bwd`` of every op, and the module that has them."""
+    """The raw ops that have a kernel here, and the module that has it."""
     return dict(_modules)
 
 
