@@ -369,8 +369,9 @@ class _Parts:
 
 
 def _kernel(name: str):
-    composed = contract.COMPOSED.get(name)
-    return adapter.kernel(name) if composed is None else functools.partial(composed, _Parts())
+    if name not in contract.COMPOSED:
+        return adapter.kernel(name)
+    return functools.partial(contract.COMPOSED[name][0], _Parts())
 
 
 def call_op(use: Usage, record: Record) -> tuple[Record, Record]:

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> dsmil_rows_fwd(
     std::optional<std::string_view> v_activation, double v_dropout_p, std::optional<ScalarType> compute_dtype,
     const OptionalTensors& embed, std::optional<std::string_view> embed_activation, double embed_dropout_p,
     std::optional<ScalarType> embed_dtype) {
-  const DSMILCall call(x, vectors, shift, DSMILWeights(weights), offsets, mask, seed, v_activation, v_dropout_p,
+  const DSMILCall call(x, vectors, shift, DSMILWeights(named(weights, "weights must have", DSMILWeights::kNames, {})), offsets, mask, seed, v_activation, v_dropout_p,
                        compute_dtype, {embed, embed_activation, embed_dropout_p, embed_dtype});
   Tensor bag = call.empty({call.bags, call.classes, call.pooled_width()}),
          scores = call.empty({call.rows, call.classes}), lse = call.empty({call.bags, call.classes});
@@ -45,7 +45,7 @@ RowsBackward dsmil_rows_bwd(const Tensor& x, const Tensor& vectors, const Tensor
                             std::optional<ScalarType> embed_dtype, const Tensor& bag, const Tensor& scores,
                             const Tensor& lse, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
                             const OptionalTensor& grad_lse, std::array<bool, 3> needs) {
-  const DSMILCall call(x, vectors, shift, DSMILWeights(weights), offsets, mask, seed, v_activation, v_dropout_p,
+  const DSMILCall call(x, vectors, shift, DSMILWeights(named(weights, "weights must have", DSMILWeights::kNames, {})), offsets, mask, seed, v_activation, v_dropout_p,
                        compute_dtype, {embed, embed_activation, embed_dropout_p, embed_dtype});
   RowGradients of_rows(call, needs[0], needs[1], needs[2]);
   const PooledTensors tensors(call, call.classes, call.pooled_width(), bag, scores, lse, grad_bag, grad_scores,

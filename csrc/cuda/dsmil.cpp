@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> dsmil_rows_fwd(
     std::optional<std::string_view> v_activation, double v_dropout_p, std::optional<ScalarType> compute_dtype,
     const OptionalTensors& embed, std::optional<std::string_view> embed_activation, double embed_dropout_p,
     std::optional<ScalarType> embed_dtype) {
-  DSMILCall call(x, vectors, shift, DSMILWeights(weights), offsets, mask, seed, v_activation, v_dropout_p,
+  DSMILCall call(x, vectors, shift, DSMILWeights(named(weights, "weights must have", DSMILWeights::kNames, {})), offsets, mask, seed, v_activation, v_dropout_p,
                  compute_dtype, {embed, embed_activation, embed_dropout_p, embed_dtype});
   if (!call.mlp() && !call.value_rows) return pool_by_products(call, call.vectors, call.shift);
   const Tensor scores = call.empty({call.rows, call.classes});
@@ -188,7 +188,7 @@ OfRows dsmil_rows_bwd(const Tensor& x, const Tensor& vectors, const Tensor& shif
                       std::optional<ScalarType> embed_dtype, const Tensor& bag, const Tensor& scores,
                       const Tensor& lse, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
                       const OptionalTensor& grad_lse, std::array<bool, 3> needs) {
-  DSMILCall call(x, vectors, shift, DSMILWeights(weights), offsets, mask, seed, v_activation, v_dropout_p,
+  DSMILCall call(x, vectors, shift, DSMILWeights(named(weights, "weights must have", DSMILWeights::kNames, {})), offsets, mask, seed, v_activation, v_dropout_p,
                  compute_dtype, {embed, embed_activation, embed_dropout_p, embed_dtype});
   RowGradients rows(call, needs[0], needs[1], needs[2]);
   const PooledTensors of(call, call.classes, call.pooled_width(), bag, scores, lse, grad_bag, grad_scores, grad_lse);

@@ -32,7 +32,7 @@ _LIBRARY = torch.library.Library("milkernels", "DEF")
 FORWARDS: list["Forward"] = []  # every op that was declared
 EMBEDDED: set[str] = set()  # ops that take an embedding
 PARTS: list[str] = []  # raw ops that others are composed of
-COMPOSED: dict[str, Callable] = {}  # the functions of composed raw ops, which take the parts of a backend first
+COMPOSED: dict[str, tuple[Callable, "Arguments"]] = {}  # composed raw ops: functions that take a backend's parts first
 
 BAGS = "Tensor? offsets, Tensor? mask"
 # The layer in front of an op: ``drop(act(W x + b))`` takes the place of x. Where the list is empty, there is none.
@@ -352,7 +352,7 @@ def declare(*ops: Forward, triton: str | None = None, composed: ModuleType | Non
         if triton is not None:
             adapter.register(op.full_name, triton)
         else:
-            _compose(op.full_name, getattr(composed, op.full_name))
+            _compose(op, composed)
 
 
 def declare_part(name: str, schema: str, triton: str) -> None:
@@ -377,20 +377,22 @@ class _Parts:
 
 
 def register_composed(name: str, backend: str, device: str) -> None:
-    function, parts = COMPOSED[name], _Parts(backend)
+    (function, declared), parts = COMPOSED[name], _Parts(backend)
 
     def kernel(*arguments):
+        declared.flat(arguments)  # checks the lists
         with _torch.without_autocast():
             return function(parts, *arguments)
 
     _LIBRARY.impl(f"{name}.{backend}", kernel, device.upper())
 
 
-def _compose(name: str, function: Callable) -> None:
-    COMPOSED[name] = function
-    for backend, module in backends.KERNELS.items():
-        for device in module.device_types():
-            if backend == "triton" or module.load_error(device) is None:  # Triton is looked for when a kernel runs
+def _compose(op: Forward | Backward, module: ModuleType) -> None:
+    name = op.full_name
+    COMPOSED[name] = getattr(module, name), op.arguments
+    for backend, adapter_of in backends.KERNELS.items():
+        for device in adapter_of.device_types():
+            if backend == "triton" or adapter_of.load_error(device) is None:  # Triton is looked for when a kernel runs
                 register_composed(name, backend, device)
 
 

@@ -37,8 +37,9 @@ class _SecondStream:
         bag, scores, lse = self.ops.dsmil_rows_fwd(self.x, queries.vectors, queries.shift, *self.of_rows)
         if not self.folded:
             return bag, scores, lse, bag.new_empty(0)
-        pooled = bag
-        bag = self.ops.few_linear(pooled.flatten(0, 1), *self.weights[4:], None).view(*lse.shape, -1)
+        v_weight, v_bias = self.weights[4:]
+        pooled, shape = bag, (*lse.shape, v_weight.shape[0])
+        bag = self.ops.few_linear(pooled.flatten(0, 1), v_weight, v_bias, None).view(shape)
         return bag.masked_fill_((lse == -INF)[..., None], 0), scores, lse, pooled
 
     def backward(self, queries: "_Queries", saved, grads, found: dict[str, Tensor], needs) -> Tensor | None:
@@ -60,18 +61,19 @@ class _SecondStream:
         )  # fmt: skip
         layers = (True, True, *self.of_rows[0], True, True)
         found |= {n: g for n, g, layer in zip(names, gradients, layers, strict=True) if layer is not None}
-        return queries.backward(found.pop("vectors"), self._of_shift(scores, grad_scores, grad_lse), found)
+        of_shift = self._of_shift(scores, lse, grad_scores, grad_lse)
+        return queries.backward(found.pop("vectors"), of_shift, found)
 
-    def _of_shift(self, scores: Tensor, grad_scores: Tensor | None, grad_lse: Tensor | None) -> Tensor | None:
-        """The gradient [n] of what the bias of a linear query adds to the scores of a bag and class.  That leaves the
-        softmax as it is, so it gets none from the bag."""
+    def _of_shift(self, scores: Tensor, lse: Tensor, grad_scores, grad_lse) -> Tensor | None:
+        """The gradient [n, 1] of what the bias of a linear query adds to the scores of a bag and class.  That leaves
+        the softmax as it is, so it gets none from the bag."""
         if self.mlp or self.weights[1] is None or (grad_scores is None and grad_lse is None):
             return None
-        if grad_scores is None:
-            return grad_lse.flatten()
-        alive = grad_scores.masked_fill(scores == -INF, 0)
-        total = self.ops.weighted_pool_fwd(alive.new_ones(len(alive), 1), alive, *self.bags)[..., 0]
-        return (total if grad_lse is None else total + grad_lse).flatten()
+        total = torch.zeros_like(lse) if grad_lse is None else grad_lse.masked_fill(lse == -INF, 0)
+        if grad_scores is not None:
+            alive = grad_scores.masked_fill(scores == -INF, 0)
+            total = total + self.ops.weighted_pool_fwd(alive.new_ones(len(alive), 1), alive, *self.bags)[..., 0]
+        return total.view(-1, 1)
 
 
 class _Queries:
@@ -92,7 +94,7 @@ class _Queries:
             if q_bias is not None:
                 shift = ops.few_linear(self.scaled, q_bias[None], None, None)[:, 0]
         shift = vectors.new_zeros(len(vectors)) if shift is None else shift
-        self.vectors = vectors.view(*critical.shape, -1)
+        self.vectors = vectors.view(*critical.shape, vectors.shape[1])
         self.shift = shift.masked_fill_(self.dead, -INF).view(critical.shape)
 
     def backward(self, of_vectors: Tensor, of_shift: Tensor | None, found: dict[str, Tensor]) -> Tensor:
@@ -109,7 +111,6 @@ class _Queries:
             _add(found, "q_weight", ops.few_product(self.scaled, of_vectors, True))
             of_query = ops.few_linear(of_vectors, q_weight, None, None)
             if of_shift is not None:
-                of_shift = of_shift.masked_fill(self.dead, 0)[:, None]
                 of_query += of_shift * q_bias
                 _add(found, "q_bias", ops.few_product(of_shift, self.scaled, True)[0])
             of_z = of_query.mul_(self.call.scale)
@@ -225,7 +226,7 @@ def _through_values(to: _Gradients, weight: Tensor, queries: _Queries, critical:
     """Adds to the gradients of the classifier those by the largest logits; returns that of their rows [n, L]."""
     call, (B, C) = to.call, critical.shape
     g = grad_values.to(call.acc).masked_fill(critical < 0, 0)
-    rows = queries.rows.view(B, C, -1)
+    rows = queries.rows.view(B, C, queries.rows.shape[1])
     _add(to.found, "weight", call.ops.few_sums((g[..., None] * rows).flatten(1)).view(C, -1))
     _add(to.found, "bias", call.ops.few_sums(g))
     return (g[..., None] * weight.to(call.acc)).flatten(0, 1)

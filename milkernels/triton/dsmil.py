@@ -113,6 +113,9 @@ def dsmil_rows_bwd(
     call = _DSMIL(x, vectors, shift, layers, offsets, mask, seed, v_activation, v_dropout_p, compute_dtype, *embed)
     sink, found = RowGradients(call, needs), {}
     of_vectors = _Backward(call, scores, bag, grad_bag, grad_scores, grad_lse, sink, found).run()
+    for name in _LAYERS:
+        if name not in found and (layer := getattr(call, name)) is not None:
+            found[name] = torch.zeros_like(layer)
     gradients = [sink.of_x(), of_vectors, *(found.get(name) for name in _LAYERS), sink.weight, sink.bias]
     return tuple(call.empty(0) if gradient is None else gradient for gradient in gradients)
 
@@ -220,7 +223,7 @@ def add_rows_(grad_x, grad_e_weight, grad_e_bias, x, indices, grad_rows, *embed)
     gradients = [g if g.numel() else None for g in (grad_x, grad_e_weight, grad_e_bias)]
     sink = RowGradients(call, [g is not None for g in gradients], onto=gradients)
     indices = indices.contiguous()
-    sink.add_gathered(call.gathered(indices), grad_rows.view(*indices.shape, -1))
+    sink.add_gathered(call.gathered(indices), grad_rows.view(*indices.shape, grad_rows.shape[1]))
 
 
 def few_linear(x, weight, bias, activation):
