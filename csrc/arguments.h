@@ -47,31 +47,16 @@ struct AttentionWeights : std::array<OptionalTensor, 6> {
 struct ClassifierWeights : std::array<OptionalTensor, 2> {
   static constexpr std::array<const char*, 2> kNames{"weight", "bias"};
   explicit ClassifierWeights(const OptionalTensors& list) : array(named(list, "weights must have", kNames, {0})) {}
-  ClassifierWeights(const OptionalTensor& weight, const OptionalTensor& bias) : array{weight, bias} {}
 
   const Tensor& weight() const { return *(*this)[0]; }
   const OptionalTensor& bias() const { return (*this)[1]; }
 };
 
-// The query and the value of DSMIL's second stream.
+// The layers that rows go through in DSMIL's second stream: an MLP query, a value that is not linear.
 struct DSMILWeights : std::array<OptionalTensor, 6> {
   static constexpr std::array<const char*, 6> kNames{"q_weight", "q_bias",   "q2_weight",
                                                      "q2_bias",  "v_weight", "v_bias"};
-  explicit DSMILWeights(const OptionalTensors& list) : array(named(list, "weights must have", kNames, {0})) {}
-  explicit DSMILWeights(const std::array<OptionalTensor, 6>& given) : array(given) {}
-};
-
-// Both streams of DSMIL in one list.
-struct DualStreamWeights {
-  static constexpr std::array<const char*, 8> kNames{"weight",    "bias",    "q_weight", "q_bias",
-                                                     "q2_weight", "q2_bias", "v_weight", "v_bias"};
-  explicit DualStreamWeights(const OptionalTensors& list)
-      : DualStreamWeights(named(list, "weights must have", kNames, {0, 2})) {}
-  explicit DualStreamWeights(const std::array<OptionalTensor, 8>& all)
-      : first(all[0], all[1]), second(std::array{all[2], all[3], all[4], all[5], all[6], all[7]}) {}
-
-  ClassifierWeights first;
-  DSMILWeights second;
+  explicit DSMILWeights(const OptionalTensors& list) : array(named(list, "weights must have", kNames, {})) {}
 };
 
 // The layer in front of an op; without a weight there is none.

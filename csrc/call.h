@@ -7,6 +7,8 @@
 #include <c10/core/Device.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <limits>
+
 #include "activation.h"
 #include "arguments.h"
 
@@ -174,13 +176,13 @@ class WithQuery : public CALL {
 };
 
 // The passes of DSMIL's second stream over its rows; CALL is that of a device. A score is
-// <row, vectors[b, c]> + shift[b, c], where a row is an instance, or its query where the query is an MLP; what is pooled
+// <row, vectors[b, c]> + shift[b, c], -inf where `critical` has none; there a row is an instance, or its query where the query is an MLP; what is pooled
 // are instances, or their values where there is a value layer.
 template <typename CALL>
 class WithSecondStream : public CALL {
  public:
-  WithSecondStream(const Tensor& x, const Tensor& vectors, const Tensor& shift, const DSMILWeights& weights,
-                   const OptionalTensor& offsets, const OptionalTensor& mask,
+  WithSecondStream(const Tensor& x, const Tensor& vectors, const OptionalTensor& shift, const Tensor& critical,
+                   const DSMILWeights& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
                    const std::optional<std::string_view>& v_activation, const EmbedArguments& embed)
       : CALL(x, offsets, mask, embed),
         v_activation(v_activation ? parse_activation(*v_activation) : Activation::kIdentity) {
@@ -192,12 +194,17 @@ class WithSecondStream : public CALL {
     };
     const int64_t L = this->width, Q = units(0, L), Q2 = units(2, Q), Lv = units(4, L);
     TORCH_CHECK_VALUE((Q > 0) == (Q2 > 0), "weights must have q_weight and q2_weight, or neither");
-    parameters = {taken(0, {Q, L}), taken(1, {Q}), taken(2, {Q2, Q}), taken(3, {Q2}), taken(4, {Lv, L}), taken(5, {Lv})};
+    parameters = {taken(0, {Q, L}), taken(1, {Q}),     taken(2, {Q2, Q}),
+                  taken(3, {Q2}),   taken(4, {Lv, L}), taken(5, {Lv})};
     TORCH_CHECK_VALUE(vectors.dim() == 3 && vectors.size(1) > 0, "vectors must be [", this->bags,
                       ", classes, width]; got ", vectors.sizes());
     classes = vectors.size(1);
     this->vectors = this->take(vectors, "vectors", {this->bags, classes, mlp() ? Q2 : L});
-    this->shift = this->take(shift, "shift", {this->bags, classes});
+    // -1 is a class without a critical instance: all its scores are -inf.
+    dead = CallTensors::take_indices(critical, "critical", {this->bags, classes}) < 0;
+    this->shift =
+        shift ? this->take(shift, "shift", {this->bags, classes}) : this->empty({this->bags, classes}).zero_();
+    this->shift = this->shift.masked_fill(dead, -std::numeric_limits<double>::infinity());
   }
 
   const Tensor& q_weight() const { return parameters[0]; }
@@ -213,7 +220,7 @@ class WithSecondStream : public CALL {
   Activation v_activation;
   std::array<Tensor, 6> parameters;  // q_weight .. v_bias, in the accumulation type; undefined where absent
   int64_t classes;
-  Tensor vectors, shift;  // [bags, classes, width or units of q2], [bags, classes]
+  Tensor vectors, shift, dead;  // [bags, classes, width or units of q2], [bags, classes], [bags, classes]
 };
 
 // What a softmax pooling's forward left and what comes back for it, in the accumulation type; `heads` and `width` are

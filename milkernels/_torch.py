@@ -18,6 +18,7 @@ _VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")  # of PyTorch's older vmap
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCPU
 )
+_PLAIN = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Transforms and traces
@@ -31,6 +32,11 @@ def eager() -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
+
+
+def unobserved(tensor: Tensor) -> bool:
+    """Whether a call with this tensor is eager, and no mode and no subclass of tensors would see the ops in it."""
+    return eager() and tensor.__class__ in _PLAIN and torch._C._len_torch_dispatch_stack() == 0
 
 
 def transforming() -> bool:

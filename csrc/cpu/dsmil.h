@@ -8,9 +8,9 @@ namespace milkernels {
 
 class DSMILCall : public WithSecondStream<Call> {
  public:
-  DSMILCall(const Tensor& x, const Tensor& vectors, const Tensor& shift, const DSMILWeights& weights,
-            const OptionalTensor& offsets, const OptionalTensor& mask, const OptionalTensor& seed,
-            const std::optional<std::string_view>& v_activation, double v_dropout_p,
+  DSMILCall(const Tensor& x, const Tensor& vectors, const OptionalTensor& shift, const Tensor& critical,
+            const DSMILWeights& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
+            const OptionalTensor& seed, const std::optional<std::string_view>& v_activation, double v_dropout_p,
             std::optional<ScalarType> compute_dtype, const EmbedArguments& embed);
   template <typename A>
   Queries<A> queries() const {

@@ -1,10 +1,13 @@
 #include "few_rows.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <tuple>
 #include <vector>
 
 #include "call.h"
@@ -190,31 +193,83 @@ Tensor matrix(const Tensor& t, const char* name, ScalarType type) {
   return t.to(type).contiguous();
 }
 
-Tensor few_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                  std::optional<std::string_view> activation) {
-  const Tensor a = matrix(x, "x", x.scalar_type()), b = matrix(weight, "weight", x.scalar_type());
-  TORCH_CHECK_VALUE(a.size(1) == b.size(1), "weight must be [any, ", a.size(1), "]; got ", b.sizes());
-  Tensor z = product_nt(a, b);
-  if (bias) {
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == b.size(0) && bias->device().is_cpu(), "bias must be [",
-                      b.size(0), "]; got ", bias->sizes());
-    z.add_(*bias);
-  }
-  return activation ? activated(z, parse_activation(*activation)) : z;
+Tensor vector(const Tensor& t, const char* name, int64_t size, ScalarType type) {
+  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == size && t.device().is_cpu(), name, " must be [", size,
+                    "] on cpu; got ", t.sizes(), " on ", t.device());
+  return t.to(type).contiguous();
 }
 
-Tensor few_product(const Tensor& a, const Tensor& b, bool transposed) {
-  const Tensor left = matrix(a, "a", a.scalar_type()), right = matrix(b, "b", a.scalar_type());
-  TORCH_CHECK_VALUE(left.size(!transposed) == right.size(0), "b must be [", left.size(!transposed), ", any]; got ",
-                    right.sizes());
-  return transposed ? product_tn(left, right) : product_nn(left, right);
+// A layer on a few rows x [n, in]: weight [out, in] and bias [out], all in the type of x.
+struct FewLayer {
+  FewLayer(const Tensor& x, int64_t columns, const Tensor& weight, const OptionalTensor& bias)
+      : x(matrix(x, "x", x.scalar_type())), weight(matrix(weight, "weight", x.scalar_type())) {
+    TORCH_CHECK_VALUE(this->x.size(1) == this->weight.size(columns), "x must be [any, ", this->weight.size(columns),
+                      "]; got ", x.sizes());
+    if (bias) this->bias = vector(*bias, "bias", this->weight.size(0), x.scalar_type());
+  }
+  Tensor gradient(const Tensor& t, const char* name, int64_t columns) const {
+    TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) == x.size(0) && t.size(1) == columns, name, " must be [", x.size(0),
+                      ", ", columns, "]; got ", t.sizes());
+    return matrix(t, name, x.scalar_type());
+  }
+  Tensor x, weight, bias;
+};
+
+Activation activation_of(std::optional<std::string_view> name) {
+  const Activation found = name ? parse_activation(*name) : Activation::kIdentity;
+  TORCH_CHECK_VALUE(found != Activation::kGelu, "activation must be tanh, relu or identity; got gelu");
+  return found;
+}
+
+Tensor few_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                  std::optional<std::string_view> activation) {
+  const FewLayer layer(x, 1, weight, bias);
+  Tensor z = product_nt(layer.x, layer.weight);
+  if (bias) z.add_(layer.bias);
+  return activated(z, activation_of(activation));
+}
+
+// The slope of these activations can be read off what came out.
+std::tuple<Tensor, Tensor, Tensor> few_linear_bwd(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                  const Tensor& out, std::optional<std::string_view> activation) {
+  const FewLayer layer(x, 1, weight, std::nullopt);
+  const int64_t units = layer.weight.size(0);
+  Tensor g = layer.gradient(grad, "grad", units);
+  const Tensor y = layer.gradient(out, "out", units);
+  const Activation f = activation_of(activation);
+  if (f == Activation::kRelu) g = g.masked_fill(y.le(0), 0.);
+  if (f == Activation::kTanh) g = g * (1 - y * y);
+  return {product_nn(g, layer.weight), product_tn(g, layer.x), column_sums(g)};
+}
+
+std::tuple<Tensor, Tensor> few_transposed(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const FewLayer layer(x, 0, weight, bias);
+  const Tensor shift =
+      bias ? product_nt(layer.x, layer.bias.unsqueeze(0)) : at::zeros({x.size(0), 1}, layer.x.options());
+  return {product_nn(layer.x, layer.weight), shift.view({-1})};
+}
+
+std::tuple<Tensor, Tensor, Tensor> few_transposed_bwd(const Tensor& grad, const OptionalTensor& grad_shift,
+                                                      const Tensor& x, const Tensor& weight,
+                                                      const OptionalTensor& bias) {
+  const FewLayer layer(x, 0, weight, bias);
+  const Tensor g = layer.gradient(grad, "grad", layer.weight.size(1));
+  Tensor of_x = product_nt(g, layer.weight), of_bias = at::zeros({layer.weight.size(0)}, of_x.options());
+  if (bias && grad_shift) {
+    const Tensor shift = vector(*grad_shift, "grad_shift", layer.x.size(0), layer.x.scalar_type()).unsqueeze(1);
+    of_x.add_(shift * layer.bias);
+    of_bias = product_tn(shift, layer.x).view({-1});
+  }
+  return {of_x, product_tn(layer.x, g), of_bias};
 }
 
 Tensor few_sums(const Tensor& a) { return column_sums(matrix(a, "a", a.scalar_type())); }
 
 TORCH_LIBRARY_IMPL(milkernels, CPU, m) {
   m.impl("few_linear.native", few_linear);
-  m.impl("few_product.native", few_product);
+  m.impl("few_linear_bwd.native", few_linear_bwd);
+  m.impl("few_transposed.native", few_transposed);
+  m.impl("few_transposed_bwd.native", few_transposed_bwd);
   m.impl("few_sums.native", few_sums);
 }
 

@@ -166,8 +166,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_max_bwd(
   ClassCall call(x, given, offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
   check_needs(needs.data() + 1, given);
   RowGradients rows(call, needs[0], needs[3], needs[4]);
-  const auto [grad_weight, grad_bias] = instance_max_gradients(call, call.weight, indices, logits, grad_values,
-                                                               grad_logits, {needs[1], needs[2]}, rows);
+  const auto [grad_weight, grad_bias] =
+      instance_max_gradients(call, call.weight, indices, logits, grad_values, grad_logits, {needs[1], needs[2]}, rows);
   return std::tuple_cat(std::make_tuple(rows.x, grad_weight.to(given.weight().scalar_type()),
                                         given.bias() ? grad_bias.to(given.bias()->scalar_type()) : grad_bias),
                         rows.parameters());

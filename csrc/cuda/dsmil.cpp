@@ -1,5 +1,5 @@
 // What a GPU does for DSMIL (Li, Li, Eliceiri 2021): the passes of its second stream over the rows, and what touches a
-// few of them; milkernels/ops/dsmil.py composes the ops of these. An MLP query and a value with an activation or dropout
+// few of them; milkernels/ops/dsmil_kernels.py composes the ops of these. An MLP query and a value with an activation or dropout
 // go through in slices of rows, again in the backward.
 #include <torch/library.h>
 
@@ -18,11 +18,11 @@ void add_to(Tensor& sum, const Tensor& part) { sum = sum.defined() ? sum + part 
 
 class DSMILCall : public WithSecondStream<Call> {
  public:
-  DSMILCall(const Tensor& x, const Tensor& vectors, const Tensor& shift, const DSMILWeights& weights,
-            const OptionalTensor& offsets, const OptionalTensor& mask, const OptionalTensor& seed,
-            const std::optional<std::string_view>& v_activation, double v_dropout_p,
+  DSMILCall(const Tensor& x, const Tensor& vectors, const OptionalTensor& shift, const Tensor& critical,
+            const DSMILWeights& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
+            const OptionalTensor& seed, const std::optional<std::string_view>& v_activation, double v_dropout_p,
             std::optional<ScalarType> compute_dtype, const EmbedArguments& embed)
-      : WithSecondStream(x, vectors, shift, weights, offsets, mask, v_activation, embed),
+      : WithSecondStream(x, vectors, shift, critical, weights, offsets, mask, v_activation, embed),
         type(product_type(row_type(), compute_dtype)), dropout(*this, seed, v_dropout_p),
         value_rows(layered() || dropout) {}
 
@@ -154,13 +154,15 @@ class RowsBackward {
 
 // --- The ops
 
-std::tuple<Tensor, Tensor, Tensor> dsmil_rows_fwd(
-    const Tensor& x, const Tensor& vectors, const Tensor& shift, const OptionalTensors& weights,
-    const OptionalTensor& offsets, const OptionalTensor& mask, const OptionalTensor& seed,
-    std::optional<std::string_view> v_activation, double v_dropout_p, std::optional<ScalarType> compute_dtype,
-    const OptionalTensors& embed, std::optional<std::string_view> embed_activation, double embed_dropout_p,
-    std::optional<ScalarType> embed_dtype) {
-  DSMILCall call(x, vectors, shift, DSMILWeights(named(weights, "weights must have", DSMILWeights::kNames, {})), offsets, mask, seed, v_activation, v_dropout_p,
+std::tuple<Tensor, Tensor, Tensor> dsmil_rows_fwd(const Tensor& x, const Tensor& vectors, const OptionalTensor& shift,
+                                                  const Tensor& critical, const OptionalTensors& weights,
+                                                  const OptionalTensor& offsets, const OptionalTensor& mask,
+                                                  const OptionalTensor& seed,
+                                                  std::optional<std::string_view> v_activation, double v_dropout_p,
+                                                  std::optional<ScalarType> compute_dtype, const OptionalTensors& embed,
+                                                  std::optional<std::string_view> embed_activation,
+                                                  double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
+  DSMILCall call(x, vectors, shift, critical, DSMILWeights(weights), offsets, mask, seed, v_activation, v_dropout_p,
                  compute_dtype, {embed, embed_activation, embed_dropout_p, embed_dtype});
   if (!call.mlp() && !call.value_rows) return pool_by_products(call, call.vectors, call.shift);
   const Tensor scores = call.empty({call.rows, call.classes});
@@ -180,24 +182,25 @@ std::tuple<Tensor, Tensor, Tensor> dsmil_rows_fwd(
 
 using OfRows = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-OfRows dsmil_rows_bwd(const Tensor& x, const Tensor& vectors, const Tensor& shift, const OptionalTensors& weights,
-                      const OptionalTensor& offsets, const OptionalTensor& mask, const OptionalTensor& seed,
-                      std::optional<std::string_view> v_activation, double v_dropout_p,
+OfRows dsmil_rows_bwd(const Tensor& x, const Tensor& vectors, const OptionalTensor& shift, const Tensor& critical,
+                      const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
+                      const OptionalTensor& seed, std::optional<std::string_view> v_activation, double v_dropout_p,
                       std::optional<ScalarType> compute_dtype, const OptionalTensors& embed,
                       std::optional<std::string_view> embed_activation, double embed_dropout_p,
-                      std::optional<ScalarType> embed_dtype, const Tensor& bag, const Tensor& scores,
-                      const Tensor& lse, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
-                      const OptionalTensor& grad_lse, std::array<bool, 3> needs) {
-  DSMILCall call(x, vectors, shift, DSMILWeights(named(weights, "weights must have", DSMILWeights::kNames, {})), offsets, mask, seed, v_activation, v_dropout_p,
+                      std::optional<ScalarType> embed_dtype, const Tensor& bag, const Tensor& scores, const Tensor& lse,
+                      const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
+                      std::array<bool, 3> needs) {
+  DSMILCall call(x, vectors, shift, critical, DSMILWeights(weights), offsets, mask, seed, v_activation, v_dropout_p,
                  compute_dtype, {embed, embed_activation, embed_dropout_p, embed_dtype});
   RowGradients rows(call, needs[0], needs[1], needs[2]);
   const PooledTensors of(call, call.classes, call.pooled_width(), bag, scores, lse, grad_bag, grad_scores, grad_lse);
   Parameters grads;
-  const Tensor of_vectors = !call.mlp() && !call.value_rows
-                                ? pool_by_products_backward(call, of, call.vectors, rows, true)
-                                : RowsBackward(call, of, rows, grads).run();
+  Tensor of_vectors = !call.mlp() && !call.value_rows ? pool_by_products_backward(call, of, call.vectors, rows, true)
+                                                      : RowsBackward(call, of, rows, grads).run();
+  of_vectors = of_vectors.masked_fill(call.dead.unsqueeze(2), 0);  // such a class may have summed 0 * NaN
   for (size_t i = 0; i < kParameters; ++i) {
-    if (!grads[i].defined()) grads[i] = call.parameters[i].defined() ? at::zeros_like(call.parameters[i]) : call.empty({0});
+    if (!grads[i].defined())
+      grads[i] = call.parameters[i].defined() ? at::zeros_like(call.parameters[i]) : call.empty({0});
   }
   const auto& [q, qb, q2, q2b, v, vb] = grads;
   const auto [of_e_weight, of_e_bias] = rows.sums();
@@ -228,21 +231,39 @@ void add_rows_(const Tensor& grad_x, const Tensor& grad_e_weight, const Tensor& 
   of_rows.add_at(instances_at(call, places), grad.view({places.size(0), places.size(1), call.width}));
 }
 
-// Products of a few rows are in the accumulation type, whatever PyTorch's switch lets large ones be.
-Tensor few_product(const Tensor& a, const Tensor& b, bool transposed) {
-  const at::NoTF32Guard exact;
-  return transposed ? a.t().matmul(b) : a.matmul(b);
-}
-
+// Layers on a few rows. Their products are in the accumulation type, whatever PyTorch's switch lets large ones be.
 Tensor few_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                   std::optional<std::string_view> activation) {
-  Tensor z = few_product(x, weight.t(), false);
+  const at::NoTF32Guard exact;
+  const Tensor z = x.matmul(weight.t());
   if (bias) z.add_(*bias);
   const Activation f = activation ? parse_activation(*activation) : Activation::kIdentity;
-  if (f == Activation::kRelu) return z.relu_();
-  if (f == Activation::kTanh) return z.tanh_();
-  TORCH_CHECK_VALUE(f == Activation::kIdentity, "activation must be tanh, relu or identity; got ", *activation);
-  return z;
+  TORCH_CHECK_VALUE(f != Activation::kGelu, "activation must be tanh, relu or identity; got gelu");
+  return f == Activation::kRelu ? z.relu_() : f == Activation::kTanh ? z.tanh_() : z;
+}
+
+std::tuple<Tensor, Tensor, Tensor> few_linear_bwd(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                  const Tensor& out, std::optional<std::string_view> activation) {
+  const at::NoTF32Guard exact;
+  const Activation f = activation ? parse_activation(*activation) : Activation::kIdentity;
+  Tensor g = grad;
+  if (f == Activation::kRelu) g = grad.masked_fill(out <= 0, 0);
+  if (f == Activation::kTanh) g = grad * (1 - out * out);
+  return {g.matmul(weight), g.t().matmul(x), g.sum(0)};
+}
+
+std::tuple<Tensor, Tensor> few_transposed(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const at::NoTF32Guard exact;
+  return {x.matmul(weight), bias ? x.matmul(*bias) : x.new_zeros({x.size(0)})};
+}
+
+std::tuple<Tensor, Tensor, Tensor> few_transposed_bwd(const Tensor& grad, const OptionalTensor& grad_shift,
+                                                      const Tensor& x, const Tensor& weight,
+                                                      const OptionalTensor& bias) {
+  const at::NoTF32Guard exact;
+  const Tensor of_x = grad.matmul(weight.t());
+  if (bias && grad_shift) of_x.add_(grad_shift->unsqueeze(1) * *bias);
+  return {of_x, x.t().matmul(grad), bias && grad_shift ? grad_shift->matmul(x) : x.new_zeros({x.size(1)})};
 }
 
 Tensor few_sums(const Tensor& a) { return a.sum(0); }
@@ -253,7 +274,9 @@ TORCH_LIBRARY_IMPL(milkernels, MILKERNELS_DEVICE_KEY, m) {
   m.impl("rows_at.native", rows_at);
   m.impl("add_rows_.native", add_rows_);
   m.impl("few_linear.native", few_linear);
-  m.impl("few_product.native", few_product);
+  m.impl("few_linear_bwd.native", few_linear_bwd);
+  m.impl("few_transposed.native", few_transposed);
+  m.impl("few_transposed_bwd.native", few_transposed_bwd);
   m.impl("few_sums.native", few_sums);
 }
 

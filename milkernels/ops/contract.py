@@ -246,7 +246,7 @@ def _requires_grad(inputs, tensors: Sequence[int]) -> bool:
 def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function]:
     """The forward as a function whose backward is an op of its own, so that a compiler sees one node."""
     backward, names, outputs = op.backward, op.arguments.names, op.outputs.split()
-    forward_op, backward_op = _overload(f"{op.name}_fwd", backend), _overload(f"{backward.name}_bwd", backend)
+    forward_op, backward_op = _entry(op.full_name, backend), _entry(backward.full_name, backend)
     grouped, grouped_saves = op.arguments.grouped, backward.arguments.grouped
     options = [names.index(option.split()[-1]) for option in backward.options]
     grad_outputs = [outputs.index(name) if name in outputs else None for name in backward.outputs.split()]
@@ -339,20 +339,21 @@ def declare(*ops: Forward, triton: str | None = None, composed: ModuleType | Non
     FORWARDS.extend(ops)
     EMBEDDED.update(op.name for op in ops if op.backward.embeds)
     backwards = dict.fromkeys(op.backward for op in ops)
-    for backend in backends.KERNELS:
-        for op in (*ops, *backwards):
-            _define(op, backend)
-        for op in ops:
-            function = _forward_function(op, backend)
-            _implement(op, backend, _forward_fake(op), function)
-            _CALLS[op.name, backend] = _overload(op.full_name, backend), function, op.arguments
-        for op in backwards:
-            _implement(op, backend, _backward_fake(op), _backward_function(op, backend))
     for op in (*ops, *backwards):
+        for backend in backends.KERNELS:
+            _define(op, backend)
         if triton is not None:
             adapter.register(op.full_name, triton)
         else:
             _compose(op, composed)
+    for backend in backends.KERNELS:
+        for op in ops:
+            function = _forward_function(op, backend)
+            _implement(op, backend, _forward_fake(op), function)
+            overload = _overload(op.full_name, backend)
+            _CALLS[op.name, backend] = overload, _entry(op.full_name, backend), function, op.arguments
+        for op in backwards:
+            _implement(op, backend, _backward_fake(op), _backward_function(op, backend))
 
 
 def declare_part(name: str, schema: str, triton: str) -> None:
@@ -396,7 +397,25 @@ def _compose(op: Forward | Backward, module: ModuleType) -> None:
                 register_composed(name, backend, device)
 
 
-_CALLS: dict[tuple[str, str], tuple] = {}  # by (op, backend): the forward, its autograd function, its arguments
+def _entry(name: str, backend: str) -> Callable:
+    """Calls a raw op.  Where it is composed and nobody looks on, its function is called without the dispatcher, which
+    makes every argument twice."""
+    overload = _overload(name, backend)
+    if name not in COMPOSED:
+        return overload
+    function, parts = COMPOSED[name][0], _Parts(backend)
+
+    def enter(x: Tensor, *others):
+        if not _torch.unobserved(x):
+            return overload(x, *others)
+        with _torch.without_autocast():
+            return function(parts, x, *others)
+
+    return enter
+
+
+# By (op, backend): the forward, a shorter way to it, its autograd function, its arguments.
+_CALLS: dict[tuple[str, str], tuple] = {}
 
 
 def _overload(name: str, backend: str) -> _torch.OpOverload:
@@ -433,7 +452,7 @@ def _implement(op: Forward | Backward, backend: str, fake, function: type[torch.
 def call(op: str, backend: str, *inputs, embed: tuple = NO_EMBEDDING):
     """The outputs of ``<op>_fwd``, both in the order declared above, the inputs flat; scores and sums in the
     accumulation type."""
-    overload, function, declared = _CALLS[op, backend]
+    overload, entry, function, declared = _CALLS[op, backend]
     if op in EMBEDDED:
         inputs = (*inputs, *embed)
     if not _torch.eager():
@@ -442,4 +461,4 @@ def call(op: str, backend: str, *inputs, embed: tuple = NO_EMBEDDING):
     if torch.is_grad_enabled() and _requires_grad(inputs, declared.tensors):
         return function.apply(*inputs)
     with _torch.below_autograd():
-        return overload(*declared.grouped(inputs))
+        return entry(*declared.grouped(inputs))

@@ -9,7 +9,7 @@ from milkernels.arguments import check_choice, check_number, check_per_row, chec
 from milkernels.bags import Bags, instances_of
 from milkernels.dtypes import accumulation_dtype, compute_dtype_of, product_dtypes, result_dtype, without_autocast
 from milkernels.layers import ACTIVATIONS, Embed, Linear, as_linear
-from milkernels.ops import dsmil as dsmil_kernels
+from milkernels.ops import dsmil_kernels
 from milkernels.ops.contract import (
     BAGS,
     Backward,
@@ -400,8 +400,8 @@ declare(
 
 _EMBED = "Tensor?[] embed, str? embed_activation, float embed_dropout_p, ScalarType? embed_dtype"
 _ROWS = (
-    f"Tensor x, Tensor vectors, Tensor shift, Tensor?[] weights, {BAGS}, Tensor? seed, str? v_activation, "
-    f"float v_dropout_p, ScalarType? compute_dtype, {_EMBED}"
+    f"Tensor x, Tensor vectors, Tensor? shift, Tensor critical, Tensor?[] weights, {BAGS}, Tensor? seed, "
+    f"str? v_activation, float v_dropout_p, ScalarType? compute_dtype, {_EMBED}"
 )
 _PARTS = {
     # The passes of the second stream over the rows; `needs` are those of x, e_weight and e_bias.
@@ -412,9 +412,12 @@ _PARTS = {
     "rows_at": f"(Tensor x, Tensor indices, {_EMBED}) -> Tensor",
     "add_rows_": "(Tensor(a!) grad_x, Tensor(b!) grad_e_weight, Tensor(c!) grad_e_bias, Tensor x, Tensor indices, "
     f"Tensor grad_rows, {_EMBED}) -> ()",
-    # Products of a few rows, whose bits no number of threads changes: act(x W^T + b), a b or a^T b, sums of columns.
+    # Layers on a few rows, whose bits no number of threads changes: act(x W^T + b), and (x W, x b).
     "few_linear": "(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor",
-    "few_product": "(Tensor a, Tensor b, bool transposed) -> Tensor",
+    "few_linear_bwd": "(Tensor grad, Tensor x, Tensor weight, Tensor out, str? activation) -> (Tensor, Tensor, Tensor)",
+    "few_transposed": "(Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor)",
+    "few_transposed_bwd": "(Tensor grad, Tensor? grad_shift, Tensor x, Tensor weight, Tensor? bias) "
+    "-> (Tensor, Tensor, Tensor)",
     "few_sums": "(Tensor a) -> Tensor",
 }
 for _name, _schema in _PARTS.items():

@@ -1,5 +1,5 @@
 """What Triton does for DSMIL (Li, Li, Eliceiri 2021): the passes of its second stream over the rows, and what touches a
-few of them. `milkernels.ops.dsmil` composes the ops of these.
+few of them. `milkernels.ops.dsmil_kernels` composes the ops of these.
 
 An MLP query and a value with an activation or dropout are computed on slices of rows, again in the backward, as an
 embedding in front of everything is.
@@ -25,11 +25,15 @@ _DEAD = float("-inf")
 class _DSMIL(Instances):
     """A call with the layers that rows go through, in the accumulation type: those of an MLP query, whose width is Q,
     and that of a value. A score is ``<row, vectors[b, c]> + shift[b, c]``, where a row is an instance [L], or its query
-    [Q] where there is an MLP."""
+    [Q] where there is an MLP; -inf for a class without a critical instance."""
 
-    def __init__(self, x, vectors, shift, layers, offsets, mask, seed, v_activation, v_dropout_p, dtype, *embed):
+    def __init__(
+        self, x, vectors, shift, critical, layers, offsets, mask, seed, v_activation, v_dropout_p, dtype, *embed
+    ):
         super().__init__(x, offsets, mask, *embed)
-        self.vectors, self.shift = self.to_acc(vectors).contiguous(), self.to_acc(shift).contiguous()
+        self.vectors, self.dead = self.to_acc(vectors).contiguous(), critical < 0
+        shift = self.zeros(*critical.shape) if shift is None else self.to_acc(shift)
+        self.shift = shift.masked_fill(self.dead, _DEAD)
         self.q, self.q_bias, self.q2, self.q2_bias, self.v, self.v_bias = (self.to_acc(p) for p in layers)
         self.type = product_dtype(self.dtype, dtype)
         self.activation = v_activation or "identity"
@@ -105,14 +109,16 @@ def dsmil_rows_fwd(x, *others):
 
 
 def dsmil_rows_bwd(
-    x, vectors, shift, layers, offsets, mask, seed, v_activation, v_dropout_p, compute_dtype,
+    x, vectors, shift, critical, layers, offsets, mask, seed, v_activation, v_dropout_p, compute_dtype,
     embed, embed_activation, embed_dropout_p, embed_dtype,
     bag, scores, lse, grad_bag, grad_scores, grad_lse, needs,
 ):  # fmt: skip
     embed = (embed, embed_activation, embed_dropout_p, embed_dtype)
-    call = _DSMIL(x, vectors, shift, layers, offsets, mask, seed, v_activation, v_dropout_p, compute_dtype, *embed)
+    of_rows = (offsets, mask, seed, v_activation, v_dropout_p, compute_dtype)
+    call = _DSMIL(x, vectors, shift, critical, layers, *of_rows, *embed)
     sink, found = RowGradients(call, needs), {}
     of_vectors = _Backward(call, scores, bag, grad_bag, grad_scores, grad_lse, sink, found).run()
+    of_vectors = of_vectors.masked_fill(call.dead[..., None], 0)  # a class that pools nothing may have summed 0 * NaN
     for name in _LAYERS:
         if name not in found and (layer := getattr(call, name)) is not None:
             found[name] = torch.zeros_like(layer)
@@ -233,8 +239,23 @@ def few_linear(x, weight, bias, activation):
     return z if activation is None else {"relu": torch.relu_, "tanh": torch.tanh_}[activation](z)
 
 
-def few_product(a, b, transposed):
-    return (a.t() if transposed else a) @ b
+def few_linear_bwd(grad, x, weight, out, activation):
+    if activation == "relu":
+        grad = grad.masked_fill(out <= 0, 0)
+    elif activation == "tanh":
+        grad = grad * (1 - out * out)
+    return grad @ weight, grad.t() @ x, grad.sum(0)
+
+
+def few_transposed(x, weight, bias):
+    return x @ weight, x.new_zeros(x.shape[0]) if bias is None else x @ bias
+
+
+def few_transposed_bwd(grad, grad_shift, x, weight, bias):
+    of_x, of_weight = grad @ weight.t(), x.t() @ grad
+    if bias is None or grad_shift is None:
+        return of_x, of_weight, x.new_zeros(x.shape[1])
+    return of_x.addcmul_(grad_shift[:, None], bias), of_weight, grad_shift @ x
 
 
 def few_sums(a):

@@ -82,8 +82,7 @@ void dsmil_rows_backward(const DSMILCall& call, const Ragged<T>& in, const Poole
   });
 }
 
-template void dsmil_rows(const DSMILCall&, const Ragged<MILKERNELS_TYPE>&, const Tensor&, const Tensor&,
-                         const Tensor&);
+template void dsmil_rows(const DSMILCall&, const Ragged<MILKERNELS_TYPE>&, const Tensor&, const Tensor&, const Tensor&);
 template void dsmil_rows_backward(const DSMILCall&, const Ragged<MILKERNELS_TYPE>&, const PooledTensors&, const Tensor&,
                                   const std::array<Tensor, 6>&);
 

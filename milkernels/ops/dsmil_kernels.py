@@ -21,9 +21,8 @@ class _SecondStream:
     """A call on one backend, whose ops are ``ops``; the weights are in the accumulation type."""
 
     def __init__(self, ops, x, weights, offsets, mask, seed, v_activation, v_dropout_p, scale, compute_dtype, *embed):
-        self.ops, self.x, self.embed, self.acc = ops, x, embed, accumulation_dtype(x)
-        self.bags = (offsets, mask)
-        self.weights = [None if w is None else w.to(self.acc) for w in weights]
+        self.ops, self.x, self.embed, self.bags, self.acc = ops, x, embed, (offsets, mask), accumulation_dtype(x)
+        self.weights = [w if w is None or w.dtype is self.acc else w.to(self.acc) for w in weights]
         q_weight, _, q2_weight, _, v_weight, _ = self.weights
         self.mlp = q2_weight is not None
         self.folded = v_weight is not None and v_activation in (None, "identity")
@@ -34,7 +33,7 @@ class _SecondStream:
 
     def forward(self, queries: "_Queries") -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(bag, scores, lse, pooled)``: pooled is what a linear value is taken of; empty where there is none."""
-        bag, scores, lse = self.ops.dsmil_rows_fwd(self.x, queries.vectors, queries.shift, *self.of_rows)
+        bag, scores, lse = self.ops.dsmil_rows_fwd(self.x, *queries.of_rows, *self.of_rows)
         if not self.folded:
             return bag, scores, lse, bag.new_empty(0)
         v_weight, v_bias = self.weights[4:]
@@ -49,31 +48,33 @@ class _SecondStream:
         grad_bag, grad_scores, grad_lse = (None if g is None else g.to(self.acc) for g in grads)
         if grad_bag is None and grad_scores is None and grad_lse is None:
             return None
-        if self.folded and grad_bag is not None:
-            of_bag = grad_bag.masked_fill((lse == -INF)[..., None], 0).flatten(0, 1)
-            found["v_weight"] = self.ops.few_product(of_bag, pooled.flatten(0, 1), True)
-            found["v_bias"] = self.ops.few_sums(of_bag)
-            grad_bag = self.ops.few_product(of_bag, self.weights[4], False).view_as(pooled)
-        names = ("x", "vectors", *_SECOND, *_EMBED)
+        if self.folded:
+            if grad_bag is not None:
+                of_bag = grad_bag.masked_fill((lse == -INF)[..., None], 0).flatten(0, 1)
+                grad_bag, found["v_weight"], found["v_bias"] = self.ops.few_linear_bwd(
+                    of_bag, pooled.flatten(0, 1), self.weights[4], of_bag, None
+                )
+                grad_bag = grad_bag.view_as(pooled)
+            bag = pooled
         gradients = self.ops.dsmil_rows_bwd(
-            self.x, queries.vectors, queries.shift, *self.of_rows,
-            pooled if self.folded else bag, scores, lse, grad_bag, grad_scores, grad_lse, needs,
-        )  # fmt: skip
+            self.x, *queries.of_rows, *self.of_rows, bag, scores, lse, grad_bag, grad_scores, grad_lse, needs
+        )
+        names = ("x", "vectors", *_SECOND, *_EMBED)
         layers = (True, True, *self.of_rows[0], True, True)
         found |= {n: g for n, g, layer in zip(names, gradients, layers, strict=True) if layer is not None}
         of_shift = self._of_shift(scores, lse, grad_scores, grad_lse)
-        return queries.backward(found.pop("vectors"), of_shift, found)
+        return queries.backward(found.pop("vectors").flatten(0, 1), of_shift, found)
 
     def _of_shift(self, scores: Tensor, lse: Tensor, grad_scores, grad_lse) -> Tensor | None:
-        """The gradient [n, 1] of what the bias of a linear query adds to the scores of a bag and class.  That leaves
-        the softmax as it is, so it gets none from the bag."""
+        """The gradient [n] of what the bias of a linear query adds to the scores of a bag and class.  That leaves the
+        softmax as it is, so it gets none from the bag."""
         if self.mlp or self.weights[1] is None or (grad_scores is None and grad_lse is None):
             return None
         total = torch.zeros_like(lse) if grad_lse is None else grad_lse.masked_fill(lse == -INF, 0)
         if grad_scores is not None:
             alive = grad_scores.masked_fill(scores == -INF, 0)
             total = total + self.ops.weighted_pool_fwd(alive.new_ones(len(alive), 1), alive, *self.bags)[..., 0]
-        return total.view(-1, 1)
+        return total.view(-1)
 
 
 class _Queries:
@@ -82,45 +83,39 @@ class _Queries:
 
     def __init__(self, call: _SecondStream, critical: Tensor, rows: Tensor):
         ops, (q_weight, q_bias, q2_weight, q2_bias, _, _) = call.ops, call.weights
-        self.call, self.rows, self.dead = call, rows, critical.flatten() < 0
-        shift = None
+        self.call, self.rows, shift = call, rows, None
         if call.mlp:
             self.hidden = ops.few_linear(rows, q_weight, q_bias, "relu")
             self.query = ops.few_linear(self.hidden, q2_weight, q2_bias, "tanh")
             vectors = self.query * call.scale
         else:
-            self.scaled = ops.few_linear(rows, q_weight, q_bias, None).mul_(call.scale)
-            vectors = ops.few_product(self.scaled, q_weight, False)
-            if q_bias is not None:
-                shift = ops.few_linear(self.scaled, q_bias[None], None, None)[:, 0]
-        shift = vectors.new_zeros(len(vectors)) if shift is None else shift
-        self.vectors = vectors.view(*critical.shape, vectors.shape[1])
-        self.shift = shift.masked_fill_(self.dead, -INF).view(critical.shape)
+            self.query = ops.few_linear(rows, q_weight, q_bias, None).mul_(call.scale)
+            vectors, shift = ops.few_transposed(self.query, q_weight, q_bias)
+            shift = shift.view(critical.shape)
+        self.of_rows = (vectors.view(*critical.shape, vectors.shape[1]), shift, critical)
 
     def backward(self, of_vectors: Tensor, of_shift: Tensor | None, found: dict[str, Tensor]) -> Tensor:
         """Adds to the gradients of the query's parameters; returns that of the rows."""
-        ops, (q_weight, q_bias, q2_weight, _, _, _) = self.call.ops, self.call.weights
-        # A class that pools nothing may have summed 0 * NaN.
-        of_vectors = of_vectors.flatten(0, 1).masked_fill(self.dead[:, None], 0)
-        if self.call.mlp:
-            of_z2 = of_vectors * self.call.scale * (1 - self.query * self.query)
-            _add(found, "q2_weight", ops.few_product(of_z2, self.hidden, True))
-            _add(found, "q2_bias", ops.few_sums(of_z2))
-            of_z = ops.few_product(of_z2, q2_weight, False) * (self.hidden > 0)
+        call, ops, (q_weight, q_bias, q2_weight, _, _, _) = self.call, self.call.ops, self.call.weights
+        if call.mlp:
+            of_hidden, of_q2, of_q2_bias = ops.few_linear_bwd(
+                of_vectors * call.scale, self.hidden, q2_weight, self.query, "tanh"
+            )
+            _add(found, q2_weight=of_q2, q2_bias=of_q2_bias)
+            of_rows, of_q, of_q_bias = ops.few_linear_bwd(of_hidden, self.rows, q_weight, self.hidden, "relu")
         else:
-            _add(found, "q_weight", ops.few_product(self.scaled, of_vectors, True))
-            of_query = ops.few_linear(of_vectors, q_weight, None, None)
-            if of_shift is not None:
-                of_query += of_shift * q_bias
-                _add(found, "q_bias", ops.few_product(of_shift, self.scaled, True)[0])
-            of_z = of_query.mul_(self.call.scale)
-        _add(found, "q_weight", ops.few_product(of_z, self.rows, True))
-        _add(found, "q_bias", ops.few_sums(of_z))
-        return ops.few_product(of_z, q_weight, False)
+            of_query, found["q_weight"], found["q_bias"] = ops.few_transposed_bwd(
+                of_vectors, of_shift, self.query, q_weight, q_bias
+            )
+            of_query.mul_(call.scale)
+            of_rows, of_q, of_q_bias = ops.few_linear_bwd(of_query, self.rows, q_weight, of_query, None)
+        _add(found, q_weight=of_q, q_bias=of_q_bias)
+        return of_rows
 
 
-def _add(found: dict[str, Tensor], name: str, part: Tensor) -> None:
-    found[name] = found[name].add_(part) if name in found else part
+def _add(found: dict[str, Tensor], **parts: Tensor) -> None:
+    for name, part in parts.items():
+        found[name] = found[name].add_(part) if name in found else part
 
 
 class _Gradients:
@@ -227,8 +222,8 @@ def _through_values(to: _Gradients, weight: Tensor, queries: _Queries, critical:
     call, (B, C) = to.call, critical.shape
     g = grad_values.to(call.acc).masked_fill(critical < 0, 0)
     rows = queries.rows.view(B, C, queries.rows.shape[1])
-    _add(to.found, "weight", call.ops.few_sums((g[..., None] * rows).flatten(1)).view(C, -1))
-    _add(to.found, "bias", call.ops.few_sums(g))
+    of_weight = call.ops.few_sums((g[..., None] * rows).flatten(1)).view(C, -1)
+    _add(to.found, weight=of_weight, bias=call.ops.few_sums(g))
     return (g[..., None] * weight.to(call.acc)).flatten(0, 1)
 
 
@@ -244,7 +239,7 @@ def _through_logits(to: _Gradients, first, offsets, mask, critical, logits, grad
     )
     for name, need, gradient in zip(("x", *_FIRST, *_EMBED), needs, found, strict=True):
         if need:
-            _add(to.found, name, gradient)
+            _add(to.found, **{name: gradient})
 
 
 def _rows_of(call: _SecondStream, critical: Tensor, given: Tensor | None = None) -> Tensor:
