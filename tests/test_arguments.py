@@ -189,3 +189,35 @@ def test_a_layer_may_not_be_missing(op, name):
     """That of the gate, above all: without it the op would be another one."""
     with pytest.raises(TypeError, match=f"{name} must be an nn.Linear, a weight or a pair.*; got NoneType"):
         results_of(op, **(good(op) | {name: None}))
+
+
+# The critical instances of DSMIL, given
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_critical_instances_are_those_that_logits_choose(backend):
+    given = good("dsmil_pool") | {"backend": backend}
+    chosen = milkernels.dsmil_pool(**given)
+    rows = given["x"][chosen.critical]
+    again = milkernels.dsmil_pool(**(given | {"critical": rows}))
+    assert (again.critical == -1).all() and again.critical.shape == chosen.critical.shape
+    for got, expected in zip(again[:3], chosen[:3], strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "words"),
+    [
+        (lambda rows: rows[:-1], ValueError, r"critical must be \[.*\]; got shape"),
+        (lambda rows: rows[:, :, 1:], ValueError, r"critical must be \[.*\]; got shape"),
+        (lambda rows: rows[:, :0], ValueError, r"critical must be \[.*\]; got shape"),
+        (lambda rows: rows[None], ValueError, "critical must have 2 dimensions; got shape"),
+        (lambda rows: rows.long(), TypeError, "critical must be float16, .*; got torch.int64"),
+        (lambda rows: rows.tolist(), TypeError, "critical must be a tensor; got list"),
+    ],
+)
+def test_critical_instances_are_checked(edit, error, words):
+    given = good("dsmil_pool")
+    bags = len(given["offsets"]) - 1
+    with pytest.raises(error, match=words):
+        milkernels.dsmil_pool(**(given | {"critical": edit(torch.zeros(bags, C, L))}))

@@ -152,10 +152,10 @@ class _Gradients:
         for name, like in self.inputs.items():
             if not self.needs[name]:
                 out.append(self.call.x.new_empty(0))
-            elif name in self.found:
-                out.append(self.found[name].to(like.dtype))
-            else:
+            elif (found := self.found.get(name)) is None:
                 out.append(torch.zeros_like(like, memory_format=torch.contiguous_format))
+            else:
+                out.append(found if found.dtype is like.dtype else found.to(like.dtype))
         return tuple(out)
 
 
