@@ -52,33 +52,41 @@ Tensor with_winners(const Tensor& grad_logits, const Tensor& indices, const Tens
   return all;
 }
 
-// Gradients of weight and bias (empty where nobody needs them), in the accumulation type. Those of the rows are written:
-// of a few rows, unless logits have a gradient.
-std::tuple<Tensor, Tensor> instance_max_gradients(const ClassCall& call, const Tensor& indices, const Tensor& logits,
-                                                  const OptionalTensor& grad_values, const OptionalTensor& grad_logits,
-                                                  bool need_weight, bool need_bias, RowGradients& of_rows) {
-  const int64_t B = call.bags, C = call.classes;
-  const Tensor rows = call.take_indices(indices, "indices", {B, C}), l = call.take(logits, "logits", {call.rows, C}),
-               values = call.take(grad_values, "grad_values", {B, C});
-  Tensor dense = call.take(grad_logits, "grad_logits", {call.rows, C});
-  check_need(need_bias, call.bias.defined(), "bias");
-  if (!dense.defined()) {
-    of_rows.zero();
-    if (values.defined()) return winner_gradients(call, rows, values, need_weight, need_bias, of_rows);
-    return {call.gradient(need_weight, call.weight.sizes()).zero_(), call.gradient(need_bias, {C}).zero_()};
-  }
-  if (values.defined()) dense = with_winners(dense, rows, values);
-  Tensor grad_weight = call.gradient(need_weight, call.weight.sizes()), grad_bias = call.gradient(need_bias, {C});
+// Gradients of weight and bias (empty where nobody needs them), in the accumulation type, from those of all logits;
+// writes those of the rows.
+std::tuple<Tensor, Tensor> logit_gradients(const ClassCall& call, const Tensor& logits, const Tensor& grad_logits,
+                                           bool need_weight, bool need_bias, RowGradients& of_rows) {
+  Tensor grad_weight = call.gradient(need_weight, call.weight.sizes()),
+         grad_bias = call.gradient(need_bias, {call.classes});
   with_rows(call, &of_rows, [&]<typename T>(const Ragged<T>& in) {
     using A = acc_t<T>;
     QueryScore<T> score(in, call.queries<A>());
     if (need_weight || need_bias) score.products.prepare_gradient();
-    const PoolGradients<A> g{nullptr, l.const_data_ptr<A>(), nullptr, nullptr, dense.const_data_ptr<A>(), nullptr};
+    const PoolGradients<A> g{nullptr, logits.const_data_ptr<A>(),      nullptr,
+                             nullptr, grad_logits.const_data_ptr<A>(), nullptr};
     pool_backward<T>(score, nullptr, in, g, in.chunks());
     if (need_weight) score.products.gradient(grad_weight.mutable_data_ptr<A>(), nullptr);
     if (need_bias) score.products.shift_gradient(grad_bias.mutable_data_ptr<A>());
   });
   return {grad_weight, grad_bias};
+}
+
+// The same from those of the maxima too: of a few rows, unless logits have a gradient.
+std::tuple<Tensor, Tensor> instance_max_gradients(const ClassCall& call, const Tensor& indices, const Tensor& logits,
+                                                  const OptionalTensor& grad_values, const OptionalTensor& grad_logits,
+                                                  bool need_weight, bool need_bias, RowGradients& of_rows) {
+  const int64_t B = call.bags, C = call.classes;
+  const Tensor rows = call.take_indices(indices, "indices", {B, C}), l = call.take(logits, "logits", {call.rows, C}),
+               values = call.take(grad_values, "grad_values", {B, C}),
+               dense = call.take(grad_logits, "grad_logits", {call.rows, C});
+  check_need(need_bias, call.bias.defined(), "bias");
+  if (dense.defined()) {
+    const Tensor all = values.defined() ? with_winners(dense, rows, values) : dense;
+    return logit_gradients(call, l, all, need_weight, need_bias, of_rows);
+  }
+  of_rows.zero();
+  if (values.defined()) return winner_gradients(call, rows, values, need_weight, need_bias, of_rows);
+  return {call.gradient(need_weight, call.weight.sizes()).zero_(), call.gradient(need_bias, {C}).zero_()};
 }
 
 std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const OptionalTensors& weights,
@@ -115,7 +123,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_max_bwd(
   return {of_rows.x, grad_weight, grad_bias, of_rows.typed_weight(call), of_rows.typed_bias(call)};
 }
 
+std::tuple<Tensor, Tensor> logits_bwd_(const Tensor& grad_x, const Tensor& grad_e_weight, const Tensor& grad_e_bias,
+                                       const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets,
+                                       const OptionalTensor& mask, const Tensor& logits, const OptionalTensors& embed,
+                                       std::optional<std::string_view> embed_activation, double embed_dropout_p,
+                                       std::optional<ScalarType> embed_dtype, const Tensor& grad_logits) {
+  const ClassCall call(x, ClassifierWeights(weights), offsets, mask,
+                       {embed, embed_activation, embed_dropout_p, embed_dtype});
+  RowGradients onto(call, grad_x, grad_e_weight, grad_e_bias),
+      found(call, onto.need_x, onto.need_weight, onto.need_bias);
+  const Tensor l = call.take(logits, "logits", {call.rows, call.classes}),
+               g = call.take(grad_logits, "grad_logits", {call.rows, call.classes});
+  const auto of_layer = logit_gradients(call, l, g, true, true, found);
+  onto.add(found);
+  return of_layer;
+}
+
 TORCH_LIBRARY_IMPL(milkernels, CPU, m) {
+  m.impl("logits_bwd_.native", logits_bwd_);
   m.impl("instance_max_fwd.native", instance_max_fwd);
   m.impl("instance_max_bwd.native", instance_max_bwd);
 }

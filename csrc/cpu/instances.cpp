@@ -256,6 +256,19 @@ void SomeRows::backward(const Tensor& grad_rows, RowGradients& gradients) const 
   if (gradients.need_x) gradients.add_to_rows(indices_, g.contiguous());
 }
 
+RowGradients::RowGradients(const Call& call, const Tensor& x, const Tensor& weight, const Tensor& bias)
+    : need_x(x.numel() > 0), need_weight(weight.numel() > 0), need_bias(bias.numel() > 0), x(x), weight(weight),
+      bias(bias) {
+  const auto check = [&](const Tensor& t, const char* name, const Tensor& like, ScalarType type) {
+    const bool fits = like.defined() && t.sizes() == like.sizes() && t.scalar_type() == type && call.here(t);
+    TORCH_CHECK_VALUE(t.numel() == 0 || (fits && t.is_contiguous()), name,
+                      " must be empty or a contiguous gradient; got ", t.scalar_type(), " ", t.sizes());
+  };
+  check(x, "grad_x", call.x, call.x.scalar_type());
+  check(weight, "grad_e_weight", call.embedding.weight, call.acc);
+  check(bias, "grad_e_bias", call.embedding.bias, call.acc);
+}
+
 void RowGradients::finish() {
   if (added_.empty()) return;
   const int64_t width = x.size(1);
@@ -302,18 +315,12 @@ void add_rows_(const Tensor& grad_x, const Tensor& grad_e_weight, const Tensor& 
                std::optional<std::string_view> embed_activation, double embed_dropout_p,
                std::optional<ScalarType> embed_dtype) {
   const Call call = call_of(x, embed, embed_activation, embed_dropout_p, embed_dtype);
-  const auto written = [&](const Tensor& t, const char* name, const Tensor& like, ScalarType type) {
-    TORCH_CHECK_VALUE(t.numel() == 0 || (like.defined() && t.sizes() == like.sizes() && t.scalar_type() == type &&
-                                         t.is_contiguous() && call.here(t)),
-                      name, " must be empty or a contiguous gradient; got ", t.scalar_type(), " ", t.sizes());
-  };
-  written(grad_x, "grad_x", x, x.scalar_type());
-  written(grad_e_weight, "grad_e_weight", call.embedding.weight, call.acc);
-  written(grad_e_bias, "grad_e_bias", call.embedding.bias, call.acc);
-  RowGradients of_rows(grad_x, grad_e_weight, grad_e_bias);
+  RowGradients of_rows(call, grad_x, grad_e_weight, grad_e_bias);
   if (!of_rows.any()) return;
-  const SomeRows rows(call, call.take_indices(indices, "indices", indices.sizes()));
-  rows.backward(call.take(grad_rows, "grad_rows", rows.rows.sizes()), of_rows);
+  const Tensor places = call.take_indices(indices, "indices", indices.sizes());
+  const Tensor grad = call.take(grad_rows, "grad_rows", {places.numel(), call.width});
+  if (call.embedding) SomeRows(call, places).backward(grad, of_rows);
+  else of_rows.add_to_rows(places, grad);
   of_rows.finish();
 }
 

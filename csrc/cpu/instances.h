@@ -17,14 +17,13 @@ struct RowGradients {
     weight = need_weight ? at::empty_like(call.embedding.weight) : call.empty({0});
     bias = need_bias ? at::empty_like(call.embedding.bias) : call.empty({0});
   }
-  // Those that a backward has written, to which a few rows are added; empty where nobody needs them.
-  RowGradients(const Tensor& x, const Tensor& weight, const Tensor& bias)
-      : need_x(x.numel() > 0), need_weight(weight.numel() > 0), need_bias(bias.numel() > 0), x(x), weight(weight),
-        bias(bias) {}
+  // Those that a backward has written, to which more is added; empty where nobody needs them.
+  RowGradients(const Call& call, const Tensor& x, const Tensor& weight, const Tensor& bias);
   bool any() const { return need_x || need_weight || need_bias; }
   void zero() {
     for (Tensor* const t : {&x, &weight, &bias}) t->zero_();
   }
+  void add(const RowGradients& other) { x.add_(other.x), weight.add_(other.weight), bias.add_(other.bias); }
   // Adds values [n, width of x], in the accumulation type, to rows of x's gradient (-1: to none) when `finish` is
   // called: what several give to one row is summed before it is rounded.
   void add_to_rows(const Tensor& indices, const Tensor& values) { added_.emplace_back(indices, values); }

@@ -112,37 +112,46 @@ std::tuple<Tensor, Tensor, Tensor> instance_max(Call& call, const Tensor& weight
   return {largest, rows, logits};
 }
 
-// The gradients of W and b in the accumulation type; empty where nobody needs them. That of the rows is written: of a few
-// rows, unless the logits have a gradient.
-std::tuple<Tensor, Tensor> instance_max_gradients(Call& call, const Tensor& weight, const Tensor& indices,
-                                                  const Tensor& logits, const OptionalTensor& grad_values,
-                                                  const OptionalTensor& grad_logits, std::array<bool, 2> needs,
-                                                  RowGradients& rows) {
-  const int64_t C = weight.size(0);
+// The gradients of W and b in the accumulation type, empty where nobody needs them, from those of all logits. That of the
+// rows is written, or with `onto` added to what is there.
+std::tuple<Tensor, Tensor> logit_gradients(ClassCall& call, const Tensor& of_logits, std::array<bool, 2> needs,
+                                           RowGradients& rows, bool onto) {
+  std::optional<Sums> of_weight;
+  if (needs[0]) of_weight.emplace(call, call.one_bag(), call.classes, call.width, Scoring::kWeights);
+  const auto take_back = [&](const Slice& slice) {
+    if (needs[0]) of_weight->add(slice.x, slice.first, of_logits);
+    if (!rows.wanted()) return;
+    if (onto) rows.add(slice, {of_logits, call.weight});
+    else rows.write(slice, {}, {of_logits, call.weight});
+  };
+  if (needs[0] || rows.wanted()) for_instances(call, &rows, take_back);
+  return {needs[0] ? of_weight->bag.squeeze(0) : call.empty({0}), needs[1] ? of_logits.sum(0) : call.empty({0})};
+}
+
+Tensor taken_logit_gradients(const ClassCall& call, const Tensor& logits, const Tensor& grad_logits) {
+  return alive(call.take(grad_logits, "grad_logits", {call.rows, call.classes}),
+               call.take(logits, "logits", {call.rows, call.classes}));
+}
+
+// The same from those of the maxima too: of a few rows, unless the logits have a gradient.
+std::tuple<Tensor, Tensor> instance_max_gradients(ClassCall& call, const Tensor& indices, const Tensor& logits,
+                                                  const OptionalTensor& grad_values, const OptionalTensor& grad_logits,
+                                                  std::array<bool, 2> needs, RowGradients& rows) {
+  const int64_t C = call.classes;
   const Tensor chosen = call.take_indices(indices, "indices", {call.bags, C}),
                of_values = call.take(grad_values, "grad_values", {call.bags, C});
-  Tensor grad_weight = call.empty({0}), grad_bias = call.gradient(needs[1], {C});
   if (grad_logits) {
-    const Tensor of_logits =
-        alive(call.take(grad_logits, "grad_logits", {call.rows, C}), call.take(logits, "logits", {call.rows, C}));
+    const Tensor of_logits = taken_logit_gradients(call, logits, *grad_logits);
     if (of_values.defined()) put_at(call, chosen, of_values, true, of_logits);
-    std::optional<Sums> of_weight;
-    if (needs[0]) of_weight.emplace(call, call.one_bag(), C, call.width, Scoring::kWeights);
-    const auto take_back = [&](const Slice& slice) {
-      if (needs[0]) of_weight->add(slice.x, slice.first, of_logits);
-      if (rows.wanted()) rows.write(slice, {}, {of_logits, weight});
-    };
-    if (needs[0] || rows.wanted()) for_instances(call, &rows, take_back);
-    if (needs[0]) grad_weight = of_weight->bag.squeeze(0);
-    if (needs[1]) grad_bias = of_logits.sum(0);
-    return {grad_weight, grad_bias};
+    return logit_gradients(call, of_logits, needs, rows, false);
   }
+  Tensor grad_weight = call.empty({0}), grad_bias = call.gradient(needs[1], {C});
   // Few rows have a gradient, and nothing else is read.
   TORCH_CHECK_VALUE(of_values.defined(), "neither values nor logits have a gradient");
   const Tensor g = of_values.masked_fill(chosen < 0, 0).unsqueeze(-1);
   const Slice winners = instances_at(call, chosen);
   rows.zero();
-  if (rows.wanted()) rows.add_at(winners, g * weight);
+  if (rows.wanted()) rows.add_at(winners, g * call.weight);
   if (needs[0]) grad_weight = (g * winners.x.view({call.bags, C, call.width})).sum(0);
   if (needs[1]) grad_bias = g.sum({0, 2});
   return {grad_weight, grad_bias};
@@ -167,10 +176,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_max_bwd(
   check_needs(needs.data() + 1, given);
   RowGradients rows(call, needs[0], needs[3], needs[4]);
   const auto [grad_weight, grad_bias] =
-      instance_max_gradients(call, call.weight, indices, logits, grad_values, grad_logits, {needs[1], needs[2]}, rows);
+      instance_max_gradients(call, indices, logits, grad_values, grad_logits, {needs[1], needs[2]}, rows);
   return std::tuple_cat(std::make_tuple(rows.x, grad_weight.to(given.weight().scalar_type()),
                                         given.bias() ? grad_bias.to(given.bias()->scalar_type()) : grad_bias),
                         rows.parameters());
+}
+
+std::tuple<Tensor, Tensor> logits_bwd_(const Tensor& grad_x, const Tensor& grad_e_weight, const Tensor& grad_e_bias,
+                                       const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets,
+                                       const OptionalTensor& mask, const Tensor& logits, const OptionalTensors& embed,
+                                       std::optional<std::string_view> embed_activation, double embed_dropout_p,
+                                       std::optional<ScalarType> embed_dtype, const Tensor& grad_logits) {
+  ClassCall call(x, ClassifierWeights(weights), offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
+  RowGradients rows(call, grad_x, grad_e_weight, grad_e_bias);
+  return logit_gradients(call, taken_logit_gradients(call, logits, grad_logits), {true, true}, rows, true);
 }
 
 // --- max_pool
@@ -219,6 +238,7 @@ Tensor topk_instances_bwd(const Tensor& scores, const Tensor& indices, const Ten
 }
 
 TORCH_LIBRARY_IMPL(milkernels, MILKERNELS_DEVICE_KEY, m) {
+  m.impl("logits_bwd_.native", logits_bwd_);
   m.impl("instance_max_fwd.native", instance_max_fwd);
   m.impl("instance_max_bwd.native", instance_max_bwd);
   m.impl("max_pool_fwd.native", max_pool_fwd);

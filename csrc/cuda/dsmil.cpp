@@ -6,6 +6,7 @@
 #include <array>
 #include <tuple>
 
+#include "choice.h"
 #include "pooling.h"
 
 namespace milkernels {
@@ -227,8 +228,10 @@ void add_rows_(const Tensor& grad_x, const Tensor& grad_e_weight, const Tensor& 
   RowGradients of_rows(call, grad_x, grad_e_weight, grad_e_bias);
   if (!of_rows.wanted()) return;
   const Tensor places = call.take_indices(indices, "indices", indices.sizes());
-  const Tensor grad = call.take(grad_rows, "grad_rows", {places.numel(), call.width});
-  of_rows.add_at(instances_at(call, places), grad.view({places.size(0), places.size(1), call.width}));
+  const Tensor grad = call.take(grad_rows, "grad_rows", {places.numel(), call.width})
+                          .view({places.size(0), places.size(1), call.width});
+  if (!call.embedding) return add_to_rows(call, places, grad, grad_x);
+  of_rows.add_at(instances_at(call, places), grad);
 }
 
 // Layers on a few rows. Their products are in the accumulation type, whatever PyTorch's switch lets large ones be.

@@ -94,6 +94,22 @@ void RowGradients::write(const Slice& slice, const TermTensors& pooled, const Te
   if (need_x()) layer.write_of_x(call_.embedding->weight, of_x);
 }
 
+void RowGradients::add(const Slice& slice, const TermTensors& scored) {
+  if (call_.embedding) {
+    const Tensor grad = call_.empty({slice.count, call_.width});
+    expand(call_, grad, slice.first, {}, scored);
+    const LayerGradient layer = into_layer(slice, grad);
+    if (need_x()) x.narrow(0, slice.first, slice.count).add_(layer.of_x(call_.embedding->weight));
+    return;
+  }
+  // What has the type of sums already is read where it stands.
+  if (x.scalar_type() == call_.acc) return expand(call_, x, 0, {}, scored, x);
+  call_.in_slices(call_.width * static_cast<int64_t>(c10::elementSize(call_.acc)), [&](int64_t first, int64_t count) {
+    const Tensor rows = x.narrow(0, first, count);
+    expand(call_, rows, first, {}, scored, rows.to(call_.acc));
+  });
+}
+
 void RowGradients::add_at(const Slice& chosen, const Tensor& vectors) {
   if (!call_.embedding) return add_to_rows(call_, chosen.places, vectors, x);
   const LayerGradient layer = into_layer(chosen, vectors.reshape({chosen.count, call_.width}).contiguous());

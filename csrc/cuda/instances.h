@@ -14,7 +14,7 @@ class RowGradients {
  public:
   // What is needed; of the parameters, where there is an embedding.
   RowGradients(const Call& call, bool x, bool weight, bool bias);
-  // All have been written, and a few rows are added; empty where they are not needed.
+  // All have been written, and more is added; empty where they are not needed.
   RowGradients(const Call& call, const Tensor& x, const Tensor& weight, const Tensor& bias);
 
   bool need_x() const { return x.numel() > 0; }
@@ -22,6 +22,8 @@ class RowGradients {
   // That of a slice's rows is product * scale + both terms.
   void write(const Slice& slice, const TermTensors& pooled, const TermTensors& scored, const Tensor& product = {},
              const Tensor& scale = {});
+  // Adds the term; all rows have been written.
+  void add(const Slice& slice, const TermTensors& scored);
   // Adds vectors [bags, C, width], in the accumulation type, to rows from instances_at; all have been written.
   void add_at(const Slice& chosen, const Tensor& vectors);
   // Instead of writing: there is none.

@@ -131,15 +131,15 @@ class _Gradients:
 
     def add_rows(self, critical: Tensor, of_rows: Tensor | None) -> None:
         """Adds the gradients [n, L] of the rows of these numbers [B, C]."""
-        if of_rows is None or not any(self.of_instances):
-            return
-        written = [self._written(name) for name in ("x", *_EMBED)]
-        self.call.ops.add_rows_(*written, self.call.x, critical, of_rows, *self.call.embed)
+        if of_rows is not None and any(self.of_instances):
+            self.call.ops.add_rows_(*self.written(), self.call.x, critical, of_rows, *self.call.embed)
+
+    def written(self) -> list[Tensor]:
+        """The gradients so far of x, in its type, and of the embedding, in that of sums; empty where nobody needs
+        them."""
+        return [self._written(name) if self.needs[name] else self.call.x.new_empty(0) for name in ("x", *_EMBED)]
 
     def _written(self, name: str) -> Tensor:
-        """The gradient so far, of rows or an embedding; that of x in its type, the others in that of sums."""
-        if not self.needs[name]:
-            return self.call.x.new_empty(0)
         if name not in self.found:
             like = self.inputs[name]
             dtype = like.dtype if name == "x" else self.call.acc
@@ -209,7 +209,10 @@ def dsmil_bwd(
     saved, grads = (bag, scores, lse, pooled), (grad_bag, grad_scores, grad_lse)
     of_rows = call.backward(queries, saved, grads, to.found, to.of_instances)
     if grad_logits is not None:
-        _through_logits(to, weights[:2], offsets, mask, critical, logits, grad_logits, embed_options)
+        of_weight, of_bias = ops.logits_bwd_(
+            *to.written(), x, weights[:2], offsets, mask, logits, *embed_options, grad_logits
+        )
+        _add(to.found, weight=of_weight, bias=of_bias)
     if grad_values is not None:
         of_winners = _through_values(to, weights[0], queries, critical, grad_values)
         of_rows = of_winners if of_rows is None else of_rows.add_(of_winners)
@@ -225,21 +228,6 @@ def _through_values(to: _Gradients, weight: Tensor, queries: _Queries, critical:
     of_weight = call.ops.few_sums((g[..., None] * rows).flatten(1)).view(C, -1)
     _add(to.found, weight=of_weight, bias=call.ops.few_sums(g))
     return (g[..., None] * weight.to(call.acc)).flatten(0, 1)
-
-
-def _through_logits(to: _Gradients, first, offsets, mask, critical, logits, grad_logits, embed_options) -> None:
-    """Adds the gradients by all logits, another pass over the rows."""
-    call, (embed, *options) = to.call, embed_options
-    needs = [to.needs[name] for name in ("x", *_FIRST, *_EMBED)]
-    # Sums are added up in the accumulation type, whatever that of the parameters.
-    first = [None if w is None else w.to(call.acc) for w in first]
-    embed = [None if w is None else w.to(call.acc) for w in embed[:2]] + list(embed[2:])
-    found = call.ops.instance_max_bwd(
-        call.x, first, offsets, mask, critical, logits, embed, *options, None, grad_logits, needs
-    )
-    for name, need, gradient in zip(("x", *_FIRST, *_EMBED), needs, found, strict=True):
-        if need:
-            _add(to.found, **{name: gradient})
 
 
 def _rows_of(call: _SecondStream, critical: Tensor, given: Tensor | None = None) -> Tensor:

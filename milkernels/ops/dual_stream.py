@@ -412,6 +412,9 @@ _PARTS = {
     "rows_at": f"(Tensor x, Tensor indices, {_EMBED}) -> Tensor",
     "add_rows_": "(Tensor(a!) grad_x, Tensor(b!) grad_e_weight, Tensor(c!) grad_e_bias, Tensor x, Tensor indices, "
     f"Tensor grad_rows, {_EMBED}) -> ()",
+    # The gradient of all logits W x + b on its way: adds those of the rows, returns those of W and b.
+    "logits_bwd_": "(Tensor(a!) grad_x, Tensor(b!) grad_e_weight, Tensor(c!) grad_e_bias, Tensor x, Tensor?[] weights, "
+    f"{BAGS}, Tensor logits, {_EMBED}, Tensor grad_logits) -> (Tensor weight, Tensor bias)",
     # Layers on a few rows, whose bits no number of threads changes: act(x W^T + b), and (x W, x b).
     "few_linear": "(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor",
     "few_linear_bwd": "(Tensor grad, Tensor x, Tensor weight, Tensor out, str? activation) -> (Tensor, Tensor, Tensor)",

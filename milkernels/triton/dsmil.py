@@ -14,10 +14,11 @@ from milkernels.triton.gradients import (
     RowGradients,
     largest_finite,
     power_of_two_scale,
+    zero_where_dead,
 )
 from milkernels.triton.host import dropout_of, product, product_dtype
 from milkernels.triton.instances import Instances, Rows
-from milkernels.triton.pooling import pool_by_products, pool_by_products_backward
+from milkernels.triton.pooling import linear_gradients, pool_by_products, pool_by_products_backward
 
 _DEAD = float("-inf")
 
@@ -225,11 +226,25 @@ def rows_at(x, indices, *embed):
 
 
 def add_rows_(grad_x, grad_e_weight, grad_e_bias, x, indices, grad_rows, *embed):
-    call = Instances(x, None, None, *embed)
-    gradients = [g if g.numel() else None for g in (grad_x, grad_e_weight, grad_e_bias)]
-    sink = RowGradients(call, [g is not None for g in gradients], onto=gradients)
     indices = indices.contiguous()
-    sink.add_gathered(call.gathered(indices), grad_rows.view(*indices.shape, grad_rows.shape[1]))
+    grad_rows = grad_rows.view(*indices.shape, grad_rows.shape[1])
+    if not embed[0]:
+        return rows.add_to_rows(indices, grad_rows, grad_x)
+    call = Instances(x, None, None, *embed)
+    _onto(call, grad_x, grad_e_weight, grad_e_bias).add_gathered(call.gathered(indices), grad_rows)
+
+
+def logits_bwd_(grad_x, grad_e_weight, grad_e_bias, x, weights, offsets, mask, logits, *others):
+    *embed, grad_logits = others
+    call = Instances(x, offsets, mask, *embed)
+    of_logits = zero_where_dead(call.to_acc(grad_logits), logits)
+    sink = _onto(call, grad_x, grad_e_weight, grad_e_bias)
+    return linear_gradients(call, weights[0], of_logits, None, True, sink)
+
+
+def _onto(call: Instances, *gradients: Tensor) -> RowGradients:
+    gradients = [g if g.numel() else None for g in gradients]
+    return RowGradients(call, [g is not None for g in gradients], onto=gradients)
 
 
 def few_linear(x, weight, bias, activation):
