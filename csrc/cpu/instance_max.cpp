@@ -135,7 +135,9 @@ std::tuple<Tensor, Tensor> logits_bwd_(const Tensor& grad_x, const Tensor& grad_
   const Tensor l = call.take(logits, "logits", {call.rows, call.classes}),
                g = call.take(grad_logits, "grad_logits", {call.rows, call.classes});
   const auto of_layer = logit_gradients(call, l, g, true, true, found);
-  onto.add(found);
+  if (onto.need_x) onto.x.add_(found.x);
+  if (onto.need_weight) onto.weight.add_(found.weight);
+  if (onto.need_bias) onto.bias.add_(found.bias);
   return of_layer;
 }
 

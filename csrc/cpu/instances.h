@@ -23,7 +23,6 @@ struct RowGradients {
   void zero() {
     for (Tensor* const t : {&x, &weight, &bias}) t->zero_();
   }
-  void add(const RowGradients& other) { x.add_(other.x), weight.add_(other.weight), bias.add_(other.bias); }
   // Adds values [n, width of x], in the accumulation type, to rows of x's gradient (-1: to none) when `finish` is
   // called: what several give to one row is summed before it is rounded.
   void add_to_rows(const Tensor& indices, const Tensor& values) { added_.emplace_back(indices, values); }

@@ -247,6 +247,7 @@ def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function
     """The forward as a function whose backward is an op of its own, so that a compiler sees one node."""
     backward, names, outputs = op.backward, op.arguments.names, op.outputs.split()
     forward_op, backward_op = _entry(op.full_name, backend), _entry(backward.full_name, backend)
+    recorded_backward_op = _overload(backward.full_name, backend)
     grouped, grouped_saves = op.arguments.grouped, backward.arguments.grouped
     options = [names.index(option.split()[-1]) for option in backward.options]
     grad_outputs = [outputs.index(name) if name in outputs else None for name in backward.outputs.split()]
@@ -279,7 +280,8 @@ def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function
             grads = [None if i is None else grads[i] for i in grad_outputs]
             if any(g is not None for g in grads):
                 needs = [ctx.needs_input_grad[i] for i in differentiable]
-                results = backward_op(*grouped_saves((*ctx.saved_tensors, *ctx.options, *grads, needs)))
+                op = recorded_backward_op if torch.is_grad_enabled() else backward_op
+                results = op(*grouped_saves((*ctx.saved_tensors, *ctx.options, *grads, needs)))
                 results = (results,) if isinstance(results, Tensor) else results
                 for i, gradient, need in zip(differentiable, results, needs, strict=True):
                     found[i] = gradient if need else None
