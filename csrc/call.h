@@ -176,8 +176,8 @@ class WithQuery : public CALL {
 };
 
 // The passes of DSMIL's second stream over its rows; CALL is that of a device. A score is
-// <row, vectors[b, c]> + shift[b, c], -inf where `critical` has none; there a row is an instance, or its query where the query is an MLP; what is pooled
-// are instances, or their values where there is a value layer.
+// <row, vectors[b, c]> + shift[b, c], and -inf for a class that has no critical instance. A row is an instance, or its
+// query where the query is an MLP; what is pooled are instances, or their values where there is a value layer.
 template <typename CALL>
 class WithSecondStream : public CALL {
  public:

@@ -1,5 +1,5 @@
-// The second stream of DSMIL on the CPU (Li, Li, Eliceiri 2021): the passes over its rows, which typed/dsmil.cpp has for
-// each type of these. What a few critical instances need beside them is composed in Python.
+// The second stream of DSMIL on the CPU (Li, Li, Eliceiri 2021): the passes over its rows, which typed/dsmil.cpp has
+// for each type of these. What a few critical instances need beside them is composed in Python.
 #pragma once
 
 #include "instances.h"

@@ -50,8 +50,8 @@ Tensor of_chosen(const Tensor& x, const Tensor& indices, const Tensor& grad_valu
   return grad;
 }
 
-// values [bags, C] and rows [bags, C] of the first largest of the columns of values [rows, C], in their type; where there
-// is nothing to choose, `empty` and -1. `dead`: -inf is never chosen.
+// values [bags, C] and rows [bags, C] of the first largest of the columns of values [rows, C], in their type; where
+// there is nothing to choose, `empty` and -1. `dead`: -inf is never chosen.
 std::pair<Tensor, Tensor> first_max(const Call& call, const Tensor& values, bool dead, double empty) {
   const int64_t C = values.size(1);
   const Tensor out = at::empty({call.bags, C}, values.options()), indices = empty_indices(call, out.sizes());
@@ -112,8 +112,8 @@ std::tuple<Tensor, Tensor, Tensor> instance_max(Call& call, const Tensor& weight
   return {largest, rows, logits};
 }
 
-// The gradients of W and b in the accumulation type, empty where nobody needs them, from those of all logits. That of the
-// rows is written, or with `onto` added to what is there.
+// The gradients of W and b in the accumulation type, empty where nobody needs them, from those of all logits. That of
+// the rows is written, or with `onto` added to what is there.
 std::tuple<Tensor, Tensor> logit_gradients(ClassCall& call, const Tensor& of_logits, std::array<bool, 2> needs,
                                            RowGradients& rows, bool onto) {
   std::optional<Sums> of_weight;

@@ -1,6 +1,6 @@
 // What a GPU does for DSMIL (Li, Li, Eliceiri 2021): the passes of its second stream over the rows, and what touches a
-// few of them; milkernels/ops/dsmil_kernels.py composes the ops of these. An MLP query and a value with an activation or dropout
-// go through in slices of rows, again in the backward.
+// few of them; milkernels/ops/dsmil_kernels.py composes the ops of these. An MLP query and a value with an activation
+// or dropout go through in slices of rows, again in the backward.
 #include <torch/library.h>
 
 #include <array>
