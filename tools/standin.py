@@ -289,8 +289,8 @@ class _Counting(TorchDispatchMode):
 # Calls of ops, from what `ops` declares
 
 _LAYERS = {"u_": "gated", "q2_": "mlp", "v_": "value", "e_": "embed"}  # that may be absent: what asks for them
-_GIVEN_WITH = {"offsets": "bags", "mask": "mask", "seed": "drop", "e_seed": "embed"}
-_TYPES = {"offsets": torch.int64, "seed": torch.int64, "e_seed": torch.int64, "mask": torch.bool}
+_GIVEN_WITH = {"offsets": "bags", "mask": "mask", "seed": "drop", "e_seed": "embed", "critical_rows": "rows"}
+_TYPES = {"critical": torch.int64, "offsets": torch.int64, "seed": torch.int64, "e_seed": torch.int64, "mask": torch.bool}
 _ACTIVATIONS = ("tanh", "relu", "gelu", "identity")
 
 
@@ -300,6 +300,8 @@ def _tensors(use: Usage, op: contract.Forward) -> tuple[dict[str, tuple[str, ...
     sizes = {name: size for case in cases for name, size in case.tensors.items()}
     if "scores" in sizes:
         sizes["given"] = sizes["scores"]  # the name of scores that are an input where others are an output
+    if "instance_logits" in sizes:
+        sizes |= {"critical": ("B", "C"), "critical_rows": ("B", "C", "L")}
     if "query" in sizes and ("shared" in use or "bags" not in use):
         sizes["query"] = sizes["query"][-2:]
     if use.embedding:
