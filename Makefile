@@ -48,7 +48,8 @@ PYTHON_FILES := setup.py $(wildcard milkernels tests benchmarks examples)
 CPP_FILES := $(shell find csrc tests/cuda -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 CUDA_VENV := .venv-cuda
 # Of the tests of all kernels those against the oracle, for AddressSanitizer is slow; ARGS="-k 'not gradcheck'" runs all.
-CUDA_TESTS := tests/test_cuda.py tests/test_kernels.py tests/test_attention.py -k "test_cuda or test_oracle"
+CUDA_TESTS := tests/test_cuda.py tests/test_numbers.py tests/test_attention.py --legs emulated \
+	-k "test_cuda or test_oracle or test_same_bits"
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: install build bench example test test-all gpu aot cuda-test cuda-check host-time lint format info clean

@@ -1,5 +1,5 @@
 """What the compiled attention ops alone have: activations, gates, the bits of dropout, the units that multiply
-matrices.  What they share with every kernel is in test_kernels.py and test_contract.py.
+matrices.  What they share with every kernel is in test_numbers.py and test_contract.py.
 """
 
 import itertools
@@ -193,19 +193,6 @@ def test_raw_ops_refuse_options_that_have_no_kernel():
 
 
 # Dropout
-
-
-def test_dropout_mask_is_the_reference_mask():
-    """Where every unit has weight 1 and value 1, a score counts the kept units, so one flipped bit would show."""
-    rows, units, seed, p = 300, 72, 2**63 - 5, 0.25
-    x, v, v_bias, w = torch.zeros(rows, 4), torch.zeros(units, 4), torch.ones(units), torch.eye(units)
-    options = {"activation": "identity", "dropout_p": p, "seed": seed, "backend": "native"}
-    scores = milkernels.attention_scores(x, (v, v_bias), w, **options)
-    keep = testing.dropout_keep(seed, rows, units, 0, p)
-    assert torch.equal(scores != 0, keep)
-    torch.testing.assert_close(scores[keep], torch.full_like(scores[keep], 1 / (1 - round(p * 65536) / 65536)))
-    gated = milkernels.gated_attention_scores(x, (v, v_bias), (v, v_bias), w, **options)
-    assert torch.equal(gated != 0, keep & testing.dropout_keep(seed, rows, units, 1, p))
 
 
 def test_dropout_extremes_and_generator():

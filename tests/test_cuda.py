@@ -1,9 +1,8 @@
 """The CUDA C++ kernels, run on the host by csrc/cuda/emulator.h: what the tests of all compiled kernels leave out, as
-it concerns GPUs alone. `make cuda-test` runs this file, and what test_kernels.py holds against the oracle, under
+it concerns GPUs alone. `make cuda-test` runs this file, and what test_numbers.py holds against the oracle, under
 AddressSanitizer: there an access outside a tensor or outside shared memory ends the process.
 """
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import op_cases
 import pytest
 import torch
+from legs import ORDERS, emulated
 from op_cases import CASES, PLAIN, close, offsets_of, same_bits, step
 from test_contract import num_bytes, peak_allocated
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,7 +30,6 @@ pytestmark = [
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 ROOT = Path(__file__).parent.parent
-ORDERS = ("forward", "reverse", "shuffled")
 LENGTHS = (5, 0, 40, 1, 70, 3)  # a block for each bag
 LONE = (150,)  # several blocks for a bag
 MANY = (90, 1970)  # the same, of more rows each
@@ -40,21 +39,6 @@ LARGE = 2**62
 
 def run(case, tensors, offsets, mask=None):
     return step(case.ours("native"), tensors, offsets, mask)
-
-
-@contextlib.contextmanager
-def emulated(setting: str, value, usual):
-    """Within the block a setting of the emulated module is another than usual."""
-    getattr(native._extension, setting)(value)
-    try:
-        yield
-    finally:
-        getattr(native._extension, setting)(usual)
-
-
-def threads_in_order(order: str):
-    """Within the block the threads of a block run in that order."""
-    return emulated("set_order", order, "forward")
 
 
 class Calls(TorchDispatchMode):
@@ -170,24 +154,7 @@ def test_indices_that_are_none_reach_nothing_outside(case):
     assert found == bool({"indices", "critical"} & set(saved))
 
 
-# The order of threads, and what memory held
-
-
-@pytest.mark.parametrize(
-    "lengths, dtype",
-    [(LENGTHS, torch.float32), (LENGTHS, torch.bfloat16), (LONE, torch.float64), (MANY, torch.float32)],
-    ids=["float32", "bfloat16", "lone-float64", "many-rows-float32"],
-)
-@every_case
-def test_same_bits_whatever_the_order_of_threads(case, lengths, dtype):
-    """A result that changes was a race: a barrier is missing."""
-    mask = torch.arange(sum(lengths)) % 7 > 0
-    tensors, runs = case.make(lengths, dtype, **SIZES), []
-    for order in ORDERS:
-        with threads_in_order(order):
-            runs.append(run(case, tensors, offsets_of(lengths), mask))
-    for other in runs[1:]:
-        same_bits(other, runs[0])
+# What memory held
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, LONE], ids=str)

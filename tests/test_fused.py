@@ -1,5 +1,5 @@
 """The fused level of attention through Triton's interpreter. That its tiles compile as they should is test_aot.py's to
-say; on a GPU, test_gpu.py takes its numbers."""
+say; on a GPU, test_gpu.py says which numbers."""
 
 import types
 
@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.simulated,
     pytest.mark.skipif(
         triton.load_error() is not None or not triton.interpreted(),
-        reason=f"no interpreter: {triton.load_error() or 'there is a GPU, which test_gpu.py uses'}",
+        reason=f"no interpreter: {triton.load_error() or 'there is a GPU'}",
     ),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of what is selected away
 ]
