@@ -2,12 +2,15 @@
 #
 #   make install                    .venv with PyTorch, this package (editable) and its compiled extension
 #   make bench ARGS="--op ..."      benchmarks; without ARGS one slide of 30,000 instances, in two minutes
+#   make figures                    measures the README's rows, in ten minutes on two cores, and writes them there
 #   make example ARGS="slide_bag"   one of examples/, with its options; see examples/README.md
 #   make test  ARGS="-k bags"       the tests of everything, grids thinned: some minutes (tests/conftest.py says how)
 #   make test-all                   every test, grids whole; ARGS="--tier rest": those that make test leaves out
 #   make gpu [QUICK=1] [OUT=dir]    tests and benchmarks on an NVIDIA GPU, with what $(PYTHON) has; needs no network
 #   make aot   ARGS="--op ..."      compiles every Triton kernel for NVIDIA's and AMD's GPUs and checks the code; needs none
 #   make cuda-test ARGS="-k bags"   tests of the CUDA C++ kernels, compiled for the host, under AddressSanitizer; needs GCC
+#   make fuzz  ARGS="--examples N"  random calls of every op on every backend that was built, against the oracle; ARGS="--help"
+#   make sanitize [SANITIZER=tsan]  tests of the CPU's kernels, under AddressSanitizer and UBSan; or ThreadSanitizer; needs GCC
 #   make cuda-check                 compiles them for NVIDIA's GPUs and checks the code; needs nvcc, and no GPU
 #   make host-time                  what a call costs the host, CUDA C++ beside Triton; no kernel is run
 #   make lint | format | info | clean
@@ -44,21 +47,33 @@ PIP := $(PY) -m pip $(PIP_OPTIONS)
 STYLE := $(shell sed -nE 's/.*"((ruff|clang-format)==[^"]*)".*/\1/p' pyproject.toml)
 # Not by its script, which is elsewhere where $(PYTHON) has it already.
 CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
-PYTHON_FILES := setup.py $(wildcard milkernels tests benchmarks examples)
+PYTHON_FILES := setup.py $(wildcard milkernels tools tests benchmarks examples)
 CPP_FILES := $(shell find csrc tests/cuda -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 CUDA_VENV := .venv-cuda
 # Of the tests of all kernels those against the oracle, for AddressSanitizer is slow; ARGS="-k 'not gradcheck'" runs all.
 CUDA_TESTS := tests/test_cuda.py tests/test_numbers.py tests/test_attention.py --legs emulated \
 	-k "test_cuda or test_oracle or test_same_bits"
+# What calls the CPU's kernels, whatever is passed to them; Triton's and the reference are not watched.
+SANITIZER := asan
+SANITIZED_asan := tests/test_numbers.py tests/test_native.py tests/test_attention.py tests/test_embedding.py tests/test_raw_ops.py \
+	tests/test_errors.py tests/test_found.py --tier quick --legs native \
+	-k "not triton and not interpreted and not memory_held"
+SANITIZED_tsan := tests/threads.py
+PRELOADED_asan := libasan.so libubsan.so libstdc++.so.6
+PRELOADED_tsan := libtsan.so libstdc++.so.6
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install build bench example test test-all gpu aot cuda-test cuda-check host-time lint format info clean
+.PHONY: install build bench figures example test test-all gpu aot cuda-test cuda-check host-time fuzz sanitize lint format info clean
 
 install: build
 
 bench: build
 	@$(PY) -c "import numpy, rich, matplotlib, psutil" 2>/dev/null || $(PIP) install "milkernels[bench]"
 	$(PY) -m milkernels bench $(or $(ARGS),--instances 30000 --budget 20)
+
+figures: build
+	@$(PY) -c "import numpy, rich, matplotlib, psutil, pandas, tabulate" 2>/dev/null || $(PIP) install "milkernels[bench]"
+	$(PY) -m benchmarks.figures $(ARGS)
 
 example: build
 	@$(PY) -c "import numpy, rich, matplotlib, psutil, sklearn" 2>/dev/null || $(PIP) install "milkernels[examples]"
@@ -67,7 +82,7 @@ example: build
 test: TIER := quick
 test-all: TIER := all
 test test-all: build
-	@$(PY) -c "import pytest, pytest_benchmark, xdist, numpy, rich, matplotlib, psutil, sklearn, triton, pytorch_lightning, torchmil" 2>/dev/null || $(PIP) install "milkernels[test]"
+	@$(PY) -c "import pytest, pytest_benchmark, xdist, numpy, rich, matplotlib, psutil, pandas, tabulate, sklearn, triton, pytorch_lightning, torchmil" 2>/dev/null || $(PIP) install "milkernels[test]"
 	$(PY) -m pytest -ra --durations=15 -n logical --maxprocesses 8 --dist worksteal --tier $(TIER) $(ARGS)
 
 # Not in .venv, which may have to be filled from the network.
@@ -76,7 +91,7 @@ gpu:
 
 aot: $(VENV)/.installed
 	@$(PY) -c "import triton" 2>/dev/null || $(PIP) install "triton>=3.6"
-	env -u TRITON_INTERPRET $(PY) -m milkernels.testing.aot $(ARGS)
+	env -u TRITON_INTERPRET $(PY) -m tools.aot $(ARGS)
 
 # Both libraries come before Python, which is linked to neither: AddressSanitizer looks for the other's exceptions at once.
 cuda-test: $(VENV)/.installed
@@ -85,18 +100,29 @@ cuda-test: $(VENV)/.installed
 	LD_PRELOAD="$(foreach name,libasan.so libstdc++.so.6,$$($(CXX) -print-file-name=$(name)))" ASAN_OPTIONS=detect_leaks=0 MILKERNELS_EMULATE_CUDA=1 \
 		$(PY) -m pytest -ra --durations=15 $(CUDA_TESTS) $(ARGS)
 
+fuzz: build
+	@$(PY) -c "import pytest, hypothesis" 2>/dev/null || $(PIP) install "milkernels[dev]"
+	$(PY) tests/fuzz.py $(ARGS)
+
+sanitize: $(VENV)/.installed
+	@$(PY) -c "import pytest, numpy, matplotlib" 2>/dev/null || $(PIP) install "milkernels[test]"
+	MILKERNELS_BUILD_EXT=$(SANITIZER) MILKERNELS_BUILD_CUDA=0 $(BUILD)
+	LD_PRELOAD="$(foreach name,$(PRELOADED_$(SANITIZER)),$$($(CXX) -print-file-name=$(name)))" OMP_NUM_THREADS=1 \
+		ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS="suppressions=$(CURDIR)/tests/tsan.supp" \
+		$(PY) tests/sanitize.py build/$(SANITIZER)-*/milkernels/_C_*.so -p no:cacheprovider $(SANITIZED_$(SANITIZER)) $(ARGS)
+
 # What it compiles is not watched by AddressSanitizer, which would be measured.
 host-time: $(VENV)/.installed
 	@$(PY) -c "import rich, triton" 2>/dev/null || $(PIP) install "milkernels[test]"
 	MILKERNELS_BUILD_EXT=0 MILKERNELS_BUILD_CUDA=0 MILKERNELS_BUILD_EMULATED=1 $(BUILD)
-	env -u TRITON_INTERPRET MILKERNELS_EMULATE_CUDA=1 $(PY) -m milkernels.testing.host_time $(ARGS)
+	env -u TRITON_INTERPRET MILKERNELS_EMULATE_CUDA=1 $(PY) -m tools.host_time $(ARGS)
 
 # An environment of its own, as .venv may have a PyTorch without CUDA.
 cuda-check:
 	@command -v nvcc >/dev/null || [ -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] \
 		|| { echo "make cuda-check needs CUDA's compiler: there is no nvcc on the PATH, in CUDA_HOME or in /usr/local/cuda"; exit 1; }
 	@$(MAKE) --no-print-directory $(CUDA_VENV)/.created
-	$(CUDA_VENV)/bin/python -m milkernels.testing.cuda_check $(ARGS)
+	$(CUDA_VENV)/bin/python -m tools.cuda_check $(ARGS)
 
 $(CUDA_VENV)/.created:
 	@rm -rf $(CUDA_VENV)

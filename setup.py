@@ -8,7 +8,8 @@ MILKERNELS_CPU          For which instruction sets. native: the one that this ma
                         judgement; all; or names with commas between them: avx512, avx2, default. Unset: native where
                         the modules stay beside the sources (in place, editable), all where they may be carried away.
 MILKERNELS_BUILD_EXT    1: build the CPU modules or fail; 0: do not; unset: build if there is a compiler, and
-                        where that fails warn and go on, as every op has a reference in PyTorch.
+                        where that fails warn and go on, as every op has a reference in PyTorch. asan, tsan: so that
+                        AddressSanitizer and UBSan, or ThreadSanitizer, watch them: into a folder of build/ alone.
 MILKERNELS_BUILD_CUDA   The same for the CUDA module: what counts is the toolkit, never a visible GPU.
 MILKERNELS_BUILD_EMULATED   1: the CUDA kernels compiled for the host too, for tests where there is no GPU, by
                         csrc/cuda/emulator.h; asan: so that AddressSanitizer watches them; 0 or unset: not.
@@ -67,8 +68,13 @@ CUDA_STANDARD = "-std=c++20"  # PyTorch's own was 17
 # PyTorch switches the conversions and the arithmetic of half types off; the kernels use the former.
 NVCC = ["-O3", "-lineinfo", "--expt-relaxed-constexpr", "-U__CUDA_NO_HALF_CONVERSIONS__"]
 NVCC += ["-U__CUDA_NO_BFLOAT16_CONVERSIONS__", "-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF2_OPERATORS__"]
-EMULATE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fvisibility=hidden", "-DMILKERNELS_EMULATED"]
+DEBUG = ["-O1", "-g", "-fno-omit-frame-pointer", "-fvisibility=hidden"]
+EMULATE = [*DEBUG, "-DMILKERNELS_EMULATED"]
 SANITIZE = ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment"]
+SANITIZERS = {
+    "asan": ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"],
+    "tsan": ["-fsanitize=thread"],
+}
 
 
 def setting(name):
@@ -115,8 +121,14 @@ def lacking():
     return None if ninja_path() else "ninja"
 
 
+def sanitizer():
+    """That which is to watch the CPU modules, or "" for none."""
+    value = os.environ.get("MILKERNELS_BUILD_EXT", "")
+    return value if value in SANITIZERS else ""
+
+
 def cpu_extensions():
-    required = setting("MILKERNELS_BUILD_EXT")
+    required = True if sanitizer() else setting("MILKERNELS_BUILD_EXT")
     if required is False or not CPU_SOURCES:
         return []
     if missing := lacking():
@@ -125,13 +137,15 @@ def cpu_extensions():
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     # All for one type at once: reading PyTorch's headers takes as long as compiling one of them.
     types = TYPES if TYPED_SOURCES else ()
+    watch = SANITIZERS.get(sanitizer(), [])
+    optimise = [*DEBUG, *watch] if watch else OPTIMISE
     typed = [wrapper(TYPED_SOURCES, f"cpu/typed_{name}", f"#define MILKERNELS_TYPE {name}") for name in types]
     return [
         cpp_extension.CppExtension(
             **common(f"_C_{name}", CPU_SOURCES + typed, required),
             define_macros=[("CPU_CAPABILITY", name.upper()), (f"CPU_CAPABILITY_{name.upper()}", None)],
-            extra_compile_args=["-include", "cpu/intrinsics.h", *OPTIMISE, *QUIET, *openmp, *INSTRUCTION_SETS[name]],
-            extra_link_args=openmp,
+            extra_compile_args=["-include", "cpu/intrinsics.h", *optimise, *QUIET, *openmp, *INSTRUCTION_SETS[name]],
+            extra_link_args=[*openmp, *watch],
         )
         for name in instruction_sets("all")
     ]
@@ -281,7 +295,7 @@ def build_command():
             super().finalize_options()
             # Not the temporary folder of an editable install: there, every build would start from nothing.
             version = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
-            self.objects = os.path.abspath(os.path.join("build", f"objects-{version}"))
+            self.objects = os.path.abspath(os.path.join("build", f"{sanitizer() or 'objects'}-{version}"))
             self.force = True  # what is out of date is for ninja to say
             self.stays = bool(self.inplace)  # which setuptools hides while it builds
             self.sets = instruction_sets(os.environ.get("MILKERNELS_CPU") or ("native" if self.stays else "all"))
@@ -299,6 +313,8 @@ def build_command():
                 old.unlink()
             graph.run([made[e.name] for e in self.extensions if self.is_wanted(e)], self.distribution.verbose > 1)
             self.extensions = [e for e in self.extensions if self.is_built(graph, e, made[e.name])]
+            if sanitizer():  # they stay where they were linked
+                self.extensions = []
             for extension in self.extensions:
                 target = Path(self.get_ext_fullpath(extension.name))
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -318,7 +334,7 @@ def build_command():
             wanted = self.is_wanted(extension)
             if (wanted or self.stays and stays.exists()) and graph.is_made(path):
                 return True
-            if self.stays:
+            if self.stays and not sanitizer():
                 stays.unlink(missing_ok=True)
             if wanted:
                 refuse_or_warn(not extension.optional, f"{extension.name} could not be compiled; the reason is above.")

@@ -1,6 +1,6 @@
 """``make gpu``: builds, tests and measures on an NVIDIA GPU within a time budget, and needs no network.
 
-Writes ``<device>.json`` (see ``milkernels.bench.evidence``).  A stage or row that breaks is reported and the rest goes
+Writes ``<device>.json`` (see ``README.md``).  A stage or row that breaks is reported and the rest goes
 on; what time does not allow is listed as not measured, and measured by the next run.  The exit status is 0 if nothing
 failed, 1 if something did, 2 if there is no GPU.
 """
@@ -19,17 +19,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+# Run as a script its folder would be searched first, whose modules have names that others have.
+sys.path[:] = [
+    str(ROOT),
+    *(path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent),
+]
 
 try:
-    from milkernels.bench import cuda, gpu_grid, report, worker
-    from milkernels.bench.evidence import Evidence
-    from milkernels.bench.runner import GRACE, conclude, measure_units, say
-    from milkernels.bench.units import without
+    from benchmarks import cuda, gpu_grid, results, runner
+    from benchmarks.results import Evidence
+    from benchmarks.runner import GRACE, conclude, measure_units, say
+    from benchmarks.units import without
+    from milkernels.bench import report
+    from milkernels.bench.process import end_group
 except ImportError as missing:
     sys.exit(f"make gpu: {missing}; it needs a python3 with PyTorch, Triton, pytest, numpy, rich and psutil")
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = results.FOLDER
 _COMPILERS = 8  # processes; each has a CUDA context of its own
 
 
@@ -63,7 +69,7 @@ def run_stage(command: Sequence[str], seconds: float, **settings: str) -> tuple[
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
         finally:
-            worker.end_group(process)
+            end_group(process)
         log.seek(0)
         text = log.read().strip()
     status = status or ("ok" if process.returncode == 0 else f"exit status {process.returncode}")
@@ -123,21 +129,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     budget = QUICK if arguments.quick else FULL
     evidence = _evidence(arguments)
-    say(f"{evidence.head['machine']['gpu']['name']}: {evidence.path}")
+    say(f"{evidence.machine['gpu']['name']}: {evidence.path}")
     stages = {"build": lambda: build(budget.build), "tests": lambda: run_tests(budget.tests, arguments.quick)}
     _stage(evidence, "build", stages["build"], arguments.quick)
     ahead = [unit for unit in evidence.units if without(unit, evidence.measured(unit)) is not None]
-    compilers = worker.Compilers(ahead[: budget.units], min(_COMPILERS, os.cpu_count() or 1))
+    compilers = runner.Compilers(ahead[: budget.units], min(_COMPILERS, os.cpu_count() or 1))
     try:
         _stage(evidence, "tests", stages["tests"], arguments.quick)
     finally:
         late = compilers.finish(budget.compiling)
     say(f"compiling ahead: {f'{late} processes were ended' if late else 'done'}")
-    process = worker.Worker()
+    worker = runner.Worker()
     try:
-        measure_units(evidence, process.run, started + budget.whole)
+        measure_units(evidence, worker.run, started + budget.whole)
     finally:
-        process.stop()
+        worker.stop()
         evidence.save()
         conclude(evidence)
     return int(bool(evidence.failures()))
@@ -146,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evidence(arguments: argparse.Namespace) -> Evidence:
     """The file of this device; it goes on with an earlier one of the same code, there or among the published ones."""
     machine = report.machine() | {"gpu": cuda.about()}
-    name = f"{report.device_slug(machine['gpu']['name'])}.json"
+    name = f"{results.device_slug(machine['gpu']['name'])}.json"
     command = "make gpu" + (" QUICK=1" if arguments.quick else "")
     path = arguments.out.resolve() / name
     evidence = Evidence(path, gpu_grid.grid(), machine, command, arguments.commit)

@@ -4,21 +4,12 @@ Each model is built as its authors build it and copied; one of the copies is acc
 same bags.  Outputs, and for a training step the loss and the gradients of all parameters, are compared before anything
 is timed; memory is measured in processes of their own.  Checkouts are only read.
 
-The JSON file, schema 1, is one object:
-
-``schema``, ``command``, ``date``, ``machine``, ``commit``, ``sources``   as in ``milkernels.bench.report``
-``integrations``   digest of ``milkernels/integrations``
-``rows``           one per model, workload, type and mode:
-    project, version (commit or package version), model, dtype, mode (fwd | step)
-    workload       name, shape (lengths, dim), padded, dropout (0: the models bring their own)
-    status         ok | FAIL (another result) | unchanged (nothing was recognised) | error
-    reason         for any status but ok
-    before, after  seconds per call and round, median, spread; resident, allocator: peak extra bytes; memory_note
-    ratio          of the medians, before over after
-    errors         per output and gradient: name, error (relative 2-norm), tolerance, ok, reason; where the error is
-                   larger, the distances of both from the result in a wider type: after, before, and what is allowed,
-                   with the number of ``instances`` if memory was too small for all in that type
-    report         what was changed, and what was left alone and why
+The file is of the one schema (README.md): a unit of kind "upstream" for each model, workload and type, with
+``version`` (commit or package version) and ``report`` (what was changed, what was left alone and why).  Its rows are
+those of the contenders ``before`` and ``after``, or one that says FAIL (another result), unchanged (nothing was
+recognised) or error; ``errors``, of outputs and gradients: name, error (relative 2-norm), tolerance, ok, reason, and
+where the error is larger the distances of both from the result in a wider type: after, before, and what is allowed,
+with the number of ``instances`` if memory was too small for all in that type.
 """
 
 import argparse
@@ -33,13 +24,13 @@ import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import pages, results
 from benchmarks.upstream_models import MODELS, PROJECTS, Missing, Source
 from benchmarks.upstream_run import (
     ERROR,
@@ -52,13 +43,9 @@ from benchmarks.upstream_run import (
     Row,
     environment,
     measure,
-    measure_memory,
 )
-from milkernels.bench import cli, readme, report
+from milkernels.bench import cli, report
 from milkernels.bench.workload import DTYPES
-
-SCHEMA = 1
-
 
 # torchmil's own tests
 
@@ -130,13 +117,13 @@ def _table(row: Row | None) -> Table:
 
 
 def _cells(row: Row) -> list[str]:
-    start = [f"{row.project}: {row.model}", readme.what_bags(row.workload), row.dtype, row.mode]
+    start = [f"{row.project}: {row.model}", pages.what_bags(row.workload), row.dtype, row.mode]
     if row.status != OK:
         return [*start, row.status, "", "", "", "", row.worst]
     resident = [side.resident for side in (row.before, row.after)]
     return [
         *start,
-        *(readme.milliseconds(side.median) for side in (row.before, row.after)),
+        *(pages.milliseconds(side.median) for side in (row.before, row.after)),
         f"{row.ratio:.2f}",
         "/".join(f"{100 * side.spread:.0f}" for side in (row.before, row.after)) + "%",
         "-" if None in resident else " / ".join(f"{r / 1e6:,.1f}" for r in resident),
@@ -164,17 +151,28 @@ def show_notes(console: Console, rows: Sequence[Row]) -> None:
         say(line)
 
 
-def to_json(rows: Sequence[Row], command: str) -> dict:
-    head = {
-        "schema": SCHEMA,
-        "command": command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": report.machine(),
-        "commit": report.commit(),
-        "sources": report.source_digest(),
-        "integrations": readme.integrations_digest(report.ROOT),
-    }
-    return report.plain(head | {"rows": [asdict(row) for row in rows]})
+def units_of(rows: Sequence[Row], command: str) -> list[dict]:
+    come_from, units = report.provenance(command), {}
+    for row in rows:
+        shape = row.workload["shape"]
+        op = f"{row.project}: {row.model}"
+        name = f"{op}, {row.workload['name']} {sum(shape['lengths'])} x {shape['dim']} {row.dtype}"
+        about = {"name": name, "kind": "upstream", "part": "upstream", "dtype": row.dtype, "threads": 0}
+        about |= come_from | {"version": row.version, "report": row.report, "workload": {"op": op, **row.workload}}
+        units.setdefault(name, about | {"rows": []})["rows"] += _rows_of(row)
+    return list(units.values())
+
+
+def _rows_of(row: Row) -> list[dict]:
+    lengths = row.workload["shape"]["lengths"]
+    common = {"dtype": row.dtype, "mode": row.mode, "status": row.status, "reason": row.reason}
+    common |= {"instances": sum(lengths), "bags": len(lengths)}
+    after = common | {"contender": "after", "label": "after", "ours": True, "errors": row.errors}
+    if row.status != OK:
+        return [report.compact(after)]
+    before = common | {"contender": "before", "label": "before", "ours": False, "errors": []}
+    sides = [before | asdict(row.before), after | asdict(row.after)]
+    return [report.compact(side | {"rounds": len(side["seconds"])}) for side in sides]
 
 
 def command_line(argv: Sequence[str], given: Mapping[str, str | None]) -> str:
@@ -209,11 +207,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=cli.positive)
     p.add_argument("--no-memory", action="store_true")
     p.add_argument("--json", type=Path, metavar="FILE")
-    p.add_argument("--save", action="store_true", help="as benchmarks/results/upstream-<device>.json")
+    p.add_argument("--save", action="store_true", help="in benchmarks/results/<device>.json")
     p.add_argument("--list", action="store_true", help="what --models chooses from")
-    p.add_argument("--readme", action="store_true", help="only write the README's table from the result files")
     p.add_argument("--torchmil-tests", action="store_true", help="only run torchmil's own tests, models accelerated")
-    p.add_argument("--child", metavar="JSON", help=argparse.SUPPRESS)
     return p
 
 
@@ -234,11 +230,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     p = parser()
     arguments = p.parse_args(argv)
-    if arguments.child:
-        print(json.dumps(measure_memory(json.loads(arguments.child))))
-        return 0
-    if arguments.readme:
-        return readme.main([])
     if arguments.list:
         print("\n".join(f"{model.key} {workload}" for model in MODELS for workload in model.workloads))
         return 0
@@ -263,7 +254,7 @@ def _measure_all(console: Console, chosen: Sequence[Case], arguments: argparse.N
         torch.set_num_threads(options.threads)
     targets = [arguments.json] if arguments.json else []
     if arguments.save:
-        targets.append(report.ROOT / "benchmarks" / "results" / f"upstream-{report.device_slug()}.json")
+        targets.append(results.FOLDER / f"{results.device_slug()}.json")
     console.print(_table(None))
     rows: list[Row] = []
     for case in chosen:
@@ -273,7 +264,9 @@ def _measure_all(console: Console, chosen: Sequence[Case], arguments: argparse.N
             console.print(_table(row))
         rows += new
         for path in targets:  # each time: what is measured is not lost if a later model takes the process with it
-            report.write(to_json(rows, command), path)
+            results.merge(path, report.machine(), units_of(rows, command))
+    if arguments.save:
+        pages.write(targets[-1])
     show_notes(console, rows)
     return int(any(row.status in (FAIL, ERROR) for row in rows))
 

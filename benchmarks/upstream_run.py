@@ -6,8 +6,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.upstream_models import MODELS, PROJECTS, WORKLOADS, Data, Missing, Model, Source, make_data, separate
-from milkernels.bench import contenders, gate, harness, memory, report
+from milkernels.bench import contenders, gate, harness, memory, process
 from milkernels.bench.workload import DTYPES
 from milkernels.testing import Reference, errors_of, promise_from_errors
 
@@ -357,34 +355,26 @@ def _measure_memory(rows: list[Row], case: Case, threads: int | None) -> None:
 def _ask_child(case: Case, side: str, modes: list[str], threads: int | None) -> dict[str, dict] | str:
     """Peaks by mode from a process of its own, or a line that says why there are none."""
     spec = {"case": case.to_json(), "side": side, "modes": modes, "threads": threads}
-    command = [sys.executable, "-m", "benchmarks.upstream", "--child", json.dumps(spec)]
-    try:
-        child = subprocess.run(
-            command, env=environment(), cwd=report.ROOT, capture_output=True, text=True, timeout=_MEMORY_TIMEOUT
-        )
-    except subprocess.TimeoutExpired:
-        return f"not finished after {_MEMORY_TIMEOUT:.0f} s"
-    if child.returncode != 0:
-        return (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
-    return json.loads(child.stdout.strip().splitlines()[-1])
+    answers = process.ask(f"{__name__}.measure_memory", spec, _MEMORY_TIMEOUT)
+    return answers if isinstance(answers, str) else {answer.pop("mode"): answer for answer in answers}
 
 
 def environment(*folders: str) -> dict[str, str]:
-    paths = [str(report.ROOT), *folders, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+    found = process.environment()
+    paths = os.pathsep.join([*folders, found["PYTHONPATH"]])
+    return found | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def measure_memory(spec: dict) -> dict[str, dict]:
+def measure_memory(emit: process.Emit, case: str, side: str, modes: list[str], threads: int | None) -> None:
     """In the child: ``resident`` and ``allocator`` peaks of each mode, after a warm-up."""
-    if spec["threads"]:
-        torch.set_num_threads(spec["threads"])
-    case = Case.from_json(spec["case"])
-    module, data = case.build()
-    if spec["side"] == "after":
-        case.model.accelerate(module)
-    answers = {}
-    for mode in spec["modes"]:
-        run = Run(case.model, module, data, mode)
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = Case.from_json(case)
+    module, data = chosen.build()
+    if side == "after":
+        chosen.model.accelerate(module)
+    for mode in modes:
+        run = Run(chosen.model, module, data, mode)
         run()
         module.zero_grad(set_to_none=True)
         memory.release()
@@ -392,5 +382,4 @@ def measure_memory(spec: dict) -> dict[str, dict]:
             result = run()
         del result
         module.zero_grad(set_to_none=True)
-        answers[mode] = {"resident": peak.extra, "allocator": memory.allocator_peak(run)}
-    return answers
+        emit({"mode": mode, "resident": peak.extra, "allocator": memory.allocator_peak(run)})

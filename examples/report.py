@@ -19,7 +19,6 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from milkernels.bench import cuda, tables
 from milkernels.bench import report as machines
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,7 +53,7 @@ def folder(args: argparse.Namespace) -> Path | None:
 def table(lines: Iterable[Sequence[str]]) -> str:
     """Markdown; the first line is the header."""
     header, *rest = [[str(cell) for cell in line] for line in lines]
-    return tables.markdown([header, ["---"] * len(header), *rest])
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rest])
 
 
 def _shown(value: object) -> object:
@@ -73,12 +72,14 @@ def _command(name: str, argv: Sequence[str]) -> str:
 
 def _machine(device: str) -> dict[str, object]:
     about = machines.machine()
-    return about | ({"gpu": cuda.about()} if torch.device(device).type == "cuda" else {})
+    if torch.device(device).type == "cuda":
+        about["gpu"] = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return about
 
 
 def page(results: dict, markdown: Callable[[dict], str]) -> str:
     """The whole Markdown page of a results file."""
-    about = f"{tables.machine(results['machine'])}, {results['date']}"
+    about = f"{machines.title(results['machine'])}, {results['date']}"
     commands = "\n".join(f"    {command}" for command in results["commands"])
     return f"{markdown(results).rstrip()}\n\n{about}. The commands:\n\n{commands}\n"
 

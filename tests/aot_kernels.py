@@ -1,4 +1,4 @@
-"""Kernels that `milkernels.testing.aot` must refuse, and one that it must not; prints what it says of them, as JSON."""
+"""Kernels that `tools.aot` must refuse, and one that it must not; prints what it says of them, as JSON."""
 
 import json
 import sys
@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from milkernels.testing import aot, standin
 from milkernels.triton import host
+from tools import aot, standin
 
 
 @triton.jit

@@ -16,20 +16,22 @@ from milkernels.ops import contract
 pytestmark = pytest.mark.skipif(triton.load_error() is not None, reason=f"{triton.load_error()}")
 
 if triton.load_error() is None:
-    from milkernels.testing import aot
-    from milkernels.testing.standin import launches, standin
+    from tools import aot
+    from tools.standin import launches, standin
 
+ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(op.name for op in contract.FORWARDS)
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """Python in a process of its own, where kernels are compiled: here they may be interpreted."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *arguments], env=kept | environment, capture_output=True, text=True)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=kept | environment, capture_output=True, text=True)
 
 
 def test_gate_on_one_op():
-    done = run("-m", "milkernels.testing.aot", "--op", "segment_softmax", "--arch", "sm_90", "--jobs", "1")
+    done = run("-m", "tools.aot", "--op", "segment_softmax", "--arch", "sm_90", "--jobs", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     *rows, totals = done.stdout.splitlines()
     assert {row.split()[0] for row in rows[1:]} == {"sums_partial", "sums_combine", "bag_weights"}
@@ -39,7 +41,7 @@ def test_gate_on_one_op():
 
 
 def test_gate_refuses_bad_kernels():
-    done = run(str(Path(__file__).with_name("aot_kernels.py")), "sm_90", "gfx942")
+    done = run(str(Path(__file__).with_name("aot_kernels.py")), "sm_90", "gfx942", PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     nvidia, amd = json.loads(done.stdout).values()
     for found in (nvidia, amd):
@@ -52,7 +54,7 @@ def test_gate_refuses_bad_kernels():
 
 
 def test_gate_compiles_nothing_in_an_interpreter():
-    done = run("-m", "milkernels.testing.aot", TRITON_INTERPRET="1")
+    done = run("-m", "tools.aot", TRITON_INTERPRET="1")
     assert done.returncode == 2 and "TRITON_INTERPRET" in done.stderr
 
 

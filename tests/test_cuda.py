@@ -456,9 +456,11 @@ def test_host_time():
     """Of both backends' calls, with no driver and no kernel run."""
     if triton.load_error() is not None:
         pytest.skip(triton.load_error())
-    command = [sys.executable, "-m", "milkernels.testing.host_time", "--op", "softmax_pool", "--rounds", "2"]
+    command = [sys.executable, "-m", "tools.host_time", "--op", "softmax_pool", "--rounds", "2"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=Path(__file__).resolve().parents[1], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     rows = [line.split("│")[1:-1] for line in done.stdout.splitlines() if "softmax_pool" in line]
     assert [(row[0].strip(), row[3].strip()) for row in rows] == [("softmax_pool", "1"), ("softmax_pool", "2")]

@@ -163,7 +163,7 @@ def test_models_of_others(name, device):
 @some_cases("gated_attention_pool", "attention_pool-relu", "gated_attention_scores")
 def test_other_kernels(case, chosen, dtype, device):
     """Those that a plan may choose, where they serve the call at all."""
-    from milkernels.bench.contenders import launched
+    from benchmarks.variants import launched
     from milkernels.triton import tuning
 
     if device.backend != "triton":
@@ -261,7 +261,7 @@ def test_wrong_offsets_do_no_harm(case, device):
 
 
 def test_memory_does_not_grow_with_the_hidden_units(device):
-    from milkernels.bench.cuda import peak_memory
+    from benchmarks.cuda import peak_memory
 
     rows, width, hidden = 300_000, 256, 256
     x = torch.randn(rows, width, device=device, dtype=HALF, requires_grad=True)

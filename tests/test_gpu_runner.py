@@ -18,18 +18,8 @@ pytest.importorskip("rich")
 pytest.importorskip("psutil")
 
 import milkernels
-from milkernels.bench import (
-    contenders,
-    cuda,
-    evidence,
-    gpu_grid,
-    largest,
-    readme,
-    runner,
-    targets,
-    units,
-    worker,
-)
+from benchmarks import cuda, gpu_grid, kinds, largest, results, runner, targets, units
+from milkernels.bench import contenders, process
 from milkernels.bench.run import Bench, Options
 from milkernels.bench.workload import Workload
 from milkernels.testing import CASES, MODES, Shape
@@ -54,8 +44,8 @@ def unit(name="a", modes=("fwd", "step"), who=("eager", "triton"), op="gated_att
 
 
 def store(path, *units, machine=MACHINE, **head):
-    made = evidence.Evidence(path / "some-gpu.json", list(units), machine, "make gpu")
-    made.head |= {"commit": "c", "sources": "s"} | head
+    made = results.Evidence(path / "some-gpu.json", list(units), machine, "make gpu")
+    made.about |= {"commit": "c", "sources": "s"} | head
     return made
 
 
@@ -140,7 +130,7 @@ def test_what_does_not_fit_is_listed(gpu, tmp_path, capsys):
         for i, event in enumerate(rows_of(part)):
             if part.name == "b" and i == 1:
                 now[0] = 100.0
-                raise worker.OutOfTime("triton step")
+                raise process.OutOfTime("triton step")
             emit(event)
             now[0] += 10
 
@@ -159,7 +149,7 @@ def test_a_crash_costs_one_row(gpu, tmp_path):
         goes.append((part.name, part.modes, part.contenders))
         for event in rows_of(part):
             if event["rows"][0]["mode"] == "step" and "fused" in part.contenders:
-                raise worker.Died("illegal memory access", contender="fused", mode="step")
+                raise process.Died("illegal memory access", contender="fused", mode="step")
             emit(event)
 
     runner.measure_units(made, measure, time.monotonic() + 60)
@@ -169,7 +159,9 @@ def test_a_crash_costs_one_row(gpu, tmp_path):
     assert len(status) == 6 + 4 and made.failures() == ["a, step, fused: error: illegal memory access"]
 
 
-@pytest.mark.parametrize("error", [worker.Died("signal SIGSEGV"), worker.OutOfTime("eager fwd")], ids=["died", "hung"])
+@pytest.mark.parametrize(
+    "error", [process.Died("signal SIGSEGV"), process.OutOfTime("eager fwd")], ids=["died", "hung"]
+)
 def test_a_unit_that_only_fails_ends(gpu, tmp_path, error):
     made, goes = store(tmp_path, unit("a", seconds=1e-3), unit("b")), []
 
@@ -238,8 +230,8 @@ def machine(gpu, monkeypatch):
     monkeypatch.setattr(gpu.cuda, "unavailable", lambda: None)
     monkeypatch.setattr(gpu.cuda, "about", lambda: MACHINE["gpu"])
     monkeypatch.setattr(gpu.gpu_grid, "grid", lambda: [unit("a")])
-    monkeypatch.setattr(gpu.worker, "Worker", Fake)
-    monkeypatch.setattr(gpu.worker, "Compilers", lambda units, count: types.SimpleNamespace(finish=lambda s: 0))
+    monkeypatch.setattr(gpu.runner, "Worker", Fake)
+    monkeypatch.setattr(gpu.runner, "Compilers", lambda units, count: types.SimpleNamespace(finish=lambda s: 0))
     return gpu
 
 
@@ -252,7 +244,7 @@ def test_stages_survive_each_other(machine, tmp_path, monkeypatch):
     assert machine.main(["--out", str(tmp_path), "--fresh", "--commit", "abc"]) == 1
     content = json.loads((tmp_path / "some-gpu.json").read_text())
     assert content["stages"]["build"]["said"] == "no compiler" and "no pytest" in content["stages"]["tests"]["status"]
-    assert content["commit"] == "abc" and len(content["units"][0]["rows"]) == 4
+    assert content["units"][0]["commit"] == "abc" and len(content["units"][0]["rows"]) == 4
 
     asked = []
     monkeypatch.setattr(machine, "build", lambda seconds: {"status": "ok"})
@@ -319,7 +311,7 @@ def test_it_refuses_without_a_gpu(tmp_path):
 _PROCESS = """
 import json, os, signal, sys, time
 for line in sys.stdin:
-    name = json.loads(line)["name"]
+    name = json.loads(json.loads(line)["arguments"]["unit"])["name"]
     print(json.dumps({"doing": {"contender": "triton", "mode": "step"}}), flush=True)
     if name == "segfault": os.kill(os.getpid(), signal.SIGSEGV)
     if name == "hang": time.sleep(60)
@@ -331,35 +323,34 @@ for line in sys.stdin:
 
 
 def test_the_process_is_replaced_when_it_dies():
-    process, pids = worker.Worker((sys.executable, "-c", _PROCESS)), []
+    worker, pids = runner.Worker((sys.executable, "-c", _PROCESS)), []
     soon = time.monotonic() + 60
     try:
         for _ in range(2):
-            process.run(unit("fine"), lambda event: pids.append(*event["rows"]), soon)
+            worker.run(unit("fine"), lambda event: pids.append(*event["rows"]), soon)
         assert pids[0] == pids[1]
         for name, reason in (("segfault", "SIGSEGV"), ("exit", "what it said last"), ("poisoned", "illegal memory")):
-            with pytest.raises(worker.Died, match=reason) as death:
-                process.run(unit(name), pids.append, soon)
+            with pytest.raises(process.Died, match=reason) as death:
+                worker.run(unit(name), pids.append, soon)
             assert (death.value.contender, death.value.mode) == ("triton", "step")
-        with pytest.raises(worker.OutOfTime, match="triton step"):
-            process.run(unit("hang"), pids.append, time.monotonic() + 1)
-        process.run(unit("fine"), lambda event: pids.append(*event["rows"]), soon)
+        with pytest.raises(process.OutOfTime, match="triton step"):
+            worker.run(unit("hang"), pids.append, time.monotonic() + 1)
+        worker.run(unit("fine"), lambda event: pids.append(*event["rows"]), soon)
         assert len(set(pids)) == 2
     finally:
-        process.stop()
+        worker.stop()
 
 
 def test_compilers_are_gone_before_anything_is_timed():
-    units = [unit(name) for name in "abc"]
-    busy = worker.Compilers(units, 2)
+    busy = runner.Compilers([unit(name) for name in "abc"], 2)
     assert len(busy.processes) == 2
-    busy.processes.append(
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
-    )
-    processes = list(busy.processes)
+    sleeping = process.Process((sys.executable, "-c", "import time; time.sleep(60)"))
+    sleeping.send("anything", {})
+    busy.processes.append(sleeping)
+    children = [one.process for one in busy.processes]
     start = time.monotonic()
     assert busy.finish(0.5) >= 1 and time.monotonic() - start < 30
-    assert all(process.poll() is not None for process in processes)
+    assert all(child.poll() is not None for child in children)
 
 
 def test_compiling_runs_our_contenders_only(monkeypatch):
@@ -367,18 +358,18 @@ def test_compiling_runs_our_contenders_only(monkeypatch):
     registry = contenders.REGISTRY | {"triton": contenders.REGISTRY["reference"]}
     monkeypatch.setattr(contenders, "REGISTRY", registry)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: ran.append(1))
-    worker.compile_unit(unit(who=("eager", "triton", "reference")))
+    kinds.compile_unit(unit(who=("eager", "triton", "reference")))
     assert len(ran) == 2  # modes
-    worker.compile_unit(unit(kind="calls"))
+    kinds.compile_unit(unit(kind="calls"))
     assert len(ran) == 2
 
 
 @pytest.mark.slow
 def test_the_process_measures(tmp_path):
-    process, events = worker.Worker(), []
+    worker, events = runner.Worker(), []
     small = unit("it", who=("eager", "padded", "reference", "native"), device="cpu")
-    process.run(small, events.append, time.monotonic() + 600)
-    process.stop()
+    worker.run(small, events.append, time.monotonic() + 600)
+    worker.stop()
     made = store(tmp_path, small)
     for event in events:
         made.add(small, event["rows"])
@@ -430,6 +421,7 @@ def test_measuring_as_on_a_gpu(op, pretended):
         Options(["float32"], modes, ["eager", "padded", "reference"], 0.01),
         finished=finished.append,
         at_work=lambda *pair: at_work.append(pair),
+        gpu=cuda,
     )
     before = torch.get_float32_matmul_precision()
     result = bench.run()
@@ -444,18 +436,19 @@ def test_measuring_as_on_a_gpu(op, pretended):
 def test_the_other_kinds_of_units(pretended, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(gpu_grid, "INSTANCES", 64)
-    monkeypatch.setattr(cuda, "available_memory", lambda: 2000)
+    monkeypatch.setattr(contenders, "available_memory", lambda device="cpu": 2000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: types.SimpleNamespace(total_memory=4000))
     fractions, events = [], []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
     monkeypatch.setattr(largest, "largest", lambda fits: 64 if fits(64) else 0)
     there = {"device": "cpu:0"}
-    worker.measure(unit("limits", ("limits",), ("device",), kind="limits", **there), events.append)
-    worker.measure(unit("calls", ("softmax_pool 2 step",), ("eager", "native"), kind="calls", **there), events.append)
+    kinds.measure(events.append, unit("limits", ("limits",), ("device",), kind="limits", **there).to_json())
+    called = unit("calls", ("softmax_pool 2 step",), ("eager", "native"), kind="calls", **there)
+    kinds.measure(events.append, called.to_json())
     one = Workload("gated_attention_pool", Shape((2,), 12, 8), **there)
     for contender, memory in (("eager", 1000), ("reference", 3000)):
         asked = unit("largest", ("step",), (contender,), kind="largest", memory=memory)
-        worker.measure(replace(asked, workload=one), events.append)
+        kinds.measure(events.append, replace(asked, workload=one).to_json())
     rows = {(r["mode"], r["contender"]): r for event in events for r in event.get("rows", ())}
     limits = rows["limits", "device"]
     assert limits["read_bandwidth"] > 0 and limits["copy_bandwidth"] > 0 and len(limits["product_rates"]) == 3
@@ -481,7 +474,7 @@ def test_compiling_is_not_taken_for_the_time_of_a_run(pretended, monkeypatch):
 
     monkeypatch.setitem(contenders.REGISTRY, "slow-first", contenders.Contender("slow-first", prepare))
     workload = Workload("mean_pool", Shape((30,), 12), device="cpu:0")
-    rows = Bench(workload, Options(["float32"], ["fwd"], ["slow-first"], 0.3)).run().rows
+    rows = Bench(workload, Options(["float32"], ["fwd"], ["slow-first"], 0.3), gpu=cuda).run().rows
     assert len(rows[0].timing.seconds) >= 10
 
 
@@ -494,9 +487,9 @@ def test_an_error_that_poisons_is_told_from_one_that_does_not(monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", dead)
-    with pytest.raises(cuda.Poisoned, match="illegal memory access"), cuda.sound():
+    with pytest.raises(process.Poisoned, match="illegal memory access"), cuda.sound():
         pass
-    assert not issubclass(cuda.Poisoned, Exception)
+    assert not issubclass(process.Poisoned, Exception)
 
 
 def test_the_largest_that_fits():
@@ -568,28 +561,3 @@ def test_targets():
     rows = [row("frozen", "eager", allocator=10**9), row("frozen", "triton", allocator=2 * 10**8, **limits)]
     assert judged(many, rows)["share of eager's bytes beyond it"] == (0.2, 0.1, False)
     assert judged(one, [row("step", "triton", **limits) | {"status": "FAIL"}]) == {}
-
-
-def test_few_digits_and_only_telling_errors(tmp_path):
-    errors = [
-        {"name": n, "ours": o, "bound": 1.0, "ok": o <= 1} for n, o in (("bag", 0.5), ("lse", 0.123456789), ("x", 2.0))
-    ]
-    made = store(tmp_path, unit("a"))
-    made.add(unit("a"), [row("fwd", "triton", 0.123456789, errors=errors, share=float("nan"))])
-    found = json.loads(made.path.read_text())["units"][0]["rows"][0]
-    assert found["median"] == 0.12346 and found["share"] is None and [e["name"] for e in found["errors"]] == ["x"]
-
-
-def test_figures_of_a_gpu(tmp_path):
-    results = tmp_path / "benchmarks" / "results"
-    head = replace(unit("a"), headline=True)
-    made = store(results, head, unit("b"), replace(unit("c", ("limits",), ("device",)), kind="limits", headline=True))
-    for u in made.units[:2]:
-        both = [row("fwd", "eager", 0.2, allocator=3e6, label="eager", ours=False)]
-        both += [row("fwd", "triton", 0.1, allocator=1e6, label="triton", ours=True, share_of_floor=0.5)]
-        made.add(u, both)
-    made.add(head, [row("step", "triton", 0.1, label="triton", ours=True) | {"status": "error"}])
-    text = readme.figures(tmp_path)
-    assert text.startswith("Some GPU, CUDA 13, PyTorch 2;") and "some-gpu.md" in text
-    assert text.count("| 100 | 200 | 2.00 |  |  | 3.0 / 1.0 | 50% |") == 1 and text.count("    make gpu\n") == 1
-    assert "GPUs: not measured" not in text

@@ -39,6 +39,12 @@ LAYERS = {
 }
 TOOLS = ("testing", "bench", "__main__")
 FILES = sorted(PACKAGE.rglob("*.py"))
+ROOT = PACKAGE.parent
+OUTSIDE = (
+    "tools",
+    "benchmarks",
+)  # the packages of a checkout that import milkernels, and are imported by nothing in it
+OUTER = [path for folder in OUTSIDE for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def unit_of(module: str) -> str:
@@ -75,7 +81,9 @@ def imported_modules(path: Path) -> list[tuple[str, int]]:
 def is_module(name: str) -> bool:
     """Whether the package has a module of that full name."""
     path = PACKAGE.parent.joinpath(*name.split("."))
-    return name.startswith("milkernels.") and (path.with_suffix(".py").exists() or (path / "__init__.py").exists())
+    return name.split(".")[0] in ("milkernels", *OUTSIDE) and (
+        path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+    )
 
 
 def circle_in(graph: dict[str, set[str]]) -> list[str]:
@@ -151,8 +159,22 @@ def test_imports_anywhere_in_a_file_are_found(tmp_path, monkeypatch):
 
 def test_there_is_no_import_circle():
     """Among all modules, in folders too. That a module of a package loads the package first is no import of it."""
-    graph = {module_of(path): {module for module, _ in imported_modules(path)} for path in FILES}
+    graph = {module_of(path): {module for module, _ in imported_modules(path)} for path in [*FILES, *OUTER]}
     assert not (circle := circle_in(graph)), " -> ".join(circle)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_the_package_knows_nothing_of_the_checkout(path):
+    for imported, line in imported_modules(path):
+        assert imported.split(".")[0] not in (*OUTSIDE, "tests", "examples"), f"line {line}: {imported}"
+
+
+@pytest.mark.parametrize("path", OUTER, ids=module_of)
+def test_tools_and_benchmarks_do_not_import_each_other(path):
+    """Tools serve the code, benchmarks measure it; what both need is in `milkernels.testing` or `milkernels.bench`."""
+    others = {*OUTSIDE, "tests", "examples"} - {path.relative_to(ROOT).parts[0]}
+    for imported, line in imported_modules(path):
+        assert imported.split(".")[0] not in others, f"line {line}: {imported}"
 
 
 @pytest.mark.parametrize("path", CORE, ids=module_of)

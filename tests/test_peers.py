@@ -1,7 +1,6 @@
 """The peers of the benchmark: that each computes the same as ours, gradients included, or says why it does not run."""
 
 import sys
-import types
 
 import pytest
 import torch
@@ -16,38 +15,14 @@ from milkernels.testing import CASES, Shape, evaluate, float64_reference
 LENGTHS = (40, 1, 9, 130)
 ATTENTION = ("attention_pool", "gated_attention_pool", "gated_attention_pool_embed")
 ONE_HEAD = ("torchmil", "pyg")
-MANY_HEADS = ("padded", "pyg-segment", "segment-reduce", "scatter", "jagged", "accumulate")
-SEGMENTS = ("pyg-segment", "segment-reduce", "scatter")
-
-
-def scatter_softmax(src, index, dim=-1, dim_size=None):
-    assert dim == 0
-    highest = src.new_full((dim_size, src.shape[1]), -torch.inf)
-    highest = highest.index_reduce(0, index, src.detach(), "amax")
-    e = torch.exp(src - highest[index])
-    return e / e.new_zeros(highest.shape).index_add(0, index, e)[index]
-
-
-def segment_csr(src, indptr, out=None, reduce="sum"):
-    bags = src.tensor_split(indptr[1:-1].tolist())
-    return torch.stack([getattr(bag, {"max": "amax"}.get(reduce, reduce))(dim=0) for bag in bags])
-
-
-@pytest.fixture
-def scatter_standin(monkeypatch):
-    """torch_scatter is compiled for one PyTorch: where it is not there, two functions by its documentation."""
-    try:
-        import torch_scatter  # noqa: F401
-    except (ImportError, OSError):
-        module = types.ModuleType("torch_scatter")
-        module.scatter_softmax, module.segment_csr = scatter_softmax, segment_csr
-        monkeypatch.setitem(sys.modules, "torch_scatter", module)
+MANY_HEADS = ("padded", "pyg-segment", "segment-reduce", "jagged", "accumulate")
+SEGMENTS = ("pyg-segment", "segment-reduce")
 
 
 def prepared(name, op="gated_attention_pool", lengths=LENGTHS, heads=1, dtype=torch.float32, **more):
     """Case, inputs, and what the contender makes of them; skips where its package is missing."""
     package = REGISTRY[name].package
-    if package and package != "torch_scatter":
+    if package:
         pytest.importorskip(package)
     case = CASES[op]
     inputs = case.inputs(Shape(lengths, dim=24, hidden=16, heads=heads), dtype, **more)
@@ -75,7 +50,7 @@ def check(case, inputs, compute, its_inputs, mode):
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("op", ATTENTION)
 @pytest.mark.parametrize("name", ONE_HEAD + MANY_HEADS)
-def test_attention_of_ragged_bags(name, op, heads, mode, monkeypatch, scatter_standin):
+def test_attention_of_ragged_bags(name, op, heads, mode, monkeypatch):
     monkeypatch.setattr(peers, "SLICE", 32)  # several slices of the longest bags
     if name in ONE_HEAD and heads > 1:
         with pytest.raises(Unavailable, match="one attention head"):
@@ -85,7 +60,7 @@ def test_attention_of_ragged_bags(name, op, heads, mode, monkeypatch, scatter_st
 
 
 @pytest.mark.parametrize("name", ONE_HEAD + MANY_HEADS)
-def test_attention_of_one_bag(name, monkeypatch, scatter_standin):
+def test_attention_of_one_bag(name, monkeypatch):
     monkeypatch.setattr(peers, "SLICE", 32)
     check(*prepared(name, lengths=(130,)), "step")
 
@@ -100,7 +75,7 @@ def test_attention_of_one_bag(name, monkeypatch, scatter_standin):
         ("accumulate", "gated_attention_scores", "fwd,step"),
     ],
 )
-def test_other_ops(name, op, modes, monkeypatch, scatter_standin):
+def test_other_ops(name, op, modes, monkeypatch):
     monkeypatch.setattr(peers, "SLICE", 32)
     for mode in modes.split(","):
         check(*prepared(name, op, heads=2), mode)
@@ -143,7 +118,7 @@ def test_a_missing_package_is_named(name, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)  # an ImportError where it is imported
     for module in [m for m in sys.modules if m.startswith(f"{package}.")]:
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(contenders, "_installed", lambda p: "")
+    monkeypatch.setattr(contenders, "installed", lambda p: "")
     case = CASES["gated_attention_pool"]
     inputs = case.inputs(Shape(LENGTHS, dim=24, hidden=16))
     with pytest.raises(Unavailable, match=f"^{package}: "):
@@ -220,7 +195,7 @@ def test_defaults():
     assert not set(several) & {*ONE_HEAD, "compile-max-autotune"}
     assert defaults("mean_pool")[:2] == ["eager", "compile"] and "segment-reduce" in defaults("mean_pool")
     assert defaults("dsmil", heads=2) == ["eager", "compile"]
-    assert contenders.packages() == ("torchmil", "torch_geometric", "torch_scatter")
+    assert contenders.packages() == ("torchmil", "torch_geometric")
     label = REGISTRY["jagged"].label(case, case.inputs(Shape(LENGTHS, dim=24, hidden=16)))
     assert label.startswith("jagged torch 2.")
 

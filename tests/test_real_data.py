@@ -14,6 +14,7 @@ pytest.importorskip("rich")
 pytest.importorskip("psutil")
 
 from milkernels.bench import cli
+from milkernels.bench.workload import fast_dtypes
 
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data" / "mil"
 MUSK2 = Path(os.environ.get("MILKERNELS_TEST_DATA", BESIDE)) / "musk2.npz"
@@ -30,9 +31,12 @@ def test_bench_on_musk2(op, tmp_path):
         code = cli.main([*arguments, "--threads", "1", "--contenders", "eager", "--no-memory", "--json", str(path)])
     finally:
         torch.set_num_threads(threads)
-    result = json.loads(path.read_text())
-    shape = result["workload"]["shape"]
-    assert code == 0, [row["reason"] for row in result["rows"]]
-    assert len(shape["lengths"]) == 102 and sum(shape["lengths"]) == 6598 and shape["dim"] == 166
-    assert (min(shape["lengths"]), max(shape["lengths"])) == (1, 1044)
-    assert {row["status"] for row in result["rows"]} == {"ok"}
+    units = json.loads(path.read_text())["units"]
+    rows = [row for unit in units for row in unit["rows"]]
+    assert code == 0, [row["reason"] for row in rows]
+    assert [unit["dtype"] for unit in units] == fast_dtypes()
+    for unit in units:
+        shape = unit["workload"]["shape"]
+        assert len(shape["lengths"]) == 102 and sum(shape["lengths"]) == 6598 and shape["dim"] == 166
+        assert (min(shape["lengths"]), max(shape["lengths"])) == (1, 1044)
+    assert {row["status"] for row in rows} == {"ok"}

@@ -7,7 +7,6 @@ import json
 import sys
 import textwrap
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,10 +16,8 @@ from torch import nn
 pytest.importorskip("rich")
 pytest.importorskip("psutil")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the checkout: benchmarks are not installed
-
 import milkernels
-from benchmarks import accelerated_constructors, upstream, upstream_run
+from benchmarks import accelerated_constructors, pages, results, upstream, upstream_run
 from benchmarks.upstream_models import (
     MODELS,
     PROJECTS,
@@ -33,7 +30,7 @@ from benchmarks.upstream_models import (
     separate,
 )
 from benchmarks.upstream_run import Case, Run
-from milkernels.bench import readme, report
+from milkernels.bench import process, report
 
 TINY = ["--instances", "60", "--budget", "0", "--dtype", "float32", "--threads", "1"]
 
@@ -112,14 +109,17 @@ def written(folder, name, text):
 
 
 def run(tmp_path, *arguments):
-    """Exit code, and the JSON of a tiny run."""
+    """Exit code, and the content of the file of a tiny run."""
     path = tmp_path / "result.json"
+    path.unlink(missing_ok=True)
     code = upstream.main([*TINY, *arguments, "--json", str(path)])
-    return code, json.loads(path.read_text())
+    return code, results.read(path)
 
 
-def rows_of(result, **wanted):
-    return [row for row in result["rows"] if all(row[key] == value for key, value in wanted.items())]
+def rows_of(content, contender="after", **wanted):
+    """With what their units say of them."""
+    rows = [{**unit, **row} for unit in content["units"] for row in unit["rows"]]
+    return [r for r in rows if r["contender"] == contender and all(r[key] == value for key, value in wanted.items())]
 
 
 # The command
@@ -127,19 +127,18 @@ def rows_of(result, **wanted):
 
 def test_measures_and_reports(tmp_path, clam, accelerate, capsys):
     code, result = run(tmp_path, "--clam", str(clam), "--models", "CLAM_SB bag", "--no-memory")
-    assert code == 0, [row["reason"] for row in result["rows"]]
-    assert result["schema"] == upstream.SCHEMA and result["machine"]["torch"] == torch.__version__
-    assert {"date", "commit", "sources", "integrations"} <= set(result)
-    fwd, step = result["rows"]
-    assert (fwd["mode"], step["mode"]) == ("fwd", "step") and {r["status"] for r in result["rows"]} == {"ok"}
-    assert step["project"] == "CLAM" and step["version"] == "unknown" and step["model"] == "CLAM_SB"
+    fwd, step = rows_of(result)
+    assert code == 0, [fwd["reason"], step["reason"]]
+    assert result["schema"] == report.SCHEMA and result["machine"]["torch"] == torch.__version__
+    assert {"date", "commit", "command"} <= set(step) and (fwd["mode"], step["mode"]) == ("fwd", "step")
+    assert {fwd["status"], step["status"]} == {"ok"} and step["ours"]
+    assert step["version"] == "unknown" and step["workload"]["op"] == "CLAM: CLAM_SB"
     assert step["workload"]["shape"] == {"lengths": [60], "dim": 1024}
-    assert step["ratio"] == pytest.approx(step["before"]["median"] / step["after"]["median"])
-    assert step["before"]["seconds"] and step["before"]["spread"] is not None
-    assert "gradient of classifiers.weight" in {e["name"] for e in step["errors"]}
-    assert {e["name"] for e in fwd["errors"]} == {"output 0", "output 1", "output 2"}
+    (before,) = rows_of(result, "before", mode="step")
+    assert before["median"] > 0 and before["seconds"] and before["spread"] is not None and not before["ours"]
+    assert len(step["errors"]) == 1 and fwd["errors"][0]["name"].startswith("output ")
     assert step["report"] == ["changed: the whole of it", "left alone: attention: a hook"]
-    assert str(tmp_path) not in json.dumps(result) and "--clam CLAM" in result["command"]
+    assert str(tmp_path) not in json.dumps(result) and "--clam CLAM" in step["command"]
     said = capsys.readouterr().out
     assert "before ms" in said and "CLAM: CLAM_SB" in said and "left alone: attention: a hook" in said
 
@@ -150,11 +149,11 @@ def test_what_fails_is_a_row(tmp_path, clam, accelerate):
     options = ("--models", "CLAM_MB|slideflow|CLAM_SB bag", "--mode", "fwd", "--no-memory")
     code, result = run(tmp_path, "--clam", str(clam), "--slideflow", str(empty), *options)
     assert code == 1
-    (broken,) = rows_of(result, model="CLAM_MB")
+    (broken,) = (row for row in rows_of(result) if row["workload"]["op"] == "CLAM: CLAM_MB")
     assert broken["status"] == "error" and broken["reason"] == "OSError: weights.pt is not there"  # nobody's folders
-    (missing,) = rows_of(result, project="slideflow")
+    (missing,) = (row for row in rows_of(result) if row["workload"]["op"].startswith("slideflow"))
     assert missing["reason"] == "slideflow/mil/models/att_mil.py is not in the folder given by --slideflow"
-    assert rows_of(result, model="CLAM_SB")[0]["status"] == "ok"
+    assert {row["workload"]["op"] for row in rows_of(result, status="ok")} == {"CLAM: CLAM_SB"}
 
 
 def test_a_wrong_result_is_not_timed(tmp_path, clam, accelerate, capsys):
@@ -164,9 +163,10 @@ def test_a_wrong_result_is_not_timed(tmp_path, clam, accelerate, capsys):
 
     accelerate(spoil)
     code, result = run(tmp_path, "--clam", str(clam), "--models", "CLAM_SB bag", "--no-memory")
-    assert code == 1 and {row["status"] for row in result["rows"]} == {"FAIL"}
-    assert all(row["before"]["median"] is None and row["ratio"] is None for row in result["rows"])
-    assert "output 0: relative difference" in result["rows"][0]["reason"]
+    rows = rows_of(result)
+    assert code == 1 and {row["status"] for row in rows} == {"FAIL"} and not rows_of(result, "before")
+    assert all("median" not in row for row in rows)
+    assert "output 0: relative difference" in rows[0]["reason"]
     assert "FAIL" in capsys.readouterr().out
 
 
@@ -176,15 +176,16 @@ def test_a_wrong_gradient_fails_the_step_alone(tmp_path, clam, accelerate):
 
     accelerate(spoil)
     _, result = run(tmp_path, "--clam", str(clam), "--models", "CLAM_SB bag", "--no-memory")
-    fwd, step = result["rows"]
+    fwd, step = rows_of(result)
     assert fwd["status"] == "ok" and step["status"] == "FAIL" and "classifiers.weight" in step["reason"]
 
 
 def test_an_unchanged_model_is_not_timed(tmp_path, clam, accelerate):
     accelerate(changed=())
     code, result = run(tmp_path, "--clam", str(clam), "--models", "CLAM_SB bag", "--no-memory")
-    assert code == 0 and {row["status"] for row in result["rows"]} == {"unchanged"}
-    assert result["rows"][0]["reason"] == "left alone: attention: a hook"
+    rows = rows_of(result)
+    assert code == 0 and {row["status"] for row in rows} == {"unchanged"}
+    assert rows[0]["reason"] == "left alone: attention: a hook"
 
 
 @pytest.mark.parametrize(
@@ -370,61 +371,36 @@ def test_peaks_of_a_child_process(tmp_path, clam, accelerate, monkeypatch):
     answers = upstream_run._ask_child(case, "before", ["fwd", "step"], 1)
     hidden = 3000 * 8 * 4
     assert answers["step"]["allocator"] >= 2 * hidden and answers["fwd"]["allocator"] >= hidden
-    spec = {"case": case.to_json(), "side": "after", "modes": ["fwd"], "threads": 1}
-    assert upstream_run.measure_memory(spec)["fwd"]["allocator"] >= hidden
-    monkeypatch.setattr(upstream_run.sys, "executable", "false")
+    answers = []
+    upstream_run.measure_memory(answers.append, case.to_json(), "after", ["fwd"], 1)
+    assert answers[0]["mode"] == "fwd" and answers[0]["allocator"] >= hidden
+    monkeypatch.setattr(process.sys, "executable", "false")
     _, result = run(tmp_path, "--clam", str(clam), "--models", "CLAM_SB bag", "--mode", "fwd")
-    row = result["rows"][0]
-    assert row["status"] == "ok" and row["after"]["memory_note"] == "exit status 1" and row["after"]["resident"] is None
+    (row,) = rows_of(result)
+    assert row["status"] == "ok" and row["resident"] is None
+    assert row["memory_note"] == "the process ended with exit status 1"
 
 
-# The README
+# The page
 
 
-def test_figures_in_the_readme(tmp_path, clam, accelerate):
-    _, result = run(tmp_path, "--clam", str(clam), "--models", "CLAM_SB bag|CLAM_MB", "--mode", "fwd", "--no-memory")
-    row = next(row for row in result["rows"] if row["status"] == "ok")
-    row["before"] |= {"median": 0.2, "resident": 3_000_000}
-    row["after"] |= {"median": 0.05, "resident": 1_000_000}
-    row["ratio"] = 4.0
-    result["rows"].append(row | {"status": "FAIL", "mode": "step"})
-    path = tmp_path / "benchmarks" / "results" / "upstream-x.json"
-    report.write(result, path)
-    text = readme.upstream_figures(tmp_path)
-    assert "| CLAM: CLAM_SB | 1: 60 x 1024 (stale) | float32 | fwd | 200 | 50 | 4.00 | 3.0 / 1.0 |" in text
-    assert (
-        "| step | FAIL |" in text and "| CLAM: CLAM_MB | 1: 60 x 1024 (stale) | float32 | fwd | not measured |" in text
-    )
-    assert "    python -m benchmarks.upstream" in text and "--json" not in text and "CLAM unknown" in text
-    report.write(result | {"sources": None, "integrations": None}, path)  # of the folder, which has none
-    assert "stale" not in readme.upstream_figures(tmp_path)
-    assert "CLAM" not in readme.figures(tmp_path)
-    later = {"rows": [row | {"ratio": 9.0}], "date": "9999", "sources": None, "integrations": None}
-    report.write(result | later, path.with_name("upstream-again.json"))
-    text = readme.upstream_figures(tmp_path)
-    assert "| 9.00 |" in text and "| 4.00 |" not in text and "| step | FAIL |" in text  # the newest of each row
-
-
-def test_the_readme_takes_the_figures_where_it_has_a_place_for_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(readme, "figures", lambda root: "ours")
-    monkeypatch.setattr(readme, "upstream_figures", lambda root: "theirs")
-    page = tmp_path / "README.md"
-    page.write_text(f"{readme.BEGIN}{readme.END}")
-    assert upstream.main(["--readme"]) == 0 and "ours" in page.read_text() and "theirs" not in page.read_text()
-    page.write_text(f"{readme.BEGIN}{readme.END}a{readme.UPSTREAM_BEGIN}old{readme.UPSTREAM_END}b")
-    assert readme.main(["--check"]) == 1
-    upstream.main(["--readme"])
-    assert page.read_text().endswith(f"a{readme.UPSTREAM_BEGIN}\n\ntheirs\n{readme.UPSTREAM_END}b")
-    assert readme.main(["--check"]) == 0
-
-
-def test_the_digest_follows_the_integrations(tmp_path):
-    assert readme.integrations_digest(tmp_path) is None
-    written(tmp_path, "milkernels/integrations/engine.py", "1")
-    first = readme.integrations_digest(tmp_path)
-    written(tmp_path, "milkernels/integrations/engine.py", "2")
-    assert readme.integrations_digest(tmp_path) != first is not None
+def test_rows_on_the_page_of_the_machine(tmp_path, clam, accelerate):
+    chosen = ("--clam", str(clam), "--models", "CLAM_SB bag|CLAM_MB", "--mode", "fwd", "--no-memory")
+    _, result = run(tmp_path, *chosen)
+    before, after = rows_of(result, "before", status="ok")[0], rows_of(result, status="ok")[0]
+    unit = next(unit for unit in result["units"] if unit["workload"]["op"] == "CLAM: CLAM_SB")
+    sides = [before | {"median": 0.2, "resident": 3_000_000}, after | {"median": 0.05, "resident": 1_000_000}]
+    failed = after | {"status": "FAIL", "mode": "step", "median": None, "reason": "off"}
+    path = tmp_path / "some-machine.json"
+    results.merge(path, result["machine"], [{"name": "other", "kind": "bench", "rows": []}])
+    results.merge(path, result["machine"], result["units"])
+    results.merge(path, result["machine"], [unit | {"rows": [*sides, failed]}])  # the newest of each unit
+    content = results.read(path)
+    assert [u["kind"] for u in content["units"]] == ["bench", "upstream", "upstream"]
+    page = pages.page(content | {"units": content["units"][1:]})
+    assert "## Models of other projects before and after accelerate" in page and "WRONG: off" in page
+    assert "| `CLAM: CLAM_SB` 1: 60 x 1024 | float32 | fwd | before | 200 |" in page and "| 4.00 |" in page
+    assert "broke: OSError: weights.pt is not there" in page and "python -m benchmarks.upstream" in page
 
 
 # Torchmil's tests

@@ -14,6 +14,7 @@
 namespace milkernels {
 
 constexpr int64_t kBlock = 64;  // columns of a packed block, and rows of a tile
+constexpr int64_t kDeepest = 2048;  // terms of a float32 sum that are added one behind another
 constexpr int64_t kRowMultiple = 8;  // rows of a product: few distinct shapes, each costs about 0.1 ms when first met
 
 // A matrix by rows; plane p of a split number is plane_stride further on. For the right operand of a BFloat16 product
@@ -73,7 +74,7 @@ inline void vector_product(int64_t M, int64_t N, int64_t K, Matrix<A> a, Matrix<
     constexpr int R = decltype(rows)::value;
     for_steps<Pair<A>::width>(N, [&](int64_t n, auto step) {
       Pair<A> sum[R];
-      unroll<R>([&](auto r) { sum[r] = add ? load_pair(c + (m + r) * ldc + n, step) : Pair<A>{V(A(0)), V(A(0))}; });
+      unroll<R>([&](auto r) { sum[r] = {V(A(0)), V(A(0))}; });
       for (int64_t k = 0; k < K; ++k) {
         const auto v = load_pair(b.data + k * b.ld + n, step);
         unroll<R>([&](auto r) {
@@ -81,7 +82,14 @@ inline void vector_product(int64_t M, int64_t N, int64_t K, Matrix<A> a, Matrix<
           sum[r] = {fmadd(w, v.lo, sum[r].lo), fmadd(w, v.hi, sum[r].hi)};
         });
       }
-      unroll<R>([&](auto r) { store_pair(sum[r], c + (m + r) * ldc + n, step); });
+      unroll<R>([&](auto r) {
+        A* const to = c + (m + r) * ldc + n;
+        if (add) {
+          const auto before = load_pair(to, step);
+          sum[r] = {sum[r].lo + before.lo, sum[r].hi + before.hi};
+        }
+        store_pair(sum[r], to, step);
+      });
     });
   });
 }
@@ -93,8 +101,19 @@ inline void product(int64_t M, int64_t N, int64_t K, Matrix<E> a, Matrix<E> b, i
   if constexpr (std::is_same_v<E, double>) {
     vector_product<double>(M, N, K, a, b, c, ldc, add);
   } else if constexpr (std::is_same_v<E, float>) {
-    if (!has_micro_kernels()) return vector_product<float>(M, N, K, a, b, c, ldc, add);
-    at::native::cpublas::brgemm(M, N, K, a.ld, b.ld, ldc, add, a.data, b.data, c, /*is_vnni=*/false);
+    const bool library = has_micro_kernels();
+    int64_t k = 0;
+    do {  // one part after another, for the rounding of a sum grows with its number of terms
+      const int64_t terms = std::min(kDeepest, K - k);
+      const Matrix<float> left{a.data + k, a.ld}, right{b.data + k * b.ld, b.ld};
+      if (library) {
+        at::native::cpublas::brgemm(M, N, terms, left.ld, right.ld, ldc, add, left.data, right.data, c,
+                                    /*is_vnni=*/false);
+      } else {
+        vector_product<float>(M, N, terms, left, right, c, ldc, add);
+      }
+      add = true;
+    } while ((k += kDeepest) < K);
   } else {
     for (int order = planes - 1; order >= 0; --order) {  // small terms first
       for (int p = 0; p <= order; ++p, add = true) {

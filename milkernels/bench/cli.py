@@ -7,20 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from milkernels.bench import contenders, cpu_grid, preset, report
-from milkernels.bench.run import Bench, Options, Result
-from milkernels.bench.workload import DTYPES, Workload, load_features
+from milkernels.bench import contenders, report
+from milkernels.bench.run import Bench, Options
+from milkernels.bench.workload import DTYPES, Workload, fast_dtypes, load_features
 from milkernels.testing import CASES, FEATURES, MODES, Shape, even_lengths, skewed_lengths, small_lengths
 
-_WIDTH = 170  # columns of the table where the output is no terminal
 _EXAMPLES = """examples:
   python -m milkernels bench
-  python -m milkernels bench --preset quick
   python -m milkernels bench --distribution skewed --dtype float32 --mode fwd,step,frozen
-  python -m milkernels bench --op dsmil --heads 3 --contenders eager
-  python -m milkernels bench --features musk2.npz --json result.json --plot result.png
+  python -m milkernels bench --features musk2.npz --json result.json
 """
 
 
@@ -55,11 +51,6 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--op", choices=CASES, default="gated_attention_pool", metavar="OP", help=", ".join(CASES))
-    p.add_argument(
-        "--preset",
-        choices=cpu_grid.PRESETS,
-        help="many ops and shapes instead of one: quick takes minutes; full 90, may be stopped, goes on later",
-    )
     shape = p.add_argument_group("shape")
     shape.add_argument("--instances", type=positive, default=100_000)
     shape.add_argument("--dim", type=positive, default=512, help="of an instance (512); its embedding has half as many")
@@ -67,23 +58,14 @@ def parser() -> argparse.ArgumentParser:
     shape.add_argument("--heads", type=positive, help="or classes; default: 2 or 4 where the op has classes, else 1")
     bags = shape.add_mutually_exclusive_group()
     bags.add_argument("--lengths", type=_lengths, help="of the bags: 100,200,...")
-    bags.add_argument(
-        "--distribution",
-        choices=("one", "even", "skewed", "small"),
-        help="of the bags' lengths; small: 5 to 50 whatever --instances says",
-    )
+    kinds = ("one", "even", "skewed", "small")
+    bags.add_argument("--distribution", choices=kinds, help="of lengths; small: 5 to 50 whatever --instances says")
     shape.add_argument("--bags", type=positive, help="how many (even 32, skewed 32, small 512)")
     shape.add_argument("--padded", action="store_true", help="hand over a padded batch and its mask")
-    shape.add_argument(
-        "--features", default="relu", help=f"{' or '.join(FEATURES)}, or FILE.npz with features and offsets"
-    )
+    shape.add_argument("--features", default="relu", help=f"{', '.join(FEATURES)}, FILE.npz: features and offsets")
     what = p.add_argument_group("what is measured")
-    what.add_argument(
-        "--dtype",
-        type=names_among(list(DTYPES)),
-        default=preset.fast_dtypes(),
-        help="default: float32, and bfloat16 where PyTorch has fast products for it",
-    )
+    types = "default: float32, and bfloat16 where PyTorch has fast products for it"
+    what.add_argument("--dtype", type=names_among(list(DTYPES)), default=fast_dtypes(), help=types)
     what.add_argument("--mode", type=names_among(MODES), default=["fwd", "step"], help=", ".join(MODES))
     what.add_argument("--backends", help="native, triton, reference; default: the one that serves the op")
     what.add_argument("--contenders", help=f"{', '.join(contenders.REGISTRY)}; default: eager, compile and peers")
@@ -93,11 +75,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--budget", type=float, default=40.0, help="seconds of timing in all (default 40)")
     what.add_argument("--rounds", type=positive, help="exactly so many, whatever they take")
     what.add_argument("--no-memory", action="store_true", help="do not measure memory")
-    output = p.add_argument_group("output")
-    output.add_argument("--json", type=Path, metavar="FILE")
-    output.add_argument("--plot", type=Path, metavar="FILE", help="a PNG")
-    output.add_argument("--out", type=Path, metavar="DIR", help="of a preset: where its files go")
-    output.add_argument("--fresh", action="store_true", help="of a preset: measure everything again")
+    p.add_argument("--json", type=Path, metavar="FILE", help="writes all that was measured")
     return p
 
 
@@ -108,9 +86,9 @@ def _shape(arguments: argparse.Namespace) -> Shape:
         dim = features.shape[1]
     elif lengths is None:
         kind = arguments.distribution or ("even" if arguments.bags else "one")
-        if kind == "one" and (arguments.bags or 1) > 1:
-            raise ValueError(f"--distribution one has one bag; got --bags {arguments.bags}")
         if kind == "one":
+            if (arguments.bags or 1) > 1:
+                raise ValueError(f"--distribution one has one bag; got --bags {arguments.bags}")
             lengths = (arguments.instances,)
         elif kind == "small":
             lengths = small_lengths(arguments.bags or 512, arguments.seed)
@@ -144,63 +122,26 @@ def _contenders(arguments: argparse.Namespace, workload: Workload) -> list[str]:
     return [*names, *contenders.default_backends(case, inputs)]
 
 
-def _run(bench: Bench, console: Console) -> Result:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=None)
-        bench.say = lambda text: progress.update(task, description=text)
-        return bench.run()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; the exit code is 1 where one of our results is wrong or missing, else 0."""
     argv = list(sys.argv[1:] if argv is None else argv)
     p = parser()
     arguments = p.parse_args(argv)
-    if arguments.preset:
-        return _preset(p, arguments)
     try:
         shape = _shape(arguments)
-        workload = Workload(
-            arguments.op, shape, arguments.features, arguments.padded, arguments.dropout, arguments.seed
-        )
+        about = (arguments.features, arguments.padded, arguments.dropout, arguments.seed)
+        workload = Workload(arguments.op, shape, *about)
         names = _contenders(arguments, workload)
-        unknown = [mode for mode in arguments.mode if mode not in workload.case.modes()]
-        if unknown:
+        if unknown := [mode for mode in arguments.mode if mode not in workload.case.modes()]:
             raise ValueError(f"{arguments.op} has no parameters to train: no mode {', '.join(unknown)}")
     except (ValueError, OSError, argparse.ArgumentTypeError) as error:
         p.error(str(error))
-    options = Options(
-        dtypes=arguments.dtype,
-        modes=arguments.mode,
-        contenders=names,
-        budget=arguments.budget,
-        rounds=arguments.rounds,
-        threads=arguments.threads,
-        memory=not arguments.no_memory,
-    )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
-    result = _run(Bench(workload, options), console)
+    chosen = (arguments.dtype, arguments.mode, names, arguments.budget, arguments.rounds, arguments.threads)
+    options = Options(*chosen, memory=not arguments.no_memory)
+    console = Console(width=None if sys.stdout.isatty() else 170)
+    with console.status("") as status:
+        result = Bench(workload, options, status.update).run()
     report.show(console, result, workload)
-    _write(arguments, result, workload, argv)
-    return int(result.failed)
-
-
-def _preset(p: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    """What it measures is its own affair: other options would be ignored, so they are refused."""
-    kept = {"preset", "out", "fresh", "threads"}
-    given = [name for name, value in vars(arguments).items() if name not in kept and value != p.get_default(name)]
-    if given:
-        p.error(f"--preset {arguments.preset} cannot be combined with {', '.join('--' + n for n in given)}")
-    return preset.run(arguments.preset, arguments.out, arguments.fresh, arguments.threads)
-
-
-def _write(arguments: argparse.Namespace, result: Result, workload: Workload, argv: list[str]) -> None:
     if arguments.json:
-        report.write(report.to_json(result, workload, argv), arguments.json)
-    if arguments.plot:
-        from milkernels.bench import plots  # matplotlib takes a second to import
-
-        plots.save(result, workload, arguments.plot)
+        report.write(report.of_run(result, workload, argv), arguments.json)
+    return int(result.failed)

@@ -1,12 +1,9 @@
 """Who is measured.  Peers are looked for when they are asked for, and named with their version."""
 
 import contextlib
-import functools
 import importlib.metadata
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 
@@ -68,7 +65,7 @@ def _compile(mode: str | None) -> Prepare:
     return prepare
 
 
-def _ours(backend: str) -> Prepare:
+def ours(backend: str) -> Prepare:
     def prepare(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
         try:
             with torch.no_grad():
@@ -82,7 +79,7 @@ def _ours(backend: str) -> Prepare:
     return prepare
 
 
-def _installed(package: str) -> str:
+def installed(package: str) -> str:
     """Its version, or nothing."""
     try:
         return importlib.metadata.version(package)
@@ -96,8 +93,7 @@ def _peer(
     """Somebody else's code: of a package, or of PyTorch alone."""
 
     def checked(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
-        refusal = refuses(case, inputs)
-        if refusal:
+        if refusal := refuses(case, inputs):
             raise Unavailable(refusal)
         try:
             return prepare(case, inputs, static)
@@ -105,72 +101,10 @@ def _peer(
             raise Unavailable(f"{package or 'PyTorch'}: {error}") from error
 
     def version() -> str:
-        return _installed(package) if package else f"torch {torch.__version__.partition('+')[0]}"
+        return installed(package) if package else f"torch {torch.__version__.partition('+')[0]}"
 
     more |= {"about": about, "package": package, "refuses": refuses}
     return Contender(name, checked, version=version, peer=True, **more)
-
-
-@contextlib.contextmanager
-def _kernels(**chosen: str) -> Iterator[None]:
-    """Those that Triton takes by itself, but for the chosen ones."""
-    from milkernels.triton import tuning
-
-    with mock.patch.object(tuning, "_forced", {}), tuning.use(**chosen):
-        yield
-
-
-@contextlib.contextmanager
-def _workspace(megabytes: int) -> Iterator[None]:
-    from milkernels.triton import call
-
-    before, call.WORKSPACE = call.WORKSPACE, megabytes << 20
-    try:
-        yield
-    finally:
-        call.WORKSPACE = before
-
-
-def launched(run: Callable[[], object]) -> Counter[str]:
-    """The Triton kernels that ``run`` launches, by name."""
-    from milkernels.triton import host
-
-    names: Counter[str] = Counter()
-
-    def counting(kernel, *rest, launch=host._run):
-        names[kernel.__name__] += 1
-        launch(kernel, *rest)
-
-    with mock.patch.object(host, "_run", counting):
-        run()
-    return names
-
-
-def _with_kernels(chosen: dict[str, str]) -> Contender:
-    """Triton with other kernels than it takes by itself; none where they cannot serve the call."""
-    name = next(iter(chosen.values()))
-
-    def prepare(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
-        compute, _ = _ours("triton")(case, inputs, static)
-        few = case.prefix(inputs, PREFIX)
-        with torch.no_grad():
-            forced = launched(lambda: compute(few))
-            with _kernels():
-                usual = launched(lambda: compute(few))
-        if forced == usual:
-            raise Unavailable(f"the kernels are those of triton: {', '.join(sorted(usual))}")
-        return compute, inputs
-
-    about = f"milkernels, Triton with the {name} kernels where it would take others"
-    title = f"triton, {name}"
-    return Contender(name, prepare, title=title, ours=True, within=lambda: _kernels(**chosen), about=about)
-
-
-def _with_workspace(megabytes: int) -> Contender:
-    name = f"workspace-{megabytes}"
-    within = functools.partial(_workspace, megabytes)
-    about = f"milkernels, Triton with slices of rows whose workspace is {megabytes} MB"
-    return Contender(name, _ours("triton"), title=f"triton, {name} MB", ours=True, within=within, about=about)
 
 
 # Other formulas of an op: contender -> what they use
@@ -204,11 +138,6 @@ _PEERS = (
         "torch.segment_reduce(offsets=...) for maxima, sums and pooling, on all bags at once",
     ),
     _peer(
-        *("scatter", peers.scatter, peers.refuses_segments),
-        "scatter_softmax and segment_csr of torch_scatter, on all bags at once; index made beforehand",
-        package="torch_scatter",
-    ),
-    _peer(
         *("jagged", peers.jagged, peers.refuses_jagged),
         "torch.nested, jagged layout: exp of the scores, and products over the ragged dimension",
     ),
@@ -218,7 +147,10 @@ _PEERS = (
         loops=True,
     ),
 )
-_COMPILED = ("compile", "compile-max-autotune")
+_COMPILED = {
+    "compile": "torch.compile, default mode, of the eager formula: of one shape, or dynamic for several bags",
+    "compile-max-autotune": 'torch.compile(mode="max-autotune") of the eager formula; no CUDA graphs for several bags',
+}
 
 REGISTRY: dict[str, Contender] = {
     c.name: c
@@ -226,34 +158,22 @@ REGISTRY: dict[str, Contender] = {
         Contender("eager", _eager, loops=True, about="the formula as published code has it, one bag after another"),
         *(
             Contender(
-                name,
-                _alternative(formula),
-                title=f"eager, {formula}",
+                *(name, _alternative(formula), f"eager, {formula}"),
                 loops=True,
                 peer=True,
                 about=f"eager with another formula of the same op: {formula}",
             )
             for name, formula in ALTERNATIVES.items()
         ),
+        Contender("compile", _compile(None), loops=True, about=_COMPILED["compile"]),
         Contender(
-            "compile",
-            _compile(None),
-            loops=True,
-            about="torch.compile, default mode, of the eager formula: of one shape, or dynamic for several bags",
-        ),
-        Contender(
-            "compile-max-autotune",
-            _compile("max-autotune"),
-            loops=True,
-            about='torch.compile(mode="max-autotune") of the eager formula; no CUDA graphs for several bags',
+            *("compile-max-autotune", _compile("max-autotune")), loops=True, about=_COMPILED["compile-max-autotune"]
         ),
         *_PEERS,
-        Contender("native", _ours("native"), ours=True, about="milkernels, the C++ kernels"),
-        Contender("triton", _ours("triton"), ours=True, about="milkernels, the Triton kernels"),
-        *(_with_kernels(chosen) for chosen in ({"scores": "chunked"}, {"scores": "fused"}, {"products": "split"})),
-        *(_with_workspace(megabytes) for megabytes in (8, 16, 32, 64)),
+        Contender("native", ours("native"), ours=True, about="milkernels, the C++ kernels"),
+        Contender("triton", ours("triton"), ours=True, about="milkernels, the Triton kernels"),
         Contender(
-            "reference", _ours("reference"), ours=True, about="milkernels in PyTorch only, with no loop over bags"
+            "reference", ours("reference"), ours=True, about="milkernels in PyTorch only, with no loop over bags"
         ),
     )
 }
@@ -269,14 +189,14 @@ def default_contenders(case: OpCase, inputs: Inputs) -> list[str]:
     others have nothing to tell, only the one that saves memory."""
     names = ["eager", *(name for name, formula in ALTERNATIVES.items() if formula in case.alternatives), "compile"]
     usual = [peer for peer in _PEERS if len(inputs.lengths) > 1 or peer.name == "accumulate"]
-    return names + [c.name for c in usual if (not c.package or _installed(c.package)) and not c.refuses(case, inputs)]
+    return names + [c.name for c in usual if (not c.package or installed(c.package)) and not c.refuses(case, inputs)]
 
 
 def default_backends(case: OpCase, inputs: Inputs) -> list[str]:
     """The backend that serves the op here, by its own name."""
     for name in ("native", "triton"):
         try:
-            _ours(name)(case, inputs, True)
+            ours(name)(case, inputs, True)
         except Unavailable:
             continue
         return [name]

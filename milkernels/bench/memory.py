@@ -2,7 +2,7 @@
 
 Resident memory is what the process needs beyond what it held before the call (inputs, libraries and what a
 warm-up keeps), outputs and gradients included.  The allocator's peak counts PyTorch's own allocations
-exactly, and nothing else.
+exactly, and nothing else.  A contender is measured in a process where nothing else is held.
 """
 
 import contextlib
@@ -11,15 +11,23 @@ import gc
 import json
 import resource
 import tempfile
-import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from milkernels import native
+from milkernels.bench import contenders
+from milkernels.bench.contenders import Contender
+from milkernels.bench.process import Emit, ask
+from milkernels.bench.workload import DTYPES, Workload
+from milkernels.testing import Inputs, OpCase, evaluate
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
+_MOST = 0.9  # of the memory that is left
 
 
 def _status(field: str) -> int:
@@ -35,45 +43,16 @@ class Peak:
 
 @contextlib.contextmanager
 def resident_peak() -> Iterator[Peak]:
-    """Growth of resident memory inside the block: the kernel's high-water mark, or where it cannot be reset
-    a thread that looks every millisecond; None where neither works."""
+    """Growth of resident memory inside the block, by the system's high-water mark; None where it cannot be reset."""
     peak = Peak()
     try:
         _CLEAR_REFS.write_text("5")  # resets VmHWM
         before = _status("VmRSS")
     except (OSError, StopIteration):
-        with _sampled_peak(peak):
-            yield peak
+        yield peak
         return
     yield peak
     peak.extra = max(0, _status("VmHWM") - before)
-
-
-@contextlib.contextmanager
-def _sampled_peak(peak: Peak) -> Iterator[None]:
-    try:
-        import psutil
-
-        process = psutil.Process()
-        before = highest = process.memory_info().rss
-    except Exception:  # no psutil, or no permission: there is no figure
-        yield
-        return
-    stop = threading.Event()
-
-    def look() -> None:
-        nonlocal highest
-        while not stop.wait(0.001):
-            highest = max(highest, process.memory_info().rss)
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-    peak.extra = max(highest, process.memory_info().rss) - before
 
 
 def allocator_peak(call: Callable[[], object]) -> int | None:
@@ -120,3 +99,41 @@ def within(extra: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def of_contender(seconds: float, workload: Workload, **more) -> dict[str, dict] | str:
+    """By mode: ``resident`` and ``allocator`` bytes or None, and the ``seconds`` of the run; or a line that says why
+    there is nothing.  The arguments are those of `peaks`, in another process."""
+    answers = ask(f"{__name__}.peaks", {"workload": workload.to_json(), **more}, seconds)
+    return answers if isinstance(answers, str) else {answer["mode"]: answer for answer in answers}
+
+
+def peaks(
+    emit: Emit, workload: str, contender: str, dtype: str, modes: list[str], once: list[str], threads: int | None
+) -> None:
+    """Modes in ``once`` are run once, after a warm-up on a prefix."""
+    if threads:
+        torch.set_num_threads(threads)
+    with within(int(_MOST * contenders.available_memory())):
+        chosen = Workload.from_json(workload)
+        case, inputs = chosen.case, chosen.inputs(DTYPES[dtype])
+        for mode in modes:
+            emit({"mode": mode, **peak(contenders.REGISTRY[contender], case, inputs, mode, mode in once)[0]})
+
+
+def peak(contender: Contender, case: OpCase, inputs: Inputs, mode: str, once: bool):
+    """What one run takes, and the run itself."""
+    compute, its_inputs = contenders.warmed_up(contender, case, inputs, mode, whole=not once)
+
+    def call():
+        with contender.within():
+            return evaluate(compute, its_inputs, mode, case.primary)
+
+    release()
+    with resident_peak() as extra:
+        start = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - start
+    del result
+    held = None if once else allocator_peak(call)
+    return {"resident": extra.extra, "allocator": held, "seconds": seconds}, call

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from milkernels.bench import cuda
 from milkernels.testing import Inputs, OpCase
 from milkernels.testing.formulas import attention_scores_eager, embedded, softmax_pool_eager
 
@@ -28,7 +27,8 @@ class Unavailable(Exception):
 
 def available_memory(device: torch.device | str = "cpu") -> int:
     if torch.device(device).type == "cuda":
-        return cuda.available_memory()
+        idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # that the allocator holds
+        return torch.cuda.mem_get_info()[0] + idle
     import psutil
 
     return psutil.virtual_memory().available
@@ -56,9 +56,6 @@ def _pointers(inputs: Inputs) -> Tensor:
 
 def _lengths(inputs: Inputs) -> Tensor:
     return torch.tensor(inputs.lengths, device=inputs.x.device)
-
-
-# A padded batch
 
 
 def padding(inputs: Inputs) -> float:
@@ -129,9 +126,6 @@ def torchmil(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
     return compute, _batch(inputs)
 
 
-# Segments
-
-
 class _Gate(torch.nn.Module):
     """A score program as the gate network of another library's aggregation."""
 
@@ -195,18 +189,6 @@ def pyg_segment(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
     return _by_segments(case, inputs, lambda s: softmax(s, ptr=ptr), lambda t, how: segment(t, ptr, how))
 
 
-def scatter(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
-    from torch_scatter import scatter_softmax, segment_csr
-
-    ptr, index = _pointers(inputs), torch.repeat_interleave(_lengths(inputs))
-    return _by_segments(
-        case,
-        inputs,
-        lambda s: scatter_softmax(s, index, dim=0, dim_size=len(ptr) - 1),
-        lambda t, how: segment_csr(t, ptr, reduce=how),
-    )
-
-
 def segment_reduce(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
     offsets, lengths, rows = _pointers(inputs), _lengths(inputs), len(inputs.x)
 
@@ -221,9 +203,6 @@ def segment_reduce(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
         return e / spread(reduce(e, "sum"))
 
     return _by_segments(case, inputs, softmax, reduce)
-
-
-# Nested tensors
 
 
 def refuses_jagged(case: OpCase, inputs: Inputs) -> str:
@@ -253,9 +232,6 @@ def jagged(case: OpCase, inputs: Inputs, static: bool) -> Prepared:
         return {"bag": torch.matmul(e, x) / total}
 
     return compute, inputs
-
-
-# Less memory
 
 
 def refuses_accumulate(case: OpCase, inputs: Inputs) -> str:

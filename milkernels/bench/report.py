@@ -1,29 +1,8 @@
 """What a run says: the table, and the JSON file.
 
-The JSON file, schema 2, is one object:
-
-``schema``      2; in files of 1 the rows have ratio_to_eager and ratio_to_compile in the place of ratios
-``command``     the command line, paths cut to their last part
-``date``        UTC, ISO 8601
-``machine``     cpu, instruction_set, threads, torch, python, system, huge_pages, versions of peers
-``commit``      of the checkout the package lies in, ``-dirty`` where files differ from it; null elsewhere
-``sources``     digest of the kernel sources that ran (``source_digest``); null where there are none
-``workload``    op, shape (lengths, dim, hidden, heads), features, padded, dropout, seed
-``roofline``    read_bandwidth (bytes/s), array_bytes, matrix_rates: type -> FLOP/s per probe, in order
-``rows``        one per type, mode and contender:
-    op, dtype, mode, contender, label, ours
-    status      ok | FAIL (broke the error promise) | error | unavailable | differs (another function)
-    reason      for any status but ok
-    seconds     per call and round; median, minimum, spread (interquartile range over median), rounds,
-                calls per round; ``once``: a single run after a warm-up on a prefix
-    ratios      contender -> its median over this one, for eager in all its formulas and torch.compile
-    instances_per_second, bags_per_second, flops, bytes, floor_seconds, share_of_floor
-    resident, allocator   peak extra bytes; null where not measured, with ``memory_note``
-    errors      name, ours, eager, bound, size, ratio, ok and reason per output and gradient; ``gate_note``
+There is one schema for single runs and for the grids in ``benchmarks/``, whose README.md describes it.
 """
 
-import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -31,7 +10,7 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -42,45 +21,35 @@ from rich.table import Table
 
 from milkernels import native
 from milkernels.bench import run
-from milkernels.bench.contenders import YARDSTICKS, packages
+from milkernels.bench.contenders import YARDSTICKS, installed, packages
 from milkernels.bench.roofline import MatrixProbe
 from milkernels.bench.run import Result, Row
-from milkernels.bench.tables import worst_ratio
-from milkernels.bench.workload import Workload
+from milkernels.bench.workload import DTYPES, Workload
 
-SCHEMA = 2
+SCHEMA = 4
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout, or where the package is installed
-_IMPOSSIBLE = 4 / 3  # a step that keeps its hidden units does three quarters of the work counted
+_NO_ERROR = 1e-3  # of the bound: sums that cancel, and luck
 _UNSTEADY = 2.0  # how far the matrix rate may move before the report says so
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
 def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    found = re.search(r"^model name\s*: (.*)$", _cpuinfo(), re.M)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def instruction_set() -> str:
     """What PyTorch uses here, and the matrix unit where there is one."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        flags = ""
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{capability}+AMX" if capability == "AVX512" and "amx_bf16" in flags else capability
+    return f"{capability}+AMX" if capability == "AVX512" and "amx_bf16" in _cpuinfo() else capability
 
 
 def machine() -> dict[str, object]:
-    versions = {}
-    for package in ("milkernels", "numpy", *packages()):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     huge = re.search(r"\[(\w+)\]", _HUGE_PAGES.read_text()) if _HUGE_PAGES.exists() else None
     return {
         "cpu": cpu_model(),
@@ -90,33 +59,9 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "extension": native.build_info() or native.load_error(),
-        "huge_pages": {
-            "kernel": huge.group(1) if huge else None,
-            "torch": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
-        },
-        "versions": versions,
+        "huge_pages": {"kernel": huge and huge.group(1), "torch": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"},
+        "versions": {name: installed(name) or None for name in ("milkernels", "numpy", *packages())},
     }
-
-
-def device_slug(name: str | None = None) -> str:
-    """A file name for this kind of device; without a name of one, for the CPU."""
-    return re.sub(r"[^a-z0-9]+", "-", (name or f"{cpu_model()} {instruction_set()}").lower()).strip("-")
-
-
-def source_digest(root: Path = ROOT, *, gpu: bool = False) -> str | None:
-    """SHA-256 over names and contents of what decides the speed: ``csrc``, the ops' contracts and reference; on a GPU
-    the Triton kernels too, and only there ``csrc/cuda``."""
-    if not (root / "csrc").is_dir():
-        return None  # installed without sources
-    package = root / "milkernels"
-    cuda = root / "csrc" / "cuda"
-    files = [p for p in (root / "csrc").rglob("*") if p.is_file() and (gpu or cuda not in p.parents)]
-    files += (package / "ops").rglob("*.py")
-    files += (package / "triton").rglob("*.py") if gpu else ()
-    digest = hashlib.sha256()
-    for path in sorted(files, key=lambda p: p.relative_to(root).as_posix()):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def commit(root: Path = ROOT) -> str | None:
@@ -134,61 +79,85 @@ def commit(root: Path = ROOT) -> str | None:
         return None
 
 
-def row_values(row: Row) -> dict[str, object]:
+def row_values(row: Row, probe: MatrixProbe, bandwidth: float) -> dict[str, object]:
+    rates = probe.rates[DTYPES[row.dtype]]
     values = asdict(row) | {
         "share_of_floor": row.share_of_floor,
-        "instances_per_second": row.instances_per_second,
-        "bags_per_second": row.bags_per_second,
+        "limits": {"read_bandwidth": bandwidth, "matrix_rate": statistics.median(rates) if rates else None},
     }
-    timing = values.pop("timing")
-    values["seconds"] = timing["seconds"] if timing else []
+    del values["timing"]
+    values["seconds"] = row.timing.seconds if row.timing else []
     if row.timed:
-        values |= {
-            "median": row.timing.median,
-            "minimum": row.timing.minimum,
-            "spread": row.timing.spread,
-            "rounds": len(row.timing.seconds),
-            "calls": row.timing.calls,
-        }
-    return values
+        values |= {name: getattr(row.timing, name) for name in ("median", "minimum", "spread", "calls")}
+        values["rounds"] = len(row.timing.seconds)
+    return compact(values)
 
 
-def plain(value: object) -> object:
-    """JSON has no NaN and no infinity."""
+def compact(row: dict) -> dict:
+    """Few digits, and of the errors those that say something."""
+    if errors := row.get("errors"):
+        worst = max(errors, key=lambda e: (e["ours"] or 0) / e["bound"] if e.get("bound") else e.get("error") or 0)
+        row = row | {"errors": [e for e in errors if e is worst or not e["ok"]]}
+    return plain(row)
+
+
+def plain(value):
+    """As JSON has it, which knows no NaN and no infinity; digits beyond the fifth are noise."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
 
 
-def to_json(result: Result, workload: Workload, argv: Sequence[str]) -> dict[str, object]:
-    shown = asdict(workload)
-    shown["features"] = Path(workload.features).name
+def provenance(command: str) -> dict[str, object]:
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"command": command, "date": date, "commit": commit()}
+
+
+def of_run(result: Result, workload: Workload, argv: Sequence[str]) -> dict[str, object]:
+    """The content of the file of a single run: a unit for each type."""
+    shown = asdict(workload) | {"features": Path(workload.features).name}
     # Results are published: a path says nothing about them, only about whose machine it was.
     words = [Path(word).name if os.sep in word else word for word in argv]
-    return plain(
-        {
-            "schema": SCHEMA,
-            "command": " ".join(["python -m milkernels bench", *words]),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": machine(),
-            "commit": commit(),
-            "sources": source_digest(gpu=workload.device != "cpu"),
-            "workload": shown,
-            "roofline": {
-                "read_bandwidth": result.bandwidth,
-                "array_bytes": result.bandwidth_array,
-                "matrix_rates": {str(d).removeprefix("torch."): r for d, r in result.probe.rates.items()},
-            },
-            "rows": [row_values(row) for row in result.rows],
-        }
-    )
+    about = provenance(" ".join(["python -m milkernels bench", *words]))
+    units = []
+    for dtype in dict.fromkeys(row.dtype for row in result.rows):
+        rows = [row_values(row, result.probe, result.bandwidth) for row in result.rows if row.dtype == dtype]
+        unit = {"name": workload.describe(dtype), "kind": "bench", "part": "", "dtype": dtype, "threads": 0}
+        units.append(unit | about | {"workload": shown, "rows": rows})
+    return {"schema": SCHEMA, "machine": machine(), "units": units}
 
 
-def write(result: dict[str, object], path: Path) -> None:
+def write(content: dict, path: Path) -> None:
+    """JSON with one line for each row, that a person can still search.  A reader finds the old file or the new one,
+    never a part of it."""
+    heads = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items() if name != "units"]
+    shown = []
+    for unit in content["units"]:
+        rows = ",\n".join(f"   {json.dumps(row)}" for row in unit["rows"])
+        about = json.dumps({name: value for name, value in unit.items() if name != "rows"})
+        shown.append(f'  {about[:-1]}, "rows": [\n{rows}\n  ]}}')
+    heads.append(' "units": [\n' + ",\n".join(shown) + "\n ]")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    part = path.with_suffix(".part")
+    part.write_text("{\n" + ",\n".join(heads) + "\n}\n")
+    os.replace(part, path)
+
+
+def title(about: dict) -> str:
+    """A machine in a line."""
+    if "gpu" in about:
+        return f"{about['gpu']['name']}, CUDA {about['gpu']['cuda']}, PyTorch {about['torch']}"
+    return f"{about['cpu']}, {about['threads']} threads, {about['instruction_set']}, PyTorch {about['torch']}"
+
+
+def worst_ratio(errors: Iterable[dict]) -> float | None:
+    """The largest of our error over eager's; where eager happens to have none to speak of it says nothing."""
+    told = [e["ratio"] for e in errors if e.get("ratio") is not None and (e["eager"] or 0) > _NO_ERROR * e["bound"]]
+    return max(told, default=None)
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -200,41 +169,34 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _headline(result: Result, workload: Workload) -> list[str]:
-    here, shape = machine(), workload.shape
+    shape = workload.shape
     bags = f"{shape.bags} bags of {min(shape.lengths)} to {max(shape.lengths)}" if shape.bags > 1 else "one bag"
     padded = ", padded to the longest" if workload.padded else ""
-    lines = [
-        f"{here['cpu']}, {here['threads']} threads, {here['instruction_set']}, torch {here['torch']}",
+    rates = (
+        f"{str(d).removeprefix('torch.')} {_number(min(r) / 1e9)}/{_number(statistics.median(r) / 1e9)}"
+        for d, r in result.probe.rates.items()
+    )
+    return [
+        title(machine()),
         f"{workload.op}: {shape.instances} instances of {shape.dim} in {bags}{padded}; "
         f"hidden {shape.hidden}, heads {shape.heads}, features {Path(workload.features).name}",
-        f"read bandwidth {result.bandwidth / 1e9:.1f} GB/s on {result.bandwidth_array >> 20} MiB; "
-        "matrix rate in GFLOP/s, min/median of the probes between the rounds: "
-        + ", ".join(
-            f"{str(d).removeprefix('torch.')} {_number(min(r) / 1e9)}/{_number(statistics.median(r) / 1e9)}"
-            for d, r in result.probe.rates.items()
-        ),
+        f"read bandwidth {result.bandwidth / 1e9:.1f} GB/s; "
+        "matrix rate in GFLOP/s, min/median of the probes between the rounds: " + ", ".join(rates),
     ]
-    pages = here["huge_pages"]
-    if pages["kernel"] == "madvise" and not pages["torch"]:
-        lines.append("huge pages: not for PyTorch's own tensors (THP_MEM_ALLOC_ENABLE=1 would allow them)")
-    return lines
 
 
 def _cells(row: Row, yardsticks: Sequence[str]) -> list[str]:
     start = [row.op, row.dtype, row.mode, row.label]
     if not row.timed:
-        status = row.status if row.status == run.FAIL else f"[{row.status}]"
-        return [*start, status.replace("[", r"\["), *["-"] * (6 + len(yardsticks))]
-    rounds = f"{len(row.timing.seconds)}{'*' if row.once else ''}"
-    memory = "-" if row.resident is None else _number(row.resident / 1e6)
+        status = row.status if row.status == run.FAIL else rf"\[{row.status}]"
+        return [*start, status, *["-"] * (6 + len(yardsticks))]
     return [
         *start,
-        _number(1e3 * row.timing.median),
-        _number(1e3 * row.timing.minimum),
-        rounds,
+        *(_number(1e3 * seconds) for seconds in (row.timing.median, row.timing.minimum)),
+        f"{len(row.timing.seconds)}{'*' if row.once else ''}",
         *(_number(row.ratios.get(name)) for name in yardsticks),
-        _number(row.instances_per_second / 1e6),
-        memory,
+        _number(row.instances / row.timing.median / 1e6),
+        _number(row.resident and row.resident / 1e6),
         "-" if row.share_of_floor is None else f"{100 * row.share_of_floor:.0f}%",
         _number(worst_ratio(row.errors), 2),
     ]
@@ -243,24 +205,11 @@ def _cells(row: Row, yardsticks: Sequence[str]) -> list[str]:
 def table(rows: Sequence[Row]) -> Table:
     yardsticks = [name for name in YARDSTICKS if any(row.contender == name for row in rows)]
     result = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("op", "dtype", "mode", "contender"):
-        result.add_column(name, no_wrap=True)
-    for name in (
-        "median ms",
-        "min ms",
-        "rounds",
-        *(f"x {name}" for name in yardsticks),
-        "M inst/s",
-        "extra MB",
-        "of floor",
-        "error",
-    ):
-        result.add_column(name, justify="right", no_wrap=True)
-    previous = None
+    texts = ("op", "dtype", "mode", "contender")
+    ratios = (f"x {name}" for name in yardsticks)
+    for name in (*texts, "median ms", "min ms", "rounds", *ratios, "M inst/s", "extra MB", "of floor", "error"):
+        result.add_column(name, justify="left" if name in texts else "right", no_wrap=True)
     for row in rows:
-        if previous not in (None, (row.dtype, row.mode)):
-            result.add_section()
-        previous = (row.dtype, row.mode)
         style = {run.FAIL: "bold red", run.OK: "bold" if row.ours else ""}.get(row.status, "dim")
         result.add_row(*_cells(row, yardsticks), style=style)
     return result
@@ -275,8 +224,6 @@ def _notes(rows: Sequence[Row], probe: MatrixProbe) -> list[str]:
     ]
     if any(row.once for row in rows):
         notes.append("* one run, after a warm-up on a few instances: a round would not fit the budget")
-    if any((row.share_of_floor or 0) > _IMPOSSIBLE for row in rows):
-        notes.append("shares far above 100%: the probes were disturbed more than the contenders; do not use them")
     for dtype, rates in probe.rates.items():
         if max(rates) > _UNSTEADY * min(rates):
             notes.append(
@@ -285,13 +232,10 @@ def _notes(rows: Sequence[Row], probe: MatrixProbe) -> list[str]:
             )
     said: dict[str, list[str]] = {}  # what is the same for several rows is said once
     for row in rows:
-        where = f"{row.dtype} {row.mode}"
-        if row.reason:
-            said.setdefault(f"{row.label}, {row.status}: {row.reason}", []).append(where)
-        if row.memory_note:
-            said.setdefault(f"{row.label}, no memory: {row.memory_note}", []).append(where)
-        if row.gate_note:
-            said.setdefault(f"{row.label}: {row.gate_note}", []).append(where)
+        told = {f", {row.status}": row.reason, ", no memory": row.memory_note, "": row.gate_note}
+        for what, text in told.items():
+            if text:
+                said.setdefault(f"{row.label}{what}: {text}", []).append(f"{row.dtype} {row.mode}")
     return notes + [f"{text} [{', '.join(where)}]" for text, where in said.items()]
 
 

@@ -3,10 +3,11 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from types import ModuleType
 
 import torch
 
-from milkernels.bench import alone, contenders, cuda, gate, harness, roofline
+from milkernels.bench import contenders, gate, harness, memory, roofline
 from milkernels.bench.contenders import Compute, Contender, Unavailable
 from milkernels.bench.workload import DTYPES, Workload
 from milkernels.testing import Inputs, evaluate
@@ -56,24 +57,22 @@ class Row:
     def timed(self) -> bool:
         return self.status == OK and self.timing is not None and bool(self.timing.seconds)
 
+    def bound(self, workload: Workload, rate: float, bandwidth: float) -> None:
+        """The work, and the floor that the machine sets it."""
+        case, shape, dtype = workload.case, workload.shape, DTYPES[self.dtype]
+        self.instances, self.bags = shape.instances, shape.bags
+        self.flops, self.bytes = case.flops(shape, self.mode), case.bytes(shape, dtype, self.mode)
+        self.floor_seconds = roofline.floor_seconds(self.flops, self.bytes, rate, bandwidth)
+
     @property
     def share_of_floor(self) -> float | None:
         return self.floor_seconds / self.timing.median if self.timed and self.floor_seconds else None
-
-    @property
-    def instances_per_second(self) -> float | None:
-        return self.instances / self.timing.median if self.timed else None
-
-    @property
-    def bags_per_second(self) -> float | None:
-        return self.bags / self.timing.median if self.timed else None
 
 
 @dataclass
 class Result:
     rows: list[Row]
     bandwidth: float
-    bandwidth_array: int
     probe: roofline.MatrixProbe
 
     @property
@@ -109,7 +108,8 @@ class _Run:
 
 class Bench:
     """``finished`` takes the rows of a type and mode as soon as there are no more to come, ``at_work`` the contender
-    and mode that run next: for those who look on when it takes the process with it."""
+    and mode that run next: for those who look on when it takes the process with it.  ``gpu`` is how that is measured:
+    ``benchmarks/cuda.py``."""
 
     def __init__(
         self,
@@ -118,12 +118,11 @@ class Bench:
         say: Callable[[str], object] = lambda text: None,
         finished: Callable[[list[Row]], object] = lambda rows: None,
         at_work: Callable[[str, str], object] = lambda contender, mode: None,
+        gpu: ModuleType | None = None,
     ):
         self.workload, self.options, self.say = workload, options, say
-        self.finished, self.at_work = finished, at_work
-        self.on_gpu = workload.device != "cpu"
-        self.case = workload.case
-        self.shape = workload.shape  # the real instances: padding is not work
+        self.finished, self.at_work, self.gpu = finished, at_work, gpu
+        self.case, self.shape = workload.case, workload.shape  # the real instances: padding is not work
         self.group_budget = options.budget / max(1, len(options.dtypes) * len(options.modes))
 
     def run(self) -> Result:
@@ -131,11 +130,11 @@ class Bench:
             torch.set_num_threads(self.options.threads)
         self.say("machine")
         with self.workload.products():
-            limits = cuda if self.on_gpu else roofline
-            self.bandwidth, array = limits.read_bandwidth()
+            limits = self.gpu or roofline
+            self.bandwidth, _ = limits.read_bandwidth()
             self.probe = limits.MatrixProbe([DTYPES[d] for d in self.options.dtypes])
             rows = [row for dtype in self.options.dtypes for row in self._dtype(dtype)]
-        return Result(rows, self.bandwidth, array, self.probe)
+        return Result(rows, self.bandwidth, self.probe)
 
     def _dtype(self, dtype: str) -> list[Row]:
         self.say(f"{dtype}: inputs")
@@ -154,36 +153,34 @@ class Bench:
         groups = []
         for mode in modes:
             groups.append(self._group(dtype, mode, inputs, guesses[mode], baseline))
-            if self.on_gpu:  # a peak is known after one more run, in this process
+            if self.gpu:  # a peak is known after one more run, in this process
                 self._peaks(groups[-1])
                 self._finish(groups[-1])
         del baseline  # a gigabyte that the measurements to come have no use for
-        if not self.on_gpu:
-            self._measure_memory(dtype, inputs, [entry for entries in groups for entry in entries])
+        if not self.gpu:
+            self._measure_memory(dtype, [entry for entries in groups for entry in entries])
             for entries in groups:
                 self._finish(entries)
         return [entry.row for entries in groups for entry in entries]
 
     def _clock(self, run: _Run, calls: int = 1) -> float:
         self.at_work(run.contender.name, run.mode)
-        return (cuda.timed if self.on_gpu else harness.timed)(run, calls)
+        return (self.gpu.timed if self.gpu else harness.timed)(run, calls)
 
     def _finish(self, entries: list[_Entry]) -> None:
-        rows = [entry.row for entry in entries]
-        _compare(rows)
-        self.finished(rows)
+        self.finished(_compare([entry.row for entry in entries]))
 
     def _guess(self, contender: Contender, inputs: Inputs, mode: str) -> float:
         """Seconds of one run; on a GPU, where a prefix would have kernels compiled for itself, few enough that the run
         after the first, which compiles, tells."""
-        return _ON_GPU if self.on_gpu else gate.guess_seconds(contender, self.case, inputs, mode)
+        return _ON_GPU if self.gpu else gate.guess_seconds(contender, self.case, inputs, mode)
 
     def _peaks(self, entries: list[_Entry]) -> None:
         for entry in entries:
             if entry.row.timed:
                 self.at_work(entry.contender.name, entry.row.mode)
                 try:
-                    entry.row.allocator = cuda.peak_memory(entry.call)
+                    entry.row.allocator = self.gpu.peak_memory(entry.call)
                 except Exception as error:
                     entry.row.memory_note = harness.describe(error)
 
@@ -194,7 +191,9 @@ class Bench:
         entries = []
         for name in self.options.contenders:
             self.say(f"{dtype} {mode}: {name} is prepared and checked")
-            entries.append(self._entry(contenders.REGISTRY[name], dtype, mode, inputs, eager_guess, baseline))
+            contender = contenders.REGISTRY[name]
+            row = Row(self.case.name, dtype, mode, name, contender.label(self.case, inputs), contender.ours)
+            entries.append(self._entry(row, contender, inputs, eager_guess, baseline))
         waiting = {e.contender.name: e for e in entries if e.row.status == OK and not e.row.once}
         self.say(f"{dtype} {mode}: rounds")
         timings = harness.measure(
@@ -210,28 +209,18 @@ class Bench:
             row.timing = timing
             if timing.error:
                 row.status, row.reason = ERROR, timing.error
-        flops, nbytes = self.case.flops(self.shape, mode), self.case.bytes(self.shape, DTYPES[dtype], mode)
-        floor = roofline.floor_seconds(flops, nbytes, self.probe.rate(DTYPES[dtype], since), self.bandwidth)
+        rate = self.probe.rate(DTYPES[dtype], since)
         for entry in entries:
-            entry.row.flops, entry.row.bytes, entry.row.floor_seconds = flops, nbytes, floor
+            entry.row.bound(self.workload, rate, self.bandwidth)
         return entries
 
     def _entry(
-        self,
-        contender: Contender,
-        dtype: str,
-        mode: str,
-        inputs: Inputs,
-        eager_guess: float,
-        baseline: gate.Yardstick | str,
+        self, row: Row, contender: Contender, inputs: Inputs, eager_guess: float, baseline: gate.Yardstick | str
     ) -> _Entry:
-        label = contender.label(self.case, inputs)
-        row = Row(self.case.name, dtype, mode, contender.name, label, contender.ours)
-        row.instances, row.bags = self.shape.instances, self.shape.bags
-        entry = _Entry(row, contender)
+        entry, mode = _Entry(row, contender), row.mode
         self.at_work(contender.name, mode)
         try:
-            with contender.within(), cuda.sound() if self.on_gpu else contextlib.nullcontext():
+            with contender.within(), self.gpu.sound() if self.gpu else contextlib.nullcontext():
                 compute, its_inputs = contender.prepare(self.case, inputs, True)
                 entry.guess = eager_guess  # torch.compile's too: a prefix would have to be compiled for itself
                 if contender.ours or contender.peer:
@@ -242,7 +231,8 @@ class Bench:
         except Exception as error:  # any reason: it is a row, not the end
             row.status, row.reason = ERROR, harness.describe(error)
         if row.status == OK:
-            row.once = self.options.rounds is None and entry.guess > self.group_budget
+            only_memory = self.options.memory and self.options.rounds is None
+            row.once = only_memory and entry.guess > self.group_budget
             entry.call = _Run(contender, compute, its_inputs, mode, self.case.primary)
         return entry
 
@@ -265,44 +255,33 @@ class Bench:
             if difference:
                 row.status, row.reason = DIFFERS, difference
 
-    def _measure_memory(self, dtype: str, inputs: Inputs, entries: list[_Entry]) -> None:
+    def _measure_memory(self, dtype: str, entries: list[_Entry]) -> None:
+        """And the time of what is run once, in the same run."""
         for name in self.options.contenders:
             mine = [e for e in entries if e.contender.name == name and e.row.status == OK]
-            if not mine:
-                continue
-            answers = ""
-            if self.options.memory:
+            answers: dict[str, dict] | str = ""
+            if self.options.memory and mine:
                 self.say(f"{dtype}: memory of {name}")
-                modes = [e.row.mode for e in mine]
-                once = [e.row.mode for e in mine if e.row.once or e.guess > _SLOW]
-                answers = alone.measure(
-                    self.workload.to_json(), name, dtype, modes, once, self.options.threads, _MEMORY_TIMEOUT
-                )
+                modes = {"modes": [e.row.mode for e in mine]}
+                modes["once"] = [e.row.mode for e in mine if e.row.once or e.guess > _SLOW]
+                about = {"contender": name, "dtype": dtype, "threads": self.options.threads}
+                answers = memory.of_contender(_MEMORY_TIMEOUT, self.workload, **about, **modes)
             for entry in mine:
-                self._record_memory(entry, inputs, answers)
-
-    def _record_memory(self, entry: _Entry, inputs: Inputs, answers: dict[str, dict] | str) -> None:
-        row = entry.row
-        if isinstance(answers, str):
-            row.memory_note = answers
-        else:
-            answer = answers[row.mode]
-            row.resident, row.allocator = answer["resident"], answer["allocator"]
-            if row.once:
-                row.timing = harness.Timing([answer["seconds"]], warm=False)
-        if row.once and row.timing is None:
-            self.say(f"{row.dtype} {row.mode}: {row.label}, one run")
-            row.timing = harness.Timing(warm=False)
-            try:
-                compute, its_inputs = contenders.warmed_up(entry.contender, self.case, inputs, row.mode, whole=False)
-                run = _Run(entry.contender, compute, its_inputs, row.mode, self.case.primary)
-                row.timing.seconds.append(harness.timed(run))
-            except Exception as error:  # as above
-                row.status, row.reason = ERROR, harness.describe(error)
+                row = entry.row
+                if isinstance(answers, str):
+                    row.memory_note = answers
+                    if row.once:  # that run was all there was time for
+                        row.status, row.reason = ERROR, answers
+                    continue
+                answer = answers[row.mode]
+                row.resident, row.allocator = answer["resident"], answer["allocator"]
+                if row.once:
+                    row.timing = harness.Timing([answer["seconds"]], warm=False)
 
 
-def _compare(rows: list[Row]) -> None:
+def _compare(rows: list[Row]) -> list[Row]:
     timed = {(r.dtype, r.mode, r.contender): r for r in rows if r.timed}
     for row in timed.values():
         yardsticks = {name: timed.get((row.dtype, row.mode, name)) for name in contenders.YARDSTICKS}
         row.ratios = {n: other.timing.median / row.timing.median for n, other in yardsticks.items() if other}
+    return rows

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from milkernels.testing import CASES, FEATURES, Inputs, OpCase, Shape
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+
+
+def fast_dtypes() -> list[str]:
+    """Without the instructions for it one bfloat16 step of eager takes half a minute: not by default."""
+    mkldnn = torch.ops.mkldnn
+    fast = torch.backends.mkldnn.is_available() and mkldnn._is_mkldnn_bf16_supported()
+    return ["float32", "bfloat16"] if fast else ["float32"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,14 @@ class Workload:
     @property
     def case(self) -> OpCase:
         return CASES[self.op]
+
+    def describe(self, dtype: str) -> str:
+        s = self.shape
+        lengths = f"{s.instances}" if s.bags == 1 else f"{s.bags} of {min(s.lengths)}-{max(s.lengths)}"
+        precision = "" if self.precision == "highest" else f" precision {self.precision}"
+        embedded = f" E{self.case.inner(s).dim}" if self.case.embeds else ""
+        hidden = f" D{s.hidden}" if self.case.hidden_flops(s) else ""
+        return f"{self.op} {lengths} x {s.dim}{embedded}{hidden} K{s.heads} {dtype}{precision}"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -68,18 +78,13 @@ class Workload:
         options["device"] = self.device
         if not self.padded:
             return self.case.inputs(self.shape, dtype, features, self.seed, **options)
-        mask = prefix_mask(self.shape).to(self.device)
+        lengths = torch.tensor(self.shape.lengths)
+        mask = (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).flatten().to(self.device)  # [B * M], real rows
         if isinstance(features, Tensor):
             rows = features.new_zeros(len(mask), features.shape[1])
             rows[mask] = features
             features = rows
         return self.case.inputs(self.shape.padded(), dtype, features, self.seed, mask=mask, **options)
-
-
-def prefix_mask(shape: Shape) -> Tensor:
-    """The real rows ``[B * M]`` of bags padded to the longest one."""
-    longest = max(shape.lengths)
-    return (torch.arange(longest) < torch.tensor(shape.lengths).unsqueeze(1)).flatten()
 
 
 def load_features(path: str) -> tuple[Tensor, tuple[int, ...]]:

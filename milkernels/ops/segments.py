@@ -1,5 +1,7 @@
 """How the reference reduces rows to bags, and picks rows."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,32 @@ def take(t: Tensor, index: Tensor) -> Tensor:
     return t[index] if _adds_by_sorting(t) else t.index_select(0, index)
 
 
+_RUN = 64  # rows that are added one behind another
+
+
+def _in_runs(rows: Tensor, index: Tensor, num_bags: int) -> tuple[Tensor, Tensor]:
+    """The sums of runs of rows that share a bag, and their bags; of few rows, the rows themselves.
+
+    Thousands of rows added one behind another lose ten times what a matrix product loses.
+    """
+    count = rows.shape[0]
+    if not isinstance(count, int) or count <= 4 * _RUN or not _torch.eager():
+        return rows, index
+    length, bag = max(_RUN, math.isqrt(count)), index
+    if num_bags > count:  # those that there are here
+        bag, num_bags = torch.cat([index.new_zeros(1), (index.diff() != 0).cumsum(0)]), count
+    slots = num_bags + (count - 1) // length  # chunk + bag tells apart all runs: neither decreases
+    slot = bag + torch.arange(count, device=index.device) // length
+    return add_rows_in_order(rows, slot, slots), index.new_zeros(slots).scatter_(0, slot, index)
+
+
 def add_rows(rows: Tensor, index: Tensor, num_bags: int, total: Tensor | None = None) -> Tensor:
-    """The sum of rows in each bag, on top of ``total``, which is written to."""
+    """The sum of rows in each bag, on top of ``total``, which is written to; ``index``, their bags, never decreases."""
+    return add_rows_in_order(*_in_runs(rows, index, num_bags), num_bags, total)
+
+
+def add_rows_in_order(rows: Tensor, index: Tensor, num_bags: int, total: Tensor | None = None) -> Tensor:
+    """The same, each row behind the one before it."""
     if total is not None:
         sorting = _adds_by_sorting(rows)
         return total.index_put_((index,), rows, True) if sorting else total.index_add_(0, index, rows)
