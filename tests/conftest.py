@@ -79,18 +79,27 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     tier, legs = config.getoption("--tier"), tuple(config.getoption("--legs").split(","))
+
+    def keep(chosen) -> None:
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
+
     if any(legs):
-        of_others = [item for item in items if not (_leg(item) or legs[0]).startswith(legs)]
-        config.hook.pytest_deselected(items=of_others)
-        items[:] = [item for item in items if (_leg(item) or legs[0]).startswith(legs)]
+        keep({item for item in items if (_leg(item) or legs[0]).startswith(legs)})
+    absent = {(_test(item), why): item for item in reversed(items) if (why := _absent(item))}
+    keep({item for item in items if not _absent(item)} | set(absent.values()))
     if tier == "all":
         return
     prompt = [item for item in items if item.get_closest_marker("slow") is None]
     tests = itertools.groupby(sorted(prompt, key=_test), _test)
     quick = {item for _, sets in tests for item in covering(list(sets))}
-    left_out = [item for item in items if (item in quick) != (tier == "quick")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if (item in quick) == (tier == "quick")]
+    keep(quick if tier == "quick" else set(items) - quick)
+
+
+def _absent(item) -> str:
+    """Why this machine cannot run the item, which is said once for each test."""
+    marks = [*item.iter_markers("skip"), *(mark for mark in item.iter_markers("skipif") if any(mark.args))]
+    return next((str(mark.kwargs.get("reason") or mark.args) for mark in marks), "")
 
 
 def _test(item) -> tuple[str, str]:

@@ -157,15 +157,15 @@ def all_of_them() -> Iterator:
     assert not failed, "\n".join([f"{len(failed)} failed", *failed])
 
 
-def _backends(*names: str):
-    """Parametrises over the backends of those legs."""
+def on_legs(*names: str) -> list:
+    """The backends of those legs, as parameters."""
     marks = {name: pytest.mark.skipif(LEGS[name].missing is not None, reason=str(LEGS[name].missing)) for name in names}
-    return pytest.mark.parametrize("backend", [pytest.param(LEGS[n].backend, id=n, marks=m) for n, m in marks.items()])
+    return [pytest.param(LEGS[name].backend, id=name, marks=mark) for name, mark in marks.items()]
 
 
 _COMPILED = "emulated" if native.emulated() else "native"
-every_backend = _backends(_COMPILED, "interpreted", "reference")
-every_kernels_backend = _backends(_COMPILED, "interpreted")
+every_backend = pytest.mark.parametrize("backend", on_legs(_COMPILED, "interpreted", "reference"))
+every_kernels_backend = pytest.mark.parametrize("backend", on_legs(_COMPILED, "interpreted"))
 
 
 # The emulator

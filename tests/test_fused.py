@@ -7,6 +7,7 @@ import op_cases
 import pytest
 import torch
 from op_cases import CASES, NAN, close, offsets_of, same_bits, step
+from test_numbers import some_mask
 
 import milkernels
 from milkernels import triton
@@ -60,12 +61,6 @@ def chunked(case, tensors, offsets, mask=None):
 
     with tuning.use(scores="chunked"):
         return run(case, tensors, offsets, mask)
-
-
-def some_mask(n: int):
-    mask = torch.rand(n, generator=torch.Generator().manual_seed(5)) > 0.3
-    mask[64:128] = False  # a whole tile
-    return mask
 
 
 def close_to_the_oracle(case, tensors, offsets, mask) -> None:

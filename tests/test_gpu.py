@@ -21,7 +21,7 @@ import torch
 import upstream_models as up
 import upstream_padded as pad
 from gpu_compile import compile_job, python_path
-from legs import Leg, on
+from legs import Leg, on, on_legs
 from op_cases import CASES, PLAIN, offsets_of, same_bits, step
 from test_numbers import GPU_LONG, GPU_SHORT, ODD, RAGGED, Shape, some_mask
 
@@ -56,17 +56,9 @@ class Device(str):
         return made
 
 
-@pytest.fixture(scope="session", params=["triton", "native"])
+@pytest.fixture(scope="session", params=on_legs("gpu_triton", "gpu_native"))
 def device(request):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if request.param == "native":
-        reason = backends.why_not("native", "softmax_pool", "cuda")
-        if reason is not None:
-            pytest.skip(f"no CUDA C++ kernels: {reason}")
-    elif triton.interpreted() or triton.load_error() is not None:
-        pytest.skip(f"no compiled Triton kernels: {triton.load_error() or 'TRITON_INTERPRET=1'}")
-    else:
+    if request.param == "triton":
         request.getfixturevalue("compiled_kernels")
     return Device("cuda", request.param)
 

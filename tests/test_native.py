@@ -9,21 +9,10 @@ from pathlib import Path
 import op_cases
 import pytest
 import torch
-from op_cases import (
-    compiled,
-    needs_extension,
-    of_the_cpu,
-    offsets_of,
-    same_bits,
-    step,
-    threads,
-)
+from op_cases import compiled, needs_extension, of_the_cpu, offsets_of, same_bits, step, threads
+from test_numbers import FIVE, RAGGED
 
 pytestmark = needs_extension
-
-RAGGED = (0, 1, 64, 0, 0, 63, 65, 5, 130, 0)
-FIVE = {"L": 37, "D": 18, "K": 5, "C": 5, "Q2": 17, "V": 7}
-
 
 _POISON = """
 import sys

@@ -95,6 +95,7 @@ def of_the_reference(lengths):
 
 
 N = sum(TINY)
+MANY_HEADS = tuple(Shape(BLOCKS, sizes=BLOCK | {"K": heads, "C": heads, "L": 40}) for heads in (31, 32))
 
 
 @by_leg(
@@ -114,6 +115,7 @@ N = sum(TINY)
         at((Shape((2500,), None, None, NARROW | {"K": 2, "C": 2}),), label="one-long-bag"),
         at((Shape(LONG, torch.int64, some_mask, FEW),), label="long-mask"),
     ],
+    emulated=[at(MANY_HEADS, cases=PLAIN, label="many-heads")],
     reference=[
         at(of_the_reference(TINY) + of_the_reference((0, N)), label="bags"),
         at(of_the_reference((N,)) + of_the_reference((0,)), label="one-bag"),
@@ -191,27 +193,26 @@ def test_gradcheck(leg, case, checks, lengths, sizes):
             op_cases.check_gradients(case, leg.backend, lengths, mask, getattr(torch.autograd, check), **sizes)
 
 
-def promises(*types, how, **row):
+def promises(*types, how, label="", **row):
     """A row for each type of ``x``, or pair of it and that of the parameters."""
     pairs = [t if isinstance(t, tuple) else (t, None) for t in types]
-    return [
-        at(*pair, how, label="-".join(str(t).removeprefix("torch.") for t in pair if t is not None), **row)
-        for pair in pairs
-    ]
+    names = ["-".join(str(t).removeprefix("torch.") for t in pair if t is not None) for pair in pairs]
+    return [at(*pair, how, label=label + name, **row) for pair, name in zip(pairs, names, strict=True)]
 
 
 MIXED = (HALF, SINGLE)
+PROMISED = (SINGLE, HALF, SHORT_HALF, MIXED, (SHORT_HALF, SINGLE))
+MANY_ROWS = {"lengths": (300, 0, 2100), "seeds": 2} | ODD | {"L": 24}
 ON_GPU = {"lengths": GPU_SHORT, "seeds": 2} | ODD
 
 
 @by_leg(
     "dtype parameter_dtype how",
-    compiled=promises(
-        *(SINGLE, HALF, SHORT_HALF, MIXED, (SHORT_HALF, SINGLE)), how={"lengths": (70, 5, 130), "seeds": 3} | FIVE
-    ),
-    reference=promises(
-        *(SINGLE, HALF, SHORT_HALF, MIXED, (SHORT_HALF, SINGLE)), how={"lengths": (70, 5, 40), "seeds": 5}
-    ),
+    compiled=[
+        *promises(*PROMISED, how={"lengths": (70, 5, 130), "seeds": 3} | FIVE),
+        *promises(SINGLE, HALF, how=MANY_ROWS, cases=PLAIN, label="many-rows-"),
+    ],
+    reference=promises(*PROMISED, how={"lengths": (70, 5, 40), "seeds": 5}),
     interpreted=promises(*(SINGLE, HALF, SHORT_HALF, MIXED), how={"lengths": (66, 5), "seeds": 2} | HEADS),
     gpu=[
         *promises(HALF, SINGLE, how=ON_GPU, cases=PLAIN),
@@ -222,14 +223,6 @@ ON_GPU = {"lengths": GPU_SHORT, "seeds": 2} | ODD
 def test_error_promise(leg, case, dtype, parameter_dtype, how):
     kept = leg.promise(case, dtype, parameter_dtype, **how)
     assert kept.ok, kept.broken()
-
-
-@by_leg(
-    "dtype parameter_dtype how",
-    compiled=promises(SINGLE, HALF, how={"lengths": (300, 0, 2100), "seeds": 2} | ODD | {"L": 24}, cases=PLAIN),
-)
-def test_error_promise_of_many_rows(leg, case, dtype, parameter_dtype, how):
-    test_error_promise(leg, case, dtype, parameter_dtype, how)
 
 
 @by_leg(

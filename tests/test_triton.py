@@ -11,6 +11,8 @@ import torch
 from legs import EMBEDDED, ONE_OF_EACH
 from op_cases import CASES, NAN, PLAIN, close, offsets_of, same_bits, step
 from test_contract import detached, recorded
+from test_numbers import HEADS as FIVE
+from test_numbers import ODD, some_mask
 
 from milkernels import native, testing, triton
 
@@ -24,10 +26,6 @@ pytestmark = [
 ]
 
 INF = float("inf")
-# Empty bags first, last and in between; one instance; a whole segment of 64 rows, and bags that cross segments.
-RAGGED = (0, 1, 64, 0, 63, 5, 0)
-ODD = {"L": 37, "D": 41, "K": 2, "C": 2, "Q2": 9, "V": 33}
-FIVE = {"L": 20, "D": 18, "K": 5, "C": 5, "Q2": 17, "V": 7}  # more heads than share a read
 # A case of each op, and one on embedded instances of each that takes them.
 one_of_each = pytest.mark.parametrize("case", [CASES[name] for name in ONE_OF_EACH], ids=ONE_OF_EACH)
 embedded = pytest.mark.parametrize("case", EMBEDDED.values(), ids=EMBEDDED)
@@ -39,13 +37,6 @@ def served(*names: str):
 
 def run(case, tensors, offsets, mask=None, backend="triton", wanted=None):
     return step(case.ours(backend), tensors, offsets, mask, wanted)
-
-
-def some_mask(n: int):
-    """Holes everywhere, and a segment with no real row at all."""
-    mask = torch.rand(n, generator=torch.Generator().manual_seed(5)) > 0.3
-    mask[64:128] = False
-    return mask
 
 
 @served(
