@@ -212,14 +212,6 @@ def test_cuda_graph(case, device):
     same_bits(copied(results), other())
 
 
-@one_of_each
-def test_same_bits_again(case, device):
-    call = Call(case, device, GPU_LONG)
-    first = copied(call())
-    for _ in range(4):
-        same_bits(call(), first)
-
-
 @pytest.mark.slow
 @one_of_each
 def test_two_streams(case, device):
@@ -369,9 +361,8 @@ def test_compute_sanitizer(device):
     reason="for machines without a GPU",
 )
 @pytest.mark.slow
-def test_the_code_of_these_tests(monkeypatch):
+def test_the_code_of_these_tests():
     """By the interpreter, for a few cases, so that it has run before there is a device."""
-    monkeypatch.setitem(globals(), "GPU_LONG", (70, 0, 5))
     case, other, cpu = CASES["gated_attention_pool"], CASES["softmax_pool"], Device("cpu", "triton")
     leg = Leg("gpu", "triton", CASES, None)
     test_numbers.test_oracle(leg, on("cpu", case), (Shape((0, 9, 64, 1, 0), mask=some_mask, sizes=ODD),))
@@ -380,7 +371,8 @@ def test_the_code_of_these_tests(monkeypatch):
     test_autocast(CASES["dsmil"], cpu)
     for name in THEIRS:
         test_models_of_others(name, cpu)
-    test_same_bits_again(other, cpu)
+    test_numbers.test_same_bits_again(leg, on("cpu", other), (70, 0, 5), SINGLE, ODD, test_numbers.AGAIN, True)
+    Call(other, cpu, (70, 0, 5))()
     compile_job("softmax_pool", "bfloat16", "float32", GPU_SHORT, False, False, device="cpu")
     with contextlib.suppress(pytest.skip.Exception):
         test_other_kernels(case, {"scores": "fused"}, SINGLE, cpu)

@@ -425,9 +425,8 @@ def test_layouts_of_the_gradients_that_come_back(leg, case):
 # Of one number of threads or another, where a library or an elementwise operator would cut its work by them; in one
 # order of an emulated block's threads or another, where a result that changes was a race: a barrier is missing.
 THREADS = tuple(functools.partial(threads, count) for count in (1, 2, 3, 2))
-
-
 IN_ORDER = tuple(functools.partial(threads_in_order, order) for order in ORDERS)
+AGAIN = (contextlib.nullcontext,) * 5
 
 
 @by_leg(
@@ -451,7 +450,7 @@ IN_ORDER = tuple(functools.partial(threads_in_order, order) for order in ORDERS)
     ],
     interpreted=[
         at(
-            *(SHORT, SINGLE, HEADS, (contextlib.nullcontext,) * 2, False),
+            *(SHORT, SINGLE, HEADS, AGAIN[:2], False),
             cases=(
                 *("gated_attention_pool", "dsmil_pool", "dsmil-mlp-q-relu-v", "instance_max", "max_pool"),
                 "gated_attention_pool-embed-dropout",
@@ -459,6 +458,7 @@ IN_ORDER = tuple(functools.partial(threads_in_order, order) for order in ORDERS)
             slow=True,
         )
     ],
+    gpu=[at(GPU_LONG, SINGLE, ODD, AGAIN, True, cases=PLAIN)],
 )
 def test_same_bits_again(leg, case, lengths, dtype, sizes, ways, masked):
     tensors, runs = case.make(lengths, dtype, **sizes), []
