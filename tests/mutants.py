@@ -44,11 +44,11 @@ MUTANTS = {
     ),
     "triton-rows-short": Mutant(
         *("milkernels/triton/pool.py", "for row in tl.range(start, end, BN, num_stages=NS):"),
-        *("for row in tl.range(start, end - 1, BN, num_stages=NS):", INTERPRETED, "pool and not dsmil"),
+        *("for row in tl.range(start, end - 1, BN, num_stages=NS):", INTERPRETED, "mean_pool or weighted_pool"),
     ),
     "triton-parts-unscaled": Mutant(
         *("milkernels/triton/pool.py", "factor = tl.exp(part_top - base)"),
-        *('factor = tl.where(part_top == float("-inf"), 0.0, 1.0)', INTERPRETED, "softmax or attention_pool or query"),
+        *('factor = tl.where(part_top == float("-inf"), 0.0, 1.0)', INTERPRETED, "softmax_pool"),
     ),
     "cpu-sign": Mutant(
         *("csrc/cpu/scores.cpp", "static_cast<A>(-sum[k])", "static_cast<A>(sum[k])", NATIVE, "attention_weights"),
