@@ -48,6 +48,11 @@ class Leg:
     device: str = "cpu"
     marks: tuple = ()
 
+    @property
+    def needed(self) -> list:
+        """The marks of tests of this leg."""
+        return [*self.marks, pytest.mark.skipif(self.missing is not None, reason=str(self.missing))]
+
     def run(self, case, tensors, offsets, mask=None, wanted=None):
         return op_cases.step(case.ours(self.backend), tensors, offsets, mask, wanted)
 
@@ -159,8 +164,7 @@ def all_of_them() -> Iterator:
 
 def on_legs(*names: str) -> list:
     """The backends of those legs, as parameters."""
-    marks = {name: pytest.mark.skipif(LEGS[name].missing is not None, reason=str(LEGS[name].missing)) for name in names}
-    return [pytest.param(LEGS[name].backend, id=name, marks=mark) for name, mark in marks.items()]
+    return [pytest.param(LEGS[name].backend, id=name, marks=LEGS[name].needed) for name in names]
 
 
 _COMPILED = "emulated" if native.emulated() else "native"

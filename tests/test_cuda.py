@@ -13,7 +13,7 @@ from pathlib import Path
 import op_cases
 import pytest
 import torch
-from legs import EMBEDDED, ORDERS, all_of_them, emulated
+from legs import EMBEDDED, LEGS, ORDERS, all_of_them, emulated
 from op_cases import CASES, PLAIN, close, offsets_of, same_bits, step
 from test_contract import num_bytes, peak_allocated
 from test_numbers import BLOCK as SIZES
@@ -26,11 +26,7 @@ from torch.utils.cpp_extension import include_paths
 from milkernels import native, triton
 from milkernels.ops import contract
 
-pytestmark = [
-    pytest.mark.simulated,
-    pytest.mark.skipif(not native.emulated(), reason="needs MILKERNELS_EMULATE_CUDA=1, as `make cuda-test` sets it"),
-    pytest.mark.skipif(native.load_error() is not None, reason=f"no extension: {native.load_error()}"),
-]
+pytestmark = LEGS["emulated"].needed
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 ROOT = Path(__file__).parent.parent

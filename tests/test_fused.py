@@ -6,20 +6,13 @@ import types
 import op_cases
 import pytest
 import torch
+from legs import LEGS
 from op_cases import CASES, NAN, close, offsets_of, same_bits, step
 from test_numbers import some_mask
 
 import milkernels
-from milkernels import triton
 
-pytestmark = [
-    pytest.mark.simulated,
-    pytest.mark.skipif(
-        triton.load_error() is not None or not triton.interpreted(),
-        reason=f"no interpreter: {triton.load_error() or 'there is a GPU'}",
-    ),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of what is selected away
-]
+pytestmark = LEGS["interpreted"].needed
 
 # Empty bags first, last and in between; tiles of 64 and 128 rows end inside bags, and the last one is not full.
 RAGGED = (0, 1, 64, 0, 63, 72, 0)

@@ -8,22 +8,15 @@ import dataclasses
 import op_cases
 import pytest
 import torch
-from legs import EMBEDDED, ONE_OF_EACH
+from legs import EMBEDDED, LEGS, ONE_OF_EACH
 from op_cases import CASES, NAN, PLAIN, close, offsets_of, same_bits, step
 from test_contract import detached, recorded
 from test_numbers import HEADS as FIVE
 from test_numbers import ODD, some_mask
 
-from milkernels import native, testing, triton
+from milkernels import native, testing
 
-pytestmark = [
-    pytest.mark.simulated,
-    pytest.mark.skipif(
-        triton.load_error() is not None or not triton.interpreted(),
-        reason=f"no interpreter: {triton.load_error() or 'there is a GPU'}",
-    ),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of what is selected away
-]
+pytestmark = LEGS["interpreted"].needed
 
 INF = float("inf")
 # A case of each op, and one on embedded instances of each that takes them.
