@@ -61,7 +61,8 @@ MUTANTS = {
         *(NATIVE, "attention and not loss and not weights"),
     ),
     "cpu-dropout-unscaled": Mutant(
-        *("csrc/cpu/dropout.h", "scale *= static_cast<A>(dropout.scale);", "scale *= A(1);", NATIVE, "dropout"),
+        *("csrc/cpu/instances.cpp", "V::blendv(g.lo * scale, zero, h.lo <= zero)"),
+        *("V::blendv(g.lo, zero, h.lo <= zero)", NATIVE, "embed and dropout"),
     ),
     "cuda-parts-unscaled": Mutant(
         "csrc/cuda/combine.cu",
