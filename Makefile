@@ -51,11 +51,13 @@ PYTHON_FILES := setup.py $(wildcard milkernels tools tests benchmarks examples)
 CPP_FILES := $(shell find csrc tests/cuda -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 CUDA_VENV := .venv-cuda
 # Of the tests of all kernels those against the oracle, for AddressSanitizer is slow; ARGS="-k 'not gradcheck'" runs all.
-CUDA_TESTS := tests/test_cuda.py tests/test_kernels.py tests/test_attention.py -k "test_cuda or test_oracle"
+CUDA_TESTS := tests/test_cuda.py tests/test_numbers.py tests/test_attention.py --legs emulated \
+	-k "test_cuda or test_oracle or test_same_bits"
 # What calls the CPU's kernels, whatever is passed to them; Triton's and the reference are not watched.
 SANITIZER := asan
-SANITIZED_asan := tests/test_kernels.py tests/test_attention.py tests/test_embedding.py tests/test_raw_ops.py \
-	tests/test_errors.py tests/test_found.py --tier quick -k "not triton and not memory_held"
+SANITIZED_asan := tests/test_numbers.py tests/test_native.py tests/test_attention.py tests/test_embedding.py tests/test_raw_ops.py \
+	tests/test_errors.py tests/test_found.py --tier quick --legs native \
+	-k "not triton and not interpreted and not memory_held"
 SANITIZED_tsan := tests/threads.py
 PRELOADED_asan := libasan.so libubsan.so libstdc++.so.6
 PRELOADED_tsan := libtsan.so libstdc++.so.6

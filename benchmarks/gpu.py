@@ -91,7 +91,8 @@ def run_tests(seconds: float, quick: bool) -> dict:
         xml = Path(folder) / "tests.xml"
         options = ["-q", "--tb=short", "-p", "no:cacheprovider", "--maxfail=25", f"--junitxml={xml}"]
         options += ["-m", "not slow"] if quick else []
-        command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", *options]
+        files = ["tests/test_numbers.py", "tests/test_gpu.py", "--legs", "gpu"]
+        command = [sys.executable, "-m", "pytest", *files, *options]
         status, last = run_stage(command, seconds)
         outcome = _outcome(xml) if xml.exists() else {}
     if status == "ok" and not outcome.get("passed"):

@@ -3,7 +3,7 @@
 ``--tier quick`` runs of each test as few parameter sets as have every value of every parameter at least once: every op,
 type, backend and shape that the test knows, but not all of their combinations; and no test marked slow. Of the cases of
 an op, kernels that are interpreted or emulated run one, and one with an embedding. ``--tier rest`` runs the others,
-``all``, the default, both.
+``all``, the default, both.  ``--legs native,gpu`` runs, of the tests that have legs (tests/legs.py), those alone.
 
 Where there is no GPU the Triton kernels are tested by Triton's interpreter, of which two faults are mended here.
 """
@@ -72,23 +72,45 @@ def pytest_addoption(parser):
     parser.addoption(
         "--tier", choices=("quick", "rest", "all"), default="all", help="which tests: see tests/conftest.py"
     )
+    parser.addoption(
+        "--legs", default="", help="names, or their beginnings, with commas between them: see tests/legs.py"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
-    tier = config.getoption("--tier")
+    tier, legs = config.getoption("--tier"), tuple(config.getoption("--legs").split(","))
+
+    def keep(chosen) -> None:
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
+
+    if any(legs):
+        keep({item for item in items if (_leg(item) or legs[0]).startswith(legs)})
+    absent = {(_test(item), why): item for item in reversed(items) if (why := _absent(item))}
+    keep({item for item in items if not _absent(item)} | set(absent.values()))
     if tier == "all":
         return
     prompt = [item for item in items if item.get_closest_marker("slow") is None]
     tests = itertools.groupby(sorted(prompt, key=_test), _test)
     quick = {item for _, sets in tests for item in covering(list(sets))}
-    left_out = [item for item in items if (item in quick) != (tier == "quick")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if (item in quick) == (tier == "quick")]
+    keep(quick if tier == "quick" else set(items) - quick)
 
 
-def _test(item) -> str:
-    """The test that an item is one parameter set of."""
-    return item.nodeid.partition("[")[0]
+def _absent(item) -> str:
+    """Why this machine cannot run the item, which is said once for each test."""
+    marks = [*item.iter_markers("skip"), *(mark for mark in item.iter_markers("skipif") if any(mark.args))]
+    return next((str(mark.kwargs.get("reason") or mark.args) for mark in marks), "")
+
+
+def _test(item) -> tuple[str, str]:
+    """The test that an item is one parameter set of, on each leg another."""
+    return item.nodeid.partition("[")[0], _leg(item)
+
+
+def _leg(item) -> str:
+    """The name of the leg that the item runs on, if its test has legs."""
+    leg = item.callspec.params.get("leg") if hasattr(item, "callspec") else None
+    return "" if leg is None else leg.name
 
 
 def covering(items: list) -> list:
@@ -113,6 +135,25 @@ def _values(item) -> set:
         return (value.op, value.embed is None) if simulated and hasattr(value, "embed") else id(value)
 
     return {(name, key(value)) for name, value in parameters.items()}
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels(request):
+    """Triton's kernels for this GPU, compiled by all processors, before the first test that launches some."""
+    from gpu_compile import compile_in_parallel
+
+    compile_in_parallel(request.session.items)
+
+
+@pytest.fixture(autouse=True)
+def the_gpu_is_in_order():
+    """A fatal CUDA error fails every test after it, and says nothing there."""
+    yield
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"the device is out of order after this test: {error}", returncode=3)
 
 
 @pytest.fixture

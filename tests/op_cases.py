@@ -411,28 +411,6 @@ of_the_cpu = pytest.mark.skipif(native.emulated(), reason="of the CPU's kernels,
 needs_extension = pytest.mark.skipif(native.load_error() is not None, reason=f"no extension: {native.load_error()}")
 
 
-_BACKENDS = {
-    "native": native.load_error(),
-    "triton": triton.load_error() if triton.interpreted() else "there is a GPU, which test_gpu.py uses",
-    "reference": None,
-}
-
-
-def backends(*names: str):
-    """Parametrises over those; what does not run here is skipped, and says why."""
-    chosen = [
-        pytest.param(
-            name, marks=pytest.mark.skipif(_BACKENDS[name] is not None, reason=f"no {name}: {_BACKENDS[name]}")
-        )
-        for name in names
-    ]
-    return pytest.mark.parametrize("backend", chosen)
-
-
-every_backend = backends(*_BACKENDS)
-every_kernels_backend = backends("native", "triton")
-
-
 def compiled(*names: str):
     """Parametrises over those cases that have a kernel."""
     chosen = {name: COMPILED[name] for name in names if name in COMPILED}

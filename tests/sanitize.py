@@ -1,6 +1,6 @@
 """Runs pytest on the CPU module that a sanitizer watches, in the place of the one beside the sources:
 
-    python tests/sanitize.py build/asan-*/milkernels/_C_*.so tests/test_kernels.py ...
+    python tests/sanitize.py build/asan-*/milkernels/_C_*.so tests/test_numbers.py ...
 
 `make sanitize` builds it and calls this with the sanitizer's library preloaded.  A report ends the process.
 """

@@ -1,12 +1,13 @@
 """What the compiled attention ops alone have: activations, gates, the bits of dropout, the units that multiply
-matrices.  What they share with every kernel is in test_kernels.py and test_contract.py.
+matrices.  What they share with every kernel is in test_numbers.py and test_contract.py.
 """
 
 import itertools
 
 import pytest
 import torch
-from op_cases import of_the_cpu
+from op_cases import of_the_cpu, threads
+from test_numbers import RAGGED
 from torch import Tensor
 
 import milkernels
@@ -18,8 +19,7 @@ pytestmark = pytest.mark.skipif(native.load_error() is not None, reason=f"no ext
 
 COMPILED = [name for name, case in CASES.items() if "compiled" in case.tags]
 POOLS = [name for name in COMPILED if name.endswith("_pool")]
-# Empty bags first, last and in between; one instance; whole tiles, a row more, a row less; chunks of 64 and of 256.
-RAGGED = (0, 1, 64, 0, 0, 63, 65, 5, 130, 0)
+# Chunks of 256, and more bags than one in a chunk.
 LONG = (0, 256, 2000, 1, 511, 700, 0)
 
 
@@ -32,14 +32,6 @@ def layout(request):
     native._extension.emulate_matrix_units(True)
     yield request.param
     native._extension.emulate_matrix_units(False)
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads, until the test ends."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def non_empty(shape: Shape) -> Shape:
@@ -87,14 +79,6 @@ def test_error_promise_of_activations(name, activation):
     for dtype in (torch.float32, torch.bfloat16):
         inputs = case.inputs(Shape((300, 77), 96, 40, 2), dtype, activation=activation)
         assert_promise(case, inputs, dtype)
-
-
-@pytest.mark.parametrize("name", POOLS)
-def test_error_promise_with_dropout(name):
-    case = CASES[name]
-    inputs = case.inputs(Shape((300, 77), 96, 40, 2), torch.float32, dropout_p=0.25, seed=2**40 + 7)
-    inputs.options["seed"] = 2**40 + 7
-    assert_promise(case, inputs, torch.float32)
 
 
 def scaled_gates(scale):
@@ -148,7 +132,7 @@ def test_float32_follows_the_precision_switch(precision):
 
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", ["tanh", "relu", "gelu", "identity"])
-def test_gradcheck_of_the_kernels(activation, gated, threads):
+def test_gradcheck_of_the_kernels(activation, gated):
     torch.manual_seed(0)
     offsets, mask = torch.tensor([0, 0, 3, 70, 71]), torch.rand(71) > 0.2
     mask[:3], mask[70] = False, True
@@ -173,8 +157,8 @@ def test_gradcheck_of_the_kernels(activation, gated, threads):
     def flat(x, *live):
         return tuple(t for outputs in run(x, *live) for t in outputs)
 
-    threads(1)  # thousands of tiny calls: waking threads would be most of the time
-    assert torch.autograd.gradcheck(flat, (x, *live), nondet_tol=0.0)
+    with threads(1):  # thousands of tiny calls: waking threads would be most of the time
+        assert torch.autograd.gradcheck(flat, (x, *live), nondet_tol=0.0)
 
 
 def test_raw_ops_refuse_options_that_have_no_kernel():
@@ -193,19 +177,6 @@ def test_raw_ops_refuse_options_that_have_no_kernel():
 
 
 # Dropout
-
-
-def test_dropout_mask_is_the_reference_mask():
-    """Where every unit has weight 1 and value 1, a score counts the kept units, so one flipped bit would show."""
-    rows, units, seed, p = 300, 72, 2**63 - 5, 0.25
-    x, v, v_bias, w = torch.zeros(rows, 4), torch.zeros(units, 4), torch.ones(units), torch.eye(units)
-    options = {"activation": "identity", "dropout_p": p, "seed": seed, "backend": "native"}
-    scores = milkernels.attention_scores(x, (v, v_bias), w, **options)
-    keep = testing.dropout_keep(seed, rows, units, 0, p)
-    assert torch.equal(scores != 0, keep)
-    torch.testing.assert_close(scores[keep], torch.full_like(scores[keep], 1 / (1 - round(p * 65536) / 65536)))
-    gated = milkernels.gated_attention_scores(x, (v, v_bias), (v, v_bias), w, **options)
-    assert torch.equal(gated != 0, keep & testing.dropout_keep(seed, rows, units, 1, p))
 
 
 def test_dropout_extremes_and_generator():

@@ -1,9 +1,9 @@
 """The CUDA C++ kernels, run on the host by csrc/cuda/emulator.h: what the tests of all compiled kernels leave out, as
-it concerns GPUs alone. `make cuda-test` runs this file, and what test_kernels.py holds against the oracle, under
+it concerns GPUs alone. `make cuda-test` runs this file, and what test_numbers.py holds against the oracle, under
 AddressSanitizer: there an access outside a tensor or outside shared memory ends the process.
 """
 
-import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -13,8 +13,12 @@ from pathlib import Path
 import op_cases
 import pytest
 import torch
+from legs import EMBEDDED, LEGS, ORDERS, all_of_them, emulated
 from op_cases import CASES, PLAIN, close, offsets_of, same_bits, step
 from test_contract import num_bytes, peak_allocated
+from test_numbers import BLOCK as SIZES
+from test_numbers import BLOCKS as LENGTHS
+from test_numbers import LONE, MANY
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.cpp_extension import include_paths
@@ -22,39 +26,15 @@ from torch.utils.cpp_extension import include_paths
 from milkernels import native, triton
 from milkernels.ops import contract
 
-pytestmark = [
-    pytest.mark.simulated,
-    pytest.mark.skipif(not native.emulated(), reason="needs MILKERNELS_EMULATE_CUDA=1, as `make cuda-test` sets it"),
-    pytest.mark.skipif(native.load_error() is not None, reason=f"no extension: {native.load_error()}"),
-]
+pytestmark = LEGS["emulated"].needed
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 ROOT = Path(__file__).parent.parent
-ORDERS = ("forward", "reverse", "shuffled")
-LENGTHS = (5, 0, 40, 1, 70, 3)  # a block for each bag
-LONE = (150,)  # several blocks for a bag
-MANY = (90, 1970)  # the same, of more rows each
-SIZES = {"L": 21, "D": 18, "K": 3, "C": 3, "Q2": 9, "V": 13}
 LARGE = 2**62
 
 
 def run(case, tensors, offsets, mask=None):
     return step(case.ours("native"), tensors, offsets, mask)
-
-
-@contextlib.contextmanager
-def emulated(setting: str, value, usual):
-    """Within the block a setting of the emulated module is another than usual."""
-    getattr(native._extension, setting)(value)
-    try:
-        yield
-    finally:
-        getattr(native._extension, setting)(usual)
-
-
-def threads_in_order(order: str):
-    """Within the block the threads of a block run in that order."""
-    return emulated("set_order", order, "forward")
 
 
 class Calls(TorchDispatchMode):
@@ -170,24 +150,7 @@ def test_indices_that_are_none_reach_nothing_outside(case):
     assert found == bool({"indices", "critical"} & set(saved))
 
 
-# The order of threads, and what memory held
-
-
-@pytest.mark.parametrize(
-    "lengths, dtype",
-    [(LENGTHS, torch.float32), (LENGTHS, torch.bfloat16), (LONE, torch.float64), (MANY, torch.float32)],
-    ids=["float32", "bfloat16", "lone-float64", "many-rows-float32"],
-)
-@every_case
-def test_same_bits_whatever_the_order_of_threads(case, lengths, dtype):
-    """A result that changes was a race: a barrier is missing."""
-    mask = torch.arange(sum(lengths)) % 7 > 0
-    tensors, runs = case.make(lengths, dtype, **SIZES), []
-    for order in ORDERS:
-        with threads_in_order(order):
-            runs.append(run(case, tensors, offsets_of(lengths), mask))
-    for other in runs[1:]:
-        same_bits(other, runs[0])
+# What memory held
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, LONE], ids=str)
@@ -219,39 +182,42 @@ def small_slices():
     return emulated("set_workspace", 1, 32 << 20)
 
 
-EMBEDDED = {name: case for name, case in CASES.items() if case.embed is not None}  # slice by slice, whatever the op
+# Embedded instances go slice by slice, whatever the op.
 ATTENTION = {n: c for n, c in CASES.items() if c.kernel in ("attention_pool", "attention_scores") and c.embed is None}
 SLICED = ATTENTION | {n: c for n, c in CASES.items() if c.kernel in ("dsmil_pool", "dsmil", "instance_max")} | EMBEDDED
 every_embedded = pytest.mark.parametrize("case", EMBEDDED.values(), ids=EMBEDDED)
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS, LONE, MANY], ids=["small-bags", "lone", "many-rows"])
-@pytest.mark.parametrize("way", ["small", "sliced"])
-@pytest.mark.parametrize("case", ATTENTION.values(), ids=ATTENTION)
-def test_attention_either_way(case, way, lengths):
+every_sliced = pytest.mark.parametrize("case", SLICED.values(), ids=SLICED)
+
+
+def every_way(case) -> dict:
+    """Those that it can go; in slices there are as many as chunks, and bags that cross them."""
+    ways = {way: attention_goes(way) for way in ("small", "sliced") if case in ATTENTION.values()}
+    return ways | {"slices": small_slices()}
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, LONE, MANY, (30, 0, 700)], ids=str)
+@every_sliced
+def test_oracle_every_way(case, lengths):
     mask, tensors = torch.arange(sum(lengths)) % 5 > 0, case.make(lengths, **SIZES)
-    with attention_goes(way):
-        got = run(case, tensors, offsets_of(lengths), mask)
-    close(got, step(case.truth, tensors, offsets_of(lengths), mask))
+    with all_of_them() as each:
+        for name, way in every_way(case).items():
+            with each(name), way:
+                got = run(case, tensors, offsets_of(lengths), mask)
+                close(got, step(case.truth, tensors, offsets_of(lengths), mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("way", ["small", "sliced"])
-@pytest.mark.parametrize("case", ATTENTION.values(), ids=ATTENTION)
-def test_error_promise_of_attention_either_way(case, way, dtype):
-    with attention_goes(way):
-        kept = op_cases.promise(case, "native", dtype, lengths=LENGTHS, seeds=2, **SIZES | {"L": 40, "D": 70})
-    assert kept.ok, kept.broken()
-
-
-@pytest.mark.parametrize("lengths", [MANY, (30, 0, 700)], ids=["many-rows", "ragged"])
-@pytest.mark.parametrize("case", SLICED.values(), ids=SLICED)
-def test_slices(case, lengths):
-    """What goes through slice by slice, with bags that cross them: as many slices as there are chunks."""
-    mask, tensors = torch.arange(sum(lengths)) % 5 > 0, case.make(lengths, **SIZES)
-    with small_slices():
-        got = run(case, tensors, offsets_of(lengths), mask)
-    close(got, step(case.truth, tensors, offsets_of(lengths), mask))
+@every_sliced
+def test_error_promise_every_way(case, dtype):
+    with all_of_them() as each:
+        for name, way in every_way(case).items():
+            in_slices = torch.float32, (30, 0, 200), SIZES
+            types, lengths, sizes = in_slices if name == "slices" else (None, LENGTHS, SIZES | {"L": 40, "D": 70})
+            with each(name), way:
+                kept = op_cases.promise(case, "native", dtype, types, lengths=lengths, seeds=2, **sizes)
+                assert kept.ok, kept.broken()
 
 
 @pytest.mark.parametrize("name", ["gated_attention_pool", "dsmil_pool-mlp-q", "dsmil_pool-relu-v", "dsmil_pool-embed"])
@@ -269,14 +235,6 @@ def test_ways_and_slices_are_others(name):
         assert launches() >= whole + 2 * (slices - 1)  # one each way
     if name in ATTENTION:
         assert launches("small") < whole
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", SLICED.values(), ids=SLICED)
-def test_error_promise_of_slices(case, dtype):
-    with small_slices():
-        kept = op_cases.promise(case, "native", dtype, torch.float32, lengths=(30, 0, 200), seeds=2, **SIZES)
-    assert kept.ok, kept.broken()
 
 
 # The embedding, in as many slices as there are chunks
@@ -332,26 +290,22 @@ def test_neither_rows_nor_their_embedding_are_held(case, frozen):
 # Sizes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("L", [2560, 2557])
-@pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
-def test_wide_rows(case, L, dtype):
-    if "L" not in {size for sizes in case.tensors.values() for size in sizes}:
-        pytest.skip("has no rows of that kind")
-    lengths, sizes = (3, 0, 33), SIZES | {"L": L}
-    if case.op == "max_pool":  # of which the oracle takes one column at a time
-        tensors, offsets = case.make(lengths, dtype, **sizes), offsets_of(lengths)
-        close(run(case, tensors, offsets), step(case.ours("reference"), tensors, offsets, None), 0)
-        return
-    kept = op_cases.promise(case, "native", dtype, lengths=lengths, seeds=1, **sizes)
-    assert kept.ok, kept.broken()
+WIDE = {name: case for name, case in PLAIN.items() if any("L" in sizes for sizes in case.tensors.values())}
 
 
-@pytest.mark.parametrize("heads", [31, 32])
-@pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
-def test_many_heads(case, heads):
-    tensors = case.make(LENGTHS, **SIZES | {"K": heads, "C": heads, "L": 40})
-    close(run(case, tensors, offsets_of(LENGTHS)), step(case.truth, tensors, offsets_of(LENGTHS), None))
+@pytest.mark.parametrize("case", WIDE.values(), ids=WIDE)
+def test_wide_rows(case):
+    lengths = (3, 0, 33)
+    with all_of_them() as each:
+        for L, dtype in itertools.product((2560, 2557), (torch.float32, torch.bfloat16, torch.float16)):
+            with each(L, dtype):
+                sizes = SIZES | {"L": L}
+                if case.op == "max_pool":  # of which the oracle takes one column at a time
+                    tensors, offsets = case.make(lengths, dtype, **sizes), offsets_of(lengths)
+                    close(run(case, tensors, offsets), step(case.ours("reference"), tensors, offsets, None), 0)
+                    continue
+                kept = op_cases.promise(case, "native", dtype, lengths=lengths, seeds=3, **sizes)
+                assert kept.ok, kept.broken()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -372,15 +326,18 @@ def test_rows_that_begin_anywhere(case, dtype):
         close(got, expected, 1e-2 if dtype == torch.bfloat16 else 1e-4 if dtype == torch.float32 else 1e-10)
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 7, 8, 9, 15, 31, 33, 127, 129])
 @pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
-def test_odd_widths(case, width):
-    for dtype in (torch.float64, torch.float16):
-        sizes = SIZES | {"L": width, "D": width + 1, "Q2": width, "V": width}
-        tensors, offsets = case.make(LENGTHS, dtype, relu=dtype != torch.float64, **sizes), offsets_of(LENGTHS)
-        got = run(case, tensors, offsets)
-        if dtype == torch.float64:
-            close(got, step(case.truth, tensors, offsets, None))
+def test_odd_widths(case):
+    """Of half types that they are calculated at all."""
+    widths, offsets = (1, 2, 3, 7, 8, 9, 15, 31, 33, 127, 129), offsets_of(LENGTHS)
+    with all_of_them() as each:
+        for width, dtype in itertools.product(widths, (torch.float64, torch.float16)):
+            with each(width, dtype):
+                sizes = SIZES | {"L": width, "D": width + 1, "Q2": width, "V": width}
+                tensors = case.make(LENGTHS, dtype, relu=dtype != torch.float64, **sizes)
+                got = run(case, tensors, offsets)
+                if dtype == torch.float64:
+                    close(got, step(case.truth, tensors, offsets, None))
 
 
 # Launches

@@ -2,11 +2,13 @@
 rows by `embed_instances`."""
 
 import inspect
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from functional_cases import DTYPES, OPS, ROWS, L, N, arguments, call, called, randn, takes
+from legs import all_of_them
 
 import milkernels
 from milkernels import Embed, backends, embed_instances
@@ -245,10 +247,16 @@ def test_everything_dropped(op):
 # Types
 
 
-@pytest.mark.parametrize("embed_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype, parameter_dtype", [(a, b) for a in DTYPES for b in DTYPES], ids=str)
 @every_op
-def test_result_types(op, dtype, parameter_dtype, embed_dtype):
+def test_result_types(op):
+    """Of every type of instances with every one of the op's parameters and of the embedding's."""
+    with all_of_them() as each:
+        for types in itertools.product(DTYPES, repeat=3):
+            with each(*types):
+                check_result_types(op, *types)
+
+
+def check_result_types(op, dtype, parameter_dtype, embed_dtype):
     kwargs, embed = behind(op, dtype, parameter_dtype), embedding(embed_dtype)
     leaves = leaves_of(kwargs, embed)
     outputs = call(op, **kwargs, embed=embed)

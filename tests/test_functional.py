@@ -1,11 +1,13 @@
 """What all public ops share: argument checks, result types, layouts, seeds, backends and compositions."""
 
 import inspect
+import itertools
 
 import oracle
 import pytest
 import torch
 from functional_cases import DTYPES, OFFSETS, OPS, ROWS, B, K, L, N, arguments, call, called, randn, refuses, takes
+from legs import all_of_them
 
 import milkernels
 from milkernels import native, testing
@@ -126,10 +128,16 @@ def test_other_bad_options():
 
 
 @pytest.mark.filterwarnings("ignore:milkernels")  # of native, for float64 parameters
-@pytest.mark.parametrize("parameter_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_op
-def test_result_types(op, dtype, parameter_dtype):
+def test_result_types(op):
+    """Of every type of instances with every one of parameters."""
+    with all_of_them() as each:
+        for types in itertools.product(DTYPES, repeat=2):
+            with each(*types):
+                check_result_types(op, *types)
+
+
+def check_result_types(op, dtype, parameter_dtype):
     kwargs = arguments(op, dtype, parameter_dtype)
     tensors = [t.requires_grad_() for t in kwargs.values() if isinstance(t, torch.Tensor) and t.is_floating_point()]
     outputs = call(op, **kwargs)

@@ -1,24 +1,18 @@
 """The fused level of attention through Triton's interpreter. That its tiles compile as they should is test_aot.py's to
-say; on a GPU, test_gpu.py takes its numbers."""
+say; on a GPU, test_gpu.py says which numbers."""
 
 import types
 
 import op_cases
 import pytest
 import torch
+from legs import LEGS
 from op_cases import CASES, NAN, close, offsets_of, same_bits, step
+from test_numbers import some_mask
 
 import milkernels
-from milkernels import triton
 
-pytestmark = [
-    pytest.mark.simulated,
-    pytest.mark.skipif(
-        triton.load_error() is not None or not triton.interpreted(),
-        reason=f"no interpreter: {triton.load_error() or 'there is a GPU, which test_gpu.py uses'}",
-    ),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of what is selected away
-]
+pytestmark = LEGS["interpreted"].needed
 
 # Empty bags first, last and in between; tiles of 64 and 128 rows end inside bags, and the last one is not full.
 RAGGED = (0, 1, 64, 0, 63, 72, 0)
@@ -60,12 +54,6 @@ def chunked(case, tensors, offsets, mask=None):
 
     with tuning.use(scores="chunked"):
         return run(case, tensors, offsets, mask)
-
-
-def some_mask(n: int):
-    mask = torch.rand(n, generator=torch.Generator().manual_seed(5)) > 0.3
-    mask[64:128] = False  # a whole tile
-    return mask
 
 
 def close_to_the_oracle(case, tensors, offsets, mask) -> None:

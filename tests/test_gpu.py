@@ -7,52 +7,35 @@ code of the others by Triton's interpreter.
 import contextlib
 import copy
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import op_cases
 import pytest
+import test_numbers
 import torch
 import upstream_models as up
 import upstream_padded as pad
-from op_cases import CASES, PLAIN, close, offsets_of, same_bits, step
+from gpu_compile import compile_job, python_path
+from legs import Leg, on, on_legs
+from op_cases import CASES, PLAIN, offsets_of, same_bits, step
+from test_numbers import GPU_LONG, GPU_SHORT, ODD, RAGGED, Shape, some_mask
 
 import milkernels
 from milkernels import backends, testing, triton
 from milkernels.ops import contract
 
-# Empty bags, one instance, whole segments and bags that cross them.  No number of rows is a multiple of 16, which would
-# have kernels compiled once more; so would other sizes.
-RAGGED = (0, 1, 64, 0, 0, 63, 65, 5, 130, 0)
-LONG = (0, 256, 2000, 1, 510, 0)  # segments of 256 rows
-SHORT = (64, 0, 5, 130)
-SIZES = {"L": 37, "D": 41, "K": 2, "C": 2, "Q2": 9, "V": 33}
 EVEN = {"L": 64, "D": 32, "K": 1, "C": 2, "Q2": 16, "V": 64}  # what tensor descriptors can read
 SINGLE, HALF = torch.float32, torch.bfloat16
-_MOST_COMPILERS, _WORTH_IT, _COMPILING = 14, 24, 110  # processes; jobs; seconds
 _SANITIZING = 45  # seconds
 _FREE_BYTES = 40 << 30  # for the test beyond 2^31 elements
 
 
-def _of_quick_runs(name, *values, quick=True, label=""):
-    """A parameter set under the case's name; quick runs (-m "not slow") take one case of each op."""
-    marks = () if quick and name in PLAIN else pytest.mark.slow
-    return pytest.param(CASES[name], *values, id=name + label, marks=marks)
-
-
-every_case = pytest.mark.parametrize("case", [_of_quick_runs(name) for name in CASES])
 one_of_each = pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
-PROMISED = [_of_quick_runs(name, HALF, None, label="-bfloat16") for name in CASES]
-PROMISED += [_of_quick_runs(name, SINGLE, None, label="-float32") for name in PLAIN]
-for types in ((torch.float16, None), (HALF, SINGLE)):
-    label = "-float16" if types[1] is None else "-bfloat16-float32"
-    PROMISED += [_of_quick_runs(name, *types, quick=False, label=label) for name in PLAIN]
 
 
 def some_cases(*names):
@@ -73,72 +56,22 @@ class Device(str):
         return made
 
 
-_COMPILED_FOR = Device("cuda", "triton")
-
-
-@pytest.fixture(scope="session", params=["triton", "native"])
+@pytest.fixture(scope="session", params=on_legs("gpu_triton", "gpu_native"))
 def device(request):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if request.param == "native":
-        reason = backends.why_not("native", "softmax_pool", "cuda")
-        if reason is not None:
-            pytest.skip(f"no CUDA C++ kernels: {reason}")
-    elif triton.interpreted() or triton.load_error() is not None:
-        pytest.skip(f"no compiled Triton kernels: {triton.load_error() or 'TRITON_INTERPRET=1'}")
-    else:
-        _compile_in_parallel(request.session.items)
+    if request.param == "triton":
+        request.getfixturevalue("compiled_kernels")
     return Device("cuda", request.param)
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left_behind():
-    """A fatal CUDA error fails every test after it, and says nothing there."""
-    yield
-    if torch.cuda.is_initialized():
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            pytest.exit(f"the device is out of order after this test: {error}", returncode=3)
-
-
-@dataclasses.dataclass(frozen=True)
-class OnDevice(op_cases.Case):
-    """The case with tensors on the CPU and our side of it on the device, so that all checks of ``op_cases`` serve."""
-
-    device: str = "cuda"
-
-    def ours(self, backend):
-        compute = super().ours(backend)
-
-        def there(tensors, offsets, mask):
-            offsets, mask = (None if t is None else t.to(self.device) for t in (offsets, mask))
-            outputs = compute({name: t.to(self.device) for name, t in tensors.items()}, offsets, mask)
-            return tuple(o.cpu() for o in outputs)
-
-        return there
-
-
-def on(device, case) -> OnDevice:
-    return OnDevice(*(getattr(case, field.name) for field in dataclasses.fields(case)), device)
-
-
 def run(device, case, tensors, offsets=None, mask=None):
-    return step(on(device, case).ours(device.backend), tensors, offsets, mask)
-
-
-def some_mask(n):
-    """Holes everywhere, and a segment with no real row at all."""
-    mask = torch.rand(n, generator=torch.Generator().manual_seed(5)) > 0.3
-    mask[64:128] = False
-    return mask
+    return step(on(str(device), case).ours(device.backend), tensors, offsets, mask)
 
 
 class Call:
     """A call on tensors that stay on the device, forward and backward, without a word to the host."""
 
     def __init__(self, case, device, lengths=RAGGED, dtype=SINGLE, seed=0, **sizes):
-        made = case.make(lengths, dtype, seed, relu=True, **(SIZES | sizes))
+        made = case.make(lengths, dtype, seed, relu=True, **(ODD | sizes))
         self.compute = case.ours(device.backend)
         self.tensors = {n: t.detach().to(device).requires_grad_(t.requires_grad) for n, t in made.items()}
         self.offsets, self.mask = offsets_of(lengths).to(device), some_mask(sum(lengths)).to(device)
@@ -162,69 +95,6 @@ def copied(results):
     return {name: t.clone() for name, t in results.items()}
 
 
-# Compiling is most of the time of these tests, and each kernel keeps one core busy.
-
-
-def _jobs(items):
-    """(op, case, type, type of parameters, lengths, masked) of the tests that were chosen; a kernel in few hands."""
-    jobs = set()
-    for item in items:
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        name = next((n for n, c in CASES.items() if c is params.get("case")), None)
-        types, lengths, masked = ("float32", None), RAGGED, True  # of most tests
-        if item.function in (test_oracle, test_many_rows):
-            types = ("float64", None)
-        elif item.function is test_error_promise:
-            types = (params["dtype"], params["parameter_dtype"])
-            types, masked = tuple(None if t is None else str(t).removeprefix("torch.") for t in types), False
-        elif item.function in (test_one_bag, test_hardly_anything):
-            types, masked = ("float64", None), False
-            lengths = params.get("lengths", (200,))
-        if name is not None and lengths:
-            jobs.add((CASES[name].kernel, name, *types, lengths, masked))
-    return sorted(jobs, key=str)
-
-
-def _compile_in_parallel(items):
-    """Fills Triton's cache on disk; what fails there fails again in its test, and is told there."""
-    jobs, count = _jobs(items), min(_MOST_COMPILERS, (os.cpu_count() or 1) - 1)
-    if len(jobs) < _WORTH_IT or count < 2:
-        return
-    environment = os.environ | {"PYTHONPATH": _python_path(), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "import test_gpu; test_gpu.compile_jobs()"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "text": True, "env": environment}
-    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, **quiet) for _ in range(count)]
-    for i, process in enumerate(processes):
-        process.stdin.write(json.dumps(jobs[i * len(jobs) // count : (i + 1) * len(jobs) // count]))
-        process.stdin.close()
-    end = time.monotonic() + _COMPILING
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, end - time.monotonic()))
-        process.kill()
-        process.wait()
-
-
-def _python_path():
-    here = Path(__file__).parent
-    return os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def compile_jobs():
-    for _, *job in json.load(sys.stdin):
-        with contextlib.suppress(Exception):
-            compile_job(*job)
-
-
-def compile_job(name, dtype, parameter_dtype, lengths, masked, device=_COMPILED_FOR):
-    types = (None if t is None else getattr(torch, t) for t in (dtype, parameter_dtype))
-    case, lengths = CASES[name], tuple(lengths)
-    offsets = None if lengths == (200,) else offsets_of(lengths)
-    dtype, parameter_dtype = types
-    tensors = case.make(lengths, dtype, 0, parameter_dtype, relu=not masked, **SIZES)
-    run(device, case, tensors, offsets, some_mask(sum(lengths)) if masked else None)
-
-
 # Numbers
 
 
@@ -237,65 +107,14 @@ def test_auto_takes_the_kernels(device):
     assert bag.device == x.device and torch.equal(bag, torch.ones_like(bag))
 
 
-@every_case
-def test_oracle(case, device):
-    offsets, mask, tensors = offsets_of(RAGGED), some_mask(sum(RAGGED)), case.make(RAGGED, **SIZES)
-    close(run(device, case, tensors, offsets, mask), step(case.truth, tensors, offsets, mask))
-
-
-@pytest.mark.parametrize("case, dtype, parameter_dtype", PROMISED)
-def test_error_promise(case, dtype, parameter_dtype, device):
-    """In bfloat16 of every case, in the other types of one of each op."""
-    kept = op_cases.promise(on(device, case), device.backend, dtype, parameter_dtype, lengths=SHORT, seeds=2, **SIZES)
-    assert kept.ok, kept.broken()
-
-
-@one_of_each
-def test_many_rows(case, device):
-    """Segments of 256 rows; masked ones, and bags that cross them."""
-    mask = some_mask(sum(LONG))
-    mask[256:512] = mask[2256] = False
-    tensors, offsets = case.make(LONG, **SIZES), offsets_of(LONG)
-    close(run(device, case, tensors, offsets, mask), step(case.truth, tensors, offsets, mask))
-
-
-@pytest.mark.slow
-@one_of_each
-def test_one_bag(case, device):
-    tensors = case.make((200,), **SIZES)
-    close(run(device, case, tensors), step(case.truth, tensors, None, None))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("lengths", [(), (0, 0), (1,), None], ids=str)
-@one_of_each
-def test_hardly_anything(case, lengths, device):
-    offsets = None if lengths is None else offsets_of(lengths)
-    tensors = case.make((0,) if lengths is None else lengths, relu=True, **SIZES)
-    close(run(device, case, tensors, offsets), step(case.ours("reference"), tensors, offsets, None))
-
-
-@one_of_each
-def test_masked_rows_do_not_leak(case, device):
-    offsets, mask = offsets_of(RAGGED), some_mask(sum(RAGGED))
-    poison = torch.tensor([float("nan"), float("inf"), -float("inf")]).repeat(len(mask))[: (~mask).sum(), None]
-    case = on(device, case)
-    op_cases.check_masked_rows_do_not_leak(case, device.backend, RAGGED, offsets, mask, poison, SINGLE, **SIZES)
-
-
-@one_of_each
-def test_nan_stays_in_its_bag(case, device):
-    op_cases.check_nan_stays_in_its_bag(on(device, case), device.backend, RAGGED, 6, 130, **SIZES)
-
-
 @one_of_each
 def test_autocast(case, device):
     """Outputs and gradients have the types that the reference gives them, and are near its numbers."""
-    tensors = case.make(SHORT, SINGLE, relu=True, **SIZES)
+    tensors = case.make(GPU_SHORT, SINGLE, relu=True, **ODD)
     with torch.autocast(device, HALF):
-        got = run(device, case, tensors, offsets_of(SHORT))
+        got = run(device, case, tensors, offsets_of(GPU_SHORT))
     with torch.autocast("cpu", HALF):
-        expected = step(case.ours("reference"), tensors, offsets_of(SHORT), None)
+        expected = step(case.ours("reference"), tensors, offsets_of(GPU_SHORT), None)
     for name, t in got.items():
         assert t.dtype == expected[name].dtype, name
         if t.is_floating_point():  # an empty bag has an lse of -inf
@@ -330,19 +149,6 @@ def test_models_of_others(name, device):
             assert (p.grad.cpu() - q.grad).norm() <= 1e-4 * q.grad.norm(), key
 
 
-def test_dropout_mask_is_the_cpus(device):
-    """Where every unit has weight 1 and value 1, a score counts the kept units, so one flipped bit would show."""
-    rows, units, seed, p = 300, 72, 2**63 - 5, 0.25
-    x, v, v_bias, w = (
-        t.to(device) for t in (torch.zeros(rows, 4), torch.zeros(units, 4), torch.ones(units), torch.eye(units))
-    )
-    options = {"activation": "identity", "dropout_p": p, "seed": seed, "backend": device.backend}
-    keep = testing.dropout_keep(seed, rows, units, 0, p)
-    assert torch.equal(milkernels.attention_scores(x, (v, v_bias), w, **options).cpu() != 0, keep)
-    gated = milkernels.gated_attention_scores(x, (v, v_bias), (v, v_bias), w, **options).cpu()
-    assert torch.equal(gated != 0, keep & testing.dropout_keep(seed, rows, units, 1, p))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
 @pytest.mark.parametrize("chosen", [{"scores": "fused"}, {"products": "split"}], ids=["fused", "split"])
@@ -354,7 +160,7 @@ def test_other_kernels(case, chosen, dtype, device):
 
     if device.backend != "triton":
         pytest.skip("a plan chooses between Triton's kernels")
-    kept, case = [], on(device, case)
+    kept, case = [], on(str(device), case)
 
     def check():
         kept.append(op_cases.promise(case, device.backend, dtype, lengths=RAGGED, seeds=2, **EVEN))
@@ -406,18 +212,10 @@ def test_cuda_graph(case, device):
     same_bits(copied(results), other())
 
 
-@one_of_each
-def test_same_bits_again(case, device):
-    call = Call(case, device, LONG)
-    first = copied(call())
-    for _ in range(4):
-        same_bits(call(), first)
-
-
 @pytest.mark.slow
 @one_of_each
 def test_two_streams(case, device):
-    calls = [Call(case, device, LONG, seed=seed) for seed in range(2)]
+    calls = [Call(case, device, GPU_LONG, seed=seed) for seed in range(2)]
     alone = [copied(call()) for call in calls]
     streams = [torch.cuda.Stream() for _ in calls]
     torch.cuda.synchronize()
@@ -533,7 +331,7 @@ def test_compute_sanitizer(device):
     if sanitizer is None:
         pytest.skip("no compute-sanitizer")
     # Each allocation by itself, or an access behind one would lie in another.
-    environment = os.environ | {"PYTHONPATH": _python_path(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = os.environ | {"PYTHONPATH": python_path(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     said, end = {}, time.monotonic() + _SANITIZING
     with contextlib.ExitStack() as stack:
         for tool in ("memcheck", "racecheck"):
@@ -563,21 +361,19 @@ def test_compute_sanitizer(device):
     reason="for machines without a GPU",
 )
 @pytest.mark.slow
-def test_the_code_of_these_tests(monkeypatch):
+def test_the_code_of_these_tests():
     """By the interpreter, for a few cases, so that it has run before there is a device."""
-    monkeypatch.setitem(globals(), "RAGGED", (0, 9, 64, 1, 0))
-    monkeypatch.setitem(globals(), "LONG", (70, 0, 5))
-    case, other = CASES["gated_attention_pool"], CASES["softmax_pool"]
-    cpu = Device("cpu", "triton")
-    test_oracle(case, cpu)
-    test_error_promise(other, SINGLE, None, cpu)
+    case, other, cpu = CASES["gated_attention_pool"], CASES["softmax_pool"], Device("cpu", "triton")
+    leg = Leg("gpu", "triton", CASES, None)
+    test_numbers.test_oracle(leg, on("cpu", case), (Shape((0, 9, 64, 1, 0), mask=some_mask, sizes=ODD),))
+    test_numbers.test_hardly_anything(leg, on("cpu", other), [(0, 0)], [torch.float64], ODD)
+    test_numbers.test_error_promise(leg, on("cpu", other), SINGLE, None, test_numbers.ON_GPU)
     test_autocast(CASES["dsmil"], cpu)
-    test_hardly_anything(other, (0, 0), cpu)
     for name in THEIRS:
         test_models_of_others(name, cpu)
-    test_dropout_mask_is_the_cpus(cpu)
-    test_same_bits_again(other, cpu)
-    compile_job("softmax_pool", "bfloat16", "float32", SHORT, False, device=cpu)
+    test_numbers.test_same_bits_again(leg, on("cpu", other), (70, 0, 5), SINGLE, ODD, test_numbers.AGAIN, True)
+    Call(other, cpu, (70, 0, 5))()
+    compile_job("softmax_pool", "bfloat16", "float32", GPU_SHORT, False, False, device="cpu")
     with contextlib.suppress(pytest.skip.Exception):
         test_other_kernels(case, {"scores": "fused"}, SINGLE, cpu)
     for name in ("softmax_pool", "dsmil", "max_pool"):

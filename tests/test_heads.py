@@ -6,7 +6,8 @@ import dataclasses
 import op_cases
 import pytest
 import torch
-from op_cases import CASES, NAN, close, every_backend, every_kernels_backend, offsets_of, step
+from legs import every_backend, every_kernels_backend
+from op_cases import CASES, NAN, close, offsets_of, step
 from oracle import INF
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what Triton's interpreter selects away

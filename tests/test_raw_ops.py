@@ -3,7 +3,8 @@
 import op_cases
 import pytest
 import torch
-from op_cases import CASES, every_backend, offsets_of, step
+from legs import every_backend
+from op_cases import CASES, offsets_of, step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from milkernels.ops import contract

@@ -1,10 +1,9 @@
-"""The reference against the oracle, and what it promises besides numbers: nothing leaks, nothing synchronises,
+"""What the reference promises besides its numbers, which are in test_numbers.py: nothing leaks, nothing synchronises,
 and it can be traced and differentiated again."""
 
 import dataclasses
 import itertools
 
-import op_cases
 import oracle
 import pytest
 import torch
@@ -28,17 +27,7 @@ def ours(case):
     return case.ours("reference")
 
 
-# Values and gradients
-
-
-@pytest.mark.parametrize("mask", [None, MASK], ids=["all-real", "mask"])
-@pytest.mark.parametrize("lengths", [LENGTHS, (N,), (0, N), (0,)], ids=str)
-@every_case
-def test_oracle(case, lengths, mask):
-    offsets = None if len(lengths) == 1 else offsets_of(lengths)
-    mask = mask if mask is None else mask[: sum(lengths)]
-    tensors = case.make(lengths)
-    close(step(ours(case), tensors, offsets, mask), step(case.truth, tensors, offsets, mask))
+# Ways to the same numbers
 
 
 @every_case
@@ -55,30 +44,6 @@ def test_the_ops_that_are_deterministic_on_a_gpu(case, monkeypatch):
     expected = step(ours(case), case.make(), OFFSETS, MASK)
     monkeypatch.setattr(segments, "_adds_by_sorting", lambda t: True)
     close(step(ours(case), case.make(), OFFSETS, MASK), expected)
-
-
-@pytest.mark.parametrize(
-    "dtype, parameter_dtype",
-    [
-        (torch.float32, None),
-        (torch.bfloat16, None),
-        (torch.float16, None),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-    ],
-    ids=str,
-)
-@every_case
-def test_error_promise(case, dtype, parameter_dtype):
-    kept = op_cases.promise(case, "reference", dtype, parameter_dtype, lengths=(70, 5, 40), seeds=5)
-    assert kept.ok, kept.broken()
-
-
-@pytest.mark.parametrize("case", POOLS.values(), ids=POOLS)
-def test_double_backward(case):
-    mask = torch.tensor([True, True, True, False, True])
-    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-        op_cases.check_gradients(case, "reference", (2, 0, 3), mask, check)
 
 
 # Dropout
@@ -122,14 +87,6 @@ def test_everything_dropped():
 # Isolation
 
 
-@pytest.mark.parametrize("poison", [float("nan"), INF, -INF], ids=str)
-@pytest.mark.parametrize("offsets", [OFFSETS, None], ids=["bags", "one-bag"])
-@every_case
-def test_masked_rows_do_not_leak(case, offsets, poison):
-    lengths = LENGTHS if offsets is not None else (N,)
-    op_cases.check_masked_rows_do_not_leak(case, "reference", lengths, offsets, MASK, poison, torch.float32)
-
-
 @pytest.mark.parametrize("offsets", [OFFSETS, None], ids=["bags", "one-bag"])
 @pytest.mark.parametrize("op", ["softmax_pool", "attention_weights"])
 def test_a_score_of_minus_infinity_hides_its_row_from_its_head(op, offsets):
@@ -145,11 +102,6 @@ def test_a_score_of_minus_infinity_hides_its_row_from_its_head(op, offsets):
     got.square().sum().backward()
     assert x.grad is None or (x.grad.isfinite().all() and not x.grad[[4, 7]].any())
     assert scores.grad[:, 0].isfinite().all() and not scores.grad[[4, 7], 0].any()
-
-
-@every_case
-def test_nan_stays_in_its_bag(case):
-    op_cases.check_nan_stays_in_its_bag(case, "reference", LENGTHS, bag=3, row=6)
 
 
 # Choices

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from op_cases import CASES, every_backend, offsets_of
+from legs import every_backend
+from op_cases import CASES, offsets_of
 
 from milkernels import native, testing
 

@@ -1,44 +1,26 @@
-"""The Triton kernels through Triton's interpreter: their numbers, not their compilation, which is test_aot.py's.
-
-A launch costs milliseconds here for each program, so sizes are the smallest that cut tiles, segments and heads.
-On a GPU, test_gpu.py does the same and more.
+"""What the Triton kernels alone have, through Triton's interpreter: slices, scales of half types, products in three
+parts, the launches of a call.  Their other numbers are in test_numbers.py, their compilation in test_aot.py.
 """
 
 import contextlib
 import dataclasses
-import itertools
 
 import op_cases
 import pytest
 import torch
+from legs import EMBEDDED, LEGS, ONE_OF_EACH
 from op_cases import CASES, NAN, PLAIN, close, offsets_of, same_bits, step
 from test_contract import detached, recorded
+from test_numbers import HEADS as FIVE
+from test_numbers import ODD, some_mask
 
-import milkernels
-from milkernels import native, testing, triton
-from milkernels.ops import contract
+from milkernels import native, testing
 
-pytestmark = [
-    pytest.mark.simulated,
-    pytest.mark.skipif(
-        triton.load_error() is not None or not triton.interpreted(),
-        reason=f"no interpreter: {triton.load_error() or 'there is a GPU, which test_gpu.py uses'}",
-    ),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of what is selected away
-]
+pytestmark = LEGS["interpreted"].needed
 
 INF = float("inf")
-# Empty bags first, last and in between; one instance; a whole segment of 64 rows, and bags that cross segments.
-RAGGED = (0, 1, 64, 0, 63, 5, 0)
-LONG = (0, 256, 2000, 1, 300)  # more than 2048 rows: segments of 256
-ODD = {"L": 37, "D": 41, "K": 2, "C": 2, "Q2": 9, "V": 33}
-FIVE = {"L": 20, "D": 18, "K": 5, "C": 5, "Q2": 17, "V": 7}  # more heads than share a read
-
-SERVED = {name: case for name, case in CASES.items() if op_cases.has_kernel(case.kernel, "triton")}
-EMBEDDED = {name: case for name, case in SERVED.items() if case.embed is not None}
-every_kernel = pytest.mark.parametrize("case", SERVED.values(), ids=SERVED)
 # A case of each op, and one on embedded instances of each that takes them.
-one_of_each = pytest.mark.parametrize("case", (PLAIN | EMBEDDED).values(), ids=PLAIN | EMBEDDED)
+one_of_each = pytest.mark.parametrize("case", [CASES[name] for name in ONE_OF_EACH], ids=ONE_OF_EACH)
 embedded = pytest.mark.parametrize("case", EMBEDDED.values(), ids=EMBEDDED)
 
 
@@ -48,39 +30,6 @@ def served(*names: str):
 
 def run(case, tensors, offsets, mask=None, backend="triton", wanted=None):
     return step(case.ours(backend), tensors, offsets, mask, wanted)
-
-
-def some_mask(n: int):
-    """Holes everywhere, and a segment with no real row at all."""
-    mask = torch.rand(n, generator=torch.Generator().manual_seed(5)) > 0.3
-    mask[64:128] = False
-    return mask
-
-
-@pytest.mark.parametrize(
-    "lengths, index, masked, sizes",
-    [
-        pytest.param(RAGGED, torch.int32, False, FIVE, id="five-heads"),
-        pytest.param(RAGGED, torch.int64, True, ODD, id="two-heads-mask"),
-        pytest.param((133,), None, True, FIVE | {"K": 1, "C": 1}, id="one-bag-mask"),
-    ],
-)
-@every_kernel
-def test_oracle(case, lengths, index, masked, sizes):
-    offsets = None if index is None else offsets_of(lengths, index)
-    mask, tensors = some_mask(sum(lengths)) if masked else None, case.make(lengths, **sizes)
-    close(run(case, tensors, offsets, mask), step(case.truth, tensors, offsets, mask))
-
-
-@served(*PLAIN)
-@pytest.mark.slow
-def test_many_rows(case):
-    """Segments of 256 rows; masked ones, and bags that cross them."""
-    mask = some_mask(sum(LONG))
-    mask[256:512] = mask[2256] = False
-    tensors = case.make(LONG, L=12, D=7, K=2, C=2, Q2=3, V=4)
-    offsets = offsets_of(LONG)
-    close(run(case, tensors, offsets, mask), step(case.truth, tensors, offsets, mask))
 
 
 @served(
@@ -97,38 +46,6 @@ def test_rows_in_several_slices(case, monkeypatch):
 
     monkeypatch.setattr(call, "WORKSPACE", 1)
     close(run(case, tensors, offsets, mask), whole)
-
-
-@served(
-    *(*PLAIN, "attention_pool-embed-gelu", "query_pool-embed-dropout", "instance_max-embed-dropout"),
-    *("loss_attention_pool-embed", "dsmil-embed-mlp-q-relu-v"),
-)
-@pytest.mark.slow
-def test_some_gradients_only(case):
-    """Of any of the outputs; and for each input alone, as where features or parameters are frozen."""
-    lengths, mask = (30, 5), torch.arange(35) % 4 > 0
-    offsets = offsets_of(lengths)
-    tensors = case.make(lengths, L=6, D=5, K=2, C=2, Q2=3, V=4)
-    whole = run(case, tensors, offsets, mask)
-    outputs = [i for i in range(4) if f"output {i}" in whole and whole[f"output {i}"].is_floating_point()]
-    for wanted in itertools.chain.from_iterable(itertools.combinations(outputs, n) for n in range(len(outputs))):
-        got = run(case, tensors, offsets, mask, wanted=wanted)
-        close(got, step(case.truth, tensors, offsets, mask, wanted=wanted))
-    for name in case.tensors:
-        alone = {n: t.detach().requires_grad_(n == name) for n, t in tensors.items()}
-        for key, value in run(case, alone, offsets, mask).items():
-            torch.testing.assert_close(value, whole[key], rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "dtype, parameter_dtype",
-    [(torch.float32, None), (torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, torch.float32)],
-    ids=str,
-)
-@every_kernel
-def test_error_promise(case, dtype, parameter_dtype):
-    kept = op_cases.promise(case, "triton", dtype, parameter_dtype, lengths=(66, 5), seeds=2, **FIVE)
-    assert kept.ok, kept.broken()
 
 
 @pytest.mark.parametrize("lengths", [(70, 5), (133,)], ids=str)
@@ -219,52 +136,12 @@ def test_float16_gradients_do_not_overflow(case):
         assert t.isfinite().all(), name
 
 
-@every_kernel
-def test_autocast(case):
-    """No output and no gradient is worse than twice the reference's there, and types are the same."""
-    # In more bags where one row may have nearly all the weight of one, and its error would be all that is compared.
-    lengths, runs = (30, 5, 25, 7, 20) if case.op == "loss_attention_pool" else (70, 5), []
-    offsets = offsets_of(lengths)
-    for seed in range(2):
-        tensors = case.make(lengths, torch.float32, seed, relu=True, **FIVE)
-        with torch.autocast("cpu", torch.bfloat16):
-            both = [run(case, tensors, offsets, backend=backend) for backend in ("triton", "reference")]
-        for name, t in both[0].items():
-            assert t.dtype == both[1][name].dtype, name
-        runs.append((*both, op_cases.exactly(case, tensors, offsets)))
-    ours, reference, exact = (op_cases.together(results) for results in zip(*runs, strict=True))
-    kept = testing.error_promise(ours, reference, exact, torch.bfloat16)
-    assert kept.ok, kept.broken()
-
-
 @served("dsmil_pool-linear-v", "softmax_pool", "query_pool")
 def test_autocast_does_not_reach_what_is_not_a_product_with_the_instances(case):
     tensors, offsets = case.make((70, 5), torch.float32, **ODD), offsets_of((70, 5))
     with torch.autocast("cpu", torch.bfloat16):
         got = run(case, tensors, offsets)
     same_bits(got, run(case, tensors, offsets))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-@every_kernel
-def test_masked_rows_do_not_leak(case, dtype):
-    offsets, mask = offsets_of(RAGGED), some_mask(sum(RAGGED))
-    poison = torch.tensor([NAN, INF, -INF]).repeat(len(mask))[: (~mask).sum(), None].to(dtype)
-    op_cases.check_masked_rows_do_not_leak(case, "triton", RAGGED, offsets, mask, poison, dtype, **ODD)
-
-
-@pytest.mark.parametrize(
-    "case, poison",
-    [
-        pytest.param(case, poison, id=f"{name}-{poison}")
-        for name, case in (PLAIN | EMBEDDED).items()
-        for poison in ((NAN, INF) if name in PLAIN else (NAN,))
-    ],
-)
-@pytest.mark.slow
-def test_nan_stays_in_its_bag(case, poison):
-    lengths, row = (60, 6, 70, 0, 30), 65
-    op_cases.check_nan_stays_in_its_bag(case, "triton", lengths, 1, row, torch.float32, poison, **ODD)
 
 
 @embedded
@@ -297,29 +174,6 @@ def recorded_launches():
         yield names
     finally:
         host._run = launch
-
-
-@pytest.mark.parametrize("lengths", [(), (0,), (0, 0), (1,), None], ids=str)
-@one_of_each
-def test_hardly_anything(case, lengths):
-    offsets = None if lengths is None else offsets_of(lengths)
-    tensors = case.make((0,) if lengths is None else lengths, relu=True)
-    close(run(case, tensors, offsets), run(case, tensors, offsets, backend="reference"))
-
-
-@served(*PLAIN, "attention_pool-embed-gelu")
-@pytest.mark.slow
-def test_layouts(case):
-    """Rows inside wider ones, and every second row, of whatever is given."""
-    lengths = (40, 0, 30)
-    tensors, offsets = case.make(lengths, L=6, D=5, K=2, C=2, Q2=3, V=4), offsets_of(lengths)
-    expected = run(case, tensors, offsets)
-    for name, t in tensors.items():
-        wide = torch.full((*t.shape[:-1], t.shape[-1] + 9), NAN, dtype=t.dtype)
-        wide[..., 3:-6] = t.detach()
-        for other in (wide[..., 3:-6], t.detach().repeat_interleave(2, 0)[::2]):
-            changed = tensors | {name: other.requires_grad_(t.requires_grad)}
-            close(run(case, changed, offsets), expected)
 
 
 @one_of_each
@@ -361,16 +215,6 @@ class _unchecked:
         self.module.check_offset_values = self.check
 
 
-@served(
-    *("gated_attention_pool", "dsmil_pool", "dsmil-mlp-q-relu-v", "instance_max", "max_pool"),
-    "gated_attention_pool-embed-dropout",
-)
-@pytest.mark.slow
-def test_same_bits_again(case):
-    tensors, offsets = case.make(RAGGED, torch.float32, **FIVE), offsets_of(RAGGED)
-    same_bits(run(case, tensors, offsets), run(case, tensors, offsets))
-
-
 @pytest.mark.skipif(native.load_error() is not None, reason=f"no extension: {native.load_error()}")
 @served(
     *("attention_pool-gelu-dropout", "gated_attention_pool-dropout", "dsmil_pool-relu-v-dropout"),
@@ -405,64 +249,6 @@ def test_rows_past_four_billion_are_counted_in_the_dropout():
     ]
     lanes = words >> 16 * (unit & 1) & 0xFFFF
     assert torch.equal(out, 2.0 * (lanes >= 1 << 15))
-
-
-@pytest.mark.parametrize("largest", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.slow
-def test_topk_is_exactly_the_references(dtype, largest):
-    """Many ties, NaN, both infinities and both zeros; more asked for than a bag, or all bags, have."""
-    generator = torch.Generator().manual_seed(3)
-    for lengths in (RAGGED, (300,), (0, 0)):
-        n = sum(lengths)
-        scores = torch.randint(-4, 5, (n, 5), generator=generator).to(dtype) / 2
-        scores[:, 1] = torch.randn(n, generator=generator).to(dtype)
-        for column, value in ((2, NAN), (2, -INF), (3, INF), (3, -INF), (4, -0.0), (4, NAN)):
-            scores[torch.rand(n, generator=generator) < 0.2, column] = value
-        for k, mask in ((1, None), (64, torch.rand(n, generator=generator) > 0.4), (331, None)):
-            options = {"largest": largest, "mask": mask}
-            got, expected = (
-                milkernels.topk_instances(scores, k, offsets_of(lengths), backend=backend, **options)
-                for backend in ("triton", "reference")
-            )
-            assert torch.equal(got.indices, expected.indices), (lengths, k)
-            torch.testing.assert_close(got.values, expected.values, rtol=0, atol=0, equal_nan=True)
-
-
-@served("instance_max", "max_pool", "dsmil_pool")
-def test_nan_wins(case):
-    """As in torch.max: the first of several, over larger numbers before and behind it."""
-    lengths = (5, 0, 70, 130)
-    tensors, offsets = case.make(lengths), offsets_of(lengths)
-    chooser = tensors["instance_logits" if case.op == "dsmil_pool" else "x"].data
-    chooser[[30, 160]] = INF if case.op == "max_pool" else 1e3
-    chooser[[40, 41, 140, 170]] = NAN
-    got = run(case, tensors, offsets)
-    close(got, step(case.truth, tensors, offsets, None), equal_nan=True)
-    indices = got["output 3" if case.op == "dsmil_pool" else "output 1"]
-    assert indices[-1].unique().item() == 140
-
-
-@pytest.mark.parametrize("name", ["softmax_pool", "segment_softmax"])
-def test_scores_far_from_zero(name):
-    """Weights taken as exp(score - lse) would show one rounding of the lse, 3e-5."""
-    case = CASES[name]
-    tensors = case.make((70, 5), torch.float32, relu=True, **ODD)
-    with torch.no_grad():
-        tensors["scores"] += 500
-        tensors["scores"][::2] -= 1e4
-    offsets = offsets_of((70, 5))
-    eager = step(case.truth, tensors, offsets, None)
-    kept = testing.error_promise(
-        run(case, tensors, offsets), eager, op_cases.exactly(case, tensors, offsets), torch.float32
-    )
-    assert kept.ok, kept.broken()
-
-
-def test_every_op_has_a_kernel():
-    assert {case.kernel for case in CASES.values()} == {op.name for op in contract.FORWARDS}
-    declared = {f"{op.name}_fwd" for op in contract.FORWARDS} | {f"{op.backward.name}_bwd" for op in contract.FORWARDS}
-    assert set(triton.kernels()) | set(contract.COMPOSED) == declared | set(contract.PARTS)
 
 
 # As torch.library ops

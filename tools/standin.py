@@ -290,7 +290,13 @@ class _Counting(TorchDispatchMode):
 
 _LAYERS = {"u_": "gated", "q2_": "mlp", "v_": "value", "e_": "embed"}  # that may be absent: what asks for them
 _GIVEN_WITH = {"offsets": "bags", "mask": "mask", "seed": "drop", "e_seed": "embed", "critical_rows": "rows"}
-_TYPES = {"critical": torch.int64, "offsets": torch.int64, "seed": torch.int64, "e_seed": torch.int64, "mask": torch.bool}
+_TYPES = {
+    "critical": torch.int64,
+    "offsets": torch.int64,
+    "seed": torch.int64,
+    "e_seed": torch.int64,
+    "mask": torch.bool,
+}
 _ACTIVATIONS = ("tanh", "relu", "gelu", "identity")
 
 

@@ -1,0 +1,127 @@
+"""Kernels and references that are wrong on purpose: which tests notice?
+
+    python tests/mutants.py [NAME ...] [-- ARGUMENTS OF PYTEST]
+
+puts one after the other into a copy of the sources, build/mutants, compiles there what it needs, and names the tests
+that fail.  One that no test notices is a test to write.
+"""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPY = ROOT / "build" / "mutants"
+NATIVE = ("tests/test_numbers.py", "tests/test_native.py", "tests/test_attention.py", "--legs", "native")
+EMULATED = ("tests/test_numbers.py", "tests/test_cuda.py", "--legs", "emulated")
+REFERENCE = ("tests/test_numbers.py", "tests/test_reference.py", "--legs", "reference")
+INTERPRETED = ("tests/test_numbers.py", "tests/test_triton.py", "--legs", "interpreted")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    file: str
+    old: str  # stands there once
+    new: str
+    tests: tuple
+    which: str  # of the tests: those of ops that have the code
+
+
+MUTANTS = {
+    "reference-mask-missing": Mutant(
+        "milkernels/ops/trilinear.py",
+        "return scores if mask is None else scores.masked_fill(~mask[:, None], -INF)",
+        "return scores",
+        *(REFERENCE, "softmax or attention or query"),
+    ),
+    "reference-term-dropped": Mutant(
+        *("milkernels/ops/trilinear.py", "lse = (top + z.log())", "lse = z.log()"),
+        *(REFERENCE, "softmax or attention or query"),
+    ),
+    "triton-rows-short": Mutant(
+        *("milkernels/triton/pool.py", "for row in tl.range(start, end, BN, num_stages=NS):"),
+        *("for row in tl.range(start, end - 1, BN, num_stages=NS):", INTERPRETED, "mean_pool or weighted_pool"),
+    ),
+    "triton-parts-unscaled": Mutant(
+        *("milkernels/triton/pool.py", "factor = tl.exp(part_top - base)"),
+        *('factor = tl.where(part_top == float("-inf"), 0.0, 1.0)', INTERPRETED, "softmax_pool"),
+    ),
+    "cpu-sign": Mutant(
+        *("csrc/cpu/scores.cpp", "static_cast<A>(-sum[k])", "static_cast<A>(sum[k])", NATIVE, "attention_weights"),
+    ),
+    "cpu-last-of-equals": Mutant(
+        *("csrc/cpu/plain_pooling.cpp", "(value > best) |", "(value >= best) |", NATIVE, "max_pool"),
+    ),
+    "cpu-bias-gradient-dropped": Mutant(
+        *("csrc/cpu/attention_score.h", "out.bias[g * kBlock + j] += bias_sum[j];", "(void)bias_sum;"),
+        *(NATIVE, "attention and not loss and not weights"),
+    ),
+    "cpu-dropout-unscaled": Mutant(
+        *("csrc/cpu/instances.cpp", "V::blendv(g.lo * scale, zero, h.lo <= zero)"),
+        *("V::blendv(g.lo, zero, h.lo <= zero)", NATIVE, "embed and dropout"),
+    ),
+    "cuda-parts-unscaled": Mutant(
+        "csrc/cuda/combine.cu",
+        "merge == Merge::kSoftmax ? rescale(partials.top[s * heads + k], top == kDead ? A(0) : top) : A(1);",
+        *("A(1);", EMULATED, "softmax_pool or attention_pool"),
+    ),
+    "cuda-bias-gradient-dropped": Mutant(
+        *("csrc/cuda/gate_kernels.cu", "dv_bias[i] += dz[i];", "(void)dv_bias;"),
+        *(EMULATED, "attention and not loss and not weights"),
+    ),
+}
+
+
+def copy() -> None:
+    """Of what git tracks or would; a file that is right already keeps its time, for ninja."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )
+    for name in listed.stdout.decode().split("\n"):
+        source, target = ROOT / name, COPY / name
+        if source.is_file() and not (target.exists() and target.read_bytes() == source.read_bytes()):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
+
+
+def build(emulated: bool) -> None:
+    chosen = {"MILKERNELS_BUILD_EXT": str(int(not emulated)), "MILKERNELS_BUILD_EMULATED": str(int(emulated))}
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=COPY, env=os.environ | {"MILKERNELS_BUILD_CUDA": "0"} | chosen, check=True)
+
+
+def failures(mutant: Mutant, arguments: list[str]) -> list[str]:
+    emulated = mutant.tests is EMULATED
+    if mutant.file.startswith("csrc"):
+        build(emulated)
+    environment = os.environ | {"PYTHONPATH": str(COPY)} | ({"MILKERNELS_EMULATE_CUDA": "1"} if emulated else {})
+    chosen = [*mutant.tests, "-k", mutant.which, "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", *chosen]
+    done = subprocess.run(command, cwd=COPY, env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stdout[-3000:] + done.stderr[-3000:]
+    print(done.stdout.strip().rpartition("\n")[2])
+    return re.findall(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
+
+
+def main(names: list[str], arguments: list[str]) -> None:
+    for name in names or MUTANTS:
+        mutant = MUTANTS[name]
+        copy()
+        text = (COPY / mutant.file).read_text()
+        assert text.count(mutant.old) == 1, f"{name}: {mutant.file} has {text.count(mutant.old)} of {mutant.old!r}"
+        (COPY / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+        print(f"\n{name}: {mutant.file}", flush=True)
+        failed = failures(mutant, arguments)
+        for test, count in Counter(test.partition("[")[0] for test in failed).items():
+            print(f"  {count:4} {test}")
+        print(f"  {len(failed):4} in all", flush=True)
+
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
+    main(given[:end], given[end + 1 :])
