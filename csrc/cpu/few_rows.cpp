@@ -222,24 +222,37 @@ Activation activation_of(std::optional<std::string_view> name) {
 }
 
 Tensor few_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                  std::optional<std::string_view> activation) {
+                  std::optional<std::string_view> activation, double scale) {
   const FewLayer layer(x, 1, weight, bias);
   Tensor z = product_nt(layer.x, layer.weight);
   if (bias) z.add_(layer.bias);
-  return activated(z, activation_of(activation));
+  z = activated(z, activation_of(activation));
+  return scale == 1 ? z : z.mul_(scale);
 }
 
 // The slope of these activations can be read off what came out.
 std::tuple<Tensor, Tensor, Tensor> few_linear_bwd(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                                  const Tensor& out, std::optional<std::string_view> activation) {
+                                                  const OptionalTensor& out, std::optional<std::string_view> activation,
+                                                  double scale) {
   const FewLayer layer(x, 1, weight, std::nullopt);
   const int64_t units = layer.weight.size(0);
   Tensor g = layer.gradient(grad, "grad", units);
-  const Tensor y = layer.gradient(out, "out", units);
+  if (scale != 1) g = g * scale;
   const Activation f = activation_of(activation);
-  if (f == Activation::kRelu) g = g.masked_fill(y.le(0), 0.);
-  if (f == Activation::kTanh) g = g * (1 - y * y);
+  TORCH_CHECK_VALUE(out || f == Activation::kIdentity, "out must be given with an activation; got None");
+  if (f == Activation::kRelu) g = g.masked_fill(layer.gradient(*out, "out", units).le(0), 0.);
+  if (f == Activation::kTanh) {
+    const Tensor y = layer.gradient(*out, "out", units);
+    g = g * (1 - y * y);
+  }
   return {product_nn(g, layer.weight), product_tn(g, layer.x), column_sums(g)};
+}
+
+Tensor linear_of_bags(const Tensor& pooled, const Tensor& lse, const Tensor& weight, const OptionalTensor& bias) {
+  TORCH_CHECK_VALUE(pooled.dim() == 3 && lse.sizes() == pooled.sizes().slice(0, 2), "lse must be ",
+                    pooled.sizes().slice(0, 2), "; got ", lse.sizes());
+  const Tensor out = few_linear(pooled.flatten(0, 1), weight, bias, std::nullopt, 1);
+  return out.masked_fill_(lse.eq(kDead<double>).view({-1, 1}), 0.).view({lse.size(0), lse.size(1), out.size(1)});
 }
 
 std::tuple<Tensor, Tensor> few_transposed(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
@@ -268,6 +281,7 @@ Tensor few_sums(const Tensor& a) { return column_sums(matrix(a, "a", a.scalar_ty
 TORCH_LIBRARY_IMPL(milkernels, CPU, m) {
   m.impl("few_linear.native", few_linear);
   m.impl("few_linear_bwd.native", few_linear_bwd);
+  m.impl("linear_of_bags.native", linear_of_bags);
   m.impl("few_transposed.native", few_transposed);
   m.impl("few_transposed_bwd.native", few_transposed_bwd);
   m.impl("few_sums.native", few_sums);

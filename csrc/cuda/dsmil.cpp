@@ -236,23 +236,32 @@ void add_rows_(const Tensor& grad_x, const Tensor& grad_e_weight, const Tensor& 
 
 // Layers on a few rows. Their products are in the accumulation type, whatever PyTorch's switch lets large ones be.
 Tensor few_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                  std::optional<std::string_view> activation) {
+                  std::optional<std::string_view> activation, double scale) {
   const at::NoTF32Guard exact;
-  const Tensor z = x.matmul(weight.t());
+  Tensor z = x.matmul(weight.t());
   if (bias) z.add_(*bias);
   const Activation f = activation ? parse_activation(*activation) : Activation::kIdentity;
   TORCH_CHECK_VALUE(f != Activation::kGelu, "activation must be tanh, relu or identity; got gelu");
-  return f == Activation::kRelu ? z.relu_() : f == Activation::kTanh ? z.tanh_() : z;
+  if (f == Activation::kRelu) z.relu_();
+  if (f == Activation::kTanh) z.tanh_();
+  return scale == 1 ? z : z.mul_(scale);
 }
 
 std::tuple<Tensor, Tensor, Tensor> few_linear_bwd(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                                  const Tensor& out, std::optional<std::string_view> activation) {
+                                                  const OptionalTensor& out, std::optional<std::string_view> activation,
+                                                  double scale) {
   const at::NoTF32Guard exact;
   const Activation f = activation ? parse_activation(*activation) : Activation::kIdentity;
-  Tensor g = grad;
-  if (f == Activation::kRelu) g = grad.masked_fill(out <= 0, 0);
-  if (f == Activation::kTanh) g = grad * (1 - out * out);
+  TORCH_CHECK_VALUE(out || f == Activation::kIdentity, "out must be given with an activation; got None");
+  Tensor g = scale == 1 ? grad : grad * scale;
+  if (f == Activation::kRelu) g = g.masked_fill(*out <= 0, 0);
+  if (f == Activation::kTanh) g = g * (1 - *out * *out);
   return {g.matmul(weight), g.t().matmul(x), g.sum(0)};
+}
+
+Tensor linear_of_bags(const Tensor& pooled, const Tensor& lse, const Tensor& weight, const OptionalTensor& bias) {
+  const Tensor out = few_linear(pooled.flatten(0, 1), weight, bias, std::nullopt, 1);
+  return out.view({lse.size(0), lse.size(1), out.size(1)}).masked_fill_((lse == kDead).unsqueeze(2), 0);
 }
 
 std::tuple<Tensor, Tensor> few_transposed(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
@@ -278,6 +287,7 @@ TORCH_LIBRARY_IMPL(milkernels, MILKERNELS_DEVICE_KEY, m) {
   m.impl("add_rows_.native", add_rows_);
   m.impl("few_linear.native", few_linear);
   m.impl("few_linear_bwd.native", few_linear_bwd);
+  m.impl("linear_of_bags.native", linear_of_bags);
   m.impl("few_transposed.native", few_transposed);
   m.impl("few_transposed_bwd.native", few_transposed_bwd);
   m.impl("few_sums.native", few_sums);

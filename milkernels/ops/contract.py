@@ -410,7 +410,7 @@ def _entry(name: str, backend: str) -> Callable:
     def enter(x: Tensor, *others):
         if not _torch.unobserved(x):
             return overload(x, *others)
-        with _torch.without_autocast():
+        with _torch.below_autograd(), _torch.without_autocast():
             return function(parts, x, *others)
 
     return enter

@@ -14,6 +14,7 @@ from milkernels.ops.segments import INF
 
 _EMBED = ("e_weight", "e_bias")
 _FIRST = ("weight", "bias")
+_ABSENT = [None] * 4
 _SECOND = ("q_weight", "q_bias", "q2_weight", "q2_bias", "v_weight", "v_bias")
 
 
@@ -28,7 +29,7 @@ class _SecondStream:
         self.folded = v_weight is not None and v_activation in (None, "identity")
         self.scale = (q2_weight if self.mlp else q_weight).shape[0] ** -0.5 if scale is None else scale
         # The layers that rows go through: those of an MLP query, and a value that is not linear.
-        layers = [*(self.weights[:4] if self.mlp else [None] * 4), *([None] * 2 if self.folded else self.weights[4:])]
+        layers = (self.weights[:4] if self.mlp else _ABSENT[:4]) + (_ABSENT[:2] if self.folded else self.weights[4:])
         self.of_rows = (layers, offsets, mask, seed, v_activation, v_dropout_p, compute_dtype, *embed)
 
     def forward(self, queries: "_Queries") -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -36,10 +37,7 @@ class _SecondStream:
         bag, scores, lse = self.ops.dsmil_rows_fwd(self.x, *queries.of_rows, *self.of_rows)
         if not self.folded:
             return bag, scores, lse, bag.new_empty(0)
-        v_weight, v_bias = self.weights[4:]
-        pooled, shape = bag, (*lse.shape, v_weight.shape[0])
-        bag = self.ops.few_linear(pooled.flatten(0, 1), v_weight, v_bias, None).view(shape)
-        return bag.masked_fill_((lse == -INF)[..., None], 0), scores, lse, pooled
+        return self.ops.linear_of_bags(bag, lse, *self.weights[4:]), scores, lse, bag
 
     def backward(self, queries: "_Queries", saved, grads, found: dict[str, Tensor], needs) -> Tensor | None:
         """Adds to ``found`` the gradients by name; returns that of the critical rows [n, L], which waits to be added to
@@ -52,7 +50,7 @@ class _SecondStream:
             if grad_bag is not None:
                 of_bag = grad_bag.masked_fill((lse == -INF)[..., None], 0).flatten(0, 1)
                 grad_bag, found["v_weight"], found["v_bias"] = self.ops.few_linear_bwd(
-                    of_bag, pooled.flatten(0, 1), self.weights[4], of_bag, None
+                    of_bag, pooled.flatten(0, 1), self.weights[4], None, None, 1.0
                 )
                 grad_bag = grad_bag.view_as(pooled)
             bag = pooled
@@ -85,11 +83,11 @@ class _Queries:
         ops, (q_weight, q_bias, q2_weight, q2_bias, _, _) = call.ops, call.weights
         self.call, self.rows, shift = call, rows, None
         if call.mlp:
-            self.hidden = ops.few_linear(rows, q_weight, q_bias, "relu")
-            self.query = ops.few_linear(self.hidden, q2_weight, q2_bias, "tanh")
+            self.hidden = ops.few_linear(rows, q_weight, q_bias, "relu", 1.0)
+            self.query = ops.few_linear(self.hidden, q2_weight, q2_bias, "tanh", 1.0)
             vectors = self.query * call.scale
         else:
-            self.query = ops.few_linear(rows, q_weight, q_bias, None).mul_(call.scale)
+            self.query = ops.few_linear(rows, q_weight, q_bias, None, call.scale)
             vectors, shift = ops.few_transposed(self.query, q_weight, q_bias)
             shift = shift.view(critical.shape)
         self.of_rows = (vectors.view(*critical.shape, vectors.shape[1]), shift, critical)
@@ -99,16 +97,15 @@ class _Queries:
         call, ops, (q_weight, q_bias, q2_weight, _, _, _) = self.call, self.call.ops, self.call.weights
         if call.mlp:
             of_hidden, of_q2, of_q2_bias = ops.few_linear_bwd(
-                of_vectors * call.scale, self.hidden, q2_weight, self.query, "tanh"
+                of_vectors, self.hidden, q2_weight, self.query, "tanh", call.scale
             )
             _add(found, q2_weight=of_q2, q2_bias=of_q2_bias)
-            of_rows, of_q, of_q_bias = ops.few_linear_bwd(of_hidden, self.rows, q_weight, self.hidden, "relu")
+            of_rows, of_q, of_q_bias = ops.few_linear_bwd(of_hidden, self.rows, q_weight, self.hidden, "relu", 1.0)
         else:
             of_query, found["q_weight"], found["q_bias"] = ops.few_transposed_bwd(
                 of_vectors, of_shift, self.query, q_weight, q_bias
             )
-            of_query.mul_(call.scale)
-            of_rows, of_q, of_q_bias = ops.few_linear_bwd(of_query, self.rows, q_weight, of_query, None)
+            of_rows, of_q, of_q_bias = ops.few_linear_bwd(of_query, self.rows, q_weight, None, None, call.scale)
         _add(found, q_weight=of_q, q_bias=of_q_bias)
         return of_rows
 

@@ -415,9 +415,12 @@ _PARTS = {
     # The gradient of all logits W x + b on its way: adds those of the rows, returns those of W and b.
     "logits_bwd_": "(Tensor(a!) grad_x, Tensor(b!) grad_e_weight, Tensor(c!) grad_e_bias, Tensor x, Tensor?[] weights, "
     f"{BAGS}, Tensor logits, {_EMBED}, Tensor grad_logits) -> (Tensor weight, Tensor bias)",
-    # Layers on a few rows, whose bits no number of threads changes: act(x W^T + b), and (x W, x b).
-    "few_linear": "(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor",
-    "few_linear_bwd": "(Tensor grad, Tensor x, Tensor weight, Tensor out, str? activation) -> (Tensor, Tensor, Tensor)",
+    # Layers on a few rows, whose bits no number of threads changes: scale act(x W^T + b), V pooled + b (0 for an empty
+    # bag), and (x W, x b).
+    "few_linear": "(Tensor x, Tensor weight, Tensor? bias, str? activation, float scale) -> Tensor",
+    "few_linear_bwd": "(Tensor grad, Tensor x, Tensor weight, Tensor? out, str? activation, float scale) "
+    "-> (Tensor, Tensor, Tensor)",
+    "linear_of_bags": "(Tensor pooled, Tensor lse, Tensor weight, Tensor? bias) -> Tensor",
     "few_transposed": "(Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor)",
     "few_transposed_bwd": "(Tensor grad, Tensor? grad_shift, Tensor x, Tensor weight, Tensor? bias) "
     "-> (Tensor, Tensor, Tensor)",

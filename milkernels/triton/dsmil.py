@@ -247,19 +247,28 @@ def _onto(call: Instances, *gradients: Tensor) -> RowGradients:
     return RowGradients(call, [g is not None for g in gradients], onto=gradients)
 
 
-def few_linear(x, weight, bias, activation):
+def few_linear(x, weight, bias, activation, scale):
     z = x @ weight.t()
     if bias is not None:
         z += bias
-    return z if activation is None else {"relu": torch.relu_, "tanh": torch.tanh_}[activation](z)
+    if activation is not None:
+        {"relu": torch.relu_, "tanh": torch.tanh_}[activation](z)
+    return z if scale == 1 else z.mul_(scale)
 
 
-def few_linear_bwd(grad, x, weight, out, activation):
+def few_linear_bwd(grad, x, weight, out, activation, scale):
+    if scale != 1:
+        grad = grad * scale
     if activation == "relu":
         grad = grad.masked_fill(out <= 0, 0)
     elif activation == "tanh":
         grad = grad * (1 - out * out)
     return grad @ weight, grad.t() @ x, grad.sum(0)
+
+
+def linear_of_bags(pooled, lse, weight, bias):
+    bag = few_linear(pooled.flatten(0, 1), weight, bias, None, 1).view(*lse.shape, weight.shape[0])
+    return bag.masked_fill_((lse == _DEAD)[..., None], 0)
 
 
 def few_transposed(x, weight, bias):
