@@ -148,6 +148,27 @@ Tensor column_sums(const Tensor& a) {
   return out;
 }
 
+std::tuple<Tensor, Tensor, Tensor> winner_gradients(const Tensor& grad_values, const Tensor& indices,
+                                                    const Tensor& rows, const Tensor& weight) {
+  const int64_t n = indices.numel(), C = weight.size(0), L = weight.size(1);
+  Tensor grad_rows = at::empty_like(rows), grad_weight = at::zeros({C, L}, rows.options()),
+         grad_bias = at::zeros({C}, rows.options());
+  AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "winner_gradients", [&] {
+    using A = scalar_t;
+    const int64_t* const row = indices.const_data_ptr<int64_t>();
+    const A *const from = rows.const_data_ptr<A>(), *const w = weight.const_data_ptr<A>();
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t c = i % C;
+      const A g = row[i] < 0 ? A(0) : grad_values.const_data_ptr<A>()[i];
+      grad_bias.mutable_data_ptr<A>()[c] += g;
+      add_to_row<A>(grad_weight.mutable_data_ptr<A>() + c * L, from + i * L, g, L);
+      A* const to = grad_rows.mutable_data_ptr<A>() + i * L;
+      for (int64_t l = 0; l < L; ++l) to[l] = g * w[c * L + l];
+    }
+  });
+  return {grad_rows, grad_weight, grad_bias};
+}
+
 Tensor activated(const Tensor& z, Activation activation) {
   if (activation == Activation::kIdentity) return z;
   Tensor y = at::empty_like(z);
@@ -276,7 +297,19 @@ std::tuple<Tensor, Tensor, Tensor> few_transposed_bwd(const Tensor& grad, const 
   return {of_x, product_tn(layer.x, g), of_bias};
 }
 
-Tensor few_sums(const Tensor& a) { return column_sums(matrix(a, "a", a.scalar_type())); }
+std::tuple<Tensor, Tensor, Tensor> few_winners_bwd(const Tensor& grad_values, const Tensor& indices, const Tensor& rows,
+                                                   const Tensor& weight) {
+  const FewLayer layer(rows, 1, weight, std::nullopt);
+  const int64_t classes = layer.weight.size(0);
+  TORCH_CHECK_VALUE(indices.dim() == 2 && indices.size(1) == classes && indices.scalar_type() == at::kLong &&
+                        indices.numel() == layer.x.size(0) && indices.device().is_cpu(),
+                    "indices must be int64 [bags, ", classes, "] on cpu; got ", indices.scalar_type(), " ",
+                    indices.sizes());
+  TORCH_CHECK_VALUE(grad_values.sizes() == indices.sizes(), "grad_values must be ", indices.sizes(), "; got ",
+                    grad_values.sizes());
+  const Tensor g = matrix(grad_values, "grad_values", layer.x.scalar_type());
+  return winner_gradients(g, indices.contiguous(), layer.x, layer.weight);
+}
 
 TORCH_LIBRARY_IMPL(milkernels, CPU, m) {
   m.impl("few_linear.native", few_linear);
@@ -284,7 +317,7 @@ TORCH_LIBRARY_IMPL(milkernels, CPU, m) {
   m.impl("linear_of_bags.native", linear_of_bags);
   m.impl("few_transposed.native", few_transposed);
   m.impl("few_transposed_bwd.native", few_transposed_bwd);
-  m.impl("few_sums.native", few_sums);
+  m.impl("few_winners_bwd.native", few_winners_bwd);
 }
 
 }  // namespace

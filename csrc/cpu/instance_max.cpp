@@ -4,38 +4,12 @@
 
 #include <tuple>
 
+#include "few_rows.h"
 #include "instances.h"
 
 namespace milkernels {
 
 namespace {
-
-// Where only the maxima have a gradient, it goes to the rows that have them and nothing else is read.
-std::tuple<Tensor, Tensor> winner_gradients(const ClassCall& call, const Tensor& indices, const Tensor& grad_values,
-                                            bool need_weight, bool need_bias, RowGradients& of_rows) {
-  const int64_t n = indices.numel(), C = call.classes, L = call.width;
-  Tensor grad_weight = call.gradient(need_weight, {C, L}).zero_(), grad_bias = call.gradient(need_bias, {C}).zero_();
-  const bool need_rows = of_rows.any();
-  const SomeRows winners(call, indices);
-  const Tensor grad_rows = call.gradient(need_rows, {n, L});
-  const auto compute = [&]<typename A>() {
-    const int64_t* const row = indices.const_data_ptr<int64_t>();
-    const A *const rows = winners.rows.const_data_ptr<A>(), *const weight = call.weight.const_data_ptr<A>();
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t c = i % C;
-      const A g = row[i] < 0 ? A(0) : grad_values.const_data_ptr<A>()[i];
-      if (need_bias) grad_bias.mutable_data_ptr<A>()[c] += g;
-      if (need_weight) add_to_row<A>(grad_weight.mutable_data_ptr<A>() + c * L, rows + i * L, g, L);
-      for (int64_t l = 0; need_rows && l < L; ++l) {
-        grad_rows.mutable_data_ptr<A>()[i * L + l] = g * weight[c * L + l];
-      }
-    }
-  };
-  if (call.acc == at::kDouble) compute.template operator()<double>();
-  else compute.template operator()<float>();
-  if (need_rows) winners.backward(grad_rows, of_rows);
-  return {grad_weight, grad_bias};
-}
 
 // Each gradient of a maximum goes to its own logit.
 Tensor with_winners(const Tensor& grad_logits, const Tensor& indices, const Tensor& grad_values) {
@@ -85,7 +59,12 @@ std::tuple<Tensor, Tensor> instance_max_gradients(const ClassCall& call, const T
     return logit_gradients(call, l, all, need_weight, need_bias, of_rows);
   }
   of_rows.zero();
-  if (values.defined()) return winner_gradients(call, rows, values, need_weight, need_bias, of_rows);
+  if (values.defined()) {  // it goes to the rows that have the maxima, and nothing else is read
+    const SomeRows winners(call, rows);
+    const auto [of_winners, of_weight, of_bias] = winner_gradients(values, rows, winners.rows, call.weight);
+    if (of_rows.any()) winners.backward(of_winners, of_rows);
+    return {need_weight ? of_weight : call.empty({0}), need_bias ? of_bias : call.empty({0})};
+  }
   return {call.gradient(need_weight, call.weight.sizes()).zero_(), call.gradient(need_bias, {C}).zero_()};
 }
 

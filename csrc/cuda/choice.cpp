@@ -84,6 +84,13 @@ void add_to_rows(const Call& call, const Tensor& indices, const Tensor& vectors,
   });
 }
 
+std::tuple<Tensor, Tensor, Tensor> winner_gradients(const Tensor& grad_values, const Tensor& indices,
+                                                    const Tensor& rows, const Tensor& weight) {
+  const Tensor g = grad_values.masked_fill(indices < 0, 0).unsqueeze(2);
+  const Tensor of_weight = (g * rows.view({g.size(0), g.size(1), rows.size(1)})).sum(0);
+  return {(g * weight).flatten(0, 1), of_weight, g.sum({0, 2})};
+}
+
 // --- instance_max
 
 namespace {
@@ -145,16 +152,13 @@ std::tuple<Tensor, Tensor> instance_max_gradients(ClassCall& call, const Tensor&
     if (of_values.defined()) put_at(call, chosen, of_values, true, of_logits);
     return logit_gradients(call, of_logits, needs, rows, false);
   }
-  Tensor grad_weight = call.empty({0}), grad_bias = call.gradient(needs[1], {C});
   // Few rows have a gradient, and nothing else is read.
   TORCH_CHECK_VALUE(of_values.defined(), "neither values nor logits have a gradient");
-  const Tensor g = of_values.masked_fill(chosen < 0, 0).unsqueeze(-1);
   const Slice winners = instances_at(call, chosen);
+  const auto [of_rows, of_weight, of_bias] = winner_gradients(of_values, chosen, winners.x.to(call.acc), call.weight);
   rows.zero();
-  if (rows.wanted()) rows.add_at(winners, g * call.weight);
-  if (needs[0]) grad_weight = (g * winners.x.view({call.bags, C, call.width})).sum(0);
-  if (needs[1]) grad_bias = g.sum({0, 2});
-  return {grad_weight, grad_bias};
+  if (rows.wanted()) rows.add_at(winners, of_rows.view({call.bags, C, call.width}));
+  return {needs[0] ? of_weight : call.empty({0}), needs[1] ? of_bias : call.empty({0})};
 }
 
 std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const OptionalTensors& weights,

@@ -278,8 +278,6 @@ std::tuple<Tensor, Tensor, Tensor> few_transposed_bwd(const Tensor& grad, const 
   return {of_x, x.t().matmul(grad), bias && grad_shift ? grad_shift->matmul(x) : x.new_zeros({x.size(1)})};
 }
 
-Tensor few_sums(const Tensor& a) { return a.sum(0); }
-
 TORCH_LIBRARY_IMPL(milkernels, MILKERNELS_DEVICE_KEY, m) {
   m.impl("dsmil_rows_fwd.native", dsmil_rows_fwd);
   m.impl("dsmil_rows_bwd.native", dsmil_rows_bwd);
@@ -290,7 +288,7 @@ TORCH_LIBRARY_IMPL(milkernels, MILKERNELS_DEVICE_KEY, m) {
   m.impl("linear_of_bags.native", linear_of_bags);
   m.impl("few_transposed.native", few_transposed);
   m.impl("few_transposed_bwd.native", few_transposed_bwd);
-  m.impl("few_sums.native", few_sums);
+  m.impl("few_winners_bwd.native", winner_gradients);
 }
 
 }  // namespace

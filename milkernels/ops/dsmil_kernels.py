@@ -211,20 +211,13 @@ def dsmil_bwd(
         )
         _add(to.found, weight=of_weight, bias=of_bias)
     if grad_values is not None:
-        of_winners = _through_values(to, weights[0], queries, critical, grad_values)
+        of_winners, of_weight, of_bias = ops.few_winners_bwd(
+            grad_values.to(call.acc), critical, queries.rows, weights[0].to(call.acc)
+        )
+        _add(to.found, weight=of_weight, bias=of_bias)
         of_rows = of_winners if of_rows is None else of_rows.add_(of_winners)
     to.add_rows(critical, of_rows)
     return to.in_their_types()
-
-
-def _through_values(to: _Gradients, weight: Tensor, queries: _Queries, critical: Tensor, grad_values: Tensor) -> Tensor:
-    """Adds to the gradients of the classifier those by the largest logits; returns that of their rows [n, L]."""
-    call, (B, C) = to.call, critical.shape
-    g = grad_values.to(call.acc).masked_fill(critical < 0, 0)
-    rows = queries.rows.view(B, C, queries.rows.shape[1])
-    of_weight = call.ops.few_sums((g[..., None] * rows).flatten(1)).view(C, -1)
-    _add(to.found, weight=of_weight, bias=call.ops.few_sums(g))
-    return (g[..., None] * weight.to(call.acc)).flatten(0, 1)
 
 
 def _rows_of(call: _SecondStream, critical: Tensor, given: Tensor | None = None) -> Tensor:

@@ -424,7 +424,8 @@ _PARTS = {
     "few_transposed": "(Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor)",
     "few_transposed_bwd": "(Tensor grad, Tensor? grad_shift, Tensor x, Tensor weight, Tensor? bias) "
     "-> (Tensor, Tensor, Tensor)",
-    "few_sums": "(Tensor a) -> Tensor",
+    # From the gradients of the largest logits: those of their rows [n, L], of W and of b.
+    "few_winners_bwd": "(Tensor grad_values, Tensor indices, Tensor rows, Tensor weight) -> (Tensor, Tensor, Tensor)",
 }
 for _name, _schema in _PARTS.items():
     declare_part(_name, _schema, triton="dsmil")

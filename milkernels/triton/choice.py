@@ -201,10 +201,18 @@ def _instance_max_gradients(call: Instances, weight, indices, logits, grad_value
             put(indices, grad_values, of_logits, add=True)
         return linear_gradients(call, weight, of_logits, None, needs[0], sink)
     chosen = call.gathered(indices)
-    g = grad_values.masked_fill(indices < 0, 0)[:, :, None]
+    of_rows, *of_layer = winner_gradients(grad_values, indices, chosen.values.flatten(0, 1), call.to_acc(weight))
     if sink.needed:
-        sink.add_gathered(chosen, g * call.to_acc(weight))
-    return (g * chosen.values).sum(0) if needs[0] else None, g.sum((0, 2)) if needs[1] else None
+        sink.add_gathered(chosen, of_rows.view_as(chosen.values))
+    return of_layer
+
+
+def winner_gradients(grad_values, indices, rows, weight):
+    """From the gradients of the largest logits [B, C], those of ``rows`` [B C, L] by ``weight`` [C, L]: the gradients
+    of the rows, of the weight and of the bias. An index of -1 is none."""
+    g = grad_values.masked_fill(indices < 0, 0)[:, :, None]
+    of_weight = (g * rows.view(*indices.shape, rows.shape[1])).sum(0)
+    return (g * weight).flatten(0, 1), of_weight, g.sum((0, 2))
 
 
 def max_pool_fwd(x, offsets, mask):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from milkernels.triton import pool, rows
+from milkernels.triton.choice import winner_gradients
 from milkernels.triton.gradients import (
     PoolGradients,
     RowGradients,
@@ -282,5 +283,4 @@ def few_transposed_bwd(grad, grad_shift, x, weight, bias):
     return of_x.addcmul_(grad_shift[:, None], bias), of_weight, grad_shift @ x
 
 
-def few_sums(a):
-    return a.sum(0)
+few_winners_bwd = winner_gradients
