@@ -3,6 +3,7 @@ it concerns GPUs alone. `make cuda-test` runs this file, and what test_numbers.p
 AddressSanitizer: there an access outside a tensor or outside shared memory ends the process.
 """
 
+import dataclasses
 import itertools
 import os
 import shutil
@@ -290,7 +291,20 @@ def test_neither_rows_nor_their_embedding_are_held(case, frozen):
 # Sizes
 
 
-WIDE = {name: case for name, case in PLAIN.items() if any("L" in sizes for sizes in case.tensors.values())}
+def _without_cancelling_sums(case):
+    """The gradient of a score's bias is what rounding leaves of a sum that cancels, the more the wider the rows are: of
+    a few such numbers the error is luck."""
+    if "w_bias" not in case.tensors:
+        return case
+    tensors = {name: size for name, size in case.tensors.items() if name != "w_bias"}
+    return dataclasses.replace(case, tensors=tensors, options=case.options | {"w_bias": None})
+
+
+WIDE = {
+    name: _without_cancelling_sums(case)
+    for name, case in PLAIN.items()
+    if any("L" in sizes for sizes in case.tensors.values())
+}
 
 
 @pytest.mark.parametrize("case", WIDE.values(), ids=WIDE)
