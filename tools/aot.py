@@ -27,7 +27,7 @@ ARCHITECTURES = {
     "gfx942": ("hip", "gfx942", 64, 64 * KB),
 }
 # Bytes for each thread, of a call with several heads; with one there are none.
-MOST_SPILLED = 256
+MOST_SPILLED = 64
 # What ptxas says of wgmma that it serialises. C7519, that it waits for a register once more, is harmless.
 _SERIALISED = re.compile(r"\((C7510|C7511|C7513|C7514|C7515)\)")
 
@@ -39,6 +39,9 @@ attention_pool      bf16        512  128  1  gated frozen
 attention_pool      bf16       1536  384  4  gated bags grads
 attention_pool      bf16       1024  256  1
 attention_pool      bf16       1000  200  9  relu nobias
+attention_pool      bf16       1024  256 16  gated
+attention_pool      bf16        500  128 32  gated bags drop
+attention_pool      fp32        166  384 64  gated bags mask
 attention_pool      bf16/fp32  1024  256  1  gated
 attention_pool      fp16       1024  256  1  gelu drop
 attention_pool      fp16       1024  256  1  gated
@@ -53,15 +56,18 @@ softmax_pool        fp32       1000    1  9  bags mask grads
 query_pool          bf16       1024    1  1
 query_pool          fp16       2560    1  4  bags grads
 query_pool          fp64       1000    1  2  bags shared
+query_pool          bf16        500    1  2  bags
 weighted_pool       fp32       1024    1  1
 weighted_pool       bf16       1000    1  4  bags mask
 mean_pool           bf16       1024    1  1
 mean_pool           fp32       2560    1  1  bags
+mean_pool           fp32        166    1  1  bags mask
 max_pool            bf16       1024    1  1
 max_pool            fp32       1000    1  1  bags mask
 max_pool            fp64       1024    1  1
 loss_attention_pool bf16       1024    1  2
 loss_attention_pool fp32       1024    1  4  bags mask grads
+loss_attention_pool fp32        166    1  2  bags
 instance_max        bf16       1024    1  1
 instance_max        fp32       1024    1  2  bags mask grads
 dsmil_pool          bf16       1024  128  1

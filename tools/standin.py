@@ -267,17 +267,19 @@ _WITHOUT_DEVICE = {
 class _Counting(TorchDispatchMode):
     """Operations of the library that run on the device: all but views and allocations; and the size of these."""
 
-    FREE = frozenset({"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view"})
+    FREE = frozenset(
+        ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view", "promote_types")
+    )
 
     def __init__(self, record: Record):
         super().__init__()
         self.record = record
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
+        name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
         if func.namespace == "aten" and not func.is_view and name not in self.FREE:
             self.record.library[name] += 1
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **kwargs)
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and t.device.type != "cuda" or "pin_memory" in name:
                 raise RuntimeError(f"{name} moves data between host and device")

@@ -11,11 +11,10 @@ from milkernels.triton.common import activate, activation_gradient, apply_dropou
 from milkernels.triton.gradients import (
     PoolGradients,
     RowGradients,
-    add_scaled,
     checked_inputs,
+    finish,
+    gradient_scale,
     in_their_types,
-    largest_finite,
-    power_of_two_scale,
 )
 from milkernels.triton.host import (
     Products,
@@ -31,12 +30,11 @@ from milkernels.triton.instances import Instances
 
 @kernel
 def gate_scores(
-    Z, BIAS, W, W_BIAS, MASK, SEED, OUT, first, last, D, threshold,
+    Z, V_BIAS, U_BIAS, W, W_BIAS, MASK, SEED, OUT, first, last, D, threshold,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Writes to OUT [N, K] the scores of rows [first, last) from Z = x [V; U]^T, which holds these rows alone. BIAS is
-    that of V, then of U."""
+    """Writes to OUT [N, K] the scores of rows [first, last) from Z = x [V; U]^T, which holds these rows alone."""
     A: tl.constexpr = OUT.dtype.element_ty
     WIDE: tl.constexpr = 2 if GATED else 1
     r = tl.cast(first, tl.int64) + tl.program_id(0) * BN + tl.arange(0, BN)
@@ -46,23 +44,22 @@ def gate_scores(
     for unit in tl.range(0, D, BD):
         d = unit + tl.arange(0, BD)
         inside = (r < last)[:, None] & (d < D)[None, :]
-        gate = activate(_units(z_rows, BIAS, d, inside, D, A), ACTIVATION)
+        gate = activate(_units(z_rows, V_BIAS, d, inside, D, A), ACTIVATION)
         if SEED is not None:
             gate = apply_dropout(gate, dropout_factors(SEED, r, unit, threshold, 0, BD, A))
         if GATED:
-            u = sigmoid(_units(z_rows + D, None if BIAS is None else BIAS + D, d, inside, D, A))
+            u = sigmoid(_units(z_rows + D, U_BIAS, d, inside, D, A))
             if SEED is not None:
                 u = u * dropout_factors(SEED, r, unit, threshold, 1, BD, A)
             gate = gate * u
-        for j in tl.static_range(K):
-            w = tl.load(W + j * D + d, mask=d < D, other=0.0)
-            score = tl.sum(gate * w[None, :], axis=1)
-            if K == 1:
-                out += score[:, None]
-            else:
-                out += tl.where((k == j)[None, :], score[:, None], 0.0)
+        if K == 1:
+            out += tl.sum(gate * tl.load(W + d, mask=d < D, other=0.0).to(A)[None, :], axis=1)[:, None]
+        else:
+            for j in tl.range(0, K):
+                w = tl.load(W + j * D + d, mask=d < D, other=0.0).to(A)
+                out += tl.where((k == j)[None, :], tl.sum(gate * w[None, :], axis=1)[:, None], 0.0)
     if W_BIAS is not None:
-        out += tl.load(W_BIAS + k, mask=k < K, other=0.0)[None, :]
+        out += tl.load(W_BIAS + k, mask=k < K, other=0.0).to(A)[None, :]
     if MASK is not None:
         real = tl.load(MASK + r, mask=r < last, other=0) != 0
         out = tl.where(real[:, None], out, float("-inf"))
@@ -74,36 +71,44 @@ def _units(Z_ROWS, BIAS, d, inside, D, A: tl.constexpr):
     """Z + bias at units d, 0 outside."""
     z = tl.load(Z_ROWS + d[None, :], mask=inside, other=0.0).to(A)
     if BIAS is not None:
-        z += tl.load(BIAS + d, mask=d < D, other=0.0)[None, :]
+        z += tl.load(BIAS + d, mask=d < D, other=0.0).to(A)[None, :]
     return z
 
 
 @kernel
 def gate_backward(
-    Z, BIAS, W, DS, MASK, SEED, SCALE, SUMS, first, last, D, threshold,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr, K: tl.constexpr,
+    Z, V_BIAS, U_BIAS, W, DS, MASK, SEED, SCALE, SUMS, first, last, slot, per, D, threshold,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, WRITES: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, K: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of Z, times SCALE, over Z, and to SUMS [programs, K + 2, D] what these rows add to the
-    gradients of w (K rows) and of the biases of V and U. DS [N, K] is the gradient of the scores."""
+    """Writes the gradient of Z, times SCALE, over Z, and to SUMS [slots, (K + 2) D + K], from `slot` on, what `per` rows
+    each add to the gradients of w [K, D], the biases of V and U, and that of w. DS [N, K] is the gradient of the scores.
+
+    A program sums J heads of w. Where there are more than that, those of all heads come from a launch that does not
+    write, since registers do not hold them, and one of J = 0 writes."""
     A: tl.constexpr = SUMS.dtype.element_ty
     WIDE: tl.constexpr = 2 if GATED else 1
     unit = tl.program_id(1) * BD
     d = unit + tl.arange(0, BD)
-    begin = tl.cast(first, tl.int64) + tl.program_id(0) * ROWS
+    begin = tl.cast(first, tl.int64) + tl.program_id(0) * per
+    heads = ()
     dw = ()
-    for _j in tl.static_range(K):
+    dw_bias = ()
+    for j in tl.static_range(J):
+        # Past the last head the last one is summed once more.
+        heads = heads + (tl.minimum(tl.program_id(2) * J + j, K - 1),)
         dw = dw + (tl.zeros([BD], A),)
+        dw_bias = dw_bias + (tl.cast(0.0, A),)
     dv_bias = tl.zeros([BD], A)
     du_bias = tl.zeros([BD], A)
     grad_scale = tl.cast(1.0, A)
     if SCALE is not None:
         grad_scale = tl.load(SCALE)
-    for row in tl.range(begin, tl.minimum(begin + ROWS, last), BN):
+    for row in tl.range(begin, tl.minimum(begin + per, last), BN):
         r = row + tl.arange(0, BN)
         inside = (r < last)[:, None] & (d < D)[None, :]
         z_rows = Z + (r - first)[:, None] * (WIDE * D)
-        v = _units(z_rows, BIAS, d, inside, D, A)
+        v = _units(z_rows, V_BIAS, d, inside, D, A)
         t = activate(v, ACTIVATION)
         dt = activation_gradient(v, t, ACTIVATION)
         if SEED is not None:
@@ -112,7 +117,7 @@ def gate_backward(
             dt = apply_dropout(dt, factor)
         gate = t
         if GATED:
-            u = sigmoid(_units(z_rows + D, None if BIAS is None else BIAS + D, d, inside, D, A))
+            u = sigmoid(_units(z_rows + D, U_BIAS, d, inside, D, A))
             du = u * (1.0 - u)
             if SEED is not None:
                 factor = dropout_factors(SEED, r, unit, threshold, 1, BD, A)
@@ -124,32 +129,42 @@ def gate_backward(
             real = inside & (tl.load(MASK + r, mask=r < last, other=0) != 0)[:, None]
             gate = tl.where(real, gate, 0.0)
         dgate = tl.zeros([BN, BD], A)
-        added = ()
-        for j in tl.static_range(K):
-            ds = tl.load(DS + r * K + j, mask=r < last, other=0.0)
-            w = tl.load(W + j * D + d, mask=d < D, other=0.0)
-            dgate += ds[:, None] * w[None, :]
-            added = added + (dw[j] + tl.sum(gate * ds[:, None], axis=0),)
-        dw = added
-        if GATED:
-            dz = tl.where(real, dgate * u * dt, 0.0)
-            dz_u = tl.where(real, dgate * t * du, 0.0)
-            du_bias += tl.sum(dz_u, axis=0)
-            tl.store(z_rows + D + d[None, :], (dz_u * grad_scale).to(Z.dtype.element_ty), mask=inside)
-        else:
-            dz = tl.where(real, dgate * dt, 0.0)
-        dv_bias += tl.sum(dz, axis=0)
-        tl.store(z_rows + d[None, :], (dz * grad_scale).to(Z.dtype.element_ty), mask=inside)
-    sums = SUMS + tl.program_id(0) * ((K + 2) * D) + d
-    for j in tl.static_range(K):
-        tl.store(sums + j * D, dw[j], mask=d < D)
-    tl.store(sums + K * D, dv_bias, mask=d < D)
-    tl.store(sums + (K + 1) * D, du_bias, mask=d < D)
+        summed = ()
+        summed_bias = ()
+        for j in tl.static_range(J):
+            ds = tl.load(DS + r * K + heads[j], mask=r < last, other=0.0)
+            if WRITES:
+                dgate += ds[:, None] * tl.load(W + j * D + d, mask=d < D, other=0.0).to(A)[None, :]
+            summed = summed + (dw[j] + tl.sum(gate * ds[:, None], axis=0),)
+            summed_bias = summed_bias + (dw_bias[j] + tl.sum(ds, axis=0),)
+        dw = summed
+        dw_bias = summed_bias
+        if WRITES:
+            if J == 0:
+                for j in tl.range(0, K):
+                    ds = tl.load(DS + r * K + j, mask=r < last, other=0.0)
+                    dgate += ds[:, None] * tl.load(W + j * D + d, mask=d < D, other=0.0).to(A)[None, :]
+            if GATED:
+                dz = tl.where(real, dgate * u * dt, 0.0)
+                dz_u = tl.where(real, dgate * t * du, 0.0)
+                du_bias += tl.sum(dz_u, axis=0)
+                tl.store(z_rows + D + d[None, :], (dz_u * grad_scale).to(Z.dtype.element_ty), mask=inside)
+            else:
+                dz = tl.where(real, dgate * dt, 0.0)
+            dv_bias += tl.sum(dz, axis=0)
+            tl.store(z_rows + d[None, :], (dz * grad_scale).to(Z.dtype.element_ty), mask=inside)
+    sums = SUMS + (slot + tl.program_id(0)).to(tl.int64) * ((K + 2) * D + K)
+    for j in tl.static_range(J):
+        tl.store(sums + heads[j] * D + d, dw[j], mask=d < D)
+        tl.store(sums + (K + 2) * D + heads[j], dw_bias[j], mask=tl.program_id(1) == 0)
+    if WRITES:
+        tl.store(sums + K * D + d, dv_bias, mask=d < D)
+        tl.store(sums + (K + 1) * D + d, du_bias, mask=d < D)
 
 
 class _Attention(Instances):
-    """A call with the parameters as kernels take them: ``weight`` [units, L] is V over U in the type of products, and
-    ``w`` [K, D] and the biases have the accumulation type."""
+    """A call with the parameters as kernels take them: ``weight`` [units, L] is V over U in the type of products; ``w``
+    [K, D] and the biases are as given."""
 
     def __init__(self, x, parameters, offsets, mask, seed, activation, dropout_p, compute_dtype, *embed):
         super().__init__(x, offsets, mask, *embed)
@@ -157,21 +172,31 @@ class _Attention(Instances):
         self.gated, self.activation = u_weight is not None, activation
         self.type = product_dtype(self.dtype, compute_dtype)
         weights = [v_weight, u_weight] if self.gated else [v_weight]
-        self.weight = torch.cat([w.to(self.type) for w in weights]) if self.gated else v_weight.to(self.type)
-        self.weight = self.weight.contiguous()
+        self.weight = self.stacked(weights, self.type)
         self.heads, self.hidden = w_weight.shape
-        self.w, self.w_bias = self.to_acc(w_weight), self.to_acc(w_bias)
-        self.bias = None
-        if v_bias is not None or u_bias is not None:
-            none = self.zeros(self.hidden)
-            biases = [v_bias, u_bias] if self.gated else [v_bias]
-            self.bias = torch.cat([none if b is None else b.to(self.acc) for b in biases])
+        self.v_bias, self.u_bias, self.w, self.w_bias = (
+            None if p is None else p.contiguous() for p in (v_bias, u_bias, w_weight, w_bias)
+        )
         self.dropout = dropout_of(seed, dropout_p)
         plan = tuning.plan(self.x.device, self.type, self.width, self.hidden)
         self.fused = plan.scores == "fused" and fused.serves(self)
         if self.fused:
             self.weight = fused.prepared(self.weight)
         self.products = Products(self.weight) if self.fused else split.products_of(self.weight, plan)
+
+    def stacked(self, parameters: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """One parameter, or the second below the first, in this type."""
+        if len(parameters) == 1:
+            return parameters[0].to(dtype).contiguous()
+        return torch.cat([p.to(dtype) for p in parameters])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The biases of V and U as the persistent kernels take them: [units]."""
+        given = (self.v_bias, self.u_bias) if self.gated else (self.v_bias,)
+        if given == (None,) * len(given):
+            return None
+        return self.stacked([self.zeros(self.hidden) if b is None else b for b in given], self.acc)
 
     @property
     def units(self) -> int:
@@ -189,6 +214,7 @@ class _Attention(Instances):
         """The bytes of workspace per row in the backward, beside what the embedding needs. ``direct`` says that
         products are written to the gradient of x."""
         size, embedded = self.type.itemsize, self.embedding is not None
+        # The gradient of embedded rows is as wide as what their embedding counts.
         aside = self.width * self.acc.itemsize if need_x and not direct and not embedded else 0
         copied = (self.mask is not None and not embedded) or self.type != self.dtype
         return self.units * size + aside + self.products.bytes_per_row + (self.width * size if copied else 0)
@@ -197,7 +223,7 @@ class _Attention(Instances):
         """The factor for gradients of units in float16, from the gradient ``ds`` of scores; None in other types."""
         if self.type != torch.float16:
             return None
-        return power_of_two_scale(largest_finite(ds) * self.w.abs().nan_to_num(0, 0, 0).sum(0).amax(), self.headroom())
+        return gradient_scale(self, ds, self.headroom(), self.w)
 
     def headroom(self) -> int:
         """Bits by which the gradient of a unit may exceed that of its score: those of dropout in each branch, and 6 for
@@ -228,7 +254,7 @@ def _scores_of_slice(call: _Attention, x: Tensor, block: slice, out: Tensor) -> 
     units = min(max(power_of_two(call.hidden), 16), 64)
     launch(
         gate_scores, (ceil_div(block.stop - block.start, 32),),
-        call.products.forward(x), call.bias, call.w, call.w_bias, call.mask, seed, out, block.start, block.stop,
+        call.products.forward(call.products.parts(x)), call.v_bias, call.u_bias, call.w, call.w_bias, call.mask, seed, out, block.start, block.stop,
         call.hidden, threshold, BN=32, BD=units, K=call.heads, BK=power_of_two(call.heads), num_warps=4,
         **call.options(),
     )  # fmt: skip
@@ -264,50 +290,54 @@ def attention_bwd(
     ds, D, K = gradients.scores, call.hidden, call.heads
 
     need_weight = needs[1] or needs[3]
-    grad_weight = call.zeros(call.units, call.width) if need_weight else None
-    terms = gradients.weights, gradients.bag_of(gradients.weights)
-    sums = call.zeros(K + 2, D)
+    grad_weight, sums = None, call.sums((K + 2) * D + K)
     scale = None if embedded else call.scale(ds)
-    # Products that need neither another type nor a scale are written where the gradient of x will be.
-    direct = needs[0] and not embedded and call.type == call.x.dtype and scale is None
+    sink.pooled(call.type, gradients.weights, gradients.bag_of(gradients.weights))
     gradients_of_products = fused.gradients_of_products if call.fused else _gradients_of_products
-    for at in sink.slices(call.gradient_workspace(direct, needs[0])) if any(needs) else ():
+    for at in sink.slices(call.gradient_workspace(sink.direct, needs[0])) if any(needs) else ():
         block = at.which
         if embedded:
             gradients.add(at.values, block)
             scale = call.scale(ds[block])
         x_rows = rows.operand(call, at.values, block, call.type, clean=not embedded)
-        z, part = gradients_of_products(call, x_rows, block, ds, scale)
-        sums += part.sum(0)
-        if need_weight:
-            add_scaled(grad_weight, call.products.weight_gradient(z, x_rows), scale)
-        if direct:
-            call.products.rows_gradient(z, sink.x[block])
-        elif sink.needed:
-            sink.add(at, *terms, product=call.products.rows_gradient(z), scale=None if scale is None else 1 / scale)
-        at = x_rows = z = None  # freed before the next slice comes
-    if direct and gradients.weights is not None:
-        rows.expand(call, sink.x, *terms, product=sink.x)
-    of_v, of_u = (None, None) if grad_weight is None else (grad_weight[:D], grad_weight[D:])
-    found = (sink.x, of_v, sums[K], of_u, sums[K + 1], sums[:K], ds.sum(0), sink.weight, sink.bias)
-    return in_their_types(call, inputs, found, needs)
+        x_parts = call.products.parts(x_rows)
+        z = call.products.parts(gradients_of_products(call, x_rows, x_parts, block, ds, scale, sums))
+        if need_weight and (scale is None or not embedded):
+            grad_weight = call.products.weight_gradient(z, x_parts, grad_weight)
+        elif need_weight:
+            part = call.products.weight_gradient(z, x_parts).div_(scale)
+            grad_weight = part if grad_weight is None else grad_weight.add_(part)
+        sink.add_product(at, call.products, z, scale)
+        at = x_rows = x_parts = z = None  # freed before the next slice comes
+    found = [
+        p.new_empty(p.shape) if p is not None and need else None for p, need in zip(weights, needs[1:7], strict=True)
+    ]
+    if grad_weight is None and need_weight:
+        grad_weight = call.zeros(call.units, call.width)
+    of_v, v_bias, of_u, u_bias, of_w, w_bias = found
+    vectors = [(K * D, of_w), (D, v_bias), (D, u_bias), (K, w_bias)]
+    finish(call, grad_weight, None if embedded else scale, [of_v, of_u], sums, vectors)
+    return in_their_types(call, inputs, (sink.x, *found, *sink.of_embedding()), needs)
 
 
-_SUMMED_ROWS = 64  # so many rows one program of gate_backward sums for the gradients of w and of the biases
+_HEADS = 8  # of which one program sums the gradients of w
 
 
-def _gradients_of_products(call: _Attention, x: Tensor, block: slice, ds: Tensor, scale: Tensor | None):
-    """``(z [n, units], sums [programs, K + 2, D])`` of a slice, whose rows x [n, L] holds: z is the gradient of
-    ``x [V; U]^T``, times the scale; sums is what programs add to the gradients of w and of the biases."""
-    z = call.products.forward(x)
+def _gradients_of_products(call: _Attention, x: Tensor, parts, block: slice, ds: Tensor, scale, sums: Tensor) -> Tensor:
+    """The gradient of ``x [V; U]^T`` [n, units] times the scale, for a slice, whose rows x [n, L] holds and ``parts`` as
+    products take them. Adds to ``sums`` what `gate_backward` sums."""
+    z = call.products.forward(parts)
     D, K = call.hidden, call.heads
     units = min(max(power_of_two(D), 16), 64)
-    programs = ceil_div(block.stop - block.start, _SUMMED_ROWS)
-    sums = call.empty(programs, K + 2, D)
+    programs, slot = ceil_div(block.stop - block.start, call.summed), block.start // call.summed
+    groups = ceil_div(K, _HEADS)
     seed, threshold = call.dropout
-    launch(
-        gate_backward, (programs, ceil_div(D, units)),
-        z, call.bias, call.w, ds, call.mask, seed, scale, sums, block.start, block.stop, D, threshold,
-        ROWS=_SUMMED_ROWS, BN=16, BD=units, K=K, num_warps=4, **call.options(),
-    )  # fmt: skip
-    return z, sums
+    launches = [(True, K, 1)] if groups == 1 else [(False, ceil_div(K, groups), groups), (True, 0, 1)]
+    for writes, heads, groups in launches:
+        launch(
+            gate_backward, (programs, ceil_div(D, units), groups),
+            z, call.v_bias, call.u_bias, call.w, ds, call.mask, seed, scale, sums,
+            block.start, block.stop, slot, call.summed, D, threshold,
+            WRITES=writes, BN=16, BD=units, K=K, J=heads, num_warps=4, **call.options(),
+        )  # fmt: skip
+    return z

@@ -12,9 +12,11 @@ from torch import Tensor
 from milkernels import ragged
 from milkernels.triton.host import accumulation_dtype, ceil_div, power_of_two
 
-# The bytes that a slice of rows may take between two kernels: enough that launches hide behind the work, few enough to
-# stay in the L2 of a data-centre GPU.
-WORKSPACE = 32 << 20
+# The bytes that a slice of rows may take between two kernels, and twice as many where one row takes more than 8 KB: at
+# least 32k rows, so that products fill the chip and launches hide behind the work.
+WORKSPACE = 256 << 20
+_WIDE = 8 << 10
+_MOST_SUMMED = 1 << 10
 _MOST_CHUNKS = 1 << 14  # one program merges the partial results of a bag, a hundred at a time
 
 
@@ -38,6 +40,8 @@ class Call:
         # Chunks are as long as `ragged` says, and longer where there are very many rows.
         self.chunk = ragged.chunk_rows(self.rows)
         self.chunk *= power_of_two(ceil_div(self.rows, self.chunk * _MOST_CHUNKS))
+        # So many rows one program sums for the gradients of parameters, whose partial sums are about a thousand.
+        self.summed = min(max(power_of_two(ceil_div(self.rows, _MOST_SUMMED)), 64), _MOST_SUMMED)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.x.new_empty(shape, dtype=dtype or self.acc)
@@ -57,7 +61,11 @@ class Call:
     def slots_in(self, rows: slice) -> int:
         """How many slots a slice of rows needs; its first slot is ``start // chunk``, where ``start`` begins a
         chunk."""
-        return ceil_div(rows.stop - rows.start, self.chunk) + self.bags - 1
+        return ceil_div(rows.stop - rows.start, self.chunk) + self.bags - 1 if self.bags else 0
+
+    def sums(self, columns: int) -> Tensor:
+        """Room for the sums of `summed` rows each, those from row r on at ``r // summed``: [programs, columns]."""
+        return self.empty(ceil_div(self.rows, self.summed), columns)
 
     @property
     def parts(self) -> int:
@@ -74,9 +82,10 @@ class Call:
 
     def blocks(self, bytes_per_row: int) -> Iterator[slice]:
         """Cuts the rows into slices of whole chunks, about equally long, whose workspace stays within `WORKSPACE`."""
-        chunks = ceil_div(self.rows, self.chunk)
-        most = max(1, WORKSPACE // (bytes_per_row * self.chunk))
-        count = ceil_div(chunks, most)
-        step = ceil_div(chunks, count) * self.chunk if count else 1
+        unit = max(self.chunk, self.summed)
+        units = ceil_div(self.rows, unit)
+        most = max(1, (WORKSPACE << (bytes_per_row > _WIDE)) // (bytes_per_row * unit))
+        count = ceil_div(units, most)
+        step = ceil_div(units, count) * unit if count else 1
         for start in range(0, self.rows, step):
             yield slice(start, min(start + step, self.rows))

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from milkernels.triton import pool
 from milkernels.triton.call import Call
-from milkernels.triton.common import bag_rows, kernel, real_rows, segment, slots_of
+from milkernels.triton.common import bag_rows, kernel, multiple, real_rows, segment, slots_of
 from milkernels.triton.gradients import RowGradients, checked_inputs, in_their_types, zero_where_dead
-from milkernels.triton.host import ceil_div, launch
+from milkernels.triton.host import alignment, ceil_div, launch
 from milkernels.triton.instances import Instances
 from milkernels.triton.pooling import class_logits, linear_gradients
 
@@ -38,10 +38,12 @@ def _better(value, at, best, best_at):
 @kernel
 def max_partial(
     X, MASK, OFFSETS, VALUES, ROWS, bags, rows, x_stride, L,
-    DEAD: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr,
+    DEAD: tl.constexpr, R, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Writes the first largest of each column of a segment, and its row. If DEAD, -inf is not eligible."""
     A: tl.constexpr = VALUES.dtype.element_ty
+    L = multiple(L, ALIGN)
+    x_stride = multiple(x_stride, ALIGN)
     slot = tl.program_id(0)
     bag, start, end = segment(OFFSETS, slot, bags, rows, R)
     if start < end:
@@ -63,7 +65,7 @@ def max_partial(
 @kernel
 def max_combine(
     OFFSETS, VALUES, ROWS, OUT, INDICES, rows, L,
-    EMPTY: tl.constexpr, R: tl.constexpr, BS: tl.constexpr, BL: tl.constexpr,
+    EMPTY: tl.constexpr, R, BS: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """Writes the first largest of each bag and column [B, L] and its row; EMPTY and -1 where there is none."""
     A: tl.constexpr = VALUES.dtype.element_ty
@@ -99,7 +101,7 @@ def scatter(INDICES, G, OUT, count, columns, k, stride, rows, ADD: tl.constexpr,
 
 
 @kernel
-def sort_keys(X, MASK, OFFSETS, KEYS, bags, rows, x_stride, LARGEST: tl.constexpr, R: tl.constexpr, BN: tl.constexpr):
+def sort_keys(X, MASK, OFFSETS, KEYS, bags, rows, x_stride, LARGEST: tl.constexpr, R, BN: tl.constexpr):
     """Writes KEYS [K, N] that order rows by their bag, then the dead last, then (except for float64) by their score,
     NaN above all."""
     k = tl.program_id(1)
@@ -150,11 +152,11 @@ def first_max(call: Call, values: Tensor, *, dead: bool, empty: float) -> tuple[
         launch(
             max_partial, (call.slots_in(call.whole), ceil_div(L, tile["BL"])),
             values, call.mask, call.offsets, best, at, call.bags, call.rows, values.stride(0), L,
-            DEAD=dead, R=call.chunk, NS=3, **tile,
+            DEAD=dead, R=call.chunk, NS=3, ALIGN=alignment(L, values.stride(0)), **tile,
         )  # fmt: skip
     launch(
         max_combine, (call.bags, ceil_div(L, 32)), call.offsets, best, at, out, indices, call.rows, L,
-        EMPTY=empty, R=call.chunk, BS=min(pool.slots_at_once(call), 32), BL=32, num_warps=2,
+        EMPTY=empty, R=call.chunk, BS=32, BL=32, num_warps=2,
     )  # fmt: skip
     return out, indices
 
@@ -186,7 +188,7 @@ def instance_max_bwd(
     call = Instances(x, offsets, mask, embed, embed_activation, embed_dropout_p, embed_dtype)
     sink = RowGradients(call, needs)
     of_layer = _instance_max_gradients(call, weights[0], indices, logits, grad_values, grad_logits, needs[1:3], sink)
-    found = (sink.of_x(), *of_layer, sink.weight, sink.bias)
+    found = (sink.of_x(), *of_layer, *sink.of_embedding())
     return in_their_types(call, inputs, found, needs)
 
 

@@ -7,7 +7,14 @@ _DEAD = tl.constexpr(float("-inf"))
 
 # A kernel is compiled again for integers that are 1 or divisible by 16, but not for these, which only bound loops
 # and differ from call to call.
-kernel = triton.jit(do_not_specialize=("bags", "rows", "first", "last", "count", "threshold"))
+kernel = triton.jit(do_not_specialize=("bags", "rows", "first", "last", "count", "threshold", "per", "slot", "R"))
+
+
+@triton.jit
+def multiple(n, ALIGN: tl.constexpr):
+    """A size that ALIGN divides, so that the compiler knows it: of itself it looks for 16 alone, and reads rows of 500
+    or 1000 numbers one by one."""
+    return n // ALIGN * ALIGN
 
 
 @triton.jit
@@ -23,7 +30,7 @@ def bag_rows(OFFSETS, bag, num_rows):
 
 
 @triton.jit
-def segment(OFFSETS, slot, num_bags, num_rows, R: tl.constexpr):
+def segment(OFFSETS, slot, num_bags, num_rows, R):
     """The segment that writes partial results into ``slot``: ``(bag, first row, end)``, empty where there is none.
 
     Bag b owns the slots from ``start // R + b`` on, a number that grows with b, so that the bag is found by bisection.
@@ -43,7 +50,7 @@ def segment(OFFSETS, slot, num_bags, num_rows, R: tl.constexpr):
 
 
 @triton.jit
-def slots_of(OFFSETS, bag, num_rows, R: tl.constexpr):
+def slots_of(OFFSETS, bag, num_rows, R):
     """The slots ``[first, end)`` of the partial results of a bag."""
     start, end = bag_rows(OFFSETS, bag, num_rows)
     first = start // R + bag

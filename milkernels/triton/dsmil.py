@@ -10,24 +10,18 @@ from torch import Tensor
 
 from milkernels.triton import pool, rows
 from milkernels.triton.choice import winner_gradients
-from milkernels.triton.gradients import (
-    PoolGradients,
-    RowGradients,
-    largest_finite,
-    power_of_two_scale,
-    zero_where_dead,
-)
-from milkernels.triton.host import dropout_of, product, product_dtype
-from milkernels.triton.instances import Instances, Rows
+from milkernels.triton.gradients import LayerGradients, PoolGradients, RowGradients, zero_where_dead
+from milkernels.triton.host import dropout_of, product_dtype
+from milkernels.triton.instances import Instances, Layer, Rows
 from milkernels.triton.pooling import linear_gradients, pool_by_products, pool_by_products_backward
 
 _DEAD = float("-inf")
 
 
 class _DSMIL(Instances):
-    """A call with the layers that rows go through, in the accumulation type: those of an MLP query, whose width is Q,
-    and that of a value. A score is ``<row, vectors[b, c]> + shift[b, c]``, where a row is an instance [L], or its query
-    [Q] where there is an MLP; -inf for a class without a critical instance."""
+    """A call with the layers that rows go through: those of an MLP query, whose width is Q, and that of a value. A score
+    is ``<row, vectors[b, c]> + shift[b, c]``, where a row is an instance [L], or its query [Q] where there is an MLP;
+    -inf for a class without a critical instance."""
 
     def __init__(
         self, x, vectors, shift, critical, layers, offsets, mask, seed, v_activation, v_dropout_p, dtype, *embed
@@ -36,56 +30,51 @@ class _DSMIL(Instances):
         self.vectors, self.dead = self.to_acc(vectors).contiguous(), critical < 0
         shift = self.zeros(*critical.shape) if shift is None else self.to_acc(shift)
         self.shift = shift.masked_fill(self.dead, _DEAD)
-        self.q, self.q_bias, self.q2, self.q2_bias, self.v, self.v_bias = (self.to_acc(p) for p in layers)
         self.type = product_dtype(self.dtype, dtype)
-        self.activation = v_activation or "identity"
         self.dropout = dropout_of(seed, v_dropout_p)
-        self.mlp, self.layered = self.q2 is not None, self.v is not None
+        q, q_bias, q2, q2_bias, v, v_bias = layers
+        self.q = self.q2 = self.v = None
+        self.mlp, self.layered = q2 is not None, v is not None
+        if self.mlp:
+            self.q = Layer(q, q_bias, "relu", self.type, self.acc)
+            self.q2 = Layer(q2, q2_bias, "tanh", self.type, self.acc, rounded=False)
+        if self.layered:
+            self.v = Layer(v, v_bias, v_activation or "identity", self.type, self.acc, rounded=False)
         # Whether what is pooled is computed from the instances on slices of rows.
         self.computes_values = self.layered or self.dropout[0] is not None
 
     @property
     def pooled_width(self) -> int:
-        return self.v.shape[0] if self.layered else self.width
+        return self.v.width if self.layered else self.width
 
-    def workspace(self, *, of_query: bool, of_value: bool, gradient: bool) -> int:
-        """The bytes of workspace per row: activations of the query and the value, and their gradients."""
+    def workspace(self, *, gradient: bool, direct: bool = False) -> int:
+        """The bytes of workspace per row: activations of the value and then of the query, and their gradients.
+        ``direct`` says that products are written to the gradient of x."""
         size, acc = self.type.itemsize, self.acc.itemsize
         copied = self.type != self.dtype or (gradient and self.mask is not None and self.embedding is None)
-        per_row = self.width * size * (copied + (self.dropout[0] is not None))
-        units = (self.q.shape[0] + self.q2.shape[0] if of_query else 0) + (self.pooled_width if of_value else 0)
-        per_row += units * (2 * (size + acc) if gradient else size + acc)
-        per_row += self.width * acc * (of_query + of_value) if gradient else 0
-        return max(per_row, 1)
+
+        def of(layers) -> int:
+            return sum(layer.bytes_per_row() + gradient * layer.gradient_bytes_per_row() for layer in layers if layer)
+
+        value = (
+            self.width * size * (copied or self.dropout[0] is not None) + of([self.v]) if self.computes_values else 0
+        )
+        query = self.width * size * copied + of([self.q, self.q2]) if self.mlp else 0
+        if gradient:
+            query += self.width * acc * (self.computes_values + self.mlp * (not direct))
+        return max(value, query, 1)
 
     def operand(self, x: Tensor, block: slice, *, clean: bool) -> Tensor:
         return rows.operand(self, x, block, self.type, clean=clean and self.embedding is None)
 
-    def layer(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``W x + b`` [n, M] in the accumulation type; ``x`` [n, L] has the type of products."""
-        z = product(x, weight.to(self.type).t(), self.acc)
-        return z if bias is None else z.add_(bias)
-
-    def query_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``(h, tanh(W2 h + b2))`` [n, Q] of the MLP query, where ``h = relu(W1 x + b1)`` has the type of products."""
-        hidden = self.layer(x, self.q, self.q_bias).relu_().to(self.type)
-        return hidden, self.layer(hidden, self.q2, self.q2_bias).tanh_()
-
-    def value_rows(self, x: Tensor, block: slice, *, clean: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``(input, values, argument)`` of the slice's rows, which ``x`` [n, L] holds: values [n, pooled_width] are
-        what is pooled, input is what the value layer takes, and argument is what its derivative is computed from, or
-        None."""
+    def value_rows(self, x: Tensor, block: slice, *, keep: bool) -> Rows:
+        """What is pooled of the slice's rows, which ``x`` [n, L] holds: [n, pooled_width]; and what its gradient needs
+        to ``keep``."""
         if self.dropout[0] is not None:
             x = rows.copied(self, x, block, self.type if self.layered else self.dtype, dropout=self.dropout)
-        else:
-            x = self.operand(x, block, clean=clean)
-        if not self.layered:
-            return x, x, None
-        z = self.layer(x, self.v, self.v_bias)
-        if self.activation == "gelu":
-            return x, torch.nn.functional.gelu(z), z
-        h = z.relu_() if self.activation == "relu" else z.tanh_()
-        return x, h, h
+        elif self.layered:
+            x = self.operand(x, block, clean=keep)
+        return self.v.rows(self, x, block, keep=keep) if self.layered else Rows(block, x)
 
 
 def dsmil_rows_fwd(x, *others):
@@ -97,15 +86,16 @@ def dsmil_rows_fwd(x, *others):
     if not call.mlp and call.embedding is None:
         rows.products(call, call.x, call.vectors, shift=call.shift, fill=_DEAD, out=scores)
     partials = pool.Partials(call, C, call.pooled_width)
-    for block in call.slices(call.workspace(of_query=call.mlp, of_value=call.computes_values, gradient=False)):
+    for block in call.slices(call.workspace(gradient=False)):
         values = scored = call.rows_at(block).values
         if call.mlp:
-            _, scored = call.query_rows(call.operand(values, block, clean=False))
+            hidden = call.q.rows(call, call.operand(values, block, clean=False), block, keep=False).values
+            scored = call.q2.rows(call, hidden, block, keep=False).values
         if call.mlp or call.embedding is not None:
             rows.products(call, scored, call.vectors, shift=call.shift, fill=_DEAD, rows=block, out=scores)
-        pooled = call.value_rows(values, block, clean=False)[1] if call.computes_values else values
+        pooled = call.value_rows(values, block, keep=False).values if call.computes_values else values
         partials.add(pooled, scores, block, call.mask)
-        values = scored = pooled = None  # freed before the next slice comes
+        values = scored = hidden = pooled = None  # freed before the next slice comes
     bag, lse = partials.result()
     return bag, scores, lse
 
@@ -118,28 +108,23 @@ def dsmil_rows_bwd(
     embed = (embed, embed_activation, embed_dropout_p, embed_dtype)
     of_rows = (offsets, mask, seed, v_activation, v_dropout_p, compute_dtype)
     call = _DSMIL(x, vectors, shift, critical, layers, *of_rows, *embed)
-    sink, found = RowGradients(call, needs), {}
-    of_vectors = _Backward(call, scores, bag, grad_bag, grad_scores, grad_lse, sink, found).run()
+    sink = RowGradients(call, needs)
+    backward = _Backward(call, scores, bag, grad_bag, grad_scores, grad_lse, sink)
+    of_vectors = backward.run()
     of_vectors = of_vectors.masked_fill(call.dead[..., None], 0)  # a class that pools nothing may have summed 0 * NaN
-    for name in _LAYERS:
-        if name not in found and (layer := getattr(call, name)) is not None:
-            found[name] = torch.zeros_like(layer)
-    gradients = [sink.of_x(), of_vectors, *(found.get(name) for name in _LAYERS), sink.weight, sink.bias]
-    return tuple(call.empty(0) if gradient is None else gradient for gradient in gradients)
-
-
-_LAYERS = ("q", "q_bias", "q2", "q2_bias", "v", "v_bias")
-
-
-def _add(found: dict[str, Tensor], name: str, part: Tensor) -> None:
-    found[name] = found[name] + part if name in found else part
+    found = [sink.of_x(), of_vectors]
+    for layer in (backward.q, backward.q2, backward.v):
+        found += [None, None] if layer is None else layer.found(call.acc)
+    found += sink.of_embedding(call.acc)
+    return tuple(call.empty(0) if gradient is None else gradient for gradient in found)
 
 
 class _Backward:
     """The backward of scores and pooling over the rows: at once where both are linear in x, else slice by slice."""
 
-    def __init__(self, call: _DSMIL, scores, bag, grad_bag, grad_scores, grad_lse, sink, found):
-        self.call, self.sink, self.found = call, sink, found
+    def __init__(self, call: _DSMIL, scores, bag, grad_bag, grad_scores, grad_lse, sink):
+        self.call, self.sink = call, sink
+        self.q, self.q2, self.v = (layer and LayerGradients(call, layer) for layer in (call.q, call.q2, call.v))
         # Rows of x itself are read at once, not in slices, where neither a value nor a query is computed from them.
         self.at_once = call.embedding is None
         pooled = call.x if self.at_once and call.mlp and not call.computes_values else None
@@ -153,17 +138,19 @@ class _Backward:
         if not call.mlp and not call.computes_values:
             return pool_by_products_backward(call, self.pool, call.vectors, self.sink)
         of_vectors = pool.Partials(call, self.pool.input_scores.shape[1], call.vectors.shape[2], softmax=False)
-        for at in self.sink.slices(call.workspace(of_query=call.mlp, of_value=call.computes_values, gradient=True)):
+        if not call.computes_values:
+            self.sink.pooled(call.type, self.pool.weights, self.pool.bag_of(self.pool.weights))
+        for at in self.sink.slices(call.workspace(gradient=True, direct=self.sink.direct)):
             part = self._value(at) if call.computes_values else None
             if not call.computes_values and not self.at_once:
                 self.pool.add(at.values, at.which)
             if call.mlp:
-                part = self._query(at, of_vectors, part)
-            elif not self.at_once:
-                of_vectors.add(at.values, self.pool.scores, at.which, call.mask)
-            weights = None if call.computes_values else self.pool.weights
-            linear = (None, None) if call.mlp else (self.pool.scores, call.vectors)
-            self.sink.add(at, weights, self.pool.bag_of(weights), *linear, product=part)
+                self._query(at, of_vectors, part)
+            else:
+                if not self.at_once:
+                    of_vectors.add(at.values, self.pool.scores, at.which, call.mask)
+                weights = None if call.computes_values else self.pool.weights
+                self.sink.add(at, weights, self.pool.bag_of(weights), self.pool.scores, call.vectors, product=part)
             at = part = None  # freed before the next slice comes
         if not call.mlp and self.at_once:
             of_vectors.add(call.x, self.pool.scores, mask=call.mask)
@@ -173,50 +160,41 @@ class _Backward:
         """Goes back through the value of a slice: adds its parameters' gradients and returns that of the rows [n, L],
         or None where it is not needed."""
         call, block = self.call, at.which
-        x, values, argument = call.value_rows(at.values, block, clean=True)
-        self.pool.add(values, block)
+        value = call.value_rows(at.values, block, keep=True)
+        self.pool.add(value.values, block)
         if not self.values:
             return None
         grad = call.empty(block.stop - block.start, call.pooled_width)
         rows.expand(call, grad, self.pool.weights, self.pool.bag, rows=block)
         if call.layered:
-            rows.copied(call, grad, block, call.acc, z=argument, activation=call.activation, out=grad)
-            grad = self._through(grad, x, call.v, "v", self.sink.needed)
+            z, scale = self.v.through(value, grad)
+            value = grad = None
+            grad = _of_input(self.v, z, scale) if self.sink.needed else None
         if self.sink.needed and call.dropout[0] is not None:
             rows.copied(call, grad, block, call.acc, dropout=call.dropout, out=grad)
         return grad
 
-    def _query(self, at: Rows, of_vectors: pool.Partials, onto: Tensor | None) -> Tensor | None:
-        """Goes back through the MLP query of a slice likewise; returns its part plus ``onto``, the part of the
-        value."""
+    def _query(self, at: Rows, of_vectors: pool.Partials, of_value: Tensor | None) -> None:
+        """Goes back through the MLP query of a slice likewise; adds the gradient of the rows, of which ``of_value`` is
+        the part of the value."""
         call, block = self.call, at.which
-        x = call.operand(at.values, block, clean=True)
-        hidden, query = call.query_rows(x)
-        of_vectors.add(query, self.pool.scores, block, call.mask)
-        grad = call.empty(block.stop - block.start, call.q2.shape[0])
+        hidden = call.q.rows(call, call.operand(at.values, block, clean=True), block, keep=True)
+        query = call.q2.rows(call, hidden.values, block, keep=True)
+        of_vectors.add(query.values, self.pool.scores, block, call.mask)
+        grad = call.empty(block.stop - block.start, call.q2.width)
         rows.expand(call, grad, self.pool.scores, call.vectors, rows=block)
-        rows.copied(call, grad, block, call.acc, z=query, activation="tanh", out=grad)
-        grad = self._through(grad, hidden, call.q2, "q2", True)
-        rows.copied(call, grad, block, call.acc, z=hidden, activation="relu", out=grad)
-        grad = self._through(grad, x, call.q, "q", self.sink.needed)
-        return grad if onto is None or grad is None else grad.add_(onto)
+        grad = _of_input(self.q2, *self.q2.through(query, grad))
+        z, scale = self.q.through(hidden, grad)
+        if of_value is None:
+            self.sink.add_product(at, call.q.products, z, scale)
+        elif self.sink.needed:
+            self.sink.add(at, None, None, product=_of_input(self.q, z, scale).add_(of_value))
 
-    def _through(self, grad: Tensor, x: Tensor, weight: Tensor, name: str, need_x: bool) -> Tensor | None:
-        """Goes back through a layer ``W x + b`` from ``grad`` [n, M]: adds the gradients of W and b, returns that of x
-        [n, L], or None where it is not needed."""
-        call = self.call
-        _add(self.found, f"{name}_bias", grad.sum(0))
-        scale = None
-        if call.type == torch.float16:
-            scale = power_of_two_scale(largest_finite(grad))
-            grad = grad * scale
-        grad = grad.to(call.type)
-        of_weight = product(grad.t(), x, call.acc)
-        _add(self.found, name, of_weight if scale is None else of_weight / scale)
-        if not need_x:
-            return None
-        of_x = product(grad, weight.to(call.type), call.acc)
-        return of_x if scale is None else of_x.div_(scale)
+
+def _of_input(layer: LayerGradients, z, scale: Tensor | None) -> Tensor:
+    """The gradient of what a layer takes [n, L], from what `LayerGradients.through` returns."""
+    of_input = layer.layer.products.rows_gradient(z)
+    return of_input if scale is None else of_input.div_(scale)
 
 
 # A few rows
@@ -249,9 +227,7 @@ def _onto(call: Instances, *gradients: Tensor) -> RowGradients:
 
 
 def few_linear(x, weight, bias, activation, scale):
-    z = x @ weight.t()
-    if bias is not None:
-        z += bias
+    z = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
     if activation is not None:
         {"relu": torch.relu_, "tanh": torch.tanh_}[activation](z)
     return z if scale == 1 else z.mul_(scale)

@@ -156,13 +156,13 @@ def score_tiles(
         gate = tl.where((d < D)[None, :], gate, 0.0)
         score = tl.zeros([BN, BK], tl.float32)
         for j in tl.static_range(K):
-            of_head = tl.sum(gate * tl.load(W + j * D + d, mask=d < D, other=0.0)[None, :], axis=1)
+            of_head = tl.sum(gate * tl.load(W + j * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :], axis=1)
             if K == 1:
                 score += of_head[:, None]
             else:
                 score += tl.where((k == j)[None, :], of_head[:, None], 0.0)
         if W_BIAS is not None:
-            score += tl.where(chunk == 0, tl.load(W_BIAS + k, mask=k < K, other=0.0), 0.0)[None, :]
+            score += tl.where(chunk == 0, tl.load(W_BIAS + k, mask=k < K, other=0.0).to(tl.float32), 0.0)[None, :]
         if MASK is not None:
             real = tl.load(MASK + instance, mask=r < count, other=0) != 0
             score = tl.where(real[:, None], score, float("-inf"))
@@ -184,8 +184,8 @@ def gate_gradients(
     TMA: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Writes to OUT [V and U, D, count] the gradient of the products, times SCALE, 0 for masked rows; to SUMS [parts, K
-    + 2, D] what parts of tiles add to the gradients of w and of the biases. Units lie across the warps, so that sums
+    """Writes to OUT [V and U, D, count] the gradient of the products, times SCALE, 0 for masked rows; to SUMS [parts, (K
+    + 2) D + K] what parts of tiles add to the gradients of w and of the biases. Units lie across the warps, so that sums
     over rows shuffle little."""
     tl.assume(L > 0)
     chunks = tl.cdiv(D, BD)
@@ -257,11 +257,12 @@ def _part_gradients(
     if SCALE is not None:
         scale = tl.load(SCALE)
     dgate = tl.zeros([BD, BN], tl.float32)
-    sums = SUMS + tl.cast(part, tl.int64) * ((K + 2) * D) + d
+    sums = SUMS + tl.cast(part, tl.int64) * ((K + 2) * D + K) + d
     for j in tl.static_range(K):
         ds = tl.load(DS + instance * K + j, mask=real, other=0.0)
-        dgate += tl.load(W + j * D + d, mask=d < D, other=0.0)[:, None] * (ds * scale)[None, :]
+        dgate += tl.load(W + j * D + d, mask=d < D, other=0.0).to(tl.float32)[:, None] * (ds * scale)[None, :]
         tl.store(sums + j * D, tl.sum(gate * ds[None, :], axis=1), mask=d < D)
+        tl.store(sums + ((K + 2) * D + j) - d, tl.sum(ds, axis=0), mask=d == 0)
     if SEED is not None:
         dgate = dgate * factors
     dv = tl.where(real[None, :], dgate * dv, 0.0)
@@ -347,27 +348,29 @@ def scores(call, x: Tensor, block: slice, out: Tensor) -> None:
         torch.sum(of_chunks, 0, out=out[block])
 
 
-def gradients_of_products(call, x: Tensor, block: slice, ds: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``(z [n, units], sums [parts, K + 2, D])`` of a slice, whose rows x [n, L] holds: z is the gradient of
-    ``x [V; U]^T``, times the scale; sums is what parts of tiles add to the gradients of w and of the biases."""
+def gradients_of_products(call, x: Tensor, parts, block: slice, ds: Tensor, scale, sums: Tensor) -> Tensor:
+    """The gradient of ``x [V; U]^T`` [n, units] times the scale, for a slice, whose rows x [n, L] holds. Writes to
+    ``sums``, made by `Call.sums`, what the slice adds to the gradients of w and of the biases."""
     options = _options(call, x, forward=False)
-    BN, BD, parts = options["BN"], options["BD"], options["PARTS"]
+    BN, BD, PARTS = options["BN"], options["BD"], options["PARTS"]
     count, D = block.stop - block.start, call.hidden
     tiles, chunks = ceil_div(count, BN), ceil_div(D, BD)
     z = call.empty(call.units, tiles * BN, dtype=call.type)
-    sums = call.empty(tiles * parts, call.heads + 2, D)
+    of_parts = call.empty(tiles * PARTS, sums.shape[1])
     x_tiles, weight, out = x, call.weight, z
     if options["TMA"]:
         x_tiles = _descriptor(x, BN, options["BL"])
         weight = _descriptor(weight, BD, options["BL"])
-        out = _descriptor(z.view(-1, D, tiles * BN), 1, BD, BN // parts)
+        out = _descriptor(z.view(-1, D, tiles * BN), 1, BD, BN // PARTS)
     seed, threshold = call.dropout
     launch(
         gate_gradients, (tiles * chunks,),
-        x_tiles, weight, call.bias, call.w, ds, call.mask, seed, scale, out, sums, block.start, count,
+        x_tiles, weight, call.bias, call.w, ds, call.mask, seed, scale, out, of_parts, block.start, count,
         call.width, D, x.stride(0), z.stride(0), threshold, **options,
     )  # fmt: skip
-    return z[:, :count].t(), sums
+    of_slice = sums[block.start // call.summed : ceil_div(block.stop, call.summed)].zero_()
+    torch.sum(of_parts, 0, out=of_slice[0])
+    return z[:, :count].t()
 
 
 def _descriptor(t: Tensor, *tile: int) -> TensorDescriptor:
@@ -396,7 +399,7 @@ def _large_tile(call, forward: bool) -> dict[str, int]:
     if forward:
         tile["BD"] = (256 >> call.gated) >> (dropped or blackwell)
     else:
-        crowded = call.gated + 2 * dropped + (call.heads > 1) + (call.heads > 4) + blackwell
+        crowded = call.gated + 2 * dropped + (call.heads > 1) + 3 * (call.heads > 3) + blackwell
         tile |= {"BN": 64, "PARTS": 1} if crowded > 1 else {"PARTS": 1 + call.gated}
         tile["BD"] = 64 if crowded > 4 else 128
     return tile | {"BD": min(max(power_of_two(call.hidden), 64), tile["BD"])}

@@ -3,12 +3,17 @@
 Nothing here waits for the device or reads from it, so every op can be captured in a CUDA graph.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
-    """Launches a kernel. All launches pass here, so that a stand-in can take the place of the device."""
+    """Launches a kernel, unless its grid is empty. All launches pass here, so that a stand-in can take the place of the
+    device."""
+    if 0 in grid:
+        return
     # A product and a sum may become one instruction, as nvcc has it; Triton's own default is changing.
     _run(kernel, grid, args, {"enable_fp_fusion": True, **options})
 
@@ -19,6 +24,11 @@ def _run(kernel, grid: tuple[int, ...], args: tuple, options: dict) -> None:
 
 def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+def alignment(*sizes: int) -> int:
+    """The largest power of two up to 16 that divides all of them."""
+    return math.gcd(16, *sizes)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -47,18 +57,31 @@ def dropout_bits(threshold: int) -> int:
     return 17 - max((1 << 16) - threshold, 1).bit_length()
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``a @ b`` by the library, in ``dtype``. Half types accumulate in float32, which need not be rounded to half."""
-    dtype = dtype or a.dtype
-    if a.is_cuda:
+def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None, onto: Tensor | None = None) -> Tensor:
+    """``a @ b`` by the library, in ``dtype``, or added to ``onto``. Half types accumulate in float32, which need not be
+    rounded to half."""
+    dtype = (dtype or a.dtype) if onto is None else onto.dtype
+    if not a.is_cuda:
+        # Only the interpreter comes here. Products of half types on a CPU may read into the next row, which may hold NaN.
+        acc = accumulation_dtype(a)
+        found = a.to(acc) @ b.to(acc)
+        return found.to(dtype) if onto is None else onto.copy_(found.add_(onto))
+    if onto is None:
         return a @ b if dtype == a.dtype else torch.mm(a, b, out_dtype=dtype)
-    # Only the interpreter comes here. Products of half types on a CPU may read into the next row, which may hold NaN.
-    acc = accumulation_dtype(a)
-    return (a.to(acc) @ b.to(acc)).to(dtype)
+    # PyTorch 2.9 adds a product to nothing of another type.
+    return onto.addmm_(a, b) if dtype == a.dtype else onto.add_(torch.mm(a, b, out_dtype=dtype))
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Writes ``a @ b`` to ``out``, which may be float32 where a and b are of a half type."""
+    if not a.is_cuda:
+        return out.copy_(product(a, b, out.dtype))
+    return torch.mm(a, b, out=out) if out.dtype == a.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 class Products:
-    """The products of a weight W [M, L] with rows x [n, L], and with the gradient z [n, M] of these products."""
+    """The products of a weight W [M, L] with rows x [n, L], and with the gradient z [n, M] of these products. `parts`
+    makes of rows, or of z, what the products take."""
 
     bytes_per_row = 0  # of the workspace that the products need
 
@@ -66,16 +89,20 @@ class Products:
         self.weight = weight
         self.acc = accumulation_dtype(weight)
 
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def parts(self, rows: Tensor):
+        return rows
+
+    def forward(self, x, dtype: torch.dtype | None = None) -> Tensor:
         """``x W^T`` [n, M], in the type of x or in ``dtype``."""
         return product(x, self.weight.t(), dtype)
 
-    def rows_gradient(self, z: Tensor, out: Tensor | None = None) -> Tensor:
-        """``z W`` [n, L], in the accumulation type, or written to ``out``, which has the type of z."""
+    def rows_gradient(self, z, out: Tensor | None = None, *, add: bool = False) -> Tensor:
+        """``z W`` [n, L], in the accumulation type; or written or added to ``out``, which has the type of z, or float32
+        where z is of a half type."""
         if out is None:
             return product(z, self.weight, self.acc)
-        return torch.mm(z, self.weight, out=out) if z.is_cuda else out.copy_(product(z, self.weight))
+        return product(z, self.weight, onto=out) if add else product_into(out, z, self.weight)
 
-    def weight_gradient(self, z: Tensor, x: Tensor) -> Tensor:
-        """``z^T x`` [M, L], in the accumulation type."""
-        return product(z.t(), x, self.acc)
+    def weight_gradient(self, z, x, onto: Tensor | None = None) -> Tensor:
+        """``z^T x`` [M, L] in the accumulation type, added to ``onto`` if given."""
+        return product(z.t(), x, self.acc, onto)

@@ -14,9 +14,17 @@ from torch import Tensor
 
 from milkernels.triton import rows, split, tuning
 from milkernels.triton.call import Call
-from milkernels.triton.common import activate, activation_gradient, apply_dropout, dropout_factors, kernel, tanh_slope
+from milkernels.triton.common import (
+    activate,
+    activation_gradient,
+    apply_dropout,
+    dropout_factors,
+    kernel,
+    multiple,
+    tanh_slope,
+)
 from milkernels.triton.host import (
-    accumulation_dtype,
+    alignment,
     ceil_div,
     dropout_bits,
     dropout_of,
@@ -41,13 +49,14 @@ def _numbers(INDEX, MASK, i, first, count):
 
 
 @kernel
-def embed_rows(
+def layer_rows(
     Z, BIAS, INDEX, MASK, SEED, OUT, first, count, E, threshold,
-    ACTIVATION: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
+    ACTIVATION: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """OUT [count, E], which may be Z, is drop(act(Z + bias)) with dropout branch 3; 0 for masked rows and where INDEX
     is -1."""
     A: tl.constexpr = tl.float64 if Z.dtype.element_ty == tl.float64 else tl.float32
+    E = multiple(E, ALIGN)
     i = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     unit = tl.program_id(1) * BE
     e = unit + tl.arange(0, BE)
@@ -64,22 +73,23 @@ def embed_rows(
 
 
 @kernel
-def embed_gradients(
-    G, ARGUMENT, BIAS, INDEX, MASK, SEED, SCALE, OUT, SUMS, first, count, E, threshold,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr,
+def layer_gradients(
+    G, ARGUMENT, BIAS, INDEX, MASK, SEED, SCALE, OUT, SUMS, first, count, slot, per, E, threshold,
+    ACTIVATION: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Writes to OUT, which may be ARGUMENT, the gradient of Z times SCALE, from the gradient G of h, all [count, E];
-    and to SUMS [programs, E] what these rows add to the gradient of the bias. ARGUMENT is what `Embedding` keeps: Z or
-    h."""
+    and to SUMS [slots, E], from `slot` on, what `per` rows each add to the gradient of the bias. ARGUMENT is what
+    `Layer` keeps: Z or h."""
     A: tl.constexpr = SUMS.dtype.element_ty
     unit = tl.program_id(1) * BE
     e = unit + tl.arange(0, BE)
-    begin = tl.program_id(0).to(tl.int64) * ROWS
+    E = multiple(E, ALIGN)
+    begin = tl.program_id(0).to(tl.int64) * per
     sums = tl.zeros([BE], A)
     grad_scale = tl.cast(1.0, A)
     if SCALE is not None:
         grad_scale = tl.load(SCALE)
-    for row in tl.range(begin, tl.minimum(begin + ROWS, count), BN):
+    for row in tl.range(begin, tl.minimum(begin + per, count), BN):
         i = row + tl.arange(0, BN)
         inside = (i < count)[:, None] & (e < E)[None, :]
         r, real = _numbers(INDEX, MASK, i, first, count)
@@ -100,7 +110,7 @@ def embed_gradients(
         g = tl.where(real[:, None], g, 0.0)
         sums += tl.sum(g, axis=0)
         tl.store(OUT + at, (g * grad_scale).to(OUT.dtype.element_ty), mask=inside)
-    tl.store(SUMS + tl.program_id(0) * E + e, sums, mask=e < E)
+    tl.store(SUMS + (slot + tl.program_id(0)).to(tl.int64) * E + e, sums, mask=e < E)
 
 
 @dataclass
@@ -111,80 +121,79 @@ class Rows:
     which: slice | Tensor  # the numbers of the rows, a slice of n or int64 [B, C], where -1 is no row
     values: Tensor  # [n, E], or [B, C, E]
     x: Tensor | None = None  # [n, L]: the rows that were embedded, in the type of products
-    argument: Tensor | None = None  # [n, E]: what the derivative of the activation is computed from (see `Embedding`)
+    argument: Tensor | None = None  # [n, E]: what the derivative of the activation is computed from (see `Layer`)
 
 
-_SUMMED_ROWS = 64  # so many rows one program of embed_gradients sums for the gradient of the bias
 _TILE = {"BN": 32, "num_warps": 8}
 
 
-class Embedding:
-    """The layer W [E, L], b [E] that a call's rows pass. ``x W^T`` is rounded only as a part of h: products of half
-    types come in float32. For the gradient of rows it is kept, or h alone where h tells the activation's derivative."""
+class Layer:
+    """A layer W [M, L], b [M] that rows pass, ``h = drop(act(W x + b))``. ``x W^T`` is rounded only as a part of h:
+    products of half types come in float32. For the gradient of rows it is kept, or h alone where h tells the
+    activation's derivative. h has the type of products, or where it is not ``rounded`` the accumulation type."""
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, seed, activation: str, dropout_p: float, dtype):
-        self.type, self.acc = product_dtype(x.dtype, dtype), accumulation_dtype(x)
-        self.width = weight.shape[0]
-        plan = tuning.plan(x.device, self.type, x.shape[1], self.width)
-        self.products = split.products_of(weight.to(self.type).contiguous(), plan)
-        self.bias = None if bias is None else bias.to(self.acc).contiguous()
-        self.dropout, self.activation = dropout_of(seed, dropout_p), activation
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype, acc: torch.dtype, *,
+        dropout: tuple[Tensor | None, int] = (None, 0), rounded: bool = True,
+    ):  # fmt: skip
+        self.given, self.type, self.acc = (weight, bias), dtype, acc
+        self.out = dtype if rounded else acc
+        self.width, self.inputs = weight.shape
+        plan = tuning.plan(weight.device, dtype, self.inputs, self.width)
+        self.products = split.products_of(weight.to(dtype).contiguous(), plan)
+        self.bias = None if bias is None else bias.contiguous()
+        self.dropout, self.activation = dropout, activation
         self.keeps_product = activation in ("tanh", "gelu")
 
-    def bytes_per_row(self, call: Call) -> int:
+    def bytes_per_row(self) -> int:
         """The bytes of workspace that h needs."""
-        copied = call.x.shape[1] if call.x.dtype != self.type else 0
-        wide = self.width * self.acc.itemsize if self.type != self.acc else 0
-        return (self.width + copied) * self.type.itemsize + wide + self.products.bytes_per_row
+        wide = self.width * self.acc.itemsize if self.out != self.acc else 0
+        return self.width * self.out.itemsize + wide + self.products.bytes_per_row
 
-    def gradient_bytes_per_row(self, call: Call, need_x: bool) -> int:
+    def gradient_bytes_per_row(self) -> int:
         """The bytes of workspace that the gradient of h needs besides. It takes the place of the product if that is not
-        kept."""
-        size, acc, L = self.type.itemsize, self.acc.itemsize, call.x.shape[1]
-        copied = L * size if call.mask is not None and call.x.dtype == self.type else 0
-        aside = L * acc if need_x and not self.direct(call) else 0
-        measured = 2 if self.type == torch.float16 else 0  # copies while its largest number is found
-        return self.width * acc * (self.keeps_product + (self.type == self.acc) + measured) + copied + aside
+        kept, and of h where it has the type of products."""
+        kept = self.keeps_product + (self.out == self.acc)
+        return self.width * (self.acc.itemsize * kept + (self.type.itemsize if self.out != self.type else 0))
 
-    def direct(self, call: Call) -> bool:
-        """Whether products with W are written to the gradient of x as they are, in its type and without a scale."""
-        return self.type == call.x.dtype and self.type != torch.float16
-
-    def embed_slice(self, call: Call, block: slice, keep: bool) -> Rows:
-        """Embeds a slice of the call's rows."""
-        x = rows.operand(call, call.x[block], block, self.type, clean=keep)
-        return self.embed(call, x, block, keep=keep)
-
-    def embed(self, call: Call, x: Tensor, which: slice | Tensor, *, keep: bool) -> Rows:
-        """Embeds rows ``x`` [n, L], which have the type of products; ``keep`` what their gradient needs."""
+    def rows(self, call: Call, x: Tensor, which: slice | Tensor, *, keep: bool) -> Rows:
+        """Takes rows ``x`` [n, L], which have the type of products, through the layer: h, which is 0 for masked rows,
+        and what its gradient needs to ``keep``."""
+        x = self.products.parts(x)
         z = self.products.forward(x, self.acc)
-        apart = self.type != self.acc or (keep and self.keeps_product)
-        h = torch.empty_like(z, dtype=self.type) if apart else z
+        apart = self.out != self.acc or (keep and self.keeps_product)
+        h = torch.empty_like(z, dtype=self.out) if apart else z
         seed, threshold = self.dropout
         first, index = _places(which)
         units = self._units()
         launch(
-            embed_rows, (ceil_div(x.shape[0], _TILE["BN"]), ceil_div(self.width, units)),
-            z, self.bias, index, call.mask, seed, h, first, x.shape[0], self.width, threshold,
-            ACTIVATION=self.activation, BE=units, **_TILE,
+            layer_rows, (ceil_div(z.shape[0], _TILE["BN"]), ceil_div(self.width, units)),
+            z, self.bias, index, call.mask, seed, h, first, z.shape[0], self.width, threshold,
+            ACTIVATION=self.activation, BE=units, ALIGN=alignment(self.width), **_TILE,
         )  # fmt: skip
         return Rows(which, h, x, z if self.keeps_product else h) if keep else Rows(which, h)
 
-    def gradient_of_products(self, call: Call, at: Rows, grad: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``(z [n, E], sums [E])`` from the gradient ``grad`` [n, E] of h: z is the gradient of ``x W^T``, times the
-        scale and in the type of products, and sums that of the bias. The values of a slice are overwritten by z."""
-        z = at.values if isinstance(at.which, slice) else torch.empty_like(at.argument, dtype=self.type)
+    def gradient_of_products(
+        self, call: Call, at: Rows, grad: Tensor, scale: Tensor | None, sums: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``(z [n, M], sums [programs, M])`` from the gradient ``grad`` [n, M] of h: z is the gradient of ``x W^T``,
+        times the scale and in the type of products, and the sum over the rows of sums is that of the bias. Of a slice
+        of rows it is written into ``sums``, made by `Call.sums`, if given. The values of a slice are overwritten by z
+        where they have its type."""
+        over = isinstance(at.which, slice) and at.values.dtype == self.type
+        z = at.values if over else torch.empty_like(at.argument, dtype=self.type)
         count, units = grad.shape[0], self._units()
-        programs = ceil_div(count, _SUMMED_ROWS)
-        sums = call.empty(programs, self.width)
-        seed, threshold = self.dropout
         first, index = _places(at.which)
+        per, slot = (64, 0) if sums is None else (call.summed, first // call.summed)
+        programs = ceil_div(count, per)
+        sums = call.empty(programs, self.width) if sums is None else sums
+        seed, threshold = self.dropout
         launch(
-            embed_gradients, (programs, ceil_div(self.width, units)),
-            grad, at.argument, self.bias, index, call.mask, seed, scale, z, sums, first, count, self.width, threshold,
-            ACTIVATION=self.activation, ROWS=_SUMMED_ROWS, BE=units, **_TILE,
+            layer_gradients, (programs, ceil_div(self.width, units)),
+            grad, at.argument, self.bias, index, call.mask, seed, scale, z, sums, first, count, slot, per, self.width,
+            threshold, ACTIVATION=self.activation, BE=units, ALIGN=alignment(self.width), **_TILE,
         )  # fmt: skip
-        return z, sums.sum(0)
+        return z, sums
 
     def headroom(self) -> int:
         """log2 of the largest factor by which the gradient of ``x W^T`` may exceed that of h, rounded up."""
@@ -207,28 +216,39 @@ class Instances(Call):
         super().__init__(x, offsets, mask)
         self.embedding = None
         if embed:
-            self.embedding = Embedding(x, *embed, activation, dropout_p, dtype)
+            weight, bias, seed = embed
+            dtype = product_dtype(x.dtype, dtype)
+            self.embedding = Layer(weight, bias, activation, dtype, self.acc, dropout=dropout_of(seed, dropout_p))
             self.width, self.dtype = self.embedding.width, self.embedding.type
 
     def rows_at(self, block: slice, *, keep: bool = False) -> Rows:
         """A slice of rows as the op sees them; ``keep`` what their gradient needs."""
         if self.embedding is None:
             return Rows(block, self.x[block])
-        return self.embedding.embed_slice(self, block, keep)
+        x = rows.operand(self, self.x[block], block, self.embedding.type, clean=keep)
+        return self.embedding.rows(self, x, block, keep=keep)
+
+    def embedding_bytes(self, *, gradient: bool = False, need_x: bool = False) -> int:
+        """The bytes of workspace for each row that the embedding needs: for h, and for its gradient; 0 without one."""
+        if self.embedding is None:
+            return 0
+        layer, L = self.embedding, self.x.shape[1]
+        size = layer.bytes_per_row() + (layer.gradient_bytes_per_row() if gradient else 0)
+        copied = self.x.dtype != layer.type or (gradient and self.mask is not None)
+        # Products of float16 have a scale, which is taken from them aside.
+        return size + L * (layer.type.itemsize * copied + self.acc.itemsize * (need_x and layer.type == torch.float16))
 
     def slices(self, bytes_per_row: int | None = None) -> Iterable[slice]:
         """`Call.slices`, with the workspace of the embedding besides."""
         if self.embedding is not None:
-            return self.blocks((bytes_per_row or 0) + self.embedding.bytes_per_row(self))
+            return self.blocks((bytes_per_row or 0) + self.embedding_bytes())
         return super().slices(bytes_per_row)
 
     def gathered(self, indices: Tensor) -> Rows:
         """The rows with these numbers [B, C], 0 for -1; values are [B, C, width] in the accumulation type."""
         if self.rows == 0:
             return Rows(indices, self.zeros(*indices.shape, self.width))
-        flat = indices.flatten()
-        found = self.x.index_select(0, flat.clamp(0, self.rows - 1)).masked_fill((flat < 0)[:, None], 0)
         if self.embedding is None:
-            return Rows(indices, self.to_acc(found).unflatten(0, indices.shape))
-        found = self.embedding.embed(self, found.to(self.embedding.type), indices, keep=True)
+            return Rows(indices, rows.gathered(self.x, indices, self.acc).unflatten(0, indices.shape))
+        found = self.embedding.rows(self, rows.gathered(self.x, indices, self.embedding.type), indices, keep=True)
         return replace(found, values=self.to_acc(found.values).unflatten(0, indices.shape))

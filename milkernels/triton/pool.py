@@ -8,21 +8,25 @@ import triton.language as tl
 from torch import Tensor
 
 from milkernels.triton.call import Call
-from milkernels.triton.common import finite_or_zero, kernel, log_sum_exp, real_rows, segment, slots_of
-from milkernels.triton.host import ceil_div, launch, power_of_two
+from milkernels.triton.common import finite_or_zero, kernel, log_sum_exp, multiple, real_rows, segment, slots_of
+from milkernels.triton.host import alignment, ceil_div, launch, power_of_two
 
 HEADS = 4  # at most so many heads share a read of the rows
+SLOTS = 64  # so many partial results a program reads together; one number, for each is compiled
 
 
 @kernel
 def pool_partial(
     X, S, CENTRE, MASK, OFFSETS, TOP, TOTAL, SUM,
     bags, rows, first, last, x_stride, L, K,
-    SOFTMAX: tl.constexpr, R: tl.constexpr, J: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr,
+    SOFTMAX: tl.constexpr, R, J: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Writes partial sums of rows [first, last), the first of which is at X, less the centre of their bag if given. S
-    [N, K] holds scores, -inf for dead rows, or weights."""
+    [N, K] holds scores, -inf for dead rows, or weights; without it all scores are 0, and the pooling is a mean."""
     A: tl.constexpr = SUM.dtype.element_ty
+    L = multiple(L, ALIGN)
+    x_stride = multiple(x_stride, ALIGN)
     slot = first // R + tl.program_id(0)
     bag, start, end = segment(OFFSETS, slot, bags, rows, R)
     if (start < end) & (start >= first) & (start < last):
@@ -37,7 +41,9 @@ def pool_partial(
             totals = totals + (tl.cast(0.0, A),)
             sums = sums + (tl.zeros([BL], A),)
             top = tl.cast(float("-inf"), A)
-            if SOFTMAX:
+            if S is None:
+                top = tl.cast(0.0, A)
+            elif SOFTMAX:
                 for row in tl.range(start, end, 256):
                     r = row + tl.arange(0, 256)
                     s = tl.load(S + r * K + heads[j], mask=r < end, other=float("-inf")).to(A)
@@ -58,13 +64,15 @@ def pool_partial(
             next_sums = ()
             next_totals = ()
             for j in tl.static_range(J):
-                at = S + r * K + heads[j]
-                if SOFTMAX:
-                    s = tl.load(at, mask=real, other=float("-inf")).to(A)
+                if S is None:
+                    weight = tl.where(real, tl.cast(1.0, A), 0.0)
+                    term = x
+                elif SOFTMAX:
+                    s = tl.load(S + r * K + heads[j], mask=real, other=float("-inf")).to(A)
                     weight = tl.exp(s - finite_or_zero(tops[j]))
                     term = tl.where((s == float("-inf"))[:, None], 0.0, x * weight[:, None])
                 else:
-                    weight = tl.load(at, mask=real, other=0.0).to(A)
+                    weight = tl.load(S + r * K + heads[j], mask=real, other=0.0).to(A)
                     term = x * weight[:, None]
                 next_sums = next_sums + (sums[j] + tl.sum(term, axis=0),)
                 next_totals = next_totals + (totals[j] + tl.sum(weight, axis=0),)
@@ -81,7 +89,7 @@ def pool_partial(
 @kernel
 def pool_combine(
     OFFSETS, TOP, TOTAL, SUM, OUT, LSE,
-    rows, L, K, SOFTMAX: tl.constexpr, R: tl.constexpr, BS: tl.constexpr, BL: tl.constexpr,
+    rows, L, K, SOFTMAX: tl.constexpr, R, BS: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """Merges the partial sums of a bag and head; in a softmax each is scaled by its own maximum, and the sum is divided
     by that of the weights."""
@@ -119,17 +127,17 @@ def pool_combine(
     if SOFTMAX:
         bag_sum = bag_sum / tl.where(all_of_them == 0, 1.0, all_of_them)
     tl.store(OUT + at * L + columns, bag_sum, mask=columns < L)
-    if SOFTMAX:
+    if LSE is not None:
         tl.store(LSE + at, log_sum_exp(highest, all_of_them), mask=tl.program_id(1) == 0)
 
 
 @kernel
 def sums_partial(
     V, W, MASK, OFFSETS, TOP, TOTAL, bags, rows, K,
-    SOFTMAX: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    SOFTMAX: tl.constexpr, R, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Writes, for a segment of values V [N, K], their maximum and the sum of exp(value - maximum), or their sum (times
-    W [N, K] if given)."""
+    W [N, K] if given); without V they are counted."""
     A: tl.constexpr = TOTAL.dtype.element_ty
     slot = tl.program_id(0)
     bag, start, end = segment(OFFSETS, slot, bags, rows, R)
@@ -148,7 +156,10 @@ def sums_partial(
                 total = total * tl.exp(top - base) + tl.sum(tl.exp(v - base[None, :]), axis=0)
                 top = higher
             else:
-                v = tl.load(V + at, mask=used, other=0.0).to(A)
+                if V is None:
+                    v = tl.where(used, tl.cast(1.0, A), 0.0)
+                else:
+                    v = tl.load(V + at, mask=used, other=0.0).to(A)
                 if W is not None:
                     v = v * tl.load(W + at, mask=used, other=0.0).to(A)
                 total += tl.sum(v, axis=0)
@@ -161,7 +172,7 @@ def sums_partial(
 @kernel
 def sums_combine(
     OFFSETS, TOP, TOTAL, BAG_TOP, BAG_TOTAL, rows, K,
-    SOFTMAX: tl.constexpr, R: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr,
+    SOFTMAX: tl.constexpr, R, BS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Merges partial maxima TOP and sums TOTAL to those of each bag [B, K]; a maximum of -inf becomes 0."""
     A: tl.constexpr = BAG_TOTAL.dtype.element_ty
@@ -250,13 +261,6 @@ def head_groups(heads: int) -> tuple[int, int]:
     return groups, ceil_div(heads, groups)
 
 
-def slots_at_once(call: Call) -> int:
-    """How many partial results a program reads together."""
-    mean, longest = ceil_div(call.slots, max(call.bags, 1)), ceil_div(call.rows, call.chunk) + 1
-    # The mean of many small bags and a large one is short, and the large one would be read in many steps.
-    return min(max(power_of_two(mean), min(power_of_two(longest), 32), 4), 128)
-
-
 class Partials:
     """The partial sums of one pooling, of all rows at once or of one slice of rows after the other."""
 
@@ -266,30 +270,32 @@ class Partials:
         self.top = call.empty(call.slots, heads) if softmax else None
         self.total = self.top if self.top is None else call.empty(call.slots, heads)
 
-    def add(self, x: Tensor, weights: Tensor, rows: slice | None = None, mask=None, centre=None) -> None:
+    def add(self, x: Tensor, weights: Tensor | None, rows: slice | None = None, mask=None, centre=None) -> None:
         """Adds the rows of a slice, which ``x`` [n, width] holds, less the ``centre`` [B, width] of their bag.
-        ``weights`` [N, heads] are those of all rows, and scores in a softmax."""
+        ``weights`` [N, heads] are those of all rows, and scores in a softmax, all 0 where they are None."""
         call, rows = self.call, rows or self.call.whole
         if call.rows == 0:
             return
-        tile = row_tile(self.width, x.element_size())
+        tile, align = row_tile(self.width, x.element_size()), alignment(self.width, x.stride(0))
+        if align * x.element_size() < 16:
+            tile["BN"] = max(4, tile["BN"] // 2)  # more addresses are in registers
         groups, J = head_groups(self.heads)
         grid = (call.slots_in(rows), ceil_div(self.width, tile["BL"]), groups)
         launch(
             pool_partial, grid, x, weights, centre, mask, call.offsets, self.top, self.total, self.sum,
             call.bags, call.rows, rows.start, rows.stop, x.stride(0), self.width, self.heads,
-            SOFTMAX=self.softmax, R=call.chunk, J=J, NS=3, **tile,
+            SOFTMAX=self.softmax, R=call.chunk, J=J, NS=3, ALIGN=align, **tile,
         )  # fmt: skip
 
-    def result(self) -> tuple[Tensor, Tensor | None]:
-        """``(bag [B, heads, width], lse [B, heads])``."""
+    def result(self, *, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+        """``(bag [B, heads, width], lse [B, heads])``, the latter of a softmax."""
         call = self.call
         bag = call.empty(call.bags, self.heads, self.width)
-        lse = call.empty(call.bags, self.heads) if self.softmax else None
+        lse = call.empty(call.bags, self.heads) if self.softmax and with_lse else None
         launch(
             pool_combine, (call.bags * self.heads, ceil_div(self.width, 32)),
             call.offsets, self.top, self.total, self.sum, bag, lse, call.rows, self.width, self.heads,
-            SOFTMAX=self.softmax, R=call.chunk, BS=slots_at_once(call), BL=32, num_warps=8,
+            SOFTMAX=self.softmax, R=call.chunk, BS=SLOTS, BL=32, num_warps=8,
         )  # fmt: skip
         return bag, lse
 
@@ -313,8 +319,8 @@ def _column_tile(columns: int) -> dict[str, int]:
     return {"BK": block, "num_warps": 4}
 
 
-def _column_sums(call: Call, values: Tensor, factors: Tensor | None, softmax: bool):
-    K = values.shape[1]
+def _column_sums(call: Call, values: Tensor | None, factors: Tensor | None, softmax: bool):
+    K = 1 if values is None else values.shape[1]
     total = call.empty(call.slots, K)
     top = call.empty(call.slots, K) if softmax else None
     tile = _column_tile(K)
@@ -323,7 +329,7 @@ def _column_sums(call: Call, values: Tensor, factors: Tensor | None, softmax: bo
         launch(
             sums_partial, (call.slots_in(call.whole), columns),
             values, factors, call.mask, call.offsets, top, total, call.bags, call.rows, K,
-            SOFTMAX=softmax, R=call.chunk, BN=min(call.chunk, 2048 // tile["BK"]), **tile,
+            SOFTMAX=softmax, R=call.chunk, BN=min(256, 2048 // tile["BK"]), **tile,
         )  # fmt: skip
     return _merged(call, top, total, softmax)
 
@@ -335,7 +341,7 @@ def _merged(call: Call, top: Tensor | None, total: Tensor, softmax: bool):
     tile = _column_tile(K)
     launch(
         sums_combine, (call.bags, ceil_div(K, tile["BK"])), call.offsets, top, total, bag_top, bag_total, call.rows, K,
-        SOFTMAX=softmax, R=call.chunk, BS=slots_at_once(call), **tile,
+        SOFTMAX=softmax, R=call.chunk, BS=SLOTS, **tile,
     )  # fmt: skip
     return bag_top, bag_total
 
@@ -366,6 +372,11 @@ def centres(call: Call, bag: Tensor, total: Tensor, grad_bag: Tensor) -> tuple[T
 def column_sums(call: Call, values: Tensor, factors: Tensor | None = None) -> Tensor:
     """``sum_i values[i, k] factors[i, k]`` over each bag, without masked rows: [B, K]."""
     return _column_sums(call, values, factors, False)[1]
+
+
+def counts(call: Call) -> Tensor:
+    """How many real rows each bag has: [B, 1]."""
+    return _column_sums(call, None, None, False)[1]
 
 
 def merged_sums(call: Call, partial: Tensor) -> Tensor:

@@ -60,13 +60,9 @@ def weighted_pool_bwd(x, weights, offsets, mask, grad_bag, needs):
 
 def mean_pool_fwd(x, offsets, mask):
     call = Call(x, offsets, mask)
-    sums = pool.weighted_sums(call, call.x, call.empty(call.rows, 1).fill_(1))[:, 0]
-    return sums / _counts(call).clamp(min=1)
-
-
-def _counts(call: Call) -> Tensor:
-    """How many real rows each bag has: [B, 1]."""
-    return pool.column_sums(call, call.empty(call.rows, 1).fill_(1))
+    partials = pool.Partials(call, 1, call.width)
+    partials.add(call.x, None, mask=call.mask)
+    return partials.result(with_lse=False)[0][:, 0]
 
 
 def mean_pool_bwd(x, offsets, mask, grad_bag, needs):
@@ -74,8 +70,7 @@ def mean_pool_bwd(x, offsets, mask, grad_bag, needs):
     if not needs[0]:
         return x.new_empty(0)
     grad_x = x.new_empty(x.shape)
-    vectors = (call.to_acc(grad_bag) / _counts(call).clamp(min=1))[:, None]
-    rows.expand(call, grad_x, call.empty(call.rows, 1).fill_(1), vectors)
+    rows.expand(call, grad_x, None, (grad_bag / pool.counts(call).clamp_(min=1))[:, None])
     return grad_x
 
 
@@ -147,7 +142,7 @@ def query_bwd(
     gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.needed)
     grad_query = pool_by_products_backward(call, gradients, _query(call, query, scale), sink) * scale
     grad_query = grad_query.sum(0) if query.dim() == 2 else grad_query
-    found = (sink.x, grad_query, sink.weight, sink.bias)
+    found = (sink.x, grad_query, *sink.of_embedding())
     return in_their_types(call, inputs, found, needs)
 
 
@@ -157,7 +152,7 @@ def query_bwd(
 def loss_attention_pool_fwd(x, weights, offsets, mask, *embed):
     weight, bias = weights
     call = Instances(x, offsets, mask, *embed)
-    vectors, shift = call.to_acc(weight), _per_bag(call, bias)
+    vectors, shift = weight.contiguous(), _per_bag(call, bias)
     pooled = single_pass.score_pool(call, vectors, shift, classes=True)
     if pooled is not None:
         return pooled
@@ -175,12 +170,12 @@ def loss_attention_pool_fwd(x, weights, offsets, mask, *embed):
 
 def class_logits(call: Instances, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``W x_i + b`` [N, C], -inf where masked."""
-    return row_products(call, call.to_acc(weight), _per_bag(call, bias))
+    return row_products(call, weight.contiguous(), _per_bag(call, bias))
 
 
 def _per_bag(call: Call, bias: Tensor | None) -> Tensor | None:
-    """The bias [C] repeated for each bag: [B, C]."""
-    return None if bias is None else call.to_acc(bias).expand(call.bags, -1).contiguous()
+    """The bias [C], in its own type, repeated for each bag: [B, C]."""
+    return None if bias is None else bias.expand(call.bags, -1).contiguous()
 
 
 def loss_attention_pool_bwd(
@@ -194,7 +189,7 @@ def loss_attention_pool_bwd(
     if grad_bag is not None or grad_scores is not None or grad_lse is not None:
         gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.needed)
         found = single_pass.score_pool_backward(
-            call, gradients, call.to_acc(weight), sink, logits, call.to_acc(grad_logits)
+            call, gradients, weight.contiguous(), sink, logits, call.to_acc(grad_logits)
         )
         if found is not None:
             return in_their_types(call, inputs, (sink.x, *(part.sum(0) for part in found), None, None), needs)
@@ -208,7 +203,7 @@ def loss_attention_pool_bwd(
 
     before = None if gradients is None else through_scores
     of_layer = linear_gradients(call, weight, of_logits, gradients, needs[1], sink, before)
-    return in_their_types(call, inputs, (sink.of_x(), *of_layer, sink.weight, sink.bias), needs)
+    return in_their_types(call, inputs, (sink.of_x(), *of_layer, *sink.of_embedding()), needs)
 
 
 def linear_gradients(
@@ -230,7 +225,7 @@ def linear_gradients(
             before(at)
         if need_weight:
             partials.add(at.values, of_logits, at.which, call.mask)
-        sink.add(at, *pooled, of_logits, call.to_acc(weight))
+        sink.add(at, *pooled, of_logits, weight.contiguous())
         at = None  # freed before the next slice comes
     return partials.result()[0].sum(0) if need_weight else None, of_logits.sum(0)
 

@@ -4,12 +4,13 @@ With the sums of ``pool`` these are the three derivatives of  sum_ik weight[i,k]
 op and its backward consist.
 """
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
 from milkernels.triton.call import Call
-from milkernels.triton.common import activation_gradient, dropout_factors, kernel, real_rows, segment, shifted
-from milkernels.triton.host import ceil_div, launch, power_of_two
+from milkernels.triton.common import activation_gradient, dropout_factors, kernel, multiple, real_rows, segment, shifted
+from milkernels.triton.host import alignment, ceil_div, launch, power_of_two
 from milkernels.triton.pool import row_tile
 
 
@@ -17,11 +18,14 @@ from milkernels.triton.pool import row_tile
 def row_products(
     X, VECTORS, CENTRE, SHIFT, MASK, OFFSETS, OUT,
     bags, rows, first, last, x_stride, L, K, vector_stride,
-    R: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr, FILL: tl.constexpr,
+    R, BK: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr, FILL: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """OUT[i, k] = <x_i - centre[b], vectors[b, k]> + shift[b, k], -inf where the shift is, FILL where the row is
     masked. Row `first` is at X."""
     A: tl.constexpr = OUT.dtype.element_ty
+    L = multiple(L, ALIGN)
+    x_stride = multiple(x_stride, ALIGN)
     bag, start, end = segment(OFFSETS, first // R + tl.program_id(0), bags, rows, R)
     if (start < end) & (start >= first) & (start < last):
         k = tl.program_id(1) * BK + tl.arange(0, BK)
@@ -48,7 +52,7 @@ def row_products(
                     else:
                         out += tl.where((tl.arange(0, BK) == j)[None, :], product[:, None], 0.0)
             if SHIFT is not None:
-                shift = tl.load(SHIFT + tl.cast(bag, tl.int64) * K + k, mask=k < K, other=0.0)
+                shift = tl.load(SHIFT + tl.cast(bag, tl.int64) * K + k, mask=k < K, other=0.0).to(A)
                 out = shifted(out, shift[None, :])
             out = tl.where(real[:, None], out, FILL)
             tl.store(OUT + r[:, None] * K + k[None, :], out, mask=(r < end)[:, None] & (k < K)[None, :])
@@ -57,7 +61,7 @@ def row_products(
 @kernel
 def score_gradients(
     DA, S, TOP, TOTAL, SHIFT, DLSE, DS, OFFSETS, OUT, WEIGHTS,
-    bags, rows, first, last, K, R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    bags, rows, first, last, K, R, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """OUT = a (da - shift + dlse) + DS, the gradient of the scores [N, K], 0 for dead rows; WEIGHTS, if given, gets
     a."""
@@ -94,7 +98,7 @@ def score_gradients(
 @kernel
 def bag_weights(
     V, TOP, TOTAL, SHIFT, G, MASK, OFFSETS, OUT,
-    bags, rows, K, EXP: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    bags, rows, K, EXP: tl.constexpr, R, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """OUT [N, K] = exp(v - top) / total, 0 for dead rows, if EXP; else v (g - shift)."""
     A: tl.constexpr = OUT.dtype.element_ty
@@ -127,13 +131,16 @@ def bag_weights(
 def expand_rows(
     PRODUCT, SCALE, WEIGHTS, VECTORS, WEIGHTS2, VECTORS2, MASK, OFFSETS, OUT,
     bags, rows, first, last, out_stride, L, K, K2, vector_stride2,
-    R: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr,
+    R, BN: tl.constexpr, BL: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """OUT[i] = product[i] scale + sum_k weights[i, k] vectors[b, k] + sum_j weights2[i, j] vectors2[b, j]; 0 if masked.
 
-    Row `first` is at PRODUCT and at OUT, which may be one tensor; each of the three terms may be None.
+    Row `first` is at PRODUCT and at OUT, which may be one tensor; each of the three terms may be None. Without WEIGHTS
+    those of VECTORS are 1.
     """
     A: tl.constexpr = tl.float64 if OUT.dtype.element_ty == tl.float64 else tl.float32
+    L = multiple(L, ALIGN)
+    out_stride = multiple(out_stride, ALIGN)
     bag, start, end = segment(OFFSETS, first // R + tl.program_id(0), bags, rows, R)
     if (start < end) & (start >= first) & (start < last):
         c = tl.program_id(1) * BL + tl.arange(0, BL)
@@ -146,16 +153,19 @@ def expand_rows(
                 out = tl.load(PRODUCT + (r - first)[:, None] * L + c[None, :], mask=used, other=0.0).to(A)
                 if SCALE is not None:
                     out = out * tl.load(SCALE)
-            if WEIGHTS is not None:
+            if VECTORS is not None:
                 for k in tl.range(0, K):
-                    w = tl.load(WEIGHTS + r * K + k, mask=r < end, other=0.0)
-                    v = tl.load(VECTORS + (tl.cast(bag, tl.int64) * K + k) * L + c, mask=c < L, other=0.0)
-                    out += tl.where((w == 0)[:, None], 0.0, w[:, None] * v[None, :])
+                    v = tl.load(VECTORS + (tl.cast(bag, tl.int64) * K + k) * L + c, mask=c < L, other=0.0).to(A)
+                    if WEIGHTS is None:
+                        out += v[None, :]
+                    else:
+                        w = tl.load(WEIGHTS + r * K + k, mask=r < end, other=0.0)
+                        out += tl.where((w == 0)[:, None], 0.0, w[:, None] * v[None, :])
             if WEIGHTS2 is not None:
                 for k in tl.range(0, K2):
                     w = tl.load(WEIGHTS2 + r * K2 + k, mask=r < end, other=0.0)
                     at = tl.cast(bag, tl.int64) * vector_stride2 + tl.cast(k, tl.int64) * L
-                    v = tl.load(VECTORS2 + at + c, mask=c < L, other=0.0)
+                    v = tl.load(VECTORS2 + at + c, mask=c < L, other=0.0).to(A)
                     out += tl.where((w == 0)[:, None], 0.0, w[:, None] * v[None, :])
             out = tl.where(real[:, None], out, 0.0)
             tl.store(OUT + (r - first)[:, None] * out_stride + c[None, :], out.to(OUT.dtype.element_ty), mask=used)
@@ -164,11 +174,13 @@ def expand_rows(
 @kernel
 def copy_rows(
     X, MASK, SEED, Z, OUT, first, last, x_stride, L, threshold,
-    ACTIVATION: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr,
+    ACTIVATION: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Copies rows [first, last), the first of which is at X, to OUT in its type: 0 where masked, after dropout (branch
     2), times the derivative of the activation with value Z, if given. Only the dropout counts rows from 0."""
     A: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
+    L = multiple(L, ALIGN)
+    x_stride = multiple(x_stride, ALIGN)
     r = tl.cast(first, tl.int64) + tl.program_id(0) * BN + tl.arange(0, BN)
     c = tl.program_id(1) * BL + tl.arange(0, BL)
     inside = (r < last)[:, None] & (c < L)[None, :]
@@ -182,6 +194,17 @@ def copy_rows(
         z = tl.load(Z + (r - first)[:, None] * L + c[None, :], mask=real, other=0.0).to(A)
         x = x * activation_gradient(z, z, ACTIVATION)
     tl.store(OUT + (r - first)[:, None] * L + c[None, :], x.to(OUT.dtype.element_ty), mask=inside)
+
+
+@kernel
+def gather_rows(X, INDICES, OUT, stride, rows, L, BL: tl.constexpr):
+    """OUT[i] = x[indices[i]], 0 where the index is -1."""
+    i = tl.cast(tl.program_id(0), tl.int64)
+    column = tl.program_id(1) * BL + tl.arange(0, BL)
+    inside = column < L
+    row = tl.load(INDICES + i)
+    x = tl.load(X + tl.minimum(tl.maximum(row, 0), rows - 1) * stride + column, mask=inside, other=0.0)
+    tl.store(OUT + i * L + column, tl.where(row < 0, 0.0, x).to(OUT.dtype.element_ty), mask=inside)
 
 
 @kernel
@@ -225,7 +248,7 @@ def products(
         row_products, (call.slots_in(rows), ceil_div(K, block), call.parts),
         x, vectors, centre, shift, call.mask, call.offsets, out,
         call.bags, call.rows, rows.start, rows.stop, x.stride(0), L, K, K * L if vectors.dim() == 3 else 0,
-        R=call.chunk, BK=block, NS=2, FILL=fill, **tile,
+        R=call.chunk, BK=block, NS=2, FILL=fill, ALIGN=alignment(L, x.stride(0)), **tile,
     )  # fmt: skip
     return out
 
@@ -267,20 +290,21 @@ def expand(
     product=None, scale=None, rows: slice | None = None,
 ) -> None:  # fmt: skip
     """Writes ``product * scale + weights vectors + weights2 vectors2`` into the slice's rows of ``out`` [N, L], or into
-    an ``out`` that holds no others."""
+    an ``out`` that holds no others. Without ``weights`` they are 1."""
     rows = rows or call.whole
     out = out if out.shape[0] == rows.stop - rows.start else out[rows]
     if call.rows == 0:
         return
     L = out.shape[1]
-    K = 0 if weights is None else weights.shape[1]
+    K = 0 if vectors is None else vectors.shape[1]
     K2 = 0 if weights2 is None else weights2.shape[1]
     tile = row_tile(L, out.element_size(), most=1024)
     launch(
         expand_rows, (call.slots_in(rows), ceil_div(L, tile["BL"]), call.parts),
         product, scale, weights, vectors, weights2, vectors2, call.mask, call.offsets, out,
         call.bags, call.rows, rows.start, rows.stop, out.stride(0), L, K, K2,
-        K2 * L if vectors2 is not None and vectors2.dim() == 3 else 0, R=call.chunk, **tile,
+        K2 * L if vectors2 is not None and vectors2.dim() == 3 else 0,
+        R=call.chunk, ALIGN=alignment(L, out.stride(0)), **tile,
     )  # fmt: skip
 
 
@@ -296,7 +320,7 @@ def copied(
     launch(
         copy_rows, (ceil_div(count, 16), ceil_div(L, block)),
         x, call.mask, seed, z, out, rows.start, rows.stop, x.stride(0), L, threshold,
-        ACTIVATION=activation, BN=16, BL=block, num_warps=4,
+        ACTIVATION=activation, BN=16, BL=block, ALIGN=alignment(L, x.stride(0)), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -305,6 +329,17 @@ def operand(call: Call, x: Tensor, block: slice, dtype, *, clean: bool) -> Tenso
     """The slice's rows, which ``x`` [n, L] holds, as products take them. They are copied where the type is another, or
     where ``clean`` asks for 0 in masked rows, which may hold anything and would be summed."""
     return copied(call, x, block, dtype) if x.dtype != dtype or (clean and call.mask is not None) else x
+
+
+def gathered(x: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows of ``x`` [N, L] with these numbers, 0 for -1, in this type: [n, L]."""
+    indices, L = indices.flatten(), x.shape[1]
+    out = x.new_empty((len(indices), L), dtype=dtype)
+    launch(
+        gather_rows, (len(indices), ceil_div(L, 1024)), x, indices, out, x.stride(0), x.shape[0], L,
+        BL=1024, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def add_to_rows(indices: Tensor, vectors: Tensor, out: Tensor) -> None:

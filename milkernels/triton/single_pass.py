@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from milkernels.triton import pool
-from milkernels.triton.common import finite_or_zero, kernel, log_sum_exp, real_rows, segment, shifted
+from milkernels.triton.common import finite_or_zero, kernel, log_sum_exp, multiple, real_rows, segment, shifted
 from milkernels.triton.gradients import PoolGradients, RowGradients
-from milkernels.triton.host import launch, power_of_two
+from milkernels.triton.host import alignment, launch, power_of_two
 from milkernels.triton.instances import Instances
 
 
@@ -18,12 +18,15 @@ from milkernels.triton.instances import Instances
 def score_and_pool(
     X, VECTORS, SHIFT, MASK, OFFSETS, PRODUCTS, SCORES, TOP, TOTAL, SUM,
     bags, rows, x_stride, L, vector_stride,
-    J: tl.constexpr, CLASSES: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr,
+    J: tl.constexpr, CLASSES: tl.constexpr, R, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Writes the PRODUCTS [N, J] of rows with J vectors, the SCORES [N, 1] where these are logits of classes, and the
     partial pooling of a segment."""
     A: tl.constexpr = SUM.dtype.element_ty
     H: tl.constexpr = 1 if CLASSES else J
+    L = multiple(L, ALIGN)
+    x_stride = multiple(x_stride, ALIGN)
     slot = tl.program_id(0)
     bag, start, end = segment(OFFSETS, slot, bags, rows, R)
     if start < end:
@@ -33,7 +36,10 @@ def score_and_pool(
         for j in tl.static_range(J):
             at = VECTORS + tl.cast(bag, tl.int64) * vector_stride + j * L + c
             vectors = vectors + (tl.load(at, mask=c < L, other=0.0),)
-            shifts = shifts + (tl.load(SHIFT + tl.cast(bag, tl.int64) * J + j) if SHIFT is not None else 0.0,)
+            shift = tl.cast(0.0, A)
+            if SHIFT is not None:
+                shift = tl.load(SHIFT + tl.cast(bag, tl.int64) * J + j).to(A)
+            shifts = shifts + (shift,)
         tops = ()
         totals = ()
         sums = ()
@@ -91,12 +97,16 @@ def score_and_pool(
 def score_and_pool_backward(
     X, VECTORS, S, LOGITS, GRAD_BAG, CENTRE, SHIFT, TOP, TOTAL, DLSE, DS, DLOGITS, MASK, OFFSETS, GRAD_X, SUM, BIAS,
     bags, rows, x_stride, grad_stride, L, vector_stride,
-    J: tl.constexpr, CLASSES: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr,
+    J: tl.constexpr, CLASSES: tl.constexpr, R, BN: tl.constexpr, BL: tl.constexpr, NS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of rows, and partial sums of the gradient of vectors: coefficients times x - centre for
     queries, times x for classes, whose coefficients are summed in BIAS."""
     A: tl.constexpr = SUM.dtype.element_ty
     H: tl.constexpr = 1 if CLASSES else J
+    L = multiple(L, ALIGN)
+    x_stride = multiple(x_stride, ALIGN)
+    grad_stride = multiple(grad_stride, ALIGN)
     slot = tl.program_id(0)
     bag, start, end = segment(OFFSETS, slot, bags, rows, R)
     if start < end:
@@ -206,7 +216,7 @@ def score_pool(call: Instances, vectors: Tensor, shift: Tensor | None, classes: 
             call.x, vectors, shift, call.mask, call.offsets,
             products, scores, partials.top, partials.total, partials.sum,
             call.bags, call.rows, call.x.stride(0), call.width, _stride(vectors),
-            J=J, CLASSES=classes, R=call.chunk, NS=2, **shape,
+            J=J, CLASSES=classes, R=call.chunk, NS=2, ALIGN=alignment(call.width, call.x.stride(0)), **shape,
         )  # fmt: skip
     bag, lse = partials.result()
     return bag, scores, lse, products
@@ -237,7 +247,7 @@ def score_pool_backward(
             *gradients.terms, gradients.grad_lse, gradients.grad_scores, grad_logits, call.mask, call.offsets,
             sink.x, partials.sum, biases,
             call.bags, call.rows, call.x.stride(0), call.width, call.width, _stride(vectors),
-            J=J, CLASSES=classes, R=call.chunk, NS=2, **shape,
+            J=J, CLASSES=classes, R=call.chunk, NS=2, ALIGN=alignment(call.width, call.x.stride(0)), **shape,
         )  # fmt: skip
     sink.written = True
     return partials.result()[0], None if biases is None else pool.merged_sums(call, biases)

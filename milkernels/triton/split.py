@@ -56,21 +56,24 @@ class SplitProducts(Products):
     def _along(self):
         return _stacked(self.weight)
 
+    def parts(self, rows: Tensor) -> Tensor:
+        return split(rows)
+
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return _by_weight(split(x), self._across)
+        return _by_weight(x, self._across)
 
-    def rows_gradient(self, z: Tensor, out: Tensor | None = None) -> Tensor:
-        return _by_weight(split(z), self._along, out)
+    def rows_gradient(self, z: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
+        return _by_weight(z, self._along, out, add)
 
-    def weight_gradient(self, z: Tensor, x: Tensor) -> Tensor:
-        a, b = split(z), split(x)
-        M, L = z.shape[1], x.shape[1]
-        first, second, third = (a[:, i * M : (i + 1) * M].t() for i in range(3))
-        lowest = product(third, b[:, :L], torch.float32)
-        low = product(second, b[:, : 2 * L], torch.float32)
-        high = product(first, b, torch.float32)
+    def weight_gradient(self, z: Tensor, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        L = x.shape[1] // 3
+        first, second, third = (part.t() for part in z.chunk(3, 1))
+        lowest = product(third, x[:, :L], torch.float32)
+        low = product(second, x[:, : 2 * L], torch.float32)
+        high = product(first, x, torch.float32)
         out = lowest.add_(high[:, 2 * L :]).add_(low[:, L:])
-        return out.add_(low[:, :L]).add_(high[:, L : 2 * L]).add_(high[:, :L])
+        out = out.add_(low[:, :L]).add_(high[:, L : 2 * L]).add_(high[:, :L])
+        return out if onto is None else onto.add_(out)
 
 
 def split(x: Tensor) -> Tensor:
@@ -84,13 +87,17 @@ def split(x: Tensor) -> Tensor:
     return out
 
 
-def _by_weight(a: Tensor, weight: tuple[Tensor, Tensor, Tensor], out: Tensor | None = None) -> Tensor:
-    """``a @ b`` [N, M] in float32, from the parts [N, 3 L] of a and what `_stacked` makes of b [L, M]."""
+def _by_weight(
+    a: Tensor, weight: tuple[Tensor, Tensor, Tensor], out: Tensor | None = None, add: bool = False
+) -> Tensor:
+    """``a @ b`` [N, M] in float32, from the parts [N, 3 L] of a and what `_stacked` makes of b [L, M]; written or added
+    to ``out`` if given."""
     L = a.shape[1] // 3
     lowest, low, high = weight
     small = product(a[:, :L], lowest, torch.float32)
     small += product(a[:, : 2 * L], low, torch.float32)
-    return torch.add(small, product(a, high, torch.float32), out=out)
+    found = product(a, high, torch.float32)
+    return out.add_(small).add_(found) if add else torch.add(small, found, out=out)
 
 
 def _stacked(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
