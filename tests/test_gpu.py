@@ -31,7 +31,7 @@ from milkernels.ops import contract
 
 EVEN = {"L": 64, "D": 32, "K": 1, "C": 2, "Q2": 16, "V": 64}  # what tensor descriptors can read
 SINGLE, HALF = torch.float32, torch.bfloat16
-_SANITIZING = 45  # seconds
+_SANITIZING = 40  # seconds
 _FREE_BYTES = 40 << 30  # for the test beyond 2^31 elements
 
 
@@ -101,8 +101,10 @@ def copied(results):
 def test_auto_takes_the_kernels(device):
     x = torch.ones(5, 3, device=device)
     for op in (declared.name for declared in contract.FORWARDS):
-        assert backends.choose(op, x) == "triton"
-        assert backends.choose(op, x, requested=device.backend) == device.backend
+        served = [name for name in backends.KERNELS if backends.why_not(name, op, "cuda") is None]
+        assert "triton" in served and backends.choose(op, x) in served
+        if device.backend in served:
+            assert backends.choose(op, x, requested=device.backend) == device.backend
     bag = milkernels.softmax_pool(x, torch.zeros(5, 1, device=device), backend=device.backend).bag
     assert bag.device == x.device and torch.equal(bag, torch.ones_like(bag))
 
@@ -315,17 +317,17 @@ def test_compiled_graph(case, device):
 
 
 _SANITIZED = """
-import sys
 import torch
 import op_cases
 from test_gpu import Call, Device
-for name in ("gated_attention_pool-dropout", "softmax_pool", "query_pool", "dsmil", "max_pool", "topk_instances"):
-    Call(op_cases.CASES[name], Device("cuda", sys.argv[1]), (3, 0, 70, 5))()
+for name in ("gated_attention_pool-dropout", "softmax_pool", "query_pool", "dsmil", "max_pool", "loss_attention_pool"):
+    Call(op_cases.CASES[name], Device("cuda", "native"), (3, 0, 70, 5))()
 torch.cuda.synchronize()
 """
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("device", on_legs("gpu_native"), indirect=True)  # whose accesses no compiler writes
 def test_compute_sanitizer(device):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
@@ -336,7 +338,6 @@ def test_compute_sanitizer(device):
     with contextlib.ExitStack() as stack:
         for tool in ("memcheck", "racecheck"):
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", _SANITIZED]
-            command.append(device.backend)
             log = stack.enter_context(tempfile.TemporaryFile("w+"))
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
             stack.callback(process.wait)
