@@ -55,13 +55,15 @@ def _deciding() -> Iterator[Unit]:
     """What constants wait for: where `auto` changes backends, host time, the size of slices."""
     gated, size = "gated_attention_pool", HEADLINE_SIZES[0]
     yield _unit(gated, FEW_ROWS, 1024, "eager padded triton native", modes=("step", "fwd"))
-    for rows in CROSSING:
+    for rows in CROSSING[1::2]:
         yield _crossing(gated, rows)
     called = tuple(f"{op} {bags} {mode}" for op in _NATIVE for bags in _CALLED_BAGS for mode in ("fwd", "step"))
     yield _unit(gated, (2,), 512, "eager triton native", kind="calls", modes=called, suffix=": calls")
     options = {"contenders": WORKSPACES, "modes": ("step", "fwd"), "suffix": ": workspace"}
     yield _attention(gated, size, 1, BFLOAT16, **options)
     yield _unit("dsmil_mlp", (INSTANCES,), 1024, **options)
+    for rows in CROSSING[::2]:
+        yield _crossing(gated, rows)
     yield _attention(gated, size, 1, FLOAT32, autocast=True, **options)
     yield _attention(gated, size, 1, FLOAT16, **options)
     yield _attention(EMBEDDED, size, 1, BFLOAT16, **options)

@@ -214,6 +214,23 @@ def test_cuda_graph(case, device):
     same_bits(copied(results), other())
 
 
+def test_the_example_of_cuda_graphs(device):
+    """Replayed steps, of several buckets, are those of the bags alone."""
+    example = pytest.importorskip("examples.cuda_graphs")
+    torch.manual_seed(0)
+    model = example.ABMIL(12, 1, None, 8).to(device)
+    alone = copy.deepcopy(model)
+    adam = torch.optim.Adam(alone.parameters(), lr=1e-3)
+    with milkernels.use_backend(device.backend):
+        trainer = example.Trainer(model, 4)
+        for batch in example.batches(12, 4, 160, 12, 0, str(device)):
+            torch.testing.assert_close(trainer(*batch), example.plain_step(alone, adam, *batch), rtol=1e-3, atol=1e-5)
+    assert 1 < len(trainer.steps) < 12
+    for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+        if not name.endswith("w_bias"):  # whose gradient is 0 but for rounding, which Adam follows
+            assert (p - q).norm() <= 0.01 * q.norm(), name
+
+
 @pytest.mark.slow
 @one_of_each
 def test_two_streams(case, device):

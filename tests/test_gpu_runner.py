@@ -337,7 +337,8 @@ def test_a_quick_sitting_and_what_follows(gpu, lent):
     assert [name for name, status in stages.items() if status == "ok"] == ["smoke", "build", "native smoke"]
     assert {u.name for u in gpu_grid.grid()[: gpu_grid.FIRST + 2]} <= set(rows)
     whole = lent()
-    assert len(whole.seen[3][1]) > len(rows) and list(whole.seen[0][0])[:3] == ["smoke", "build", "native smoke"]
+    assert set(whole.seen[3][1]) >= set(rows) and len(whole.seen[0][1]) > len(rows) + 10
+    assert set(whole.seen[0][0].values()) == {"ok"}
     third = lent()  # what is slow comes once the rest is in order
     assert {"slow tests", "slow native tests"} <= set(third.seen[0][0]) and third.status == 0
 
