@@ -89,6 +89,7 @@ def _headlines() -> Iterator[Unit]:
     contenders = "eager padded triton reference native"
     yield _unit(gated, SMALL_BAGS, 1024, contenders, modes=("step", "fwd"), headline=True)
     yield _attention(gated, HEADLINE_SIZES[0], 1, FLOAT32, headline=True)
+    yield _attention(gated, HEADLINE_SIZES[0], 1, FLOAT32, autocast=True, contenders="eager triton", headline=True)
     yield _unit(gated, (1_000_000,), 512, "eager triton", modes=("step", "frozen", "fwd"), headline=True)
 
 

@@ -266,7 +266,7 @@ def test_wrong_offsets_do_no_harm(case, device):
 def test_memory_does_not_grow_with_the_hidden_units(device):
     from benchmarks.cuda import peak_memory
 
-    rows, width, hidden = 300_000, 256, 256
+    rows, width, hidden = 2_000_000, 256, 256
     x = torch.randn(rows, width, device=device, dtype=HALF, requires_grad=True)
     v, u = (torch.randn(hidden, width, device=device, dtype=HALF, requires_grad=True) for _ in range(2))
     w = torch.randn(1, hidden, device=device, dtype=HALF, requires_grad=True)
@@ -277,7 +277,7 @@ def test_memory_does_not_grow_with_the_hidden_units(device):
 
     train()
     beyond = peak_memory(train) - x.numel() * x.element_size()
-    assert beyond <= 96e6 + 16 * rows < rows * hidden * 2  # fewer than one hidden tensor of a half type
+    assert beyond <= 300e6 + 16 * rows < rows * hidden * 2  # fewer than one hidden tensor of a half type
 
 
 _LARGE = ("softmax_pool", "gated_attention_pool", "query_pool", "loss_attention_pool", "dsmil", "max_pool", "mean_pool")

@@ -61,7 +61,7 @@ def _float64_bytes(inputs: Inputs, case: OpCase, mode: str) -> int:
 
 def yardstick(case: OpCase, inputs: Inputs, mode: str, seconds: float, memory: int) -> Yardstick:
     """``seconds`` is eager's guessed time in this mode, ``memory`` what may be used."""
-    dtype = inputs.x.dtype
+    dtype = _computed_in(inputs)
     fits = _float64_bytes(inputs, case, mode) <= memory
     if (seconds <= SLOW and fits) or len(inputs.x) <= PREFIX:
         judged, whole, note = inputs, None, ""
