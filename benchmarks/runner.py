@@ -73,7 +73,7 @@ def measure_units(
 ) -> None:
     """Every unit in turn, what failed in an earlier run last; ``deadline`` is of ``clock``.  Contenders that are not
     here, ``but``, stay unmeasured."""
-    for unit in sorted(units or evidence.units, key=lambda unit: unit.name in evidence.retried):
+    for unit in sorted(evidence.units if units is None else units, key=lambda unit: unit.name in evidence.retried):
         absent = {pair for pair in unit.pairs() if pair[1] in but}
         while (left := without(unit, evidence.measured(unit) | absent)) is not None:
             if clock() > deadline - GRACE:
