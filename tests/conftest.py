@@ -146,19 +146,6 @@ def compiled_kernels(request):
     compile_in_parallel(request.session.items, request.config.getoption("--compiling"))
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    """CUDA C++ serves some calls only; without its module there would be no such leg."""
-    from milkernels import BackendUnavailable
-
-    try:
-        return (yield)
-    except BackendUnavailable as reason:
-        if "gpu_native" not in item.name:
-            raise
-        pytest.skip(str(reason))
-
-
 @pytest.fixture(autouse=True)
 def the_gpu_is_in_order():
     """A fatal CUDA error fails every test after it, and says nothing there."""
