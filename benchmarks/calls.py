@@ -16,13 +16,13 @@ from milkernels.bench.workload import DTYPES
 from milkernels.testing import CASES, Shape, evaluate
 
 _CALLS = 50  # in a row: enough for the host to run ahead of the device, if it can
-_REPEATS = 9
+_REPEATS = 5
 
 
 def times(unit: Unit, mode: str, contender: str) -> dict:
     """Seconds per call of the host alone, and until the device is done, one call behind the other."""
     try:
-        with _prepared(unit, mode, contender) as call:
+        with prepared(unit, mode, contender) as call:
             call()
             torch.cuda.synchronize()
             pairs = [_host_and_device(call) for _ in range(_REPEATS)]
@@ -45,7 +45,7 @@ def _host_and_device(call) -> tuple[float, float]:
 def launches(unit: Unit, mode: str, contender: str) -> dict:
     """How many kernels one call launches, and which of them are Triton's."""
     try:
-        with _prepared(unit, mode, contender) as call:
+        with prepared(unit, mode, contender) as call:
             ours = variants.launched(call)
             return {"triton_kernels": dict(ours), "launches": _device_kernels(call)}
     except Exception as error:
@@ -65,11 +65,12 @@ def _device_kernels(call) -> int | None:
 
 
 @contextlib.contextmanager
-def _prepared(unit: Unit, mode: str, contender: str) -> Iterator:
-    """A call without arguments of the op, bag and mode that "op rows mode" names."""
-    op, rows, mode = mode.split()
+def prepared(unit: Unit, mode: str, contender: str) -> Iterator:
+    """A call without arguments of the op, bag and mode that "op bags mode" names, bags as "8192" or "100x8"."""
+    op, bags, mode = mode.split()
+    count, _, rows = bags.rpartition("x")
     case, who = CASES[op], contenders.REGISTRY[contender]
-    shape = Shape((int(rows),), unit.workload.shape.dim, case.default_hidden, case.default_heads)
+    shape = Shape((int(rows),) * int(count or 1), unit.workload.shape.dim, case.default_hidden, case.default_heads)
     inputs = replace(unit.workload, op=op, shape=shape).inputs(DTYPES[unit.dtype])
     with who.within(), cuda.sound():
         compute, its_inputs = who.prepare(case, inputs, True)

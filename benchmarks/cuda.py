@@ -3,14 +3,13 @@ errors that a process does not survive."""
 
 import contextlib
 import gc
-import shutil
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from milkernels.bench import harness, roofline
+from milkernels.bench import contenders, harness, roofline
 from milkernels.bench.process import Poisoned
 
 _ARRAY_BYTES = 1 << 30  # twenty times the L2 of the largest GPUs
@@ -139,17 +138,21 @@ def about() -> dict[str, object]:
         "l2": getattr(properties, "L2_cache_size", None),
         "cuda": torch.version.cuda,
         "triton": triton_version,
+        **{name: contenders.installed(name) or None for name in ("setuptools", "ninja", "pytest")},
+        "nvcc": (_said("nvcc", "--version").splitlines() or [None])[-1],
         **_driver(),
     }
 
 
+def _said(*command: str) -> str:
+    """Nothing where there is no such command, or it hangs."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def _driver() -> dict[str, str]:
     fields = ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem")
-    if shutil.which("nvidia-smi") is None:
-        return {}
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(fields, (value.strip() for value in answer.strip().split(",")), strict=False))
+    answer = _said("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0")
+    return dict(zip(fields, (value.strip() for value in answer.split(",")), strict=False)) if answer else {}

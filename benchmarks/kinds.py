@@ -23,7 +23,6 @@ from milkernels.testing import Inputs, OpCase, evaluate
 
 assert variants  # which adds to the contenders
 _TIMING = 0.35  # seconds of rounds for each mode
-_COMPILED = ("triton", "fused", "split")
 _MOST = 0.9  # of the memory that is left
 _LONG = 6.0  # seconds of a run above which there is one only
 _JUDGED = 100_000  # instances: float64 and eager take their time
@@ -218,12 +217,16 @@ def compile_units(emit: Emit, units: list[str]) -> None:
 
 
 def compile_unit(unit: Unit) -> None:
+    if unit.kind == "calls":
+        for mode in unit.modes:
+            with contextlib.suppress(Exception), calls.prepared(unit, mode, "triton") as call:
+                call()
     if unit.kind != "bench":
         return
     case, inputs = unit.workload.case, unit.workload.inputs(DTYPES[unit.dtype])
     for mode, name in unit.pairs():
         contender = REGISTRY[name]
-        if name not in _COMPILED:
+        if not contender.ours or name in ("native", "reference"):
             continue
         with contextlib.suppress(Exception), unit.workload.products(), contender.within(), cuda.sound():
             compute, its_inputs = contender.prepare(case, inputs, True)

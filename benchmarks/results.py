@@ -18,6 +18,7 @@ from milkernels.bench import report
 FOLDER = report.ROOT / "benchmarks" / "results"
 HEADLINE = FOLDER / "headline.json"  # whose rows are on the README
 FAILED = ("error", report.run.FAIL)
+SKIPPED = "skipped: no time for it, or nothing to do it with"  # a stage
 FOREIGN = ("upstream",)  # kinds of units that a grid leaves as they are
 Key = tuple[str, str]  # mode, contender
 
@@ -124,7 +125,8 @@ class Evidence:
 
     def failures(self) -> list[str]:
         """Our own rows that are wrong or broken, and stages that failed."""
-        found = [f"{name}: {stage['status']}" for name, stage in self.stages.items() if stage["status"] != "ok"]
+        said = {name: stage["status"] for name, stage in self.stages.items()}
+        found = [f"{name}: {status}" for name, status in said.items() if status not in ("ok", SKIPPED)]
         for name, rows in self.rows.items():
             for (mode, contender), row in rows.items():
                 if row["status"] in FAILED and row.get("ours", contender != "eager"):
@@ -151,7 +153,8 @@ class Evidence:
 
 
 def _identity(unit: dict) -> tuple:
-    return unit["name"], unit["threads"], json.dumps(unit["workload"])
+    # A property that files from before it do not have is one that is not set.
+    return unit["name"], unit["threads"], json.dumps({k: v for k, v in unit["workload"].items() if v}, sort_keys=True)
 
 
 def _same(one: dict, other: dict) -> bool:

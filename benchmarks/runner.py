@@ -3,7 +3,8 @@ or hangs is a row that says so."""
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from benchmarks.results import Evidence
 from benchmarks.units import Unit, without
@@ -33,9 +34,15 @@ class Compilers:
     """Processes that compile for units that will be measured; what fails in them will fail, and be told, there."""
 
     def __init__(self, units: list[Unit], count: int):
-        self.processes = [process.Process() for _ in range(min(count, len(units)))]
+        # What calls many ops is not compiled for in turn.
+        jobs = [
+            replace(unit, modes=modes)
+            for unit in units
+            for modes in (((mode,) for mode in unit.modes) if unit.kind == "calls" else (unit.modes,))
+        ]
+        self.processes = [process.Process() for _ in range(min(count, len(jobs)))]
         for i, one in enumerate(self.processes):
-            one.send("benchmarks.kinds.compile_units", {"units": [unit.to_json() for unit in units[i::count]]})
+            one.send("benchmarks.kinds.compile_units", {"units": [job.to_json() for job in jobs[i::count]]})
 
     def finish(self, seconds: float) -> int:
         """Waits so long, ends those that are at it still and returns how many: nothing may disturb what is timed."""
@@ -56,11 +63,19 @@ def say(text: str) -> None:
 
 
 def measure_units(
-    evidence: Evidence, measure: Measure, deadline: float, clock: Callable[[], float] = time.monotonic
+    evidence: Evidence,
+    measure: Measure,
+    deadline: float,
+    clock: Callable[[], float] = time.monotonic,
+    *,
+    units: Sequence[Unit] | None = None,
+    but: Sequence[str] = (),
 ) -> None:
-    """Every unit in turn, what failed in an earlier run last; ``deadline`` is of ``clock``."""
-    for unit in sorted(evidence.units, key=lambda unit: unit.name in evidence.retried):
-        while (left := without(unit, evidence.measured(unit))) is not None:
+    """Every unit in turn, what failed in an earlier run last; ``deadline`` is of ``clock``.  Contenders that are not
+    here, ``but``, stay unmeasured."""
+    for unit in sorted(evidence.units if units is None else units, key=lambda unit: unit.name in evidence.retried):
+        absent = {pair for pair in unit.pairs() if pair[1] in but}
+        while (left := without(unit, evidence.measured(unit) | absent)) is not None:
             if clock() > deadline - GRACE:
                 return
             _go(evidence, unit, left, measure, deadline, clock)

@@ -18,7 +18,7 @@ class Unit:
     """What one process measures at a stretch: contenders take turns in each mode, and its rows come mode by mode.
 
     ``kind``: "bench" (times, peaks, after the gate), "alone" (the same of every contender in a process of its own),
-    "limits" (of the device), "calls" (of small bags; modes are "op rows mode"), "largest" (bag that can be trained
+    "limits" (of the device), "calls" (of small bags; modes are "op bags mode"), "largest" (bag that can be trained
     within ``memory`` bytes), "disk" (an epoch that begins at files; modes are
     formats) or "upstream" (a model of another project; the contenders are before and after).
     """
@@ -66,7 +66,7 @@ def unit(
     case = CASES[op]
     width, heads = (dim if case.leading == "x" else heads or case.default_heads), heads or case.default_heads
     shape = Shape(tuple(lengths), width, hidden or case.default_hidden, heads)
-    about = {name: more.pop(name) for name in ("precision", "padded", "dropout") if name in more}
+    about = {name: more.pop(name) for name in ("precision", "autocast", "padded", "dropout") if name in more}
     workload = Workload(op, shape, device=device, **about)
     name = workload.describe(dtype) + more.pop("suffix", "")
     return Unit(name, workload, dtype, tuple(modes), tuple(contenders.split()), **more)

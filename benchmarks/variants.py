@@ -80,6 +80,6 @@ def _with_workspace(megabytes: int) -> Contender:
 
 ALL = (
     *(_with_kernels(chosen) for chosen in ({"scores": "chunked"}, {"scores": "fused"}, {"products": "split"})),
-    *(_with_workspace(megabytes) for megabytes in (8, 16, 32, 64)),
+    *(_with_workspace(megabytes) for megabytes in (32, 64, 128, 256, 512)),
 )
 REGISTRY.update({contender.name: contender for contender in ALL})

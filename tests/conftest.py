@@ -75,6 +75,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--legs", default="", help="names, or their beginnings, with commas between them: see tests/legs.py"
     )
+    parser.addoption("--compiling", type=float, default=110, help="seconds for kernels of a GPU, before its first test")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -142,7 +143,7 @@ def compiled_kernels(request):
     """Triton's kernels for this GPU, compiled by all processors, before the first test that launches some."""
     from gpu_compile import compile_in_parallel
 
-    compile_in_parallel(request.session.items)
+    compile_in_parallel(request.session.items, request.config.getoption("--compiling"))
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from legs import on
 from op_cases import CASES, offsets_of, step
 from test_numbers import GPU_SHORT, ODD, RAGGED, some_mask
 
-_MOST_COMPILERS, _WORTH_IT, _COMPILING = 14, 24, 110  # processes; jobs; seconds
+_MOST_COMPILERS, _WORTH_IT = 14, 4  # processes; jobs
 
 
 def _jobs(items):
@@ -43,7 +43,7 @@ def _jobs(items):
     return sorted(jobs, key=str)
 
 
-def compile_in_parallel(items) -> None:
+def compile_in_parallel(items, seconds: float) -> None:
     """Fills Triton's cache on disk; what fails there fails again in its test, and is told there."""
     jobs, count = _jobs(items), min(_MOST_COMPILERS, (os.cpu_count() or 1) - 1)
     if len(jobs) < _WORTH_IT or count < 2:
@@ -55,7 +55,7 @@ def compile_in_parallel(items) -> None:
     for i, process in enumerate(processes):
         process.stdin.write(json.dumps(jobs[i * len(jobs) // count : (i + 1) * len(jobs) // count]))
         process.stdin.close()
-    end = time.monotonic() + _COMPILING
+    end = time.monotonic() + seconds
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, end - time.monotonic()))

@@ -132,3 +132,17 @@ def test_launches_do_not_grow_with_the_rows_of_a_workspace():
     assert forward.library["mm"] == 1 and forward.total == len(forward.kernels) + forward.library.total()
     assert backward.library["mm"] == 3  # the products again, and the gradients of the weights and of x
     assert count(100_000)[0] > forward.total
+
+
+@pytest.mark.parametrize("compiles", ["", pytest.param("compile", marks=pytest.mark.slow)])
+def test_a_second_call_is_what_a_cuda_graph_can_hold(compiles):
+    """Nothing is compiled, no memory comes from anybody but PyTorch's allocator; and reading raises, as above."""
+    done = run(str(Path(__file__).with_name("second_call.py")), compiles, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found.pop("allocator") == "NullAllocator"  # with which a kernel that wants memory cannot be launched
+    assert set(found) == {"softmax_pool", "attention_pool", "dsmil", "loss_attention_pool"}
+    for op, calls in found.items():
+        assert calls["first"]["compiled"] and calls["first"]["allocated"] == calls["again"]["allocated"], op
+        assert calls["again"]["compiled"] == calls["other"]["compiled"] == [], op
+        assert len({calls[name]["launched"] for name in calls}) == 1 and not any(c["scratch"] for c in calls.values())

@@ -131,6 +131,14 @@ def test_self_attention_quick(tmp_path):
     assert [row["instances"] for row in rows] == [200, 400] and all(row["attention"] > 0 for row in rows)
 
 
+def test_cuda_graphs_quick(tmp_path):
+    printed = command("cuda_graphs", "--quick", "--device", "cpu", "--out", tmp_path)
+    plain, padded = json.loads((tmp_path / "cuda_graphs.json").read_text())["rows"]
+    assert "no CUDA device" in padded["way"] and padded["way"] in printed and padded["buckets"] >= 1
+    for name in ("first", "last"):
+        assert padded[name] == pytest.approx(plain[name], rel=1e-4)
+
+
 def test_quick_runs_leave_no_results():
     before = sorted(report.RESULTS.glob("*")) if report.RESULTS.is_dir() else []
     command("self_attention", "--quick")

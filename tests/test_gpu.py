@@ -31,7 +31,7 @@ from milkernels.ops import contract
 
 EVEN = {"L": 64, "D": 32, "K": 1, "C": 2, "Q2": 16, "V": 64}  # what tensor descriptors can read
 SINGLE, HALF = torch.float32, torch.bfloat16
-_SANITIZING = 45  # seconds
+_SANITIZING = 40  # seconds
 _FREE_BYTES = 40 << 30  # for the test beyond 2^31 elements
 
 
@@ -212,6 +212,23 @@ def test_cuda_graph(case, device):
     same_bits(copied(results), other())
 
 
+def test_the_example_of_cuda_graphs(device):
+    """Replayed steps, of several buckets, are those of the bags alone."""
+    example = pytest.importorskip("examples.cuda_graphs")
+    torch.manual_seed(0)
+    model = example.ABMIL(12, 1, None, 8).to(device)
+    alone = copy.deepcopy(model)
+    adam = torch.optim.Adam(alone.parameters(), lr=1e-3)
+    with milkernels.use_backend(device.backend):
+        trainer = example.Trainer(model, 4)
+        for batch in example.batches(12, 4, 160, 12, 0, str(device)):
+            torch.testing.assert_close(trainer(*batch), example.plain_step(alone, adam, *batch), rtol=1e-3, atol=1e-5)
+    assert 1 < len(trainer.steps) < 12
+    for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+        if not name.endswith("w_bias"):  # whose gradient is 0 but for rounding, which Adam follows
+            assert (p - q).norm() <= 0.01 * q.norm(), name
+
+
 @pytest.mark.slow
 @one_of_each
 def test_two_streams(case, device):
@@ -247,7 +264,7 @@ def test_wrong_offsets_do_no_harm(case, device):
 def test_memory_does_not_grow_with_the_hidden_units(device):
     from benchmarks.cuda import peak_memory
 
-    rows, width, hidden = 300_000, 256, 256
+    rows, width, hidden = 2_000_000, 256, 256
     x = torch.randn(rows, width, device=device, dtype=HALF, requires_grad=True)
     v, u = (torch.randn(hidden, width, device=device, dtype=HALF, requires_grad=True) for _ in range(2))
     w = torch.randn(1, hidden, device=device, dtype=HALF, requires_grad=True)
@@ -258,7 +275,7 @@ def test_memory_does_not_grow_with_the_hidden_units(device):
 
     train()
     beyond = peak_memory(train) - x.numel() * x.element_size()
-    assert beyond <= 96e6 + 16 * rows < rows * hidden * 2  # fewer than one hidden tensor of a half type
+    assert beyond <= 300e6 + 16 * rows < rows * hidden * 2  # fewer than one hidden tensor of a half type
 
 
 _LARGE = ("softmax_pool", "gated_attention_pool", "query_pool", "loss_attention_pool", "dsmil", "max_pool", "mean_pool")
@@ -315,17 +332,17 @@ def test_compiled_graph(case, device):
 
 
 _SANITIZED = """
-import sys
 import torch
 import op_cases
 from test_gpu import Call, Device
-for name in ("gated_attention_pool-dropout", "softmax_pool", "query_pool", "dsmil", "max_pool", "topk_instances"):
-    Call(op_cases.CASES[name], Device("cuda", sys.argv[1]), (3, 0, 70, 5))()
+for name in ("gated_attention_pool-dropout", "softmax_pool", "query_pool", "dsmil", "max_pool", "loss_attention_pool"):
+    Call(op_cases.CASES[name], Device("cuda", "native"), (3, 0, 70, 5))()
 torch.cuda.synchronize()
 """
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("device", on_legs("gpu_native"), indirect=True)  # whose accesses no compiler writes
 def test_compute_sanitizer(device):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
@@ -336,7 +353,6 @@ def test_compute_sanitizer(device):
     with contextlib.ExitStack() as stack:
         for tool in ("memcheck", "racecheck"):
             command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", _SANITIZED]
-            command.append(device.backend)
             log = stack.enter_context(tempfile.TemporaryFile("w+"))
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
             stack.callback(process.wait)

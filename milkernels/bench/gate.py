@@ -61,7 +61,7 @@ def _float64_bytes(inputs: Inputs, case: OpCase, mode: str) -> int:
 
 def yardstick(case: OpCase, inputs: Inputs, mode: str, seconds: float, memory: int) -> Yardstick:
     """``seconds`` is eager's guessed time in this mode, ``memory`` what may be used."""
-    dtype = inputs.x.dtype
+    dtype = _computed_in(inputs)
     fits = _float64_bytes(inputs, case, mode) <= memory
     if (seconds <= SLOW and fits) or len(inputs.x) <= PREFIX:
         judged, whole, note = inputs, None, ""
@@ -136,7 +136,7 @@ def _held(
     case: OpCase, compute: Compute, inputs: Inputs, mode: str, errors: dict[str, float], reference: Reference
 ) -> Promise:
     """A promise that seems broken is looked at again: eager may have had luck with the kink of a ReLU."""
-    results, dtype = _results(case, compute, inputs, mode), inputs.x.dtype
+    results, dtype = _results(case, compute, inputs, mode), _computed_in(inputs)
     promise = promise_from_errors(results, errors, reference, dtype, LUCK)
     if promise.ok or mode == "fwd":
         return promise
@@ -155,11 +155,11 @@ def _over_draws(case: OpCase, compute: Compute, inputs: Inputs, mode: str, promi
         drawn = replace(inputs, cotangent=cotangent)
         reference = _for_mode(float64_reference(case, drawn, mode), mode)
         errors = _eager_errors(case, drawn, reference, mode)
-        held = promise_from_errors(_results(case, compute, drawn, mode), errors, reference, inputs.x.dtype)
+        held = promise_from_errors(_results(case, compute, drawn, mode), errors, reference, _computed_in(inputs))
         for verdict in held.verdicts:
             if verdict.name in draws:
                 draws[verdict.name].append(verdict)
-    eps = torch.finfo(inputs.x.dtype).eps
+    eps = torch.finfo(_computed_in(inputs)).eps
 
     def together(verdict):
         ours, eager, size = (
@@ -169,6 +169,12 @@ def _over_draws(case: OpCase, compute: Compute, inputs: Inputs, mode: str, promi
         return replace(verdict, ours=ours, eager=eager, size=size, bound=2 * eager + 4 * eps * size)
 
     return Promise(tuple(together(v) if v.name in broken else v for v in promise.verdicts))
+
+
+def _computed_in(inputs: Inputs) -> torch.dtype:
+    """The type of products: under autocast another than that of the instances."""
+    device, dtype = inputs.x.device.type, inputs.x.dtype
+    return torch.get_autocast_dtype(device) if dtype == torch.float32 and torch.is_autocast_enabled(device) else dtype
 
 
 def _finite_norm(t: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ class Workload:
     seed: int = 0
     device: str = "cpu"
     precision: str = "highest"  # of float32 products, by PyTorch's own switch
+    autocast: bool = False  # of them, to bfloat16
 
     @property
     def case(self) -> OpCase:
@@ -43,6 +44,7 @@ class Workload:
         s = self.shape
         lengths = f"{s.instances}" if s.bags == 1 else f"{s.bags} of {min(s.lengths)}-{max(s.lengths)}"
         precision = "" if self.precision == "highest" else f" precision {self.precision}"
+        precision += " autocast" if self.autocast else ""
         embedded = f" E{self.case.inner(s).dim}" if self.case.embeds else ""
         hidden = f" D{s.hidden}" if self.case.hidden_flops(s) else ""
         return f"{self.op} {lengths} x {s.dim}{embedded}{hidden} K{s.heads} {dtype}{precision}"
@@ -52,11 +54,14 @@ class Workload:
 
     @contextlib.contextmanager
     def products(self) -> Iterator[None]:
-        """Within the block float32 products have the precision of this workload."""
+        """Within the block float32 products have the precision, or the type, of this workload."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(self.precision)
+        device = torch.device(self.device).type
         try:
-            yield
+            # Without its cache, which would spare all calls but the first what a training step pays.
+            with torch.autocast(device, torch.bfloat16, enabled=self.autocast, cache_enabled=False):
+                yield
         finally:
             torch.set_float32_matmul_precision(before)
 
