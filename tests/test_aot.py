@@ -84,7 +84,7 @@ def test_embedded_instances_are_never_all_there(op, extras):
         both = launches(op, extras if x_too else f"{extras} frozen", **sizes)
         large = [size for part in both for size in part.allocated if size > call.WORKSPACE]
         assert large == [1_000_000 * 128 * 4] * x_too
-        assert "embed_rows" in {launch.name for launch in both[0].kernels}
+        assert "layer_rows" in {launch.name for launch in both[0].kernels}
 
 
 @pytest.mark.parametrize(
@@ -130,19 +130,23 @@ def test_launches_do_not_grow_with_the_rows_of_a_workspace():
     forward, backward = launches("attention_pool", "gated", dtype="fp32", N=1000)
     assert [launch.name for launch in forward.kernels] == ["gate_scores", "pool_partial", "pool_combine"]
     assert forward.library["mm"] == 1 and forward.total == len(forward.kernels) + forward.library.total()
-    assert backward.library["mm"] == 3  # the products again, and the gradients of the weights and of x
-    assert count(100_000)[0] > forward.total
+    # The products again, the gradient of the weights, and that of x, which is added to what the pooling gives it.
+    assert backward.library["mm"] == 2 and backward.library["addmm_"] == 1
+    assert count(1_000_000)[0] > forward.total
 
 
 @pytest.mark.parametrize("compiles", ["", pytest.param("compile", marks=pytest.mark.slow)])
 def test_a_second_call_is_what_a_cuda_graph_can_hold(compiles):
-    """Nothing is compiled, no memory comes from anybody but PyTorch's allocator; and reading raises, as above."""
+    """Nothing is compiled, no memory comes from anybody but PyTorch's allocator; and reading raises, as above. Nor does
+    an epoch of ragged batches wait for a compiler after the first of them."""
     done = run(str(Path(__file__).with_name("second_call.py")), compiles, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert found.pop("allocator") == "NullAllocator"  # with which a kernel that wants memory cannot be launched
     assert set(found) == {"softmax_pool", "attention_pool", "dsmil", "loss_attention_pool"}
     for op, calls in found.items():
+        waited = calls.pop("epoch", [])
+        assert not any(waited[10:]), op
         assert calls["first"]["compiled"] and calls["first"]["allocated"] == calls["again"]["allocated"], op
         assert calls["again"]["compiled"] == calls["other"]["compiled"] == [], op
         assert len({calls[name]["launched"] for name in calls}) == 1 and not any(c["scratch"] for c in calls.values())

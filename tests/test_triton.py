@@ -154,7 +154,7 @@ def test_embedding_without_a_gradient(case):
     frozen = {name: t.detach().requires_grad_(name in learned) for name, t in tensors.items()}
     with recorded_launches() as launched:
         got = run(case, frozen, offsets)
-    assert "embed_rows" in launched and "embed_gradients" not in launched
+    assert "layer_rows" in launched and "layer_gradients" not in launched
     same_bits(got, {name: whole[name] for name in got})
 
 

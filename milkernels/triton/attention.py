@@ -81,8 +81,9 @@ def gate_backward(
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, WRITES: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, K: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of Z, times SCALE, over Z, and to SUMS [slots, (K + 2) D + K], from `slot` on, what `per` rows
-    each add to the gradients of w [K, D], the biases of V and U, and that of w. DS [N, K] is the gradient of the scores.
+    """Writes the gradient of Z, times SCALE, over Z, and to SUMS [slots, (K + 2) D + K], from `slot` on, what `per`
+    rows each add to the gradients of w [K, D], the biases of V and U, and that of w. DS [N, K] is the gradient of the
+    scores.
 
     A program sums J heads of w. Where there are more than that, those of all heads come from a launch that does not
     write, since registers do not hold them, and one of J = 0 writes."""
@@ -254,7 +255,8 @@ def _scores_of_slice(call: _Attention, x: Tensor, block: slice, out: Tensor) -> 
     units = min(max(power_of_two(call.hidden), 16), 64)
     launch(
         gate_scores, (ceil_div(block.stop - block.start, 32),),
-        call.products.forward(call.products.parts(x)), call.v_bias, call.u_bias, call.w, call.w_bias, call.mask, seed, out, block.start, block.stop,
+        call.products.forward(call.products.parts(x)), call.v_bias, call.u_bias, call.w, call.w_bias,
+        call.mask, seed, out, block.start, block.stop,
         call.hidden, threshold, BN=32, BD=units, K=call.heads, BK=power_of_two(call.heads), num_warps=4,
         **call.options(),
     )  # fmt: skip
@@ -324,8 +326,8 @@ _HEADS = 8  # of which one program sums the gradients of w
 
 
 def _gradients_of_products(call: _Attention, x: Tensor, parts, block: slice, ds: Tensor, scale, sums: Tensor) -> Tensor:
-    """The gradient of ``x [V; U]^T`` [n, units] times the scale, for a slice, whose rows x [n, L] holds and ``parts`` as
-    products take them. Adds to ``sums`` what `gate_backward` sums."""
+    """The gradient of ``x [V; U]^T`` [n, units] times the scale, for a slice, whose rows x [n, L] holds and ``parts``
+    as products take them. Adds to ``sums`` what `gate_backward` sums."""
     z = call.products.forward(parts)
     D, K = call.hidden, call.heads
     units = min(max(power_of_two(D), 16), 64)

@@ -19,9 +19,9 @@ _DEAD = float("-inf")
 
 
 class _DSMIL(Instances):
-    """A call with the layers that rows go through: those of an MLP query, whose width is Q, and that of a value. A score
-    is ``<row, vectors[b, c]> + shift[b, c]``, where a row is an instance [L], or its query [Q] where there is an MLP;
-    -inf for a class without a critical instance."""
+    """A call with the layers that rows go through: those of an MLP query, whose width is Q, and that of a value. A
+    score is ``<row, vectors[b, c]> + shift[b, c]``, where a row is an instance [L], or its query [Q] where there is an
+    MLP; -inf for a class without a critical instance."""
 
     def __init__(
         self, x, vectors, shift, critical, layers, offsets, mask, seed, v_activation, v_dropout_p, dtype, *embed

@@ -184,9 +184,9 @@ def gate_gradients(
     TMA: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Writes to OUT [V and U, D, count] the gradient of the products, times SCALE, 0 for masked rows; to SUMS [parts, (K
-    + 2) D + K] what parts of tiles add to the gradients of w and of the biases. Units lie across the warps, so that sums
-    over rows shuffle little."""
+    """Writes to OUT [V and U, D, count] the gradient of the products, times SCALE, 0 for masked rows; to SUMS [parts,
+    (K + 2) D + K] what parts of tiles add to the gradients of w and of the biases. Units lie across the warps, so that
+    sums over rows shuffle little."""
     tl.assume(L > 0)
     chunks = tl.cdiv(D, BD)
     tile = tl.program_id(0) // chunks

@@ -62,7 +62,8 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None, onto: Tensor
     rounded to half."""
     dtype = (dtype or a.dtype) if onto is None else onto.dtype
     if not a.is_cuda:
-        # Only the interpreter comes here. Products of half types on a CPU may read into the next row, which may hold NaN.
+        # Only the interpreter comes here. Products of half types on a CPU may read into the next row, which may hold
+        # NaN.
         acc = accumulation_dtype(a)
         found = a.to(acc) @ b.to(acc)
         return found.to(dtype) if onto is None else onto.copy_(found.add_(onto))

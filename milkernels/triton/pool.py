@@ -156,9 +156,8 @@ def sums_partial(
                 total = total * tl.exp(top - base) + tl.sum(tl.exp(v - base[None, :]), axis=0)
                 top = higher
             else:
-                if V is None:
-                    v = tl.where(used, tl.cast(1.0, A), 0.0)
-                else:
+                v = tl.where(used, tl.cast(1.0, A), 0.0)
+                if V is not None:
                     v = tl.load(V + at, mask=used, other=0.0).to(A)
                 if W is not None:
                     v = v * tl.load(W + at, mask=used, other=0.0).to(A)
