@@ -136,6 +136,27 @@ def test_float16_gradients_do_not_overflow(case):
         assert t.isfinite().all(), name
 
 
+@served("gated_attention_pool", "gated_attention_pool-dropout", "attention_pool-gelu-dropout")
+@pytest.mark.parametrize("heads", [9, 17])
+def test_many_heads_are_summed_in_groups(case, heads):
+    tensors, offsets = case.make((70, 5), torch.float64, **(ODD | {"K": heads})), offsets_of((70, 5))
+    mask = some_mask(75)
+    close(run(case, tensors, offsets, mask), run(case, tensors, offsets, mask, "reference"))
+
+
+def test_rows_in_no_bag():
+    """As offsets [1] say on a device, where nobody looks at them: nothing is read past their end."""
+    from milkernels import triton
+
+    x, scores, offsets = torch.ones(5, 4), torch.zeros(5, 2), torch.zeros(1, dtype=torch.int64)
+    with recorded_launches() as launched:
+        bag, _, lse = triton.kernel("softmax_pool_fwd")(x, scores, offsets, None)
+        mean = triton.kernel("mean_pool_fwd")(x, offsets, None)
+        values, indices = triton.kernel("max_pool_fwd")(x, offsets, None)
+    assert launched == [] and bag.shape == (0, 2, 4) and lse.shape == (0, 2)
+    assert mean.shape == values.shape == indices.shape == (0, 4)
+
+
 @served("dsmil_pool-linear-v", "softmax_pool", "query_pool")
 def test_autocast_does_not_reach_what_is_not_a_product_with_the_instances(case):
     tensors, offsets = case.make((70, 5), torch.float32, **ODD), offsets_of((70, 5))
