@@ -50,6 +50,7 @@ CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
 PYTHON_FILES := setup.py $(wildcard milkernels tools tests benchmarks examples)
 CPP_FILES := $(shell find csrc tests/cuda -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 CUDA_VENV := .venv-cuda
+OLDEST_TRITON := triton==3.6.0
 # Of the tests of all kernels those against the oracle, for AddressSanitizer is slow; ARGS="-k 'not gradcheck'" runs all.
 CUDA_TESTS := tests/test_cuda.py tests/test_numbers.py tests/test_attention.py --legs emulated \
 	-k "test_cuda or test_oracle or test_same_bits"
@@ -92,6 +93,8 @@ gpu:
 aot: $(VENV)/.installed
 	@$(PY) -c "import triton" 2>/dev/null || $(PIP) install "triton>=3.6"
 	env -u TRITON_INTERPRET $(PY) -m tools.aot $(ARGS)
+	@[ -d build/$(OLDEST_TRITON)/triton ] || $(PIP) install --no-deps --target build/$(OLDEST_TRITON) $(OLDEST_TRITON)
+	env -u TRITON_INTERPRET PYTHONPATH=build/$(OLDEST_TRITON) $(PY) -m tools.aot --arch sm_90 $(ARGS)
 
 # Both libraries come before Python, which is linked to neither: AddressSanitizer looks for the other's exceptions at once.
 cuda-test: $(VENV)/.installed

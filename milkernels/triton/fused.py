@@ -399,7 +399,7 @@ def _large_tile(call, forward: bool) -> dict[str, int]:
     if forward:
         tile["BD"] = (256 >> call.gated) >> (dropped or blackwell)
     else:
-        crowded = call.gated + 2 * dropped + (call.heads > 1) + 3 * (call.heads > 3) + blackwell
+        crowded = call.gated + 4 * dropped + (call.heads > 1) + 3 * (call.heads > 3) + blackwell
         tile |= {"BN": 64, "PARTS": 1} if crowded > 1 else {"PARTS": 1 + call.gated}
         tile["BD"] = 64 if crowded > 4 else 128
     return tile | {"BD": min(max(power_of_two(call.hidden), 64), tile["BD"])}
