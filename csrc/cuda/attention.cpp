@@ -113,53 +113,90 @@ Tensor attention_scores_fwd(const Tensor& x, const OptionalTensors& weights, con
 
 // --- Backward
 
-// The gradient of V over U (undefined where nobody needs it), and the sums [heads + 2, hidden] that are those of w and
-// of the biases of V and U.
+// The gradients of the scores [rows, heads]; of V over U, undefined where nobody needs it; and the sums
+// [heads + 2, hidden] that are those of w and of the biases of V and U.
 struct Found {
-  Tensor weight, sums;
+  Tensor scores, weight, sums;
 };
 
-// The factor of gradients of a slice's products in float16; undefined in other types. `size` bounds what a
-// unit's gradient is of its score's.
-Tensor scale_of(const AttentionCall& call, const Tensor& of_scores, const Tensor& size) {
-  return call.type == at::kHalf ? power_of_two_scale(largest(of_scores) * size, call.headroom()) : Tensor();
+void add_to(Tensor& sum, const Tensor& part) {
+  if (sum.defined()) sum += part;
+  else sum = part;
 }
 
-// The gradient of x is written, where it is not empty.
-Found backward_in_slices(const AttentionCall& call, const PoolGradients& gradients, const Tensor& grad_x,
-                         bool need_weight) {
-  const int64_t D = call.hidden, K = call.heads;
-  const Tensor weight = call.projection(), bound = call.w.abs().nan_to_num(0, 0, 0).sum(0).amax();
-  const bool need_x = grad_x.numel() > 0, pooled = gradients.weights.defined(), half = call.type == at::kHalf;
+// The factor of gradients of a slice's products in float16; undefined in other types. A unit's gradient is at most
+// sum_k |w[k, unit]| times those of the scores.
+Tensor scale_of(const AttentionCall& call, const Tensor& of_scores) {
+  if (call.type != at::kHalf) return {};
+  const Tensor most = call.w.abs().nan_to_num(0, 0, 0).sum(0).amax();
+  return power_of_two_scale(largest(of_scores) * most, call.headroom());
+}
+
+// The gradient of x, which is written where it is not empty: what comes from the pooling, and behind it, or in the same
+// pass, what comes through the products.
+class OfRows {
+ public:
+  OfRows(AttentionCall& call, const PooledTensors& of, const Tensor& grad_x)
+      : scores(call.empty({call.rows, call.heads})), call_(call), x_(grad_x),
+        direct_(call.same_type() && call.type != at::kHalf) {
+    added_ = direct_ && Backward{of, Scoring::kGiven, {}, {}, {}, x_, scores}.run(call);
+    if (added_) return;
+    const PoolGradients gradients(call, of, wanted());
+    scores = gradients.scores, pooled_ = gradients.term();
+    added_ = direct_ && pooled_.weights.defined();
+    if (added_) expand(call, x_, 0, pooled_, {});
+  }
+
+  bool wanted() const { return x_.numel() > 0; }
+  // Bytes of a slice's row.
+  int64_t bytes() const {
+    return wanted() && !direct_ ? call_.width * static_cast<int64_t>(c10::elementSize(call_.acc)) : 0;
+  }
+  // From the gradients of the products of rows from `first` on, times the inverse of `inverse`.
+  void through(const Tensor& z, const Tensor& weight, int64_t first, const Tensor& inverse) const {
+    if (!wanted()) return;
+    const Tensor out = x_.narrow(0, first, z.size(0));
+    if (!direct_) expand(call_, out, first, pooled_, {}, product(z, weight, call_.acc), inverse);
+    else if (added_) add_product(out, z, weight);
+    else product_into(out, z, weight);
+  }
+
+  Tensor scores;  // their gradients [rows, heads]
+
+ private:
+  const AttentionCall& call_;
+  Tensor x_;
+  bool direct_;  // products need neither another type nor a scale
+  bool added_;  // to what the pooling left in x_
+  TermTensors pooled_;
+};
+
+Found backward_in_slices(const AttentionCall& call, const OfRows& rows, bool need_weight) {
+  const Tensor weight = call.projection();
+  const bool half = call.type == at::kHalf;
+  const int64_t copied = call.mask.defined() || !call.same_type() ? call.width : 0;
   Found found;
-  if (need_weight) found.weight = at::zeros({call.units(), call.width}, call.w.options());
-  found.sums = at::zeros({K + 2, D}, call.w.options());
-  // Products that need neither another type nor a scale are written where the gradient of x will be.
-  const bool direct = call.same_type() && !half && (call.type == call.acc || !pooled);
-  const int64_t size = weight.element_size();
-  const int64_t aside = need_x && !direct ? call.width * call.w.element_size() : 0;
-  const int64_t copied = call.mask.defined() || !call.same_type() ? call.width * size : 0;
-  call.in_slices(call.units() * size + aside + copied, [&](int64_t first, int64_t count) {
+  found.scores = rows.scores;
+  call.in_slices((call.units() + copied) * weight.element_size() + rows.bytes(), [&](int64_t first, int64_t count) {
     const Tensor x = rows_for_products(call, first, count, call.type, true), z = product(x, weight.t(), call.type);
-    const Tensor scale = scale_of(call, gradients.scores.narrow(0, first, count), bound);
-    const Tensor sums = call.empty({ceil_div(count, int64_t{kSummedRows}), K + 2, D});
+    const Tensor scale = scale_of(call, rows.scores.narrow(0, first, count));
+    const Tensor sums = call.empty({ceil_div(count, int64_t{kSummedRows}), call.heads + 2, call.hidden});
     dispatch(call.type, [&]<typename E>() {
       using A = acc_t<E>;
-      gate_backward(call.gate_rows<E>(z, first), data<const A>(gradients.scores), data<const A>(scale), data<A>(sums),
+      gate_backward(call.gate_rows<E>(z, first), data<const A>(rows.scores), data<const A>(scale), data<A>(sums),
                     call.stream());
     });
-    found.sums += sums.sum(0);
+    add_to(found.sums, sums.sum(0));
     const Tensor inverse = half ? scale.reciprocal() : Tensor();
     if (need_weight) {
       const Tensor part = product(z.t(), x, call.acc);
-      found.weight += half ? part * inverse : part;
+      add_to(found.weight, half ? part * inverse : part);
     }
-    if (!need_x) return;
-    const Tensor out = grad_x.narrow(0, first, count);
-    if (direct) product_into(out, z, weight);
-    else expand(call, out, first, gradients.term(), {}, product(z, weight, call.acc), inverse);
+    rows.through(z, weight, first, inverse);
   });
-  if (need_x && direct && pooled) expand(call, grad_x, 0, gradients.term(), {}, grad_x);
+  if (found.sums.defined()) return found;
+  found.sums = call.empty({call.heads + 2, call.hidden}).zero_();  // there are no rows
+  found.weight = call.empty({call.units(), call.width}).zero_();
   return found;
 }
 
@@ -178,16 +215,14 @@ Gradients attention_bwd(const Tensor& x, const OptionalTensors& weights, const O
   check_needs(needs.data() + 1, given);
   const int64_t K = call.heads, D = call.hidden;
   const PooledTensors of(call, K, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
-  const bool need_weight = needs[1] || needs[3];
   const Tensor grad_x = call.grad_x(needs[0]);
-  const PoolGradients gradients(call, of, needs[0]);
-  const Found found = backward_in_slices(call, gradients, grad_x, need_weight);
+  const Found found = backward_in_slices(call, OfRows(call, of, grad_x), needs[1] || needs[3]);
   const auto part = [](const Tensor& t, int64_t first, int64_t count) {
     return t.defined() ? t.narrow(0, first, count) : t;
   };
   const std::array<Tensor, 6> all{
       part(found.weight, 0, D), found.sums[K],          call.gated ? part(found.weight, D, D) : Tensor(),
-      found.sums[K + 1],        part(found.sums, 0, K), gradients.scores.sum(0)};
+      found.sums[K + 1],        part(found.sums, 0, K), needs[6] ? found.scores.sum(0) : Tensor()};
   std::array<Tensor, 6> own;
   for (int i = 0; i < 6; ++i) {
     // Each gradient has memory of its own.

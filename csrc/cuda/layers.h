@@ -46,6 +46,15 @@ inline void product_into(Tensor out, const Tensor& a, const Tensor& b) {
 #endif
 }
 
+// Adds it to what is in `out`.
+inline void add_product(Tensor out, const Tensor& a, const Tensor& b) {
+#ifdef MILKERNELS_EMULATED
+  out.copy_(product(a, b, accumulation_type(a)).add_(out));
+#else
+  at::addmm_out(out, out, a, b);
+#endif
+}
+
 // What gradients of at most `bound` are multiplied by so that the largest come to about 2^12 in float16, or to
 // `headroom` bits less: of 100,000 rows most would be 0 there otherwise. A power of two, which costs no digit.
 inline Tensor power_of_two_scale(const Tensor& bound, int headroom = 0) {
