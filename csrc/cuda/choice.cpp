@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor> instance_max_gradients(ClassCall& call, const Tensor&
   }
   // Few rows have a gradient, and nothing else is read.
   TORCH_CHECK_VALUE(of_values.defined(), "neither values nor logits have a gradient");
-  const Tensor winners = gather_rows(call, chosen).to(call.acc);
+  const Tensor winners = gather_rows(call, chosen).flatten(0, 1).to(call.acc);
   const auto [of_rows, of_weight, of_bias] = winner_gradients(of_values, chosen, winners, call.weight);
   grad_x.zero_();
   if (grad_x.numel() > 0) add_to_rows(call, chosen, of_rows, grad_x);
