@@ -34,6 +34,7 @@ def _checked(name: str, source: str) -> str:
 
 
 _START = _checked(os.environ.get("MILKERNELS_BACKEND", "auto"), "MILKERNELS_BACKEND")
+_DOUBLE = torch.float64  # at hand: a call of a few instances feels every look-up
 _traced: tuple[str, ...] = ()  # blocks inside of a graph that is being traced
 _warned: set[tuple[str, str]] = set()
 
@@ -89,7 +90,7 @@ def choose(
     """
     double = False
     for t in parameters:
-        if t is not None and t.dtype == torch.float64:
+        if t is not None and t.dtype is _DOUBLE:
             double = True
     if not _torch.eager():
         return _choose_in_transform(op, x, parameters, double, requested, needs)
