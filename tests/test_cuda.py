@@ -190,7 +190,7 @@ def test_same_bits_whatever_memory_held(case, lengths):
 
 def small_slices():
     """Within the block rows between two kernels go through chunk by chunk."""
-    return emulated("set_workspace", 1, 32 << 20)
+    return emulated("set_workspace", 1, 256 << 20)
 
 
 # Only attention keeps something of rows between two kernels.

@@ -55,9 +55,10 @@ constexpr int kMostChunks = 1 << 14;   // partial results of one bag are put tog
 constexpr int64_t kWholeRows = 16384;  // up to so many rows in all, and kWholeBag in a bag on average, a bag is one
 constexpr int64_t kWholeBag = 1024;    // block's: one launch for all of them
 
-// A slice of rows between two kernels has so many bytes: enough that launches hide, few enough to stay in the L2 of a
-// data-centre GPU.
-inline int64_t workspace = 32 << 20;  // tests make it small
+// A slice of rows between two kernels has at least so many rows, that products fill the chip, or bytes; and no more than
+// the workspace.
+constexpr int64_t kSliceRows = 32768, kSliceBytes = 32 << 20;
+inline int64_t workspace = 256 << 20;  // tests make it small
 
 class Call : public CallTensors {
  public:
@@ -90,7 +91,8 @@ class Call : public CallTensors {
   template <typename F>
   void in_slices(int64_t bytes_per_row, const F& f) const {
     const int64_t chunk = int64_t{1} << chunk_shift_, chunks = ceil_div(rows, chunk);
-    const int64_t most = std::max(workspace / std::max(bytes_per_row * chunk, int64_t{1}), int64_t{1});
+    const int64_t wanted = std::max(kSliceBytes / bytes_per_row, kSliceRows);
+    const int64_t most = std::max(std::min(wanted, workspace / bytes_per_row) / chunk, int64_t{1});
     const int64_t step = chunks == 0 ? 1 : ceil_div(chunks, ceil_div(chunks, most)) * chunk;
     for (int64_t first = 0; first < rows; first += step) f(first, std::min(step, rows - first));
   }
