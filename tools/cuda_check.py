@@ -308,7 +308,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("cuobjdump is neither in CUDA's toolkit nor on the PATH nor in Triton")
     module, said = build(arguments.build.resolve(), home)
     ops, missing, info = unregistered(module)
-    missing = [name for name in missing if not name.startswith(LEFT_TO_TRITON)]
+    left = [name for name in missing if name.startswith(LEFT_TO_TRITON)]
+    ops, missing = ops - len(left), [name for name in missing if name not in left]
     codes = examine(module, cuobjdump, (arguments.build / "build.log").read_text())
     rows = rows_of(codes)
     if missing:
@@ -318,7 +319,8 @@ def main(argv: list[str] | None = None) -> int:
     table(rows)
     print(
         f"{len({code.name for code in codes})} kernels, {len(codes)} of all types and architectures; "
-        f"{ops - len(missing)} of {ops} ops registered; {sum(bool(row.problems) for row in rows)} failures; "
+        f"{ops - len(missing)} of {ops} ops registered, {len(left)} left to Triton; "
+        f"{sum(bool(row.problems) for row in rows)} failures; "
         f"{time.time() - start:.0f} s, CUDA {info['CUDA']}, PyTorch {torch.__version__}"
     )
     return int(any(row.problems for row in rows))
