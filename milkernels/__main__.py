@@ -49,9 +49,11 @@ def info() -> None:
         groups.setdefault((device, served_by, why), []).append(op)
     print("\nBackends for float32 tensors")
     for (device, served_by, why), ops in sorted(groups.items()):
+        lacking = native.lacks(device).values()
         print(textwrap.fill(", ".join(ops), 110, initial_indent=f"  {device}: ", subsequent_indent="    "))
         print(
             f"    served by {served_by}",
+            *([f"native has {', '.join(lacking)}: such calls go past it"] if "native" in served_by and lacking else ()),
             *(f"not by {backend}: {reason}" for backend, reason in why),
             sep="\n    ",
         )

@@ -3,6 +3,9 @@
 ``auto`` takes the first backend of the tensor's device that can serve the call, else the reference, and says so once
 where a kernel exists but cannot be used.  A backend asked for by name never falls back: it raises, with the reason.
 
+On CUDA Triton is the complete backend.  The C++ kernels serve what the host bounds, calls of few rows, since a call of
+theirs costs a fraction of Triton's; and whatever they can where Triton is missing.
+
 Compiled ops know reverse mode, once, and vmap, which calls them for each of its slices.  What torch.func and forward
 mode differentiate, and what leaves for ONNX or a jit trace, is the reference's.
 """
@@ -19,9 +22,8 @@ from milkernels import _context, _torch, native, triton
 from milkernels.arguments import DTYPES
 
 KERNELS = {"native": native, "triton": triton}
-# What `auto` tries, by device. The native kernels for CUDA are there for where Triton is not, until a recorded
-# measurement says at which sizes they are faster.
-_AUTO = {"cpu": ("native",), "cuda": ("triton", "native")}
+_AUTO = {"cpu": ("native",), "cuda": ("triton", "native")}  # what `auto` tries, by device: for few rows the last first
+FEW_ROWS = 16_384  # on CUDA; calls of fewer are thought to be bound by the host. It is an estimate: nobody measured it.
 NAMES = ("auto", *KERNELS, "reference")
 
 
@@ -32,6 +34,7 @@ def _checked(name: str, source: str) -> str:
 
 
 _START = _checked(os.environ.get("MILKERNELS_BACKEND", "auto"), "MILKERNELS_BACKEND")
+_DOUBLE = torch.float64  # at hand: a call of a few instances feels every look-up
 _traced: tuple[str, ...] = ()  # blocks inside of a graph that is being traced
 _warned: set[tuple[str, str]] = set()
 
@@ -72,8 +75,14 @@ DIFFERENTIATED_ONCE = (
 )
 
 
-def choose(op: str, x: Tensor, parameters: Sequence[Tensor | None] = (), requested: str | None = None) -> str:
-    """The backend that serves this call.
+def choose(
+    op: str,
+    x: Tensor,
+    parameters: Sequence[Tensor | None] = (),
+    requested: str | None = None,
+    needs: tuple[str, ...] = (),
+) -> str:
+    """The backend that serves this call, which ``needs`` these of `native.lacks` beyond its op.
 
     Raises:
         ValueError: an unknown backend name.
@@ -81,15 +90,16 @@ def choose(op: str, x: Tensor, parameters: Sequence[Tensor | None] = (), request
     """
     double = False
     for t in parameters:
-        if t is not None and t.dtype == torch.float64:
+        if t is not None and t.dtype is _DOUBLE:
             double = True
     if not _torch.eager():
-        return _choose_in_transform(op, x, parameters, double, requested)
+        return _choose_in_transform(op, x, parameters, double, requested, needs)
     if requested is None:
         requested = _context.current() or _START
     elif requested.__class__ is not str:
         _checked(requested, "backend")
-    key = requested, op, x.device.type, x.dtype, double
+    device = x.device.type
+    key = requested, op, device, x.dtype, double, needs, device == "cuda" and x.shape[0] < FEW_ROWS
     served = _served.get(key)
     if served is None:
         _checked(requested, "backend")
@@ -101,28 +111,35 @@ def choose(op: str, x: Tensor, parameters: Sequence[Tensor | None] = (), request
     return served
 
 
-_served: dict[tuple, str] = {}  # (backend asked for, op, device type, type of x, whether a parameter is float64)
+# By (backend asked for, op, device type, type of x, whether a parameter is float64, what else the call needs, whether
+# it has few rows on CUDA).
+_served: dict[tuple, str] = {}
 
 
-def _choose(requested: str, op: str, *kind) -> tuple[str, tuple[str, str] | None]:
-    """The backend that serves such tensors; and, where ``auto`` would rather have taken another one, which and why it
-    does not serve."""
+def _choose(requested: str, op: str, device: str, dtype, double: bool, needs, few: bool):
+    """The backend that serves such a call; and, where ``auto`` would rather have taken another one than the reference,
+    which and why it does not serve: ``(name, reason)``, else None."""
+    kind = op, device, dtype, double, needs
     if requested != "auto":
-        if (reason := why_not(requested, op, *kind)) is not None:
-            raise BackendUnavailable(f"backend {requested!r} cannot serve {op}: {reason}")
+        if (reason := why_not(requested, *kind)) is not None:
+            others = [name for name in KERNELS if why_not(name, *kind) is None]
+            can = f"; backend={others[0]!r} can" if others else ""
+            raise BackendUnavailable(f"backend {requested!r} cannot serve {op}: {reason}{can}")
         return requested, None
-    missed = None
-    for name in _AUTO.get(kind[0], ()):
-        reason = why_not(name, op, *kind)
-        if reason is None:
-            return name, None
-        if missed is None and reason != _NO_KERNEL.format(op):
-            missed = name, reason
-    return "reference", missed
+    reasons = [(name, why_not(name, *kind)) for name in _AUTO.get(device, ())]
+    able = [name for name, reason in reasons if reason is None]
+    if able:
+        return able[-1 if few else 0], None
+    missed = [(name, reason) for name, reason in reasons if reason != _NO_KERNEL.format(op)]
+    return "reference", missed[0] if missed else None
 
 
-def _choose_in_transform(op: str, x: Tensor, parameters, double: bool, requested: str | None) -> str:
-    """The same where a compiler, a trace or a transform looks into the call."""
+def _choose_in_transform(op: str, x: Tensor, parameters, double: bool, requested: str | None, needs) -> str:
+    """The same where a compiler, a trace or a transform looks into the call.
+
+    On CUDA it is Triton's, if it is there, whatever the number of rows: to read that would compile each program twice,
+    and specialise one that is compiled for any number.  A compiled call costs the host little anyway.
+    """
     if requested is None:
         requested = _traced[-1] if _traced else _context.backend or _START
     requested = _checked(requested, "backend")
@@ -131,14 +148,14 @@ def _choose_in_transform(op: str, x: Tensor, parameters, double: bool, requested
         # PyTorch's own operators: what any program loads, and what can be transformed while it is compiled.
         if _torch.exporting() or (_torch.transforming() and torch.compiler.is_dynamo_compiling()):
             return "reference"
-        served, said = _choose(requested, op, x.device.type, x.dtype, double)
+        served, said = _choose(requested, op, x.device.type, x.dtype, double, needs, False)
         if served == "reference" and said is not None:
             _say_once(op, *said)
         elif served != "reference" and beyond is not None:
             _say_once(op, served, beyond)
             return "reference"
         return served
-    served, _ = _choose(requested, op, x.device.type, x.dtype, double)
+    served, _ = _choose(requested, op, x.device.type, x.dtype, double, needs, False)
     if served != "reference" and beyond is not None:
         raise BackendUnavailable(f"backend {served!r} cannot serve {op}: {beyond}")
     return served
@@ -156,9 +173,16 @@ def _beyond_kernels(*tensors: Tensor | None) -> str | None:
 _NO_KERNEL = "it has no kernel for {}"
 
 
-def why_not(backend: str, op: str, device: str, dtype: torch.dtype = torch.float32, double: bool = False) -> str | None:
+def why_not(
+    backend: str,
+    op: str,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    double: bool = False,
+    needs: tuple[str, ...] = (),
+) -> str | None:
     """Why ``backend`` cannot serve ``op`` for instances of that type on that device, ``double`` if a parameter is
-    float64; None if it can."""
+    float64, where the call ``needs`` these of `native.lacks`; None if it can."""
     if backend == "reference":
         return None
     module = KERNELS[backend]
@@ -172,6 +196,11 @@ def why_not(backend: str, op: str, device: str, dtype: torch.dtype = torch.float
         return f"it has no kernels for {dtype}"
     if double and dtype != torch.float64:
         return f"float64 parameters with {dtype} x"
+    if needs and module is native:
+        lacking = native.lacks(device)
+        for need in needs:
+            if need in lacking:
+                return f"CUDA's C++ kernels have {lacking[need]}"
     return None
 
 
@@ -183,11 +212,14 @@ def _say_once(op: str, backend: str, reason: str) -> None:
 
 
 def report(ops: tuple[str, ...]) -> list[tuple[str, str, str, dict[str, str]]]:
-    """Rows ``(op, device, serving backend, {other backend: why not})`` for float32 tensors on CPU and CUDA."""
+    """Rows ``(op, device, who serves it, {other backend: why not})`` for float32 tensors on CPU and CUDA."""
     rows = []
     for op in ops:
-        for device in ("cpu", "cuda"):
+        for device, order in _AUTO.items():
             reasons = {name: why_not(name, op, device) for name in KERNELS}
-            serving = next((name for name in _AUTO[device] if reasons[name] is None), "reference")
+            able = [name for name in order if reasons[name] is None]
+            serving = able[0] if able else "reference"
+            if len(able) > 1:
+                serving = f"{able[-1]} below {FEW_ROWS:,} rows, {able[0]} from there on and under torch.compile"
             rows.append((op, device, serving, {n: r for n, r in reasons.items() if r is not None}))
     return rows

@@ -107,6 +107,19 @@ def device_types() -> tuple[str, ...]:
     return tuple(_loaded)
 
 
+# What a call may need beyond its op, and kernels that serve what the host bounds do without, in words.
+_CUDA_LACKS = {
+    "embed": "no embedding stage",
+    "q2": "no MLP query",
+    "value": "no value but a linear one without dropout",
+}
+
+
+def lacks(device: str) -> dict[str, str]:
+    """What calls may need beyond their op and kernels for tensors on that type of device do not have."""
+    return _CUDA_LACKS if device == "cuda" or emulated() else {}
+
+
 def build_info(device: str = "cpu") -> dict[str, str]:
     """What the loaded module for that device says of itself; empty where there is none."""
     module = _loaded[device][0]

@@ -85,7 +85,10 @@ def _on_a_gpu(backend: str) -> str | None:
 
 
 def _gpu(backend: str) -> Leg:
-    cases = {name: on("cuda", case) for name, case in CASES.items()}
+    served = {
+        name: case for name, case in CASES.items() if op_cases.has_kernel(case.kernel, backend, case.needs, "cuda")
+    }
+    cases = {name: on("cuda", case) for name, case in served.items()}
     return Leg(f"gpu_{backend}", backend, cases, _on_a_gpu(backend), "cuda")
 
 

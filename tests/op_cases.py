@@ -23,10 +23,11 @@ LENGTHS = (4, 0, 1, 7, 2, 3)
 SMALL = {"L": 6, "D": 5, "K": 2, "C": 3, "Q2": 4, "V": 3}
 
 
-def has_kernel(op: str, backend: str) -> bool:
-    """Whether the backend has a kernel of the op for tensors on the CPU; where it was not built, whether it would."""
-    absent = native.load_error() if backend == "native" else triton.load_error()
-    return absent is not None or milkernels.backends.why_not(backend, op, "cpu") is None
+def has_kernel(op: str, backend: str, needs=(), device="cpu") -> bool:
+    """Whether the backend serves calls of the op that need this for tensors on that device; where it was not built,
+    whether it would."""
+    absent = native.load_error(device) if backend == "native" else triton.load_error()
+    return absent is not None or milkernels.backends.why_not(backend, op, device, needs=needs) is None
 
 
 def offsets_of(lengths, dtype=torch.int64) -> Tensor:
@@ -52,6 +53,13 @@ class Case:
     def kernel(self) -> str:
         """The name by which backends know the op."""
         return self.op.removeprefix("gated_")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What it needs of a backend beyond its op."""
+        layered = self.options.get("v_activation") in ("relu", "tanh", "gelu") or self.options.get("v_dropout_p")
+        found = {"embed": self.embed is not None, "q2": "q2_weight" in self.tensors, "value": layered}
+        return tuple(name for name, needed in found.items() if needed)
 
     def make(
         self, lengths=LENGTHS, dtype=torch.float64, seed=0, parameter_dtype=None, relu=False, **sizes
@@ -404,7 +412,7 @@ def threads(count: int):
         torch.set_num_threads(before)
 
 
-COMPILED = {name: case for name, case in CASES.items() if has_kernel(case.kernel, "native")}
+COMPILED = {name: case for name, case in CASES.items() if has_kernel(case.kernel, "native", case.needs)}
 every_kernel = pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED)
 # What concerns the kernels of the CPU alone: how many threads, which units.
 of_the_cpu = pytest.mark.skipif(native.emulated(), reason="of the CPU's kernels, where CUDA's are emulated")

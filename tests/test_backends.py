@@ -2,21 +2,26 @@
 
 import asyncio
 import contextvars
+import re
 import threading
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from op_cases import needs_extension
+from op_cases import CASES, LENGTHS, needs_extension, offsets_of
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import milkernels
 from milkernels import _context, _torch, backends, native, triton, use_backend
 from milkernels.ops import contract
 
 
-def taken(device: str = "cpu", op: str = "mean_pool", dtype=torch.float32) -> str:
-    """What a call that names no backend is served by; the tensor may be on a device that is not there."""
-    return backends.choose(op, SimpleNamespace(device=torch.device(device), dtype=dtype))
+def taken(device: str = "cpu", op: str = "mean_pool", *, rows: int = 5, requested=None, needs=()) -> str:
+    """What serves a call, which names no backend; the tensor may be on a device that is not there."""
+    x = SimpleNamespace(device=torch.device(device), dtype=torch.float32, shape=(rows, 3))
+    return backends.choose(op, x, (), requested, needs)
 
 
 def requested() -> str:
@@ -219,22 +224,102 @@ def cuda_modules(monkeypatch, no_interpreter):
     backends._warned.clear()
 
 
-def test_auto_on_cuda_takes_the_native_kernels_where_triton_is_missing(cuda_modules):
-    expected = {(True, True): "triton", (False, True): "triton", (True, False): "native"}
-    for machine, backend in expected.items():
+MANY = backends.FEW_ROWS
+ALL_NEEDS = tuple(native._CUDA_LACKS)
+
+
+def test_auto_on_cuda_goes_by_rows(cuda_modules):
+    """Native up to where the host bounds a call, Triton from there on; what one has not is the other's."""
+    expected = {(True, True): ("native", "triton"), (False, True): ("triton",) * 2, (True, False): ("native",) * 2}
+    for machine, (few, many) in expected.items():
         cuda_modules(*machine)
         for op in (declared.name for declared in contract.FORWARDS):
-            assert taken("cuda", op) == backend
-            assert [row[2] for row in backends.report((op,)) if row[1] == "cuda"] == [backend]
+            for rows, backend in ((0, few), (MANY - 1, few), (MANY, many), (100 * MANY, many)):
+                assert taken("cuda", op, rows=rows) == backend
+            text = "native below 16,384 rows, triton from there on and under torch.compile" if few != many else few
+            assert [row[2] for row in backends.report((op,)) if row[1] == "cuda"] == [text]
     cuda_modules(False, False)
     with pytest.warns(UserWarning, match="mean_pool runs on the reference; triton: Triton is not installed"):
         assert taken("cuda") == "reference"
 
 
-def test_auto_on_cuda_takes_the_native_kernels_for_what_triton_cannot(cuda_modules, monkeypatch):
+def test_what_an_op_has_no_kernel_for_is_the_others(cuda_modules, monkeypatch):
     cuda_modules(True, True)
     monkeypatch.setattr(_torch, "has_kernel", lambda overload, device: overload != "milkernels::mean_pool_fwd.triton")
-    assert taken("cuda") == "native" and taken("cuda", "max_pool") == "triton"
+    assert taken("cuda", rows=MANY) == "native" and taken("cuda", "max_pool", rows=MANY) == "triton"
+    backends._served.clear()
+    monkeypatch.setattr(_torch, "has_kernel", lambda overload, device: overload != "milkernels::mean_pool_fwd.native")
+    assert taken("cuda") == "triton" and taken("cuda", "max_pool") == "native"
+    with pytest.raises(milkernels.BackendUnavailable, match="no kernel for mean_pool; backend='triton' can"):
+        taken("cuda", requested="native")
+
+
+@pytest.mark.parametrize("need", ALL_NEEDS)
+def test_what_native_lacks_on_cuda_is_tritons(need, cuda_modules):
+    """Whatever the rows; without Triton the reference's, which is said once."""
+    cuda_modules(True, True)
+    assert [taken("cuda", rows=rows, needs=(need,)) for rows in (1, MANY)] == ["triton", "triton"]
+    assert taken("cuda") == "native"  # the same op without
+    lack = re.escape(native.lacks("cuda")[need])
+    message = rf"'native' cannot serve mean_pool: CUDA's C\+\+ kernels have {lack}"
+    with pytest.raises(milkernels.BackendUnavailable, match=message + "; backend='triton' can"):
+        taken("cuda", requested="native", needs=(need,))
+    assert taken("cpu", needs=(need,)) == AUTO or native.emulated()
+    cuda_modules(True, False)
+    with pytest.warns(UserWarning, match="mean_pool runs on the reference; triton: Triton is not installed"):
+        assert taken("cuda", needs=(need,)) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert taken("cuda", needs=(need,)) == "reference" and taken("cuda") == "native"
+    with pytest.raises(milkernels.BackendUnavailable, match=message + "$"):
+        taken("cuda", requested="native", needs=(need,))
+
+
+ASKED = {
+    "gated_attention_pool": (), "attention_scores-embed": ("embed",), "query_pool": (), "dsmil": (),
+    "query_pool-embed-dropout": ("embed",),
+    "query_scores-embed": ("embed",), "instance_max-embed-dropout": ("embed",), "loss_attention_pool-embed": ("embed",),
+    "loss_attention_pool": (), "instance_max": (), "dsmil_pool": (), "dsmil_pool-linear-v-no-bias": (),
+    "dsmil_pool-linear-v-dropout": ("value",), "dsmil_pool-relu-v": ("value",), "dsmil_pool-mlp-q": ("q2",),
+    "dsmil-mlp-q-relu-v": ("q2", "value"), "dsmil-embed-mlp-q-relu-v": ("embed", "q2", "value"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_every_op_says_what_it_needs(name, monkeypatch):
+    """To whom it asks for a backend; and the table of cases says the same of it."""
+    case, asked = CASES[name], []
+    choose = backends.choose
+
+    def noted(op, x, parameters=(), requested=None, needs=()):
+        asked.append((op, needs))
+        return choose(op, x, parameters, requested, needs)
+
+    monkeypatch.setattr(backends, "choose", noted)
+    case.ours("reference")(case.make(), offsets_of(LENGTHS), None)
+    assert asked == [(case.kernel, ASKED[name])] and case.needs == ASKED[name]
+
+
+def test_a_compiled_call_of_any_number_of_rows(cuda_modules):
+    """Is Triton's, where that is there, and does not look at the number: no guard, no second program."""
+
+    class Pool(torch.nn.Module):
+        def forward(self, x, scores):
+            return milkernels.softmax_pool(x, scores).bag
+
+    def exported():
+        with FakeTensorMode(shape_env=ShapeEnv()):
+            x, scores = torch.empty(100, 8, device="cuda"), torch.empty(100, 2, device="cuda")
+            rows = torch.export.Dim("rows")
+            program = torch.export.export(Pool(), (x, scores), dynamic_shapes=({0: rows}, {0: rows}), strict=False)
+        (op,) = [node.target for node in program.graph.nodes if "milkernels" in str(node.target)]
+        (bounds,) = program.range_constraints.values()
+        return op._overloadname, bounds.lower <= 2 and bounds.upper > 100 * MANY
+
+    cuda_modules(True, True)
+    assert exported() == ("triton", True)
+    cuda_modules(True, False)
+    assert exported() == ("native", True)
 
 
 def test_an_op_that_was_not_declared_is_the_references():

@@ -14,9 +14,8 @@ from pathlib import Path
 import op_cases
 import pytest
 import torch
-from legs import EMBEDDED, LEGS, ORDERS, all_of_them, emulated
-from op_cases import CASES, PLAIN, close, offsets_of, same_bits, step
-from test_contract import num_bytes, peak_allocated
+from legs import LEGS, ORDERS, all_of_them, emulated
+from op_cases import COMPILED, close, offsets_of, same_bits, step
 from test_numbers import BLOCK as SIZES
 from test_numbers import BLOCKS as LENGTHS
 from test_numbers import LONE, MANY
@@ -24,11 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.cpp_extension import include_paths
 
-from milkernels import native, triton
+import milkernels
+from milkernels import backends, native, triton
 from milkernels.ops import contract
 
 pytestmark = LEGS["emulated"].needed
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_case = pytest.mark.parametrize("case", COMPILED.values(), ids=COMPILED)
+PLAIN = {name: case for name, case in op_cases.PLAIN.items() if name in COMPILED}
 
 ROOT = Path(__file__).parent.parent
 LARGE = 2**62
@@ -115,6 +116,20 @@ def test_offsets_that_are_none_reach_nothing_outside_of_many_rows(case):
 
 
 @every_case
+def test_no_bags_beside_rows(case):
+    """Offsets of one number, with instances that are in none: there is no second one to read."""
+    lengths = (40, 30, 1, 49, 5)
+    sound, none = offsets_of(lengths), torch.zeros(1, dtype=torch.int64)
+
+    def without_bags(a):
+        return none if torch.equal(a, sound) else a.narrow(0, 0, 0) if len(a) == len(lengths) else a
+
+    for op, args in calls_of(case, lengths):
+        got = outputs(op, tree_map_only(torch.Tensor, lambda a: without_bags(a) if a.dim() > 0 else a, args))
+        assert all(len(o) == 0 for o, full in zip(got, outputs(op, args), strict=True) if len(full) == len(lengths))
+
+
+@every_case
 def test_offsets_are_clamped(case):
     """Those that leave the tensor on either side are as if they ended there."""
     lengths = (40, 30, 1, 49)
@@ -173,119 +188,64 @@ def test_same_bits_whatever_memory_held(case, lengths):
 # Ways to the same numbers
 
 
-def attention_goes(way: str):
-    """Within the block attention takes that way wherever it can: "small", a kernel for all of it, or "sliced"."""
-    return emulated("force_attention", way, "")
-
-
 def small_slices():
     """Within the block rows between two kernels go through chunk by chunk."""
-    return emulated("set_workspace", 1, 32 << 20)
+    return emulated("set_workspace", 1, 256 << 20)
 
 
-# Embedded instances go slice by slice, whatever the op.
-ATTENTION = {n: c for n, c in CASES.items() if c.kernel in ("attention_pool", "attention_scores") and c.embed is None}
-SLICED = ATTENTION | {n: c for n, c in CASES.items() if c.kernel in ("dsmil_pool", "dsmil", "instance_max")} | EMBEDDED
-every_embedded = pytest.mark.parametrize("case", EMBEDDED.values(), ids=EMBEDDED)
-
-
+# Only attention keeps something of rows between two kernels.
+SLICED = {name: case for name, case in COMPILED.items() if case.kernel in ("attention_pool", "attention_scores")}
 every_sliced = pytest.mark.parametrize("case", SLICED.values(), ids=SLICED)
-
-
-def every_way(case) -> dict:
-    """Those that it can go; in slices there are as many as chunks, and bags that cross them."""
-    ways = {way: attention_goes(way) for way in ("small", "sliced") if case in ATTENTION.values()}
-    return ways | {"slices": small_slices()}
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, LONE, MANY, (30, 0, 700)], ids=str)
 @every_sliced
-def test_oracle_every_way(case, lengths):
+def test_oracle_in_slices(case, lengths):
+    """There are as many as chunks, and bags that cross them."""
     mask, tensors = torch.arange(sum(lengths)) % 5 > 0, case.make(lengths, **SIZES)
-    with all_of_them() as each:
-        for name, way in every_way(case).items():
-            with each(name), way:
-                got = run(case, tensors, offsets_of(lengths), mask)
-                close(got, step(case.truth, tensors, offsets_of(lengths), mask))
+    with small_slices():
+        got = run(case, tensors, offsets_of(lengths), mask)
+    close(got, step(case.truth, tensors, offsets_of(lengths), mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @every_sliced
-def test_error_promise_every_way(case, dtype):
-    with all_of_them() as each:
-        for name, way in every_way(case).items():
-            in_slices = torch.float32, (30, 0, 200), SIZES
-            types, lengths, sizes = in_slices if name == "slices" else (None, LENGTHS, SIZES | {"L": 40, "D": 70})
-            with each(name), way:
-                kept = op_cases.promise(case, "native", dtype, types, lengths=lengths, seeds=2, **sizes)
-                assert kept.ok, kept.broken()
+def test_error_promise_in_slices(case, dtype):
+    with small_slices():
+        kept = op_cases.promise(case, "native", dtype, torch.float32, lengths=(30, 0, 200), seeds=2, **SIZES)
+    assert kept.ok, kept.broken()
 
 
-@pytest.mark.parametrize("name", ["gated_attention_pool", "dsmil_pool-mlp-q", "dsmil_pool-relu-v", "dsmil_pool-embed"])
-def test_ways_and_slices_are_others(name):
-    """Forced, they launch other kernels, so that the tests above are not of one way twice."""
+@every_sliced
+def test_slices_are_several(case):
+    """Where they are small, more kernels are launched, so that the tests above are not of one slice."""
 
-    def launches(way="sliced"):
+    def launches():
         before = native._extension.launch_count()
-        with attention_goes(way):
-            run(CASES[name], CASES[name].make(MANY, **SIZES), offsets_of(MANY))
+        run(case, case.make(MANY, **SIZES), offsets_of(MANY))
         return native._extension.launch_count() - before
 
     whole, slices = launches(), -(-sum(MANY) // 256)
     with small_slices():
         assert launches() >= whole + 2 * (slices - 1)  # one each way
-    if name in ATTENTION:
-        assert launches("small") < whole
 
 
-# The embedding, in as many slices as there are chunks
+# What there is no kernel for
 
 
-@every_embedded
-def test_some_gradients_only_of_slices(case):
-    """What is frozen has its part of the way back left out; the rest is as ever."""
-    lengths, mask = (150, 0, 300), torch.arange(450) % 5 > 0
-    tensors, offsets = case.make(lengths, **SIZES | {"L": 11}), offsets_of(lengths)
-    with small_slices():
-        whole = run(case, tensors, offsets, mask)
-        for names in (("x",), ("e_weight",), ("e_bias",), set(case.tensors) - {"x", "e_weight", "e_bias"}):
-            some = {n: t.detach().requires_grad_(n in names) for n, t in tensors.items()}
-            if any(t.requires_grad for t in some.values()):
-                for key, value in run(case, some, offsets, mask).items():
-                    torch.testing.assert_close(value, whole[key], rtol=1e-12, atol=1e-12)
+REFUSED = {name: case for name, case in op_cases.CASES.items() if case.needs}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@every_embedded
-def test_masked_rows_do_not_leak_from_slices(case, dtype):
-    """Whole slices of them, and holes."""
-    lengths = (150, 0, 300)
-    mask = torch.arange(450) % 5 > 0
-    mask[128:192] = False
-    poison = torch.tensor([float("nan"), float("inf")]).repeat(len(mask))[: (~mask).sum(), None].to(dtype)
-    sizes = SIZES | {"L": 11}
-    with small_slices():
-        op_cases.check_masked_rows_do_not_leak(
-            case, "native", lengths, offsets_of(lengths), mask, poison, dtype, **sizes
-        )
-
-
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "x-learns"])
-@every_embedded
-def test_neither_rows_nor_their_embedding_are_held(case, frozen):
-    """Of all rows, at any time: beyond what is returned, by the allocator's count.  No kernel need run for that."""
-    lengths, sizes = (3000, 0, 3000), SIZES | {"L": 64, "K": 1, "C": 1}
-    tensors = case.make(lengths, torch.float32, **sizes)
-    tensors["x"].requires_grad_(not frozen)
-    leaves = [t for t in tensors.values() if t.requires_grad]
-
-    def one_step():
-        outputs = case.ours("native")(tensors, offsets_of(lengths), None)
-        return outputs, torch.autograd.grad([o.sum() for o in outputs if o.requires_grad], leaves)
-
-    with small_slices(), emulated("set_dry", True, False):
-        returned = sum(num_bytes(part) for part in one_step())
-        assert peak_allocated(one_step) - returned < num_bytes([tensors["x"]])
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_what_kernels_lack_is_refused(case, monkeypatch):
+    """By name, and by the kernels themselves, should anybody ask them: they leave nothing out in silence."""
+    tensors, offsets = case.make(), offsets_of(op_cases.LENGTHS)
+    with pytest.raises(milkernels.BackendUnavailable, match=r"cannot serve .* CUDA's C\+\+ kernels have no "):
+        case.ours("native")(tensors, offsets, None)
+    monkeypatch.setattr(native, "_CUDA_LACKS", {})
+    monkeypatch.setattr(backends, "_served", {})
+    with pytest.raises(ValueError, match=r"CUDA's C\+\+ kernels have no .*; got "):
+        case.ours("native")(tensors, offsets, None)
 
 
 # Sizes
@@ -366,8 +326,8 @@ def launches(op, args) -> int:
 # At most so many of our own kernels, forward and backward; products and copies that PyTorch makes come on top.
 LAUNCHES = {
     "softmax_pool": (1, 1),
-    "attention_pool": (1, 2),
-    "gated_attention_pool": (1, 2),
+    "attention_pool": (2, 2),
+    "gated_attention_pool": (2, 2),
     "attention_scores": (1, 1),
     "gated_attention_scores": (1, 1),
     "query_pool": (1, 1),
@@ -379,9 +339,6 @@ LAUNCHES = {
     "loss_attention_pool": (1, 1),
     "mean_pool": (1, 2),
     "max_pool": (1, 1),
-    "segment_softmax": (2, 3),
-    "attention_weights": (1, 2),
-    "topk_instances": (2, 1),
 }
 
 

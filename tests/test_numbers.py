@@ -666,7 +666,8 @@ def test_every_op_has_a_kernel(leg):
     composed = {"embed_instances", "generalized_mean_pool", "isr_pool", "log_sum_exp_pool", "noisy_or_pool"}
     ops = {name.removeprefix("gated_") for name in public if name.islower()} - composed
     served = {op.name for op in contract.FORWARDS if op_cases.has_kernel(op.name, leg.backend)}
-    assert ops == {case.kernel for case in CASES.values()} == served
+    left = {"attention_weights", "segment_softmax", "topk_instances"} if leg.name == "emulated" else set()  # to Triton
+    assert ops == {case.kernel for case in CASES.values()} == served | left and not served & left
     if leg.backend == "triton":
         backwards = {f"{op.backward.name}_bwd" for op in contract.FORWARDS}
         declared = {f"{name}_fwd" for name in served} | backwards | set(contract.PARTS)

@@ -1,13 +1,13 @@
-// attention_pool, attention_scores and their backward on a GPU, in one of two ways. Rows go through in slices: products
-// with V and U by the library into a workspace, kernels for gate and scores behind them, then the pooling, of embedded
-// rows slice by slice too. Or, where there is little to do, one kernel does all of it.
+// attention_pool, attention_scores and their backward on a GPU. Rows go through in slices: products with V and U by the
+// library into a workspace, kernels for gate and scores behind them; then the pooling of all of them.
 #include <torch/library.h>
 
 #include <string_view>
 #include <tuple>
 
+#include "gate.h"
+#include "layers.h"
 #include "pooling.h"
-#include "small_attention.h"
 
 namespace milkernels {
 namespace {
@@ -16,9 +16,9 @@ class AttentionCall : public Call {
  public:
   AttentionCall(const Tensor& x, const AttentionWeights& p, const OptionalTensor& offsets, const OptionalTensor& mask,
                 const OptionalTensor& seed, std::string_view activation, double dropout_p,
-                std::optional<ScalarType> compute_dtype, const EmbedArguments& embedding)
-      : Call(x, offsets, mask, embedding), gated(p.u_weight().has_value()),
-        type(product_type(row_type(), compute_dtype)), activation_(parse_activation(activation)),
+                std::optional<ScalarType> compute_dtype, const EmbedArguments& embed)
+      : Call(x, offsets, mask, embed), gated(p.u_weight().has_value()),
+        type(product_type(x.scalar_type(), compute_dtype)), activation_(parse_activation(activation)),
         dropout_(*this, seed, dropout_p) {
     const Tensor &v_weight = p.v_weight(), &w_weight = p.w_weight();
     hidden = units_of(v_weight, "v_weight", width), heads = units_of(w_weight, "w_weight", hidden);
@@ -51,11 +51,6 @@ class AttentionCall : public Call {
     return {gate<acc_t<E>>(), data<E>(z), first, z.size(0), data<bool>(mask)};
   }
 
-  template <typename T>
-  SmallAttention<T> small() const {
-    return {typed<T>(), ragged(), gate<acc_t<T>>(), data<T>(weights_[0]), data_if<T>(gated, weights_.back())};
-  }
-
   // Bits by which a unit's gradient may exceed its score's: factors of dropout, and what a gate multiplies.
   int headroom() const {
     int bits = 0;  // of the part of 65536 that is kept
@@ -63,7 +58,7 @@ class AttentionCall : public Call {
     return (17 - bits) * (gated ? 2 : 1) + (gated && activation_ != Activation::kTanh ? 6 : 0);
   }
 
-  bool same_type() const { return type == row_type(); }
+  bool same_type() const { return type == x.scalar_type(); }
 
   bool gated;
   ScalarType type;  // of products
@@ -77,53 +72,15 @@ class AttentionCall : public Call {
   Tensor v_bias_, u_bias_, w_bias_;
 };
 
-// --- Which way
-
-std::string forced;
-
-// One kernel does up to so many multiplications and additions sooner than several kernels are launched, it is thought:
-// this was not measured. Half types have the units that multiply matrices.
-constexpr int64_t kSmallWork = int64_t{1} << 30, kSmallHalfWork = int64_t{1} << 32;
-constexpr int64_t kSmallHeads = 16, kSmallWidth = 8192;
-
-// Decides by shapes and types alone.
-bool is_small(const AttentionCall& call) {
-  if (call.embedding || !call.same_type() || call.heads > kSmallHeads || call.width > kSmallWidth) return false;
-  // The backward's workspace: gradients of products, and a copy of x without masked rows.
-  if (call.rows > workspace / (call.units() + call.width) / call.x.element_size()) return false;
-  if (!forced.empty()) return forced == "small";
-  const bool half = call.type == at::kHalf || call.type == at::kBFloat16;
-  return static_cast<double>(call.rows) * static_cast<double>(call.width * call.units()) <=
-         static_cast<double>(half ? kSmallHalfWork : kSmallWork);
-}
-
 // --- Forward
 
-// Writes the scores slice by slice and, where `pooled` is given, adds the rows to it by them.
-void scores_in_slices(const AttentionCall& call, const Tensor& scores, Sums* pooled = nullptr) {
+void scores_in_slices(const AttentionCall& call, const Tensor& scores) {
   const Tensor weight = call.projection();
-  const int64_t size = weight.element_size(), converted = call.same_type() ? 0 : call.width * size;
-  const int64_t bytes = call.units() * size + converted + bytes_of_instance(call);
-  call.in_slices(bytes, [&](int64_t first, int64_t count) {
-    const Slice slice = instances(call, first, count);
-    const Tensor z = product(rows_for_products(call, slice, call.type, false), weight.t(), call.type);
+  const int64_t numbers = call.units() + (call.same_type() ? 0 : call.width);  // of a row
+  call.in_slices(numbers * weight.element_size(), [&](int64_t first, int64_t count) {
+    const Tensor z = product(rows_for_products(call, first, count, call.type, false), weight.t(), call.type);
     dispatch(call.type,
              [&]<typename E>() { gate_scores(call.gate_rows<E>(z, first), data<acc_t<E>>(scores), call.stream()); });
-    if (pooled != nullptr) pooled->add(slice.x, first, scores);
-  });
-}
-
-// Runs the forward as one kernel, or returns false; bag and lse are undefined where scores are all that is wanted.
-bool forward_at_once(AttentionCall& call, const Tensor& scores, const Tensor& bag, const Tensor& lse) {
-  if (!is_small(call)) return false;
-  return dispatch(call.type, [&]<typename T>() {
-    using A = acc_t<T>;
-    SmallForward<T> p{call.small<T>(), data<A>(scores), {}, data<A>(bag), data<A>(lse)};
-    if (!bag.defined()) p.of.bags = call.one_bag();
-    if (!fits(p)) return false;
-    if (bag.defined()) p.partials = call.partials<A>(p.of.bags, call.heads, call.width);
-    small_forward(p, call.stream());
-    return true;
   });
 }
 
@@ -136,17 +93,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool_fwd(const Tensor& x, const Opt
                                                       double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
   AttentionCall call(x, AttentionWeights(weights), offsets, mask, seed, activation, dropout_p, compute_dtype,
                      {embed, embed_activation, embed_dropout_p, embed_dtype});
-  if (call.embedding) {
-    const Tensor scores = call.empty({call.rows, call.heads});
-    Sums pooled(call, call.chunked(), call.heads, call.width, Scoring::kGiven);
-    scores_in_slices(call, scores, &pooled);
-    return {pooled.bag, scores, pooled.lse};
-  }
-  Forward out(call, call.heads);
-  if (!forward_at_once(call, out.scores, out.bag, out.lse)) {
-    scores_in_slices(call, out.scores);
-    out.pool_given(call, out.scores);
-  }
+  const Forward out(call, call.heads);
+  scores_in_slices(call, out.scores);
+  out.pool_given(call, out.scores);
   return {out.bag, out.scores, out.lse};
 }
 
@@ -155,100 +104,100 @@ Tensor attention_scores_fwd(const Tensor& x, const OptionalTensors& weights, con
                             double dropout_p, std::optional<ScalarType> compute_dtype, const OptionalTensors& embed,
                             std::optional<std::string_view> embed_activation, double embed_dropout_p,
                             std::optional<ScalarType> embed_dtype) {
-  AttentionCall call(x, AttentionWeights(weights), offsets, mask, seed, activation, dropout_p, compute_dtype,
-                     {embed, embed_activation, embed_dropout_p, embed_dtype});
+  const AttentionCall call(x, AttentionWeights(weights), offsets, mask, seed, activation, dropout_p, compute_dtype,
+                           {embed, embed_activation, embed_dropout_p, embed_dtype});
   const Tensor scores = call.empty({call.rows, call.heads});
-  if (!forward_at_once(call, scores, {}, {})) scores_in_slices(call, scores);
+  scores_in_slices(call, scores);
   return scores;
 }
 
 // --- Backward
 
-// The gradient of V over U (undefined where nobody needs it), and the sums [heads + 2, hidden] that are those of w and
-// of the biases of V and U.
+// The gradients of the scores [rows, heads]; of V over U, undefined where nobody needs it; and the sums
+// [heads + 2, hidden] that are those of w and of the biases of V and U.
 struct Found {
-  Tensor weight, sums;
+  Tensor scores, weight, sums;
 };
 
-// The factor of gradients of a slice's products in float16; undefined in other types. `size` bounds what a
-// unit's gradient is of its score's.
-Tensor scale_of(const AttentionCall& call, const Tensor& of_scores, const Tensor& size) {
-  return call.type == at::kHalf ? power_of_two_scale(largest(of_scores) * size, call.headroom()) : Tensor();
+void add_to(Tensor& sum, const Tensor& part) {
+  if (sum.defined()) sum += part;
+  else sum = part;
 }
 
-Found backward_in_slices(const AttentionCall& call, PoolGradients& gradients, RowGradients& rows, bool need_weight) {
-  const int64_t D = call.hidden, K = call.heads;
-  const Tensor weight = call.projection(), bound = call.w.abs().nan_to_num(0, 0, 0).sum(0).amax();
-  const bool pooled = gradients.weights.defined(), half = call.type == at::kHalf;
-  if (!call.embedding) gradients.add({call.x, 0, call.rows});
+// The factor of gradients of a slice's products in float16; undefined in other types. A unit's gradient is at most
+// sum_k |w[k, unit]| times those of the scores.
+Tensor scale_of(const AttentionCall& call, const Tensor& of_scores) {
+  if (call.type != at::kHalf) return {};
+  const Tensor most = call.w.abs().nan_to_num(0, 0, 0).sum(0).amax();
+  return power_of_two_scale(largest(of_scores) * most, call.headroom());
+}
+
+// The gradient of x, which is written where it is not empty: what comes from the pooling, and behind it, or in the same
+// pass, what comes through the products.
+class OfRows {
+ public:
+  OfRows(AttentionCall& call, const PooledTensors& of, const Tensor& grad_x)
+      : scores(call.empty({call.rows, call.heads})), call_(call), x_(grad_x),
+        direct_(call.same_type() && call.type != at::kHalf) {
+    added_ = direct_ && Backward{of, Scoring::kGiven, {}, {}, {}, x_, scores}.run(call);
+    if (added_) return;
+    const PoolGradients gradients(call, of, wanted());
+    scores = gradients.scores, pooled_ = gradients.term();
+    added_ = direct_ && pooled_.weights.defined();
+    if (added_) expand(call, x_, 0, pooled_, {});
+  }
+
+  bool wanted() const { return x_.numel() > 0; }
+  // Bytes of a slice's row.
+  int64_t bytes() const {
+    return wanted() && !direct_ ? call_.width * static_cast<int64_t>(c10::elementSize(call_.acc)) : 0;
+  }
+  // From the gradients of the products of rows from `first` on, times the inverse of `inverse`.
+  void through(const Tensor& z, const Tensor& weight, int64_t first, const Tensor& inverse) const {
+    if (!wanted()) return;
+    const Tensor out = x_.narrow(0, first, z.size(0));
+    if (!direct_) expand(call_, out, first, pooled_, {}, product(z, weight, call_.acc), inverse);
+    else if (added_) add_product(out, z, weight);
+    else product_into(out, z, weight);
+  }
+
+  Tensor scores;  // their gradients [rows, heads]
+
+ private:
+  const AttentionCall& call_;
+  Tensor x_;
+  bool direct_;  // products need neither another type nor a scale
+  bool added_;  // to what the pooling left in x_
+  TermTensors pooled_;
+};
+
+Found backward_in_slices(const AttentionCall& call, const OfRows& rows, bool need_weight) {
+  const Tensor weight = call.projection();
+  const bool half = call.type == at::kHalf;
+  const int64_t copied = call.mask.defined() || !call.same_type() ? call.width : 0;
   Found found;
-  if (need_weight) found.weight = at::zeros({call.units(), call.width}, call.w.options());
-  found.sums = at::zeros({K + 2, D}, call.w.options());
-  // Products that need neither another type nor a scale are written where the gradient of x will be.
-  const bool direct = !call.embedding && call.same_type() && !half && (call.type == call.acc || !pooled);
-  const int64_t size = weight.element_size();
-  const int64_t aside = rows.wanted() && !direct && !call.embedding ? call.width * call.w.element_size() : 0;
-  const int64_t copied = (call.mask.defined() && !call.embedding) || !call.same_type() ? call.width * size : 0;
-  const int64_t bytes = call.units() * size + aside + copied + bytes_of_instance(call, &rows);
-  call.in_slices(bytes, [&](int64_t first, int64_t count) {
-    const Slice slice = instances(call, first, count, &rows);
-    if (call.embedding) gradients.add(slice);
-    const Tensor x = rows_for_products(call, slice, call.type, true), z = product(x, weight.t(), call.type);
-    const Tensor scale = scale_of(call, gradients.scores.narrow(0, first, count), bound);
-    const Tensor sums = call.empty({ceil_div(count, int64_t{kSummedRows}), K + 2, D});
+  found.scores = rows.scores;
+  call.in_slices((call.units() + copied) * weight.element_size() + rows.bytes(), [&](int64_t first, int64_t count) {
+    const Tensor x = rows_for_products(call, first, count, call.type, true), z = product(x, weight.t(), call.type);
+    const Tensor scale = scale_of(call, rows.scores.narrow(0, first, count));
+    const Tensor sums = call.empty({ceil_div(count, int64_t{kSummedRows}), call.heads + 2, call.hidden});
     dispatch(call.type, [&]<typename E>() {
       using A = acc_t<E>;
-      gate_backward(call.gate_rows<E>(z, first), data<const A>(gradients.scores), data<const A>(scale), data<A>(sums),
+      gate_backward(call.gate_rows<E>(z, first), data<const A>(rows.scores), data<const A>(scale), data<A>(sums),
                     call.stream());
     });
-    found.sums += sums.sum(0);
+    add_to(found.sums, sums.sum(0));
     const Tensor inverse = half ? scale.reciprocal() : Tensor();
     if (need_weight) {
       const Tensor part = product(z.t(), x, call.acc);
-      found.weight += half ? part * inverse : part;
+      add_to(found.weight, half ? part * inverse : part);
     }
-    if (!rows.wanted()) return;
-    if (direct) product_into(rows.x.narrow(0, first, count), z, weight);
-    else rows.write(slice, gradients.term(), {}, product(z, weight, call.acc), inverse);
+    rows.through(z, weight, first, inverse);
   });
-  if (rows.wanted() && direct && pooled) expand(call, rows.x, 0, gradients.term(), {}, rows.x);
+  if (found.sums.defined()) return found;
+  found.sums = call.empty({call.heads + 2, call.hidden}).zero_();  // there are no rows
+  found.weight = call.empty({call.units(), call.width}).zero_();
   return found;
-}
-
-// Runs the backward as one kernel behind that of the pooling, with the library's product for V and U, or returns false.
-bool backward_at_once(AttentionCall& call, const PooledTensors& of, const RowGradients& rows, bool need_weight,
-                      Found& found, Tensor& ds) {
-  if (!is_small(call) || call.type == at::kHalf) return false;  // float16 needs a scale
-  const int64_t D = call.hidden, K = call.heads;
-  const bool pooled = of.grad_bag.defined();
-  found.sums = call.empty({ceil_div(call.rows, int64_t{kSmallRows}), K + 2, D});
-  const Tensor dz = at::empty({call.rows, call.units()}, call.x.options());
-  ds = call.empty({call.rows, K});
-  const bool done = dispatch(call.type, [&]<typename T>() {
-    if constexpr (std::is_same_v<T, float16>) {
-      return false;
-    } else {
-      using A = acc_t<T>;
-      SmallBackward<T> p{
-          call.small<T>(), data<A>(ds), data<T>(dz), data<A>(found.sums), data_if<T>(rows.wanted(), rows.x), pooled};
-      if (!fits(p)) return false;
-      if (!pooled) {
-        PoolGradients gradients(call, of, false);
-        gradients.add({call.x, 0, call.rows});
-        ds = gradients.scores.contiguous();
-        p.ds = data<A>(ds);
-      } else if (!Backward{of, Scoring::kGiven, {}, {}, {}, rows.x, ds}.run(call)) {
-        return false;
-      }
-      small_backward(p, call.stream());
-      return true;
-    }
-  });
-  if (!done) return false;
-  found.sums = found.sums.sum(0);
-  const Slice all{call.x, 0, call.rows};
-  if (need_weight) found.weight = product(dz.t(), rows_for_products(call, all, call.type, true), call.acc);
-  return true;
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -266,27 +215,20 @@ Gradients attention_bwd(const Tensor& x, const OptionalTensors& weights, const O
   check_needs(needs.data() + 1, given);
   const int64_t K = call.heads, D = call.hidden;
   const PooledTensors of(call, K, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
-  const bool need_weight = needs[1] || needs[3];
-  RowGradients rows(call, needs[0], needs[7], needs[8]);
-  Found found;
-  Tensor ds;
-  if (!backward_at_once(call, of, rows, need_weight, found, ds)) {
-    PoolGradients gradients(call, of, rows.wanted());
-    found = backward_in_slices(call, gradients, rows, need_weight);
-    ds = gradients.scores;
-  }
+  const Tensor grad_x = call.grad_x(needs[0]);
+  const Found found = backward_in_slices(call, OfRows(call, of, grad_x), needs[1] || needs[3]);
   const auto part = [](const Tensor& t, int64_t first, int64_t count) {
     return t.defined() ? t.narrow(0, first, count) : t;
   };
   const std::array<Tensor, 6> all{
       part(found.weight, 0, D), found.sums[K],          call.gated ? part(found.weight, D, D) : Tensor(),
-      found.sums[K + 1],        part(found.sums, 0, K), ds.sum(0)};
+      found.sums[K + 1],        part(found.sums, 0, K), needs[6] ? found.scores.sum(0) : Tensor()};
   std::array<Tensor, 6> own;
   for (int i = 0; i < 6; ++i) {
     // Each gradient has memory of its own.
     own[i] = needs[i + 1] ? all[i].to(given[i]->scalar_type(), false, /*copy=*/true) : call.grad_x(false);
   }
-  return std::tuple_cat(std::make_tuple(rows.x), own, rows.parameters());
+  return std::tuple_cat(std::make_tuple(grad_x), own, call.of_no_embedding(needs[7], needs[8]));
 }
 
 TORCH_LIBRARY_IMPL(milkernels, MILKERNELS_DEVICE_KEY, m) {
@@ -296,7 +238,4 @@ TORCH_LIBRARY_IMPL(milkernels, MILKERNELS_DEVICE_KEY, m) {
 }
 
 }  // namespace
-
-void force_attention(const std::string& way) { forced = way; }
-
 }  // namespace milkernels

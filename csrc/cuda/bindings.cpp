@@ -8,7 +8,6 @@
 #include <string>
 
 #include "call.h"
-#include "small_attention.h"
 
 namespace {
 
@@ -30,7 +29,6 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "What this build is, as a dict of strings.");
 #ifdef MILKERNELS_EMULATED
-  m.def("force_attention", &milkernels::force_attention, "Which way attention goes: small, sliced, or ''.");
   m.def("set_workspace", [](int64_t bytes) { milkernels::workspace = bytes; }, "Bytes of slices of rows.");
   m.def("launch_count", &milkernels::emulator::launch_count, "Kernels launched so far.");
   m.def("set_dry", &milkernels::emulator::set_dry, "Whether kernels are only counted.");

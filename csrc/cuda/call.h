@@ -9,8 +9,8 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
+#include "../call.h"
 #include "copy_rows.h"
-#include "embedding.h"
 #include "pool.h"
 
 // The dispatch key of the ops: kernels that are emulated run on tensors of the CPU.
@@ -55,30 +55,20 @@ constexpr int kMostChunks = 1 << 14;   // partial results of one bag are put tog
 constexpr int64_t kWholeRows = 16384;  // up to so many rows in all, and kWholeBag in a bag on average, a bag is one
 constexpr int64_t kWholeBag = 1024;    // block's: one launch for all of them
 
-// A slice of rows between two kernels has so many bytes: enough that launches hide, few enough to stay in the L2 of a
-// data-centre GPU.
-inline int64_t workspace = 32 << 20;  // tests make it small
-
-// Rows of a call as an op sees them: of x, embedded, or others in their place.
-struct Slice {
-  Tensor x;  // [count, any], of row `first` on
-  int64_t first, count;
-  Tensor places = {};  // int64 [count]: the rows that these are instead; one outside of x is 0
-  bool embedded = false;  // masked rows are 0
-  // What the backward of embedded rows needs: rows of x as they went into the product, masked ones 0, and what the
-  // derivative of the activation is taken at.
-  Tensor input = {}, argument = {};
-};
+// A slice of rows between two kernels has at least so many rows, that products fill the chip, or bytes; and no more than
+// the workspace.
+constexpr int64_t kSliceRows = 32768, kSliceBytes = 32 << 20;
+inline int64_t workspace = 256 << 20;  // tests make it small
 
 class Call : public CallTensors {
  public:
+  // These kernels have no embedding stage (milkernels/native.py says so): an `embed` is refused.
   Call(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask, const EmbedArguments& embed = {})
       : CallTensors(x, offsets, mask, c10::DeviceType::MILKERNELS_DEVICE_KEY), guard_(x) {
-    if (embed.weight) width = embedding.emplace(*this, embed).weight.size(0);
+    TORCH_CHECK_VALUE(!embed.weight, "CUDA's C++ kernels have no embedding stage; got embed");
     if (offsets) this->offsets = offsets->contiguous();
-    const int64_t columns = std::max(x.size(1), width);
-    TORCH_CHECK_VALUE(rows < (int64_t{1} << 40) && columns <= (1 << 30) && bags < (1 << 30),
-                      "too many rows, columns or bags: ", rows, ", ", columns, ", ", bags);
+    TORCH_CHECK_VALUE(rows < (int64_t{1} << 40) && width <= (1 << 30) && bags < (1 << 30),
+                      "too many rows, columns or bags: ", rows, ", ", width, ", ", bags);
     chunk_shift_ = rows <= 2048 ? 6 : 8;
     while (rows > int64_t{kMostChunks} << chunk_shift_) ++chunk_shift_;
     shift = chunk_shift_;
@@ -97,23 +87,16 @@ class Call : public CallTensors {
   }
   // All rows in one bag: for what is summed over all of them.
   Bags one_bag() const { return {nullptr, true, 1, chunk_shift_, rows, data<bool>(mask)}; }
-  // The bags, in chunks whatever their number: for rows that go through slice by slice, f(first row, rows) in order,
-  // with a workspace of so many bytes for each row.
-  Bags chunked() const {
-    Bags b = ragged();
-    b.shift = chunk_shift_;
-    return b;
-  }
+  // f(first row, rows) for slices of the rows in order, with a workspace of so many bytes for each row.
   template <typename F>
   void in_slices(int64_t bytes_per_row, const F& f) const {
     const int64_t chunk = int64_t{1} << chunk_shift_, chunks = ceil_div(rows, chunk);
-    const int64_t most = std::max(workspace / std::max(bytes_per_row * chunk, int64_t{1}), int64_t{1});
+    const int64_t wanted = std::max(kSliceBytes / bytes_per_row, kSliceRows);
+    const int64_t most = std::max(std::min(wanted, workspace / bytes_per_row) / chunk, int64_t{1});
     const int64_t step = chunks == 0 ? 1 : ceil_div(chunks, ceil_div(chunks, most)) * chunk;
     for (int64_t first = 0; first < rows; first += step) f(first, std::min(step, rows - first));
   }
   int64_t slots() const { return ragged().slots(); }
-  // The bags for rows as they come: embedded ones slice by slice, those of x all at once.
-  Bags as_they_come() const { return embedding ? chunked() : ragged(); }
   template <typename T>
   Rows<T> typed() const {
     return rows_at<T>(x);
@@ -129,11 +112,10 @@ class Call : public CallTensors {
     return {data<T>(t), stride, static_cast<int>(t.size(1)), copy};
   }
 
-  // The type of the rows as the op sees them.
-  ScalarType row_type() const { return embedding ? embedding->weight.scalar_type() : x.scalar_type(); }
-  // The numbers of a slice's rows.
-  RowNumbers numbers(const Slice& slice) const {
-    return {slice.first, slice.count, data<int64_t>(slice.places), rows, data<bool>(mask)};
+  // The gradients of the weight and bias of an embedding, which there is not.
+  std::tuple<Tensor, Tensor> of_no_embedding(bool need_weight, bool need_bias) const {
+    check_need(need_weight, false, "e_weight"), check_need(need_bias, false, "e_bias");
+    return {empty({0}), empty({0})};
   }
 
   // Allocates the workspace for partial results: nothing where each bag lies in one chunk.
@@ -153,7 +135,6 @@ class Call : public CallTensors {
 
   int shift = 0;
   Tensor offsets;
-  std::optional<Embedding> embedding;
 
  private:
 #ifdef MILKERNELS_EMULATED

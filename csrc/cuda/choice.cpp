@@ -1,4 +1,4 @@
-// Ops that choose, on a GPU: instance_max, max_pool, topk_instances.
+// Ops that choose, on a GPU: instance_max, max_pool.
 #include "choice.h"
 
 #include <torch/library.h>
@@ -30,24 +30,11 @@ struct ChosenTensors {
 
 Places places_of(const Tensor& indices, int64_t rows) { return {data<int64_t>(indices), indices.numel(), rows}; }
 
-// out[indices[j, c, i], c] = or += values[j, c, i], of indices [., columns, any] and values like out.
+// out[indices[b, c], c] = or += values[b, c], of values like out.
 void put_at(const Call& call, const Tensor& indices, const Tensor& values, bool add, const Tensor& out) {
-  const int64_t columns = out.size(1), k = indices.dim() == 3 ? indices.size(2) : 1;
   dispatch(out.scalar_type(), [&]<typename T>() {
-    put(places_of(indices, out.size(0)), columns, k, data<const T>(values), add, data<T>(out), call.stream());
+    put(places_of(indices, out.size(0)), out.size(1), data<const T>(values), add, data<T>(out), call.stream());
   });
-}
-
-// The gradient of rows some of which were chosen: zeros, and those of the values at their indices [bags, columns, ...].
-Tensor of_chosen(const Tensor& x, const Tensor& indices, const Tensor& grad_values, bool need) {
-  const Call call(x, std::nullopt, std::nullopt);
-  TORCH_CHECK_VALUE(indices.dim() >= 2 && indices.size(1) == call.width, "indices must be [bags, ", call.width,
-                    ", ...]; got ", indices.sizes());
-  TORCH_CHECK_VALUE(call.here(grad_values) && grad_values.sizes() == indices.sizes(), "grad_values must be ",
-                    indices.sizes(), " on ", x.device(), "; got ", grad_values.sizes());
-  const Tensor rows = call.take_indices(indices, "indices", indices.sizes()), grad = call.grad_x(need);
-  if (need) put_at(call, rows, grad_values.to(x.scalar_type()).contiguous(), false, grad.zero_());
-  return grad;
 }
 
 // values [bags, C] and rows [bags, C] of the first largest of the columns of values [rows, C], in their type; where
@@ -77,6 +64,15 @@ Tensor gather_rows(const Call& call, const Tensor& indices) {
   return out;
 }
 
+void check_written(const Call& call, const Tensor& grad_x, const Tensor& grad_e_weight, const Tensor& grad_e_bias) {
+  TORCH_CHECK_VALUE(grad_x.numel() == 0 || (call.here(grad_x) && grad_x.sizes() == call.x.sizes() &&
+                                            grad_x.scalar_type() == call.x.scalar_type() && grad_x.is_contiguous()),
+                    "grad_x must be empty or a contiguous gradient; got ", grad_x.scalar_type(), " ", grad_x.sizes());
+  TORCH_CHECK_VALUE(grad_e_weight.numel() == 0 && grad_e_bias.numel() == 0,
+                    "grad_e_weight and grad_e_bias must be empty without embed; got ", grad_e_weight.sizes(), " and ",
+                    grad_e_bias.sizes());
+}
+
 void add_to_rows(const Call& call, const Tensor& indices, const Tensor& vectors, const Tensor& out) {
   dispatch(out.scalar_type(), [&]<typename T>() {
     add_rows(places_of(indices, out.size(0)), static_cast<int>(indices.size(1)), static_cast<int>(out.size(1)),
@@ -98,7 +94,6 @@ namespace {
 // Does all of it in one read of x, or returns false where its rows do not fit.
 bool instance_max_at_once(Call& call, const Tensor& weight, const Tensor& bias, const Tensor& values,
                           const Tensor& indices, const Tensor& logits) {
-  if (call.embedding) return false;
   const int64_t C = weight.size(0);
   const ChosenTensors partials(call, C);
   return dispatch(call.x.scalar_type(), [&]<typename T>() {
@@ -114,25 +109,15 @@ std::tuple<Tensor, Tensor, Tensor> instance_max(Call& call, const Tensor& weight
   const Tensor values = call.empty({call.bags, C}), indices = empty_indices(call, values.sizes());
   const Tensor logits = call.empty({call.rows, C});
   if (instance_max_at_once(call, weight, bias, values, indices, logits)) return {values, indices, logits};
-  for_instances(call, nullptr, [&](const Slice& slice) { products(call, slice, weight, bias, kDead, logits); });
+  products(call, weight, bias, kDead, logits);
   const auto [largest, rows] = first_max(call, logits, true, kDead);
   return {largest, rows, logits};
 }
 
-// The gradients of W and b in the accumulation type, empty where nobody needs them, from those of all logits. That of
-// the rows is written, or with `onto` added to what is there.
-std::tuple<Tensor, Tensor> logit_gradients(ClassCall& call, const Tensor& of_logits, std::array<bool, 2> needs,
-                                           RowGradients& rows, bool onto) {
-  std::optional<Sums> of_weight;
-  if (needs[0]) of_weight.emplace(call, call.one_bag(), call.classes, call.width, Scoring::kWeights);
-  const auto take_back = [&](const Slice& slice) {
-    if (needs[0]) of_weight->add(slice.x, slice.first, of_logits);
-    if (!rows.wanted()) return;
-    if (onto) rows.add(slice, {of_logits, call.weight});
-    else rows.write(slice, {}, {of_logits, call.weight});
-  };
-  if (needs[0] || rows.wanted()) for_instances(call, &rows, take_back);
-  return {needs[0] ? of_weight->bag.squeeze(0) : call.empty({0}), needs[1] ? of_logits.sum(0) : call.empty({0})};
+// The gradients of W and b in the accumulation type, empty where nobody needs them, from those of all logits.
+std::tuple<Tensor, Tensor> logit_gradients(ClassCall& call, const Tensor& of_logits, std::array<bool, 2> needs) {
+  return {needs[0] ? weighted_sums(call, call.one_bag(), of_logits).squeeze(0) : call.empty({0}),
+          needs[1] ? of_logits.sum(0) : call.empty({0})};
 }
 
 Tensor taken_logit_gradients(const ClassCall& call, const Tensor& logits, const Tensor& grad_logits) {
@@ -140,24 +125,25 @@ Tensor taken_logit_gradients(const ClassCall& call, const Tensor& logits, const 
                call.take(logits, "logits", {call.rows, call.classes}));
 }
 
-// The same from those of the maxima too: of a few rows, unless the logits have a gradient.
+// The same from those of the maxima too: of a few rows, unless the logits have a gradient. That of x is written.
 std::tuple<Tensor, Tensor> instance_max_gradients(ClassCall& call, const Tensor& indices, const Tensor& logits,
                                                   const OptionalTensor& grad_values, const OptionalTensor& grad_logits,
-                                                  std::array<bool, 2> needs, RowGradients& rows) {
+                                                  std::array<bool, 2> needs, const Tensor& grad_x) {
   const int64_t C = call.classes;
   const Tensor chosen = call.take_indices(indices, "indices", {call.bags, C}),
                of_values = call.take(grad_values, "grad_values", {call.bags, C});
   if (grad_logits) {
     const Tensor of_logits = taken_logit_gradients(call, logits, *grad_logits);
     if (of_values.defined()) put_at(call, chosen, of_values, true, of_logits);
-    return logit_gradients(call, of_logits, needs, rows, false);
+    if (grad_x.numel() > 0) expand(call, grad_x, 0, {}, {of_logits, call.weight});
+    return logit_gradients(call, of_logits, needs);
   }
   // Few rows have a gradient, and nothing else is read.
   TORCH_CHECK_VALUE(of_values.defined(), "neither values nor logits have a gradient");
-  const Slice winners = instances_at(call, chosen);
-  const auto [of_rows, of_weight, of_bias] = winner_gradients(of_values, chosen, winners.x.to(call.acc), call.weight);
-  rows.zero();
-  if (rows.wanted()) rows.add_at(winners, of_rows.view({call.bags, C, call.width}));
+  const Tensor winners = gather_rows(call, chosen).flatten(0, 1).to(call.acc);
+  const auto [of_rows, of_weight, of_bias] = winner_gradients(of_values, chosen, winners, call.weight);
+  grad_x.zero_();
+  if (grad_x.numel() > 0) add_to_rows(call, chosen, of_rows, grad_x);
   return {needs[0] ? of_weight : call.empty({0}), needs[1] ? of_bias : call.empty({0})};
 }
 
@@ -178,12 +164,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_max_bwd(
   const ClassifierWeights given(weights);
   ClassCall call(x, given, offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
   check_needs(needs.data() + 1, given);
-  RowGradients rows(call, needs[0], needs[3], needs[4]);
+  const Tensor grad_x = call.grad_x(needs[0]);
   const auto [grad_weight, grad_bias] =
-      instance_max_gradients(call, indices, logits, grad_values, grad_logits, {needs[1], needs[2]}, rows);
-  return std::tuple_cat(std::make_tuple(rows.x, grad_weight.to(given.weight().scalar_type()),
+      instance_max_gradients(call, indices, logits, grad_values, grad_logits, {needs[1], needs[2]}, grad_x);
+  return std::tuple_cat(std::make_tuple(grad_x, grad_weight.to(given.weight().scalar_type()),
                                         given.bias() ? grad_bias.to(given.bias()->scalar_type()) : grad_bias),
-                        rows.parameters());
+                        call.of_no_embedding(needs[3], needs[4]));
 }
 
 std::tuple<Tensor, Tensor> logits_bwd_(const Tensor& grad_x, const Tensor& grad_e_weight, const Tensor& grad_e_bias,
@@ -192,8 +178,10 @@ std::tuple<Tensor, Tensor> logits_bwd_(const Tensor& grad_x, const Tensor& grad_
                                        std::optional<std::string_view> embed_activation, double embed_dropout_p,
                                        std::optional<ScalarType> embed_dtype, const Tensor& grad_logits) {
   ClassCall call(x, ClassifierWeights(weights), offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
-  RowGradients rows(call, grad_x, grad_e_weight, grad_e_bias);
-  return logit_gradients(call, taken_logit_gradients(call, logits, grad_logits), {true, true}, rows, true);
+  check_written(call, grad_x, grad_e_weight, grad_e_bias);
+  const Tensor of_logits = taken_logit_gradients(call, logits, grad_logits);
+  if (grad_x.numel() > 0) add_term(call, grad_x, {of_logits, call.weight});
+  return logit_gradients(call, of_logits, {true, true});
 }
 
 // --- max_pool
@@ -204,41 +192,14 @@ std::tuple<Tensor, Tensor> max_pool_fwd(const Tensor& x, const OptionalTensor& o
 }
 
 Tensor max_pool_bwd(const Tensor& x, const Tensor& indices, const Tensor& grad_values, std::array<bool, 1> needs) {
-  return of_chosen(x, indices, grad_values, needs[0]);
-}
-
-// --- topk_instances
-
-// Rows [columns, rows], bag after bag, in each of them the best first and the dead last: one sort by the library.
-template <typename T>
-Tensor order_of(const Call& call, TopK<T> p) {
-  const Tensor keys = empty_indices(call, {call.width, call.rows});
-  p.keys = data<int64_t>(keys);
-  sort_keys(p, call.stream());
-  if (sizeof(T) < sizeof(double)) return std::get<1>(at::sort(keys, /*stable=*/true, 1, /*descending=*/false));
-  // Numbers fill 64 bits and are sorted first.
-  const Tensor order = std::get<1>(at::sort(call.x.t().contiguous(), /*stable=*/true, 1, p.largest));
-  return order.gather(1, std::get<1>(at::sort(keys.gather(1, order), /*stable=*/true, 1, /*descending=*/false)));
-}
-
-std::tuple<Tensor, Tensor> topk_instances_fwd(const Tensor& scores, int64_t k, const OptionalTensor& offsets,
-                                              bool largest, const OptionalTensor& mask) {
-  TORCH_CHECK_VALUE(k >= 1, "k must be at least 1; got ", k);
-  const Call call(scores, offsets, mask);
-  const Tensor values = at::empty({call.bags, call.width, k}, call.x.options()),
-               indices = empty_indices(call, values.sizes());
-  dispatch(call.x.scalar_type(), [&]<typename T>() {
-    TopK<T> p{call.typed<T>(), call.ragged(), largest, nullptr, nullptr, k, data<T>(values), data<int64_t>(indices)};
-    const Tensor order = order_of(call, p);
-    p.order = data<const int64_t>(order);
-    pick(p, call.stream());
-  });
-  return {values, indices};
-}
-
-Tensor topk_instances_bwd(const Tensor& scores, const Tensor& indices, const Tensor& grad_values,
-                          std::array<bool, 1> needs) {
-  return of_chosen(scores, indices, grad_values, needs[0]);
+  const Call call(x, std::nullopt, std::nullopt);
+  TORCH_CHECK_VALUE(indices.dim() == 2 && indices.size(1) == call.width, "indices must be [bags, ", call.width,
+                    "]; got ", indices.sizes());
+  TORCH_CHECK_VALUE(call.here(grad_values) && grad_values.sizes() == indices.sizes(), "grad_values must be ",
+                    indices.sizes(), " on ", x.device(), "; got ", grad_values.sizes());
+  const Tensor rows = call.take_indices(indices, "indices", indices.sizes()), grad_x = call.grad_x(needs[0]);
+  if (needs[0]) put_at(call, rows, grad_values.to(x.scalar_type()).contiguous(), false, grad_x.zero_());
+  return grad_x;
 }
 
 TORCH_LIBRARY_IMPL(milkernels, MILKERNELS_DEVICE_KEY, m) {
@@ -247,8 +208,6 @@ TORCH_LIBRARY_IMPL(milkernels, MILKERNELS_DEVICE_KEY, m) {
   m.impl("instance_max_bwd.native", instance_max_bwd);
   m.impl("max_pool_fwd.native", max_pool_fwd);
   m.impl("max_pool_bwd.native", max_pool_bwd);
-  m.impl("topk_instances_fwd.native", topk_instances_fwd);
-  m.impl("topk_instances_bwd.native", topk_instances_bwd);
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "instances.h"
+#include "call.h"
 
 namespace milkernels {
 
@@ -15,7 +15,10 @@ std::tuple<Tensor, Tensor, Tensor> winner_gradients(const Tensor& grad_values, c
 // The rows of x at these indices [bags, C], 0 for -1: [bags, C, L] in the type of x.
 Tensor gather_rows(const Call& call, const Tensor& indices);
 
-// out[indices[b, c]] += vectors[b, c], of vectors [bags, C, L] in the accumulation type and out like x.
+// ValueError unless these are gradients that more may be added to: of x, or empty where it needs none.
+void check_written(const Call& call, const Tensor& grad_x, const Tensor& grad_e_weight, const Tensor& grad_e_bias);
+
+// out[indices[b, c]] += vectors[b, c], of vectors [bags, C, L], or [bags C, L], in the accumulation type and out like x.
 void add_to_rows(const Call& call, const Tensor& indices, const Tensor& vectors, const Tensor& out);
 
 }  // namespace milkernels

@@ -229,11 +229,11 @@ __device__ inline int64_t place(const Places& places, int64_t i) {
 }
 
 template <typename T>
-__global__ void put_kernel(Places places, int64_t columns, int64_t k, const T* values, bool add, T* out) {
+__global__ void put_kernel(Places places, int64_t columns, const T* values, bool add, T* out) {
   const int64_t i = element();
   const int64_t row = i < places.count ? place(places, i) : -1;
   if (row < 0) return;
-  T* const to = out + row * columns + i / k % columns;
+  T* const to = out + row * columns + i % columns;
   *to = add ? narrow<T>(widen(*to) + widen(values[i])) : values[i];
 }
 
@@ -261,48 +261,6 @@ __global__ void add_rows_kernel(Places places, int classes, int width, const acc
     }
     out[row * width + c] = narrow<T>(sum);
   }
-}
-
-// --- The k best
-
-// Twelve blocks: more would be bought with spilled registers.
-template <typename T>
-__global__ void __launch_bounds__(kReducers, 12) sort_keys_kernel(TopK<T> p) {
-  const Segment segment = p.bags.segment(blockIdx.x);
-  for (int c = static_cast<int>(blockIdx.y); c < p.scores.width; c += static_cast<int>(gridDim.y)) {
-    for (int64_t row = segment.begin + threadIdx.x; row < segment.end; row += kReducers) {
-      const T x = p.scores.x[row * p.scores.stride + c];
-      const bool dead = widen(x) == -std::numeric_limits<acc_t<T>>::infinity() || !p.bags.real(row);
-      int64_t key = int64_t{segment.bag} * 2 + (dead ? 1 : 0);
-      if constexpr (sizeof(T) < sizeof(double)) {  // whose numbers leave no room for the bag
-        constexpr int kMost = 0x7fffffff;
-        const float score = widen(x) + 0.f;  // -0 + 0 is 0
-        const int bits = __float_as_int(score), ordered = bits < 0 ? bits ^ kMost : bits;
-        const int64_t number = score == score ? ordered : kMost;
-        key = (key << 32) + (p.largest ? kMost - number : number + (int64_t{1} << 31));
-      }
-      p.keys[c * p.bags.rows + row] = key;
-    }
-  }
-}
-
-template <typename T>
-__global__ void pick_kernel(TopK<T> p) {
-  using A = acc_t<T>;
-  constexpr A kInfinity = std::numeric_limits<A>::infinity();
-  const int64_t i = element(), owner = i / p.k, bag = owner / p.scores.width, at = i % p.k;
-  if (bag >= p.bags.count) return;
-  const int column = static_cast<int>(owner % p.scores.width);
-  const Range rows = p.bags.range(static_cast<int>(bag));
-  int64_t row = -1;
-  T value = narrow<T>(p.largest ? -kInfinity : kInfinity);
-  if (at < rows.size()) {
-    const int64_t next = p.order[column * p.bags.rows + rows.begin + at];
-    const T x = p.scores.x[next * p.scores.stride + column];
-    if (p.bags.real(next) && widen(x) != -kInfinity) row = next, value = x;
-  }
-  p.values[i] = value;
-  p.indices[i] = row;
 }
 
 }  // namespace
@@ -335,9 +293,9 @@ bool class_max(const ClassMax<T>& p, cudaStream_t stream) {
 }
 
 template <typename T>
-void put(const Places& places, int64_t columns, int64_t k, const T* values, bool add, T* out, cudaStream_t stream) {
+void put(const Places& places, int64_t columns, const T* values, bool add, T* out, cudaStream_t stream) {
   if (places.count == 0) return;
-  launch<put_kernel<T>>(element_grid(places.count), kElements, 0, stream, places, columns, k, values, add, out);
+  launch<put_kernel<T>>(element_grid(places.count), kElements, 0, stream, places, columns, values, add, out);
 }
 
 template <typename T>
@@ -353,27 +311,12 @@ void add_rows(const Places& places, int classes, int width, const acc_t<T>* vect
                              vectors, out);
 }
 
-template <typename T>
-void sort_keys(const TopK<T>& p, cudaStream_t stream) {
-  if (p.bags.count == 0) return;
-  launch<sort_keys_kernel<T>>(column_grid(p.bags.slots(), p.scores.width, 1), kReducers, 0, stream, p);
-}
-
-template <typename T>
-void pick(const TopK<T>& p, cudaStream_t stream) {
-  const int64_t count = int64_t{p.bags.count} * p.scores.width * p.k;
-  if (count == 0) return;
-  launch<pick_kernel<T>>(element_grid(count), kElements, 0, stream, p);
-}
-
-#define MILKERNELS_CHOICE(T)                                                            \
-  template void first_max(const FirstMax<T>&, cudaStream_t);                            \
-  template bool class_max(const ClassMax<T>&, cudaStream_t);                            \
-  template void put(const Places&, int64_t, int64_t, const T*, bool, T*, cudaStream_t); \
-  template void gather_rows(const Places&, const Rows<T>&, T*, cudaStream_t);           \
-  template void add_rows(const Places&, int, int, const acc_t<T>*, T*, cudaStream_t);   \
-  template void sort_keys(const TopK<T>&, cudaStream_t);                                \
-  template void pick(const TopK<T>&, cudaStream_t);
+#define MILKERNELS_CHOICE(T)                                                   \
+  template void first_max(const FirstMax<T>&, cudaStream_t);                   \
+  template bool class_max(const ClassMax<T>&, cudaStream_t);                   \
+  template void put(const Places&, int64_t, const T*, bool, T*, cudaStream_t); \
+  template void gather_rows(const Places&, const Rows<T>&, T*, cudaStream_t);  \
+  template void add_rows(const Places&, int, int, const acc_t<T>*, T*, cudaStream_t);
 MILKERNELS_CHOICE(float)
 MILKERNELS_CHOICE(double)
 MILKERNELS_CHOICE(bfloat16)

@@ -52,9 +52,9 @@ struct Places {
   int64_t count, rows;
 };
 
-// out[place, c] = or += values[i], of places [., columns, k]. No two go to one place.
+// out[place, c] = or += values[i], of places [., columns]. No two go to one place.
 template <typename T>
-void put(const Places& places, int64_t columns, int64_t k, const T* values, bool add, T* out, cudaStream_t stream);
+void put(const Places& places, int64_t columns, const T* values, bool add, T* out, cudaStream_t stream);
 
 // out[i] = the row at place i, or 0: [count, width].
 template <typename T>
@@ -64,22 +64,5 @@ void gather_rows(const Places& places, const Rows<T>& from, T* out, cudaStream_t
 // row, bags never do.
 template <typename T>
 void add_rows(const Places& places, int classes, int width, const acc_t<T>* vectors, T* out, cudaStream_t stream);
-
-// The k best rows of each bag and column, in their order.
-template <typename T>
-struct TopK {
-  Rows<T> scores;  // [rows, columns]
-  Bags bags;
-  bool largest;
-  int64_t* keys;         // [columns, rows], which sort as rows go: bag, dead or not and, but of double, the score
-  const int64_t* order;  // [columns, rows]: of the keys
-  int64_t k;
-  T* values;  // [bags, columns, k]
-  int64_t* indices;
-};
-template <typename T>
-void sort_keys(const TopK<T>& p, cudaStream_t stream);
-template <typename T>
-void pick(const TopK<T>& p, cudaStream_t stream);
 
 }  // namespace milkernels

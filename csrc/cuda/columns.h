@@ -1,4 +1,4 @@
-// Reductions down the columns of consecutive rows: what ops that choose and ops on scores alone are made of.
+// Reductions down the columns of consecutive rows: what ops that choose are made of.
 #pragma once
 
 #include "ragged.h"

@@ -158,8 +158,8 @@ __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING) : "memory");
 }
 
-// Aligned as the matrix units want it.
-#define MILKERNELS_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+// Aligned as vectors are.
+#define MILKERNELS_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {

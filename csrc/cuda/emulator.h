@@ -79,11 +79,6 @@ template <typename V>
 V __shfl_xor_sync(unsigned mask, V value, int with) {
   return milkernels::emulator::shuffle(mask, value, (static_cast<int>(threadIdx.x) & 31) ^ with);
 }
-inline int __float_as_int(float value) {
-  int bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
 
 namespace milkernels {
 

@@ -42,9 +42,6 @@ struct PoolForward {
   Partials<A> partials;
   bool mean;         // sums of weights divide kWeights
   A *bag, *lse;      // [bags, heads, width], [bags, heads] or null
-  // Only rows [first, first + count), which rows.x holds: whole chunks. The last of such calls has `last`.
-  int64_t first = 0, count = 0;
-  bool last = true;
 };
 
 // Scores, weights and sums of rows in one read of them. False, and nothing is done, where they do not fit.

@@ -24,7 +24,7 @@ struct Shared {
 
   static int64_t bytes(int tile, int pitch, int heads, int vectors) {
     return pipeline_bytes<T>(tile, pitch) +
-           (int64_t{vectors + 1} * pitch + tile * (2 * heads + vectors) + 2 * heads + 2 * vectors) *
+           ((int64_t{vectors} + 1) * pitch + (int64_t{tile} + 2) * vectors + (int64_t{tile} + 1) * 2 * heads) *
                static_cast<int64_t>(sizeof(A));
   }
   __device__ Shared(unsigned char* memory, int tile, int pitch, int heads, int vectors) {

@@ -33,7 +33,7 @@ struct Shared {
 
   __host__ __device__ static int64_t bytes(int tile, int pitch, int heads, int vectors) {
     return pipeline_bytes<T>(tile, pitch) +
-           (int64_t{heads} * pitch + tile * (vectors + heads) + 3 * heads) * static_cast<int64_t>(sizeof(A));
+           (int64_t{heads} * (pitch + 3) + int64_t{tile} * (vectors + heads)) * static_cast<int64_t>(sizeof(A));
   }
   __device__ Shared(unsigned char* memory, int tile, int pitch, int heads, int vectors) {
     stages = reinterpret_cast<T*>(memory);
@@ -174,10 +174,9 @@ template <typename T, Scoring SCORING>
 __global__ void __launch_bounds__(kThreads, kBlocks) pool_kernel(PoolForward<T> p, Cut cut) {
   using A = acc_t<T>;
   MILKERNELS_SHARED(memory);
-  const int64_t slot = p.bags.first_slot(p.first) + blockIdx.x;
+  const int64_t slot = blockIdx.x;
   const Segment segment = p.bags.segment(slot);
-  const bool others = segment.begin < p.first || segment.begin >= p.first + p.count;  // not one of these rows
-  if ((segment.begin >= segment.end || others) && !p.bags.whole()) return;
+  if (segment.begin >= segment.end && !p.bags.whole()) return;
   const int head = static_cast<int>(blockIdx.y) * cut.heads, heads = smaller(cut.heads, p.heads - head);
   const int column = static_cast<int>(blockIdx.z) * cut.columns, columns = smaller(cut.columns, p.rows.width - column);
   const int vectors = SCORING == Scoring::kQuery ? heads : SCORING == Scoring::kLogSumExp ? p.vectors.count : 0;
@@ -192,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) pool_kernel(PoolForward<T> 
   const A* const of_bag = p.vectors.at + segment.bag * p.vectors.of_bag + int64_t{head} * p.rows.width;
   Rows<T> rows = p.rows;
   rows.x += column;
-  Pipeline<T> pipeline(s.stages, rows, p.bags, {segment.begin, segment.end}, columns, cut.tile, p.first);
+  Pipeline<T> pipeline(s.stages, rows, p.bags, {segment.begin, segment.end}, columns, cut.tile);
   for (int t = 0; t < pipeline.count(); ++t) {
     const Tile<T> tile = pipeline.next(t);
     if constexpr (scored(SCORING)) {
@@ -242,7 +241,7 @@ bool pool_forward(const PoolForward<T>& p, cudaStream_t stream) {
   Cut cut;
   if (!make_cut(p, cut)) return false;
   if (p.bags.count == 0) return true;
-  const dim3 grid(static_cast<unsigned>(p.bags.slots_in(p.first, p.count)), ceil_div(p.heads, cut.heads),
+  const dim3 grid(static_cast<unsigned>(p.bags.slots()), ceil_div(p.heads, cut.heads),
                   ceil_div(p.rows.width, cut.columns));
   switch (p.scoring) {
     case Scoring::kGiven: launch<pool_kernel<T, Scoring::kGiven>>(grid, kThreads, cut.shared, stream, p, cut); break;
@@ -254,7 +253,7 @@ bool pool_forward(const PoolForward<T>& p, cudaStream_t stream) {
       launch<pool_kernel<T, Scoring::kWeights>>(grid, kThreads, cut.shared, stream, p, cut);
       break;
   }
-  if (!p.bags.whole() && p.last) {
+  if (!p.bags.whole()) {
     const Merge merge = p.scoring != Scoring::kWeights ? Merge::kSoftmax : p.mean ? Merge::kMean : Merge::kSum;
     combine<acc_t<T>>(p.bags, p.heads, p.rows.width, merge, p.partials, p.bag, p.lse, stream);
   }

@@ -29,8 +29,7 @@ std::tuple<Tensor, Tensor> softmax_pool_bwd(const Tensor& x, const OptionalTenso
   const PooledTensors of(call, heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   Tensor grad_x = call.grad_x(needs[0]), grad_given = call.gradient(needs[1], scores.sizes());
   if (Backward{of, Scoring::kGiven, {}, {}, {}, grad_x, grad_given}.run(call)) return {grad_x, grad_given};
-  PoolGradients gradients(call, of, needs[0]);
-  gradients.add({call.x, 0, call.rows});
+  const PoolGradients gradients(call, of, needs[0]);
   if (needs[0]) expand(call, grad_x, 0, gradients.term(), {});
   return {grad_x, needs[1] ? gradients.scores : grad_given};
 }
@@ -53,7 +52,7 @@ Tensor query_scores_fwd(const Tensor& x, const Tensor& query, const OptionalTens
                         double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
   const QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
   Tensor scores = call.empty({call.rows, call.heads});
-  for_instances(call, nullptr, [&](const Slice& slice) { products(call, slice, call.scaled, {}, kDead, scores); });
+  products(call, call.scaled, {}, kDead, scores);
   return scores;
 }
 
@@ -67,11 +66,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(const Tensor& x, const Tens
                                                      const OptionalTensor& grad_lse, std::array<bool, 4> needs) {
   QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
   const PooledTensors of(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
-  RowGradients rows(call, needs[0], needs[2], needs[3]);
-  Tensor grad_query = pool_by_products_backward(call, of, call.scaled, rows, needs[1]);
+  const Tensor grad_x = call.grad_x(needs[0]);
+  Tensor grad_query = pool_by_products_backward(call, of, call.scaled, grad_x, needs[1]);
   if (needs[1] && query.dim() == 2) grad_query = grad_query.sum(0);
   grad_query = needs[1] ? grad_query.mul_(scale).to(query.scalar_type()) : call.empty({0});
-  return std::tuple_cat(std::make_tuple(rows.x, grad_query), rows.parameters());
+  return std::tuple_cat(std::make_tuple(grad_x, grad_query), call.of_no_embedding(needs[2], needs[3]));
 }
 
 // --- loss_attention_pool
@@ -85,39 +84,31 @@ LossAttention loss_attention_pool_fwd(const Tensor& x, const OptionalTensors& we
   ClassCall call(x, ClassifierWeights(weights), offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
   const Forward out(call, 1);
   const Tensor logits = call.empty({call.rows, call.classes});
-  const bool done = !call.embedding && dispatch(x.scalar_type(), [&]<typename T>() {
+  const bool done = dispatch(x.scalar_type(), [&]<typename T>() {
     using A = acc_t<T>;
     auto p = out.arguments<T>(call, Scoring::kLogSumExp);
     p.vectors = {data<A>(call.weight), static_cast<int>(call.classes), 0, data<A>(call.bias), 0};
     p.products = data<A>(logits);
     return pool_forward(p, call.stream());
   });
-  if (done) return {out.bag, out.scores, out.lse, logits};
-  const auto pooled = pool_as_scored(call, out.scores, [&](const Slice& slice) {
-    products(call, slice, call.weight, call.bias, kDead, logits);
-    Tensor scores = out.scores.narrow(0, slice.first, slice.count);
-    at::logsumexp_out(scores, logits.narrow(0, slice.first, slice.count), 1, true);
-  });
-  return std::tuple_cat(pooled, std::make_tuple(logits));
+  if (!done) {
+    products(call, call.weight, call.bias, kDead, logits);
+    Tensor scores = out.scores;
+    at::logsumexp_out(scores, logits, 1, true);
+    out.pool_given(call, scores);
+  }
+  return {out.bag, out.scores, out.lse, logits};
 }
 
-// The gradients of weight and bias, in the accumulation type; those of the rows are written.
-std::tuple<Tensor, Tensor> loss_attention_in_slices(ClassCall& call, const PooledTensors& of, const Tensor& logits,
-                                                    const Tensor& grad_logits, bool need_weight, RowGradients& rows) {
-  PoolGradients gradients(call, of, rows.wanted());
-  const Tensor of_logits = call.empty(logits.sizes());
-  std::optional<Sums> of_weight;
-  if (need_weight) of_weight.emplace(call, call.one_bag(), call.classes, call.width, Scoring::kWeights);
-  for_instances(call, &rows, [&](const Slice& slice) {
-    const auto part = [&](const Tensor& t) { return t.narrow(0, slice.first, slice.count); };
-    gradients.add(slice);
-    const Tensor l = part(logits), of_slice = part(of_logits);
-    of_slice.copy_(alive(part(gradients.scores) * (l - part(of.scores)).exp(), l));
-    if (grad_logits.defined()) of_slice.add_(alive(part(grad_logits), l));
-    if (need_weight) of_weight->add(slice.x, slice.first, of_logits);
-    if (rows.wanted()) rows.write(slice, gradients.term(), {of_logits, call.weight});
-  });
-  return {need_weight ? of_weight->bag.squeeze(0) : Tensor(), of_logits.sum(0)};
+// The gradients of weight and bias, in the accumulation type, by a kernel for each step; that of x is written.
+std::tuple<Tensor, Tensor> loss_attention_by_parts(ClassCall& call, const PooledTensors& of, const Tensor& logits,
+                                                   const Tensor& grad_logits, bool need_weight, const Tensor& grad_x) {
+  const bool need_x = grad_x.numel() > 0;
+  const PoolGradients gradients(call, of, need_x);
+  Tensor of_logits = alive(gradients.scores * (logits - of.scores).exp(), logits);
+  if (grad_logits.defined()) of_logits.add_(alive(grad_logits, logits));
+  if (need_x) expand(call, grad_x, 0, gradients.term(), {of_logits, call.weight});
+  return {need_weight ? weighted_sums(call, call.one_bag(), of_logits).squeeze(0) : Tensor(), of_logits.sum(0)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_bwd(
@@ -133,18 +124,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_bwd(
                g = call.take(grad_logits, "grad_logits", {call.rows, call.classes});
   check_needs(needs.data() + 1, given);
   const bool sums = needs[1] || needs[2];
-  RowGradients rows(call, needs[0], needs[3], needs[4]);
+  const Tensor grad_x = call.grad_x(needs[0]);
   Tensor grad_weight = call.gradient(sums, {call.bags, call.classes, call.width}),
          grad_bias = call.gradient(sums, {call.bags, call.classes});
-  if (Backward{of, Scoring::kLogSumExp, call.weight, l, g, rows.x, {}, grad_weight, grad_bias}.run(call)) {
+  if (Backward{of, Scoring::kLogSumExp, call.weight, l, g, grad_x, {}, grad_weight, grad_bias}.run(call)) {
     grad_weight = grad_weight.sum(0), grad_bias = grad_bias.sum(0);
   } else {
-    std::tie(grad_weight, grad_bias) = loss_attention_in_slices(call, of, l, g, needs[1], rows);
+    std::tie(grad_weight, grad_bias) = loss_attention_by_parts(call, of, l, g, needs[1], grad_x);
   }
   const auto own = [&](int i, const Tensor& t) {
     return needs[i + 1] ? t.to(given[i]->scalar_type()) : call.empty({0});
   };
-  return std::tuple_cat(std::make_tuple(rows.x, own(0, grad_weight), own(1, grad_bias)), rows.parameters());
+  return std::tuple_cat(std::make_tuple(grad_x, own(0, grad_weight), own(1, grad_bias)),
+                        call.of_no_embedding(needs[3], needs[4]));
 }
 
 // --- weighted_pool, mean_pool
@@ -152,8 +144,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_bwd(
 Tensor weighted_pool_fwd(const Tensor& x, const Tensor& weights, const OptionalTensor& offsets,
                          const OptionalTensor& mask) {
   Call call(x, offsets, mask);
-  return weighted_sums(call, call.x,
-                       call.take(weights, "weights", {call.rows, columns_of(weights, "weights", call.rows)}));
+  const int64_t heads = columns_of(weights, "weights", call.rows);
+  return weighted_sums(call, call.ragged(), call.take(weights, "weights", {call.rows, heads}));
 }
 
 std::tuple<Tensor, Tensor> weighted_pool_bwd(const Tensor& x, const Tensor& weights, const OptionalTensor& offsets,
@@ -165,15 +157,13 @@ std::tuple<Tensor, Tensor> weighted_pool_bwd(const Tensor& x, const Tensor& weig
                g = call.take(grad_bag, "grad_bag", {call.bags, heads, call.width});
   Tensor grad_x = call.grad_x(needs[0]), grad_weights = call.gradient(needs[1], w.sizes());
   if (needs[0]) expand(call, grad_x, 0, {w, g}, {});
-  if (needs[1]) products(call, {call.x, 0, call.rows}, g, {}, 0, grad_weights);
+  if (needs[1]) products(call, g, {}, 0, grad_weights);
   return {grad_x, grad_weights.to(weights.scalar_type())};
 }
 
 Tensor mean_pool_fwd(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask) {
   Call call(x, offsets, mask);
-  Sums sums(call, call.ragged(), 1, call.width, Scoring::kWeights);
-  sums.add(call.x, 0, {});
-  return sums.bag.squeeze(1);
+  return weighted_sums(call, call.ragged(), {}).squeeze(1);
 }
 
 Tensor mean_pool_bwd(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask, const Tensor& grad_bag,

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "instances.h"
+#include "gradients.h"
 
 namespace milkernels {
 
@@ -38,13 +38,12 @@ struct Forward {
     p.partials = call.partials<A>(p.bags, p.heads, call.width);
     p.bag = data<A>(bag);
     p.lse = data<A>(lse);
-    p.count = call.rows;
     return p;
   }
 };
 
-// The backward in one read of the rows; `vectors` are those of the scores. False where it does not fit, no gradient of
-// the bag came back, or rows are embedded.
+// The backward in one read of the rows; `vectors` are those of the scores. False where it does not fit, or no gradient
+// of the bag came back.
 struct Backward {
   const PooledTensors& of;
   Scoring scoring;
@@ -52,7 +51,7 @@ struct Backward {
   Tensor grad_x, grad_given, grad_vectors, grad_shift;  // where they are wanted
 
   bool run(Call& call) const {
-    if (!of.grad_bag.defined() || call.embedding) return false;
+    if (!of.grad_bag.defined()) return false;
     const int64_t K = of.scores.size(1), J = vectors.defined() ? vectors.size(-2) : 0;
     return dispatch(call.x.scalar_type(), [&]<typename T>() {
       using A = acc_t<T>;
@@ -82,48 +81,33 @@ struct Backward {
 
 using ClassCall = WithClasses<Call>;
 
-// (bag, scores, lse) of a softmax pooling of the rows as they come; score(slice) writes the scores of its rows into
-// `scores`.
-template <typename Score>
-std::tuple<Tensor, Tensor, Tensor> pool_as_scored(Call& call, const Tensor& scores, const Score& score) {
-  Sums sums(call, call.as_they_come(), scores.size(1), call.width, Scoring::kGiven);
-  for_instances(call, nullptr, [&](const Slice& slice) {
-    score(slice);
-    sums.add(slice.x, slice.first, scores);
-  });
-  return {sums.bag, scores, sums.lse};
-}
-
-// Pools in this way by the scores <x_i, vectors[b, k]> + shift[b, k]; vectors [B, K, L], or [K, L] for all bags.
+// (bag, scores, lse) by the scores <x_i, vectors[b, k]> + shift[b, k]; vectors [B, K, L], or [K, L] for all bags.
 inline std::tuple<Tensor, Tensor, Tensor> pool_by_products(Call& call, const Tensor& vectors, const Tensor& shift) {
   const int64_t K = vectors.size(-2);
   const Forward out(call, K);
-  const bool done = !call.embedding && dispatch(call.x.scalar_type(), [&]<typename T>() {
+  const bool done = dispatch(call.x.scalar_type(), [&]<typename T>() {
     using A = acc_t<T>;
     auto p = out.arguments<T>(call, Scoring::kQuery);
     p.vectors = {data<A>(vectors), static_cast<int>(K), vectors.dim() == 3 ? K * call.width : 0, data<A>(shift),
                  shift.defined() ? K : 0};
     return pool_forward(p, call.stream());
   });
-  if (done) return {out.bag, out.scores, out.lse};
-  return pool_as_scored(call, out.scores,
-                        [&](const Slice& slice) { products(call, slice, vectors, shift, kDead, out.scores); });
+  if (!done) {
+    products(call, vectors, shift, kDead, out.scores);
+    out.pool_given(call, out.scores);
+  }
+  return {out.bag, out.scores, out.lse};
 }
 
-// Writes the gradient of the rows; returns that of the vectors [B, K, L], if wanted.
-inline Tensor pool_by_products_backward(Call& call, const PooledTensors& of, const Tensor& vectors, RowGradients& rows,
-                                        bool wanted) {
+// Writes the gradient of x, empty where it is not needed; returns that of the vectors [B, K, L], if wanted.
+inline Tensor pool_by_products_backward(Call& call, const PooledTensors& of, const Tensor& vectors,
+                                        const Tensor& grad_x, bool wanted) {
   const Tensor grad_vectors = wanted ? call.empty({call.bags, vectors.size(-2), call.width}) : Tensor();
-  if (Backward{of, Scoring::kQuery, vectors, {}, {}, rows.x, {}, grad_vectors}.run(call)) return grad_vectors;
-  PoolGradients gradients(call, of, rows.wanted());
-  std::optional<Sums> sums;
-  if (wanted) sums.emplace(call, call.as_they_come(), vectors.size(-2), call.width, Scoring::kWeights);
-  for_instances(call, &rows, [&](const Slice& slice) {
-    gradients.add(slice);
-    if (wanted) sums->add(slice.x, slice.first, gradients.scores);
-    if (rows.wanted()) rows.write(slice, gradients.term(), {gradients.scores, vectors});
-  });
-  return wanted ? gradients.of_vectors(sums->bag) : Tensor();
+  if (Backward{of, Scoring::kQuery, vectors, {}, {}, grad_x, {}, grad_vectors}.run(call)) return grad_vectors;
+  const bool need_x = grad_x.numel() > 0;
+  PoolGradients gradients(call, of, need_x);
+  if (need_x) expand(call, grad_x, 0, gradients.term(), {gradients.scores, vectors});
+  return wanted ? gradients.of_vectors(weighted_sums(call, call.ragged(), gradients.scores)) : Tensor();
 }
 
 }  // namespace milkernels

@@ -7,16 +7,16 @@ namespace {
 
 constexpr int kMostParts = 16;  // blocks that share a segment, where rows need no sums
 
-// The rows of a slot that are in [first, first + count), those of this block first; `step` to its next ones.
+// The rows of a slot that are in [first, end), those of this block first; `step` to its next ones.
 struct Share {
-  Segment segment;
+  int bag;
   int64_t begin, end, step;
 };
 
-__device__ inline Share share_of(const Bags& bags, int64_t first, int64_t count, int64_t first_slot, int rows_at_once) {
-  const Segment segment = bags.segment(first_slot + blockIdx.x);
-  const int64_t begin = larger(segment.begin, first), end = smaller(segment.end, first + count);
-  return {segment, begin + int64_t{blockIdx.z} * rows_at_once, end, int64_t{gridDim.z} * rows_at_once};
+__device__ inline Share share_of(const Bags& bags, int64_t slot, int rows_at_once, int64_t first, int64_t end) {
+  const Segment segment = bags.segment(slot);
+  const int64_t begin = larger(segment.begin, first) + int64_t{blockIdx.z} * rows_at_once;
+  return {segment.bag, begin, smaller(segment.end, end), int64_t{gridDim.z} * rows_at_once};
 }
 
 inline unsigned parts_of(const Bags& bags, int rows_at_once) {
@@ -25,11 +25,11 @@ inline unsigned parts_of(const Bags& bags, int rows_at_once) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) row_products_kernel(RowProducts<T> p, int64_t first_slot) {
+__global__ void __launch_bounds__(kThreads) row_products_kernel(RowProducts<T> p) {
   using A = acc_t<T>;
   constexpr int V = Vec<T>::kSize, kWarps = kThreads / kWarp;
-  const Share share = share_of(p.bags, p.first, p.count, first_slot, kRowsAtOnce * kWarps);
-  const int bag = share.segment.bag, count = p.vectors.count, lane = lane_index();
+  const Share share = share_of(p.bags, blockIdx.x, kRowsAtOnce * kWarps, 0, p.bags.rows);
+  const int bag = share.bag, count = p.vectors.count, lane = lane_index();
   if (share.begin >= share.end) return;
   const A* const vectors = p.vectors.at + bag * p.vectors.of_bag;
   const A* const shift = p.vectors.shift == nullptr ? nullptr : p.vectors.shift + bag * p.vectors.shift_of_bag;
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) row_products_kernel(RowProducts<T> p
 #pragma unroll
       for (int r = 0; r < kRowsAtOnce; ++r) real[r] = row + r < share.end && p.bags.real(row + r);
       const auto load = [&](int r, int c, A(&x)[V]) {
-        if (real[r]) load_columns(x, p.rows.x + (row + r - p.first) * p.rows.stride, c, p.rows.width);
+        if (real[r]) load_columns(x, p.rows.x + (row + r) * p.rows.stride, c, p.rows.width);
 #pragma unroll
         for (int i = 0; i < V; ++i) x[i] = real[r] ? x[i] : A(0);
       };
@@ -78,7 +78,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) expand_rows_kernel(ExpandRows<T> p, int64_t first_slot) {
   using A = acc_t<T>;
   constexpr int V = larger(Vec<T>::kSize, Vec<A>::kSize);
-  const Share share = share_of(p.bags, p.first, p.count, first_slot, kRowsAtOnce);
+  const Share share = share_of(p.bags, first_slot + blockIdx.x, kRowsAtOnce, p.first, p.first + p.count);
   const A scale = p.scale == nullptr ? A(1) : *p.scale;
   for (int c = static_cast<int>(threadIdx.x) * V; c < p.width; c += kThreads * V) {
     for (int64_t row = share.begin; row < share.end; row += share.step) {
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kThreads) expand_rows_kernel(ExpandRows<T> p, 
           for (int i = 0; i < V; ++i) out[r][i] *= scale;
         }
       }
-      add_term(p.pooled, share.segment.bag, row, rows, c, p.width, out);
-      add_term(p.scored, share.segment.bag, row, rows, c, p.width, out);
+      add_term(p.pooled, share.bag, row, rows, c, p.width, out);
+      add_term(p.scored, share.bag, row, rows, c, p.width, out);
 #pragma unroll
       for (int r = 0; r < kRowsAtOnce; ++r) {
         if (r < rows) {
@@ -108,11 +108,11 @@ __global__ void __launch_bounds__(kThreads) expand_rows_kernel(ExpandRows<T> p, 
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kThreads, kBlocks) score_gradients_kernel(ScoreGradients<A> p, int64_t first_slot) {
-  const Share share = share_of(p.bags, p.first, p.count, first_slot, kThreads);
+__global__ void __launch_bounds__(kThreads, kBlocks) score_gradients_kernel(ScoreGradients<A> p) {
+  const Share share = share_of(p.bags, blockIdx.x, kThreads, 0, p.bags.rows);
   for (int64_t row = share.begin + threadIdx.x; row < share.end; row += share.step) {
     for (int k = 0; k < p.heads; ++k) {
-      const int64_t at = row * p.heads + k, of_bag = int64_t{share.segment.bag} * p.heads + k;
+      const int64_t at = row * p.heads + k, of_bag = int64_t{share.bag} * p.heads + k;
       const A score = p.scores[at];
       const bool alive = score != -std::numeric_limits<A>::infinity();
       A gradient = p.grad_scores == nullptr ? A(0) : p.grad_scores[at], weight = 0;
@@ -195,30 +195,30 @@ void sum_columns(const Bags& bags, int columns, const A* values, const A* lse, A
                                    const_cast<const A*>(partials), out);
 }
 
-template <typename P>
-dim3 grid_of(const P& p, int rows_at_once) {
-  return dim3(static_cast<unsigned>(p.bags.slots_in(p.first, p.count)), 1, parts_of(p.bags, rows_at_once));
+dim3 grid_of(const Bags& bags, int64_t slots, int rows_at_once) {
+  return dim3(static_cast<unsigned>(slots), 1, parts_of(bags, rows_at_once));
 }
 
 }  // namespace
 
 template <typename T>
 void row_products(const RowProducts<T>& p, cudaStream_t stream) {
-  if (p.count == 0 || p.bags.count == 0 || p.vectors.count == 0) return;
-  launch<row_products_kernel<T>>(grid_of(p, kRowsAtOnce * (kThreads / kWarp)), kThreads, 0, stream, p,
-                                 p.bags.first_slot(p.first));
+  if (p.bags.rows == 0 || p.bags.count == 0 || p.vectors.count == 0) return;
+  launch<row_products_kernel<T>>(grid_of(p.bags, p.bags.slots(), kRowsAtOnce * (kThreads / kWarp)), kThreads, 0, stream,
+                                 p);
 }
 
 template <typename T>
 void expand_rows(const ExpandRows<T>& p, cudaStream_t stream) {
   if (p.count == 0 || p.bags.count == 0) return;
-  launch<expand_rows_kernel<T>>(grid_of(p, kRowsAtOnce), kThreads, 0, stream, p, p.bags.first_slot(p.first));
+  launch<expand_rows_kernel<T>>(grid_of(p.bags, p.bags.slots_in(p.first, p.count), kRowsAtOnce), kThreads, 0, stream, p,
+                                p.bags.first_slot(p.first));
 }
 
 template <typename A>
 void score_gradients(const ScoreGradients<A>& p, cudaStream_t stream) {
-  if (p.count == 0 || p.bags.count == 0) return;
-  launch<score_gradients_kernel<A>>(grid_of(p, kThreads), kThreads, 0, stream, p, p.bags.first_slot(p.first));
+  if (p.bags.rows == 0 || p.bags.count == 0) return;
+  launch<score_gradients_kernel<A>>(grid_of(p.bags, p.bags.slots(), kThreads), kThreads, 0, stream, p);
 }
 
 template <typename A>

@@ -9,9 +9,8 @@ namespace milkernels {
 template <typename T>
 struct RowProducts {
   using A = acc_t<T>;
-  Rows<T> rows;  // [first, first + count) of the bags' rows; rows.x is row `first`
+  Rows<T> rows;
   Bags bags;
-  int64_t first, count;
   Vectors<A> vectors;
   const A* centre;  // [bags, width] or null
   A fill;
@@ -45,11 +44,10 @@ template <typename T>
 void expand_rows(const ExpandRows<T>& p, cudaStream_t stream);
 
 // ds = a (da - shift[b] + dlse[b]) + grad of the score itself, 0 where the score is -inf; and the weights
-// a = exp(score - lse) / normal. Rows [first, first + count).
+// a = exp(score - lse) / normal.
 template <typename A>
 struct ScoreGradients {
   Bags bags;
-  int64_t first, count;
   int heads;
   const A *scores, *lse, *normal;  // [rows, heads], [bags, heads], [bags, heads]; normal null: no gradient of a pooling
   const A *da, *shift, *grad_lse, *grad_scores;  // [rows, heads], [bags, heads] x 2, [rows, heads]; each may be null

@@ -39,11 +39,9 @@ __host__ __device__ inline int64_t pipeline_bytes(int tile, int pitch) {
 template <typename T>
 class Pipeline {
  public:
-  // `stages` has pipeline_bytes; columns [0, width) of the rows of a segment, `tile` rows at a time; row `first` is
-  // that of rows.x.
-  __device__ Pipeline(T* stages, const Rows<T>& rows, const Bags& bags, Range range, int width, int tile,
-                      int64_t first = 0)
-      : stages_(stages), rows_(rows), bags_(bags), range_(range), first_(first), width_(width), tile_(tile),
+  // `stages` has pipeline_bytes; columns [0, width) of the rows of a segment, `tile` rows at a time.
+  __device__ Pipeline(T* stages, const Rows<T>& rows, const Bags& bags, Range range, int width, int tile)
+      : stages_(stages), rows_(rows), bags_(bags), range_(range), width_(width), tile_(tile),
         pitch_(tile_pitch<T>(width)) {
     // What no copy reaches.
     const int rest = pitch_ - width_;
@@ -80,7 +78,7 @@ class Pipeline {
       for (int r = warp_index(); r < tile_; r += warp_count()) {
         const int64_t row = range_.begin + int64_t{t} * tile_ + r;
         const bool used = row < range_.end && bags_.real(row);
-        const T* const from = rows_.x + ((used ? row : range_.begin) - first_) * rows_.stride;
+        const T* const from = rows_.x + (used ? row : range_.begin) * rows_.stride;
         T* const to = stage + r * pitch_;
         if (rows_.copy == 16) copy<16>(to, from, used);
         else if (rows_.copy == 8) copy<8>(to, from, used);
@@ -97,7 +95,6 @@ class Pipeline {
   const Rows<T> rows_;
   const Bags& bags_;
   const Range range_;
-  const int64_t first_;
   const int width_, tile_, pitch_;
 };
 

@@ -215,7 +215,7 @@ def _pool(gated, x, v, u, w, offsets, activation, dropout_p, seed, embed, mask, 
     embedding, seed = embedding_of(x, embed, seed, "dropout_p", dropout_p)
     weights = _weights(gated, x, v, u, w, embedding.width(x), activation)
     tensors = (*weights, *embedding.parameters)
-    backend = backends.choose("attention_pool", x, tensors, requested)
+    backend = backends.choose("attention_pool", x, tensors, requested, embedding.needs)
     options = (mask, seed, activation, float(dropout_p), compute_dtype_of(x))
     if backend == "reference":
         bag, scores, lse = attention_pool_reference(embedding.instances(x, mask), *weights, offsets, *options)
@@ -230,7 +230,8 @@ def _scores(gated, x, v, u, w, activation, dropout_p, seed, embed, mask, request
     x, _, mask = instances_of(x, None, mask)
     embedding, seed = embedding_of(x, embed, seed, "dropout_p", dropout_p)
     weights = _weights(gated, x, v, u, w, embedding.width(x), activation)
-    backend = backends.choose("attention_scores", x, (*weights, *embedding.parameters), requested)
+    tensors = (*weights, *embedding.parameters)
+    backend = backends.choose("attention_scores", x, tensors, requested, embedding.needs)
     options = (mask, seed, activation, float(dropout_p), compute_dtype_of(x))
     if backend == "reference":
         return attention_scores_reference(embedding.instances(x, mask), *weights, *options)

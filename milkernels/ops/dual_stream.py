@@ -71,7 +71,7 @@ def instance_max(
     x, offsets, mask = instances_of(x, offsets, mask)
     embedding, _ = embedding_of(x, embed, seed)
     weights = as_linear("classifier", classifier, embedding.width(x), x)
-    backend = backends.choose("instance_max", x, (*weights, *embedding.parameters), backend)
+    backend = backends.choose("instance_max", x, (*weights, *embedding.parameters), backend, embedding.needs)
     if backend == "reference":
         instances = embedding.instances(x, mask)
         return InstanceMax(*instance_max_reference(instances, *weights, offsets, mask, compute_dtype_of(x)))
@@ -132,12 +132,12 @@ def dsmil_pool(
     torch.Size([2, 2, 16])
     """
     x, offsets, mask = instances_of(x, offsets, mask)
-    embedding, weights, options = _second_stream(
+    embedding, weights, options, needs = _second_stream(
         x, q, q2, value, value_activation, value_dropout_p, scale, seed, embed, mask
     )
     given = _given_instances(critical, x, offsets, embedding.width(x))
     tensors = (*weights, *embedding.parameters)
-    backend = backends.choose("dsmil_pool", x, (critical, *tensors), backend)
+    backend = backends.choose("dsmil_pool", x, (critical, *tensors), backend, needs)
     if backend == "reference":
         instances = embedding.instances(x, mask)
         bag, scores, lse, chosen = _second_stream_reference(instances, critical, weights, offsets, options)
@@ -205,12 +205,12 @@ def dsmil(
     (torch.Size([2, 2, 16]), torch.Size([2, 2]))
     """
     x, offsets, mask = instances_of(x, offsets, mask)
-    embedding, weights, options = _second_stream(
+    embedding, weights, options, needs = _second_stream(
         x, q, q2, value, value_activation, value_dropout_p, scale, seed, embed, mask
     )
     first = as_linear("classifier", classifier, embedding.width(x), x)
     tensors = (*weights, *embedding.parameters)
-    backend = backends.choose("dsmil", x, (*first, *tensors), backend)
+    backend = backends.choose("dsmil", x, (*first, *tensors), backend, needs)
     if backend == "reference":
         instances = embedding.instances(x, mask)
         values, _, logits = instance_max_reference(instances, *first, offsets, mask, options[-1])
@@ -224,7 +224,8 @@ def dsmil(
 
 
 def _second_stream(x, q, q2, value, value_activation, value_dropout_p, scale, seed, embed, mask):
-    """``(embedding, weights and biases of q, q2 and V, the options that follow offsets)``, checked."""
+    """``(embedding, weights and biases of q, q2 and V, the options that follow offsets, what a backend needs)``,
+    checked."""
     embedding, seed = embedding_of(x, embed, seed, "value_dropout_p", value_dropout_p)
     width = embedding.width(x)
     q_weight, q_bias = as_linear("q", q, width, x)
@@ -237,7 +238,10 @@ def _second_stream(x, q, q2, value, value_activation, value_dropout_p, scale, se
     if scale is not None:
         check_number("scale", scale)
     options = (mask, seed, value_activation, value_dropout_p, scale, compute_dtype_of(x))
-    return embedding, (q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias), options
+    needs = embedding.needs if q2 is None else (*embedding.needs, "q2")
+    if value_dropout_p or value_activation not in (None, "identity"):
+        needs = (*needs, "value")
+    return embedding, (q_weight, q_bias, q2_weight, q2_bias, v_weight, v_bias), options, needs
 
 
 def _given_instances(critical: Tensor, x: Tensor, offsets: Tensor | None, width: int) -> Tensor | None:

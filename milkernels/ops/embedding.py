@@ -24,6 +24,7 @@ class Embedding(NamedTuple):
 
     parameters: tuple[Tensor | None, ...]  # weight [E, L] and bias [E] or None; empty where there is no embedding
     arguments: tuple  # as compiled ops take it
+    needs: tuple[str, ...] = ("embed",)  # of a backend
 
     def width(self, x: Tensor) -> int:
         """Numbers of an instance as the op sees it."""
@@ -34,7 +35,7 @@ class Embedding(NamedTuple):
         return embedded(x, mask, *self.arguments) if self.parameters else x
 
 
-_NO_EMBEDDING = Embedding((), NO_EMBEDDING)
+_NO_EMBEDDING = Embedding((), NO_EMBEDDING, ())
 
 
 def embedding_of(

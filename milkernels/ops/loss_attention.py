@@ -66,7 +66,7 @@ def loss_attention_pool(
     embedding, _ = embedding_of(x, embed, seed)
     weights = as_linear("classifier", classifier, embedding.width(x), x)
     tensors = (*weights, *embedding.parameters)
-    backend = backends.choose("loss_attention_pool", x, tensors, backend)
+    backend = backends.choose("loss_attention_pool", x, tensors, backend, embedding.needs)
     if backend == "reference":
         instances = embedding.instances(x, mask)
         pooled = loss_attention_pool_reference(instances, *weights, offsets, mask, compute_dtype_of(x))

@@ -66,7 +66,7 @@ def query_pool(
     """
     x, offsets, mask, embedding = _prepared(x, query, offsets, scale, seed, embed, mask)
     tensors = (query, *embedding.parameters)
-    backend = backends.choose("query_pool", x, tensors, backend)
+    backend = backends.choose("query_pool", x, tensors, backend, embedding.needs)
     if backend == "reference":
         bag, scores, lse = query_pool_reference(embedding.instances(x, mask), query, offsets, mask, scale)
     else:
@@ -112,7 +112,7 @@ def query_scores(
     torch.Size([7, 4])
     """
     x, offsets, mask, embedding = _prepared(x, query, offsets, scale, seed, embed, mask)
-    backend = backends.choose("query_scores", x, (query, *embedding.parameters), backend)
+    backend = backends.choose("query_scores", x, (query, *embedding.parameters), backend, embedding.needs)
     if backend == "reference":
         return query_scores_reference(embedding.instances(x, mask), query, offsets, mask, scale)
     inputs = (for_kernels(x), query, offsets, mask, scale)
