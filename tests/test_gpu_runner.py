@@ -375,7 +375,7 @@ def test_smoke_is_ten_tests(gpu, tmp_path):
     """Their names are only known where there is a GPU, or seems to be."""
     (tmp_path / "pretended.py").write_text(
         "import torch\ntorch.cuda.is_available = lambda: True\nimport milkernels.backends as b\n"
-        "b.why_not = lambda *a: None\n"
+        "b.why_not = lambda *a, **k: None\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "TRITON_INTERPRET": ""}
     legs = ("gpu_triton", "gpu_native")
