@@ -3,6 +3,7 @@
 #   make install                    .venv with PyTorch, this package (editable) and its compiled extension
 #   make bench ARGS="--op ..."      benchmarks; without ARGS one slide of 30,000 instances, in two minutes
 #   make figures                    measures the README's rows, in ten minutes on two cores, and writes them there
+#   make matrix                     ours beside eager from 10 instances to 100,000, where we lose first
 #   make example ARGS="slide_bag"   one of examples/, with its options; see examples/README.md
 #   make test  ARGS="-k bags"       the tests of everything, grids thinned: some minutes (tests/conftest.py says how)
 #   make test-all                   every test, grids whole; ARGS="--tier rest": those that make test leaves out
@@ -64,7 +65,7 @@ PRELOADED_asan := libasan.so libubsan.so libstdc++.so.6
 PRELOADED_tsan := libtsan.so libstdc++.so.6
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install build bench figures example test test-all gpu aot cuda-test cuda-check host-time fuzz sanitize lint format info clean
+.PHONY: install build bench figures matrix example test test-all gpu aot cuda-test cuda-check host-time fuzz sanitize lint format info clean
 
 install: build
 
@@ -75,6 +76,10 @@ bench: build
 figures: build
 	@$(PY) -c "import numpy, rich, matplotlib, psutil, pandas, tabulate" 2>/dev/null || $(PIP) install "milkernels[bench]"
 	$(PY) -m benchmarks.figures $(ARGS)
+
+matrix: build
+	@$(PY) -c "import numpy, rich, matplotlib, psutil, pandas, tabulate" 2>/dev/null || $(PIP) install "milkernels[bench]"
+	$(PY) -m benchmarks.matrix $(ARGS)
 
 example: build
 	@$(PY) -c "import numpy, rich, matplotlib, psutil, sklearn" 2>/dev/null || $(PIP) install "milkernels[examples]"

@@ -63,7 +63,8 @@ def _bench(unit: Unit, emit: Emit) -> None:
     """Contenders take turns, after the gate."""
     cpu = unit.workload.device == "cpu"  # on a GPU a peak is taken in this process
     budget = unit.budget or _TIMING * len(unit.modes)
-    options = run.Options([unit.dtype], unit.modes, unit.contenders, budget, threads=unit.threads or None, memory=cpu)
+    peaks = cpu and unit.peaks
+    options = run.Options([unit.dtype], unit.modes, unit.contenders, budget, threads=unit.threads or None, memory=peaks)
     bench = run.Bench(
         unit.workload,
         options,

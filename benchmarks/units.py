@@ -35,6 +35,7 @@ class Unit:
     budget: float = 0.0  # seconds of rounds in all, where it is not the same for every mode
     threads: int = 0  # on a CPU; 0: as many as PyTorch takes
     part: str = ""  # of a report
+    peaks: bool = True  # of memory, each in a process of its own
 
     def pairs(self) -> list[tuple[str, str]]:
         return [(mode, contender) for mode in self.modes for contender in self.contenders]

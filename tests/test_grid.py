@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("pandas")
 pytest.importorskip("tabulate")
 
-from benchmarks import cpu_grid, disk, figures, grid, kinds, largest, pages, plots, results, runner, units
+from benchmarks import cpu_grid, disk, figures, grid, kinds, largest, matrix, pages, plots, results, runner, units
 from milkernels.bench import contenders, memory, report
 from milkernels.testing import CASES, Shape
 
@@ -425,6 +425,19 @@ def test_the_readmes_rows():
         assert sum(len(u.modes) for u in chosen) <= figures.MOST_ROWS and {u.dtype for u in chosen} == set(dtypes)
         assert all(u.kind == "bench" and u.contenders[0] == "eager" and u.contenders[-1] == "native" for u in chosen)
         assert sum(u.budget for u in chosen) < 200, "compiling and checking take the rest of ten minutes"
+
+
+def test_the_matrix(tmp_path):
+    chosen = matrix.units(["float32", "bfloat16"], 2)
+    assert all(u.contenders == ("eager", "native") and u.threads == 2 and not u.peaks for u in chosen)
+    assert sum(u.budget for u in chosen) < 300, "checking takes the rest of fifteen minutes"
+    assert {u.dtype for u in matrix.units(["float32"])} == {"float32"}
+    wins, loses = unit((60,), "eager native", modes=("fwd", "step")), unit((50,), "eager native", modes=("fwd",))
+    rows = [row_of(wins, "fwd", c, s) for c, s in (("eager", 0.4), ("native", 0.2))]
+    rows += [row_of(wins, "step", "eager"), row_of(wins, "step", "native", status="error", reason="x", median=None)]
+    other = [row_of(loses, "fwd", c, s) for c, s in (("eager", 0.1), ("native", 0.4))]
+    table = matrix.cells(content_of(tmp_path / "c.json", (wins, rows), (loses, other)))
+    assert list(table["x eager"]) == [0.25, 2.0] and list(table["milkernels, ms"]) == ["400", "200"]
 
 
 def test_the_readmes_table(tmp_path):
