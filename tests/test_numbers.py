@@ -404,7 +404,7 @@ def test_layouts(leg, case, dtype, tolerance, shape):
     close(*both, tolerance)
 
 
-@by_leg(compiled=[at()])
+@by_leg(compiled=[at()], interpreted=[at(cases=ONE_OF_EACH)])
 def test_layouts_of_the_gradients_that_come_back(leg, case):
     """``sum().backward()`` sends one number, expanded; what follows a transposition sends columns."""
     lengths = (90, 0, 40)

@@ -178,6 +178,7 @@ class _Attention(Instances):
         self.v_bias, self.u_bias, self.w, self.w_bias = (
             None if p is None else p.contiguous() for p in (v_bias, u_bias, w_weight, w_bias)
         )
+        self.sum_at_most((self.heads + 2) * self.hidden + self.heads)
         self.dropout = dropout_of(seed, dropout_p)
         plan = tuning.plan(self.x.device, self.type, self.width, self.hidden)
         self.fused = plan.scores == "fused" and fused.serves(self)
@@ -252,12 +253,12 @@ def _scores(call: _Attention, partials: pool.Partials | None = None) -> Tensor:
 def _scores_of_slice(call: _Attention, x: Tensor, block: slice, out: Tensor) -> None:
     """Writes the scores of a slice, whose rows x [n, L] holds, into ``out`` [N, K]."""
     seed, threshold = call.dropout
-    units = min(max(power_of_two(call.hidden), 16), 64)
+    units, count = min(max(power_of_two(call.hidden), 16), 64), 32 if seed is None else 16
     launch(
-        gate_scores, (ceil_div(block.stop - block.start, 32),),
+        gate_scores, (ceil_div(block.stop - block.start, count),),
         call.products.forward(call.products.parts(x)), call.v_bias, call.u_bias, call.w, call.w_bias,
         call.mask, seed, out, block.start, block.stop,
-        call.hidden, threshold, BN=32, BD=units, K=call.heads, BK=power_of_two(call.heads), num_warps=4,
+        call.hidden, threshold, BN=count, BD=units, K=call.heads, BK=power_of_two(call.heads), num_warps=4,
         **call.options(),
     )  # fmt: skip
 

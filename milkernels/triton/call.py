@@ -63,6 +63,12 @@ class Call:
         chunk."""
         return ceil_div(rows.stop - rows.start, self.chunk) + self.bags - 1 if self.bags else 0
 
+    def sum_at_most(self, columns: int) -> None:
+        """Lets programs sum more rows each where the sums of so many columns would take more than a quarter of a
+        workspace."""
+        while ceil_div(self.rows, self.summed) * columns * self.acc.itemsize > max(WORKSPACE // 4, 1 << 20):
+            self.summed *= 2
+
     def sums(self, columns: int) -> Tensor:
         """Room for the sums of `summed` rows each, those from row r on at ``r // summed``: [programs, columns]."""
         return self.empty(ceil_div(self.rows, self.summed), columns)

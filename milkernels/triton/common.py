@@ -14,7 +14,9 @@ kernel = triton.jit(do_not_specialize=("bags", "rows", "first", "last", "count",
 def multiple(n, ALIGN: tl.constexpr):
     """A size that ALIGN divides, so that the compiler knows it: of itself it looks for 16 alone, and reads rows of 500
     or 1000 numbers one by one."""
-    return n // ALIGN * ALIGN
+    if ALIGN < 16:
+        n = n // ALIGN * ALIGN
+    return n
 
 
 @triton.jit

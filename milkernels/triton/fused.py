@@ -156,13 +156,13 @@ def score_tiles(
         gate = tl.where((d < D)[None, :], gate, 0.0)
         score = tl.zeros([BN, BK], tl.float32)
         for j in tl.static_range(K):
-            of_head = tl.sum(gate * tl.load(W + j * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :], axis=1)
+            of_head = tl.sum(gate * tl.load(W + j * D + d, mask=d < D, other=0.0)[None, :], axis=1)
             if K == 1:
                 score += of_head[:, None]
             else:
                 score += tl.where((k == j)[None, :], of_head[:, None], 0.0)
         if W_BIAS is not None:
-            score += tl.where(chunk == 0, tl.load(W_BIAS + k, mask=k < K, other=0.0).to(tl.float32), 0.0)[None, :]
+            score += tl.where(chunk == 0, tl.load(W_BIAS + k, mask=k < K, other=0.0), 0.0)[None, :]
         if MASK is not None:
             real = tl.load(MASK + instance, mask=r < count, other=0) != 0
             score = tl.where(real[:, None], score, float("-inf"))
@@ -260,7 +260,7 @@ def _part_gradients(
     sums = SUMS + tl.cast(part, tl.int64) * ((K + 2) * D + K) + d
     for j in tl.static_range(K):
         ds = tl.load(DS + instance * K + j, mask=real, other=0.0)
-        dgate += tl.load(W + j * D + d, mask=d < D, other=0.0).to(tl.float32)[:, None] * (ds * scale)[None, :]
+        dgate += tl.load(W + j * D + d, mask=d < D, other=0.0)[:, None] * (ds * scale)[None, :]
         tl.store(sums + j * D, tl.sum(gate * ds[None, :], axis=1), mask=d < D)
         tl.store(sums + ((K + 2) * D + j) - d, tl.sum(ds, axis=0), mask=d == 0)
     if SEED is not None:
@@ -341,7 +341,8 @@ def scores(call, x: Tensor, block: slice, out: Tensor) -> None:
     seed, threshold = call.dropout
     launch(
         score_tiles, (programs,),
-        x_tiles, weight, call.bias, call.w, call.w_bias, call.mask, seed, of_chunks, block.start, count,
+        x_tiles, weight, call.bias, call.to_acc(call.w), call.to_acc(call.w_bias), call.mask, seed,
+        of_chunks, block.start, count,
         call.width, call.hidden, x.stride(0), threshold, BK=power_of_two(call.heads), **options,
     )  # fmt: skip
     if chunks > 1:
@@ -365,7 +366,7 @@ def gradients_of_products(call, x: Tensor, parts, block: slice, ds: Tensor, scal
     seed, threshold = call.dropout
     launch(
         gate_gradients, (tiles * chunks,),
-        x_tiles, weight, call.bias, call.w, ds, call.mask, seed, scale, out, of_parts, block.start, count,
+        x_tiles, weight, call.bias, call.to_acc(call.w), ds, call.mask, seed, scale, out, of_parts, block.start, count,
         call.width, D, x.stride(0), z.stride(0), threshold, **options,
     )  # fmt: skip
     of_slice = sums[block.start // call.summed : ceil_div(block.stop, call.summed)].zero_()
@@ -406,5 +407,11 @@ def _large_tile(call, forward: bool) -> dict[str, int]:
 
 
 def _small_tile(call, forward: bool) -> dict[str, int]:
-    tile = {"BN": 128 if forward else 64, "BD": 64, "BL": 64 // call.type.itemsize, "num_warps": 8, "num_stages": 3}
+    tile = {
+        "BN": 128 if forward else 32 if call.heads > 3 else 64,
+        "BD": 64,
+        "BL": 64 // call.type.itemsize,
+        "num_warps": 8,
+        "num_stages": 3,
+    }
     return tile if forward else tile | {"PARTS": 1}

@@ -191,7 +191,8 @@ class Layer:
         launch(
             layer_gradients, (programs, ceil_div(self.width, units)),
             grad, at.argument, self.bias, index, call.mask, seed, scale, z, sums, first, count, slot, per, self.width,
-            threshold, ACTIVATION=self.activation, BE=units, ALIGN=alignment(self.width), **_TILE,
+            threshold, ACTIVATION=self.activation, BE=units, ALIGN=alignment(self.width),
+            **_TILE | ({} if seed is None else {"BN": 16}),
         )  # fmt: skip
         return z, sums
 
@@ -235,8 +236,9 @@ class Instances(Call):
         layer, L = self.embedding, self.x.shape[1]
         size = layer.bytes_per_row() + (layer.gradient_bytes_per_row() if gradient else 0)
         copied = self.x.dtype != layer.type or (gradient and self.mask is not None)
-        # Products of float16 have a scale, which is taken from them aside.
-        return size + L * (layer.type.itemsize * copied + self.acc.itemsize * (need_x and layer.type == torch.float16))
+        # Products of another type than x may be made aside; those of float16 have a scale, which is taken from them there.
+        aside = need_x and (layer.type == torch.float16 or layer.type != self.x.dtype)
+        return size + L * (layer.type.itemsize * copied + self.acc.itemsize * aside)
 
     def slices(self, bytes_per_row: int | None = None) -> Iterable[slice]:
         """`Call.slices`, with the workspace of the embedding besides."""

@@ -70,7 +70,7 @@ def mean_pool_bwd(x, offsets, mask, grad_bag, needs):
     if not needs[0]:
         return x.new_empty(0)
     grad_x = x.new_empty(x.shape)
-    rows.expand(call, grad_x, None, (grad_bag / pool.counts(call).clamp_(min=1))[:, None])
+    rows.expand(call, grad_x, None, (call.to_acc(grad_bag) / pool.counts(call).clamp_(min=1))[:, None])
     return grad_x
 
 
