@@ -236,7 +236,8 @@ class Instances(Call):
         layer, L = self.embedding, self.x.shape[1]
         size = layer.bytes_per_row() + (layer.gradient_bytes_per_row() if gradient else 0)
         copied = self.x.dtype != layer.type or (gradient and self.mask is not None)
-        # Products of another type than x may be made aside; those of float16 have a scale, which is taken from them there.
+        # Products of another type than x may be made aside; those of float16 have a scale, which is taken from them
+        # there.
         aside = need_x and (layer.type == torch.float16 or layer.type != self.x.dtype)
         return size + L * (layer.type.itemsize * copied + self.acc.itemsize * aside)
 
