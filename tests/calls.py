@@ -216,11 +216,12 @@ def unclear(call: Call, exact) -> bool:
     if not call.chooses() or call.data == "whole":
         return False
     logits = [t for name, t in exact.items() if name.startswith("output")][-1]
+    clear = _CLEAR_HALF if call.autocast else _CLEAR.get(call.type, _CLEAR_HALF)
     for part in logits.split(call.lengths):
         part = part[part[:, 0] != -INF]
         if len(part) > 1:
             first, second = part.topk(2, 0).values
-            if (first - second).min() < _CLEAR.get(call.type, _CLEAR_HALF) * part.abs().max().clamp(min=1):
+            if (first - second).min() < clear * part.abs().max().clamp(min=1):
                 return True
     return False
 
