@@ -26,8 +26,9 @@ ARCHITECTURES = {
     "sm_100": ("cuda", 100, 32, 227 * KB),
     "gfx942": ("hip", "gfx942", 64, 64 * KB),
 }
-# Bytes for each thread, of a call with several heads; with one there are none.
-MOST_SPILLED = 64
+# Bytes for each thread, of a call with several heads; with one there are none, but for a few of float64, which the
+# assembler spills with registers to spare.
+MOST_SPILLED, OF_FLOAT64 = 64, 16
 # What ptxas says of wgmma that it serialises. C7519, that it waits for a register once more, is harmless.
 _SERIALISED = re.compile(r"\((C7510|C7511|C7513|C7514|C7515)\)")
 
@@ -210,7 +211,7 @@ def of_architecture(arch: str, usages: Iterable[Usage]) -> tuple[list[Row], set[
                 rows.append(Row("(host)", str(usage), "", arch, problems=[f"{type(error).__name__}: {error}"]))
         if "fused" in usage and arch in ("sm_90", "sm_100") and not any(map(described, record.kernels)):
             rows.append(Row("(host)", str(usage), "", arch, problems=["no kernel with TMA is launched"]))
-        most_spilled = 0 if usage.K == 1 else MOST_SPILLED
+        most_spilled = MOST_SPILLED if usage.K > 1 else OF_FLOAT64 if usage.dtype == "fp64" else 0
         for launch in record.kernels:
             names.add(launch.name)
             key = (launch.name, launch.compiled.hash if launch.compiled else launch.error)

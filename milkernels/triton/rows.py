@@ -243,7 +243,7 @@ def products(
         return out
     block = min(power_of_two(K), 8)
     tile = row_tile(L, x.element_size())
-    tile["BN"] = max(4, tile["BN"] // 2) if block == 8 else min(tile["BN"], 8)
+    tile["BN"] = max(4, tile["BN"] // 2) if block == 8 else min(tile["BN"], 4 if x.element_size() == 8 else 8)
     launch(
         row_products, (call.slots_in(rows), ceil_div(K, block), call.parts),
         x, vectors, centre, shift, call.mask, call.offsets, out,
