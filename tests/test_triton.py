@@ -175,7 +175,8 @@ def test_embedding_without_a_gradient(case):
     frozen = {name: t.detach().requires_grad_(name in learned) for name, t in tensors.items()}
     with recorded_launches() as launched:
         got = run(case, frozen, offsets)
-    own = ("q_weight", "q2_weight", "v_weight") if "q2_weight" in case.tensors else ()  # layers that rows pass behind it
+    # Layers that rows pass behind it.
+    own = ("q_weight", "q2_weight", "v_weight") if "q2_weight" in case.tensors else ()
     assert launched.count("layer_gradients") == len(own) and "layer_rows" in launched
     same_bits(got, {name: whole[name] for name in got})
 
