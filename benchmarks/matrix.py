@@ -39,7 +39,8 @@ def units(dtypes: Sequence[str], threads: int = 0) -> list[Unit]:
     """``dtypes``: those that PyTorch has fast products for."""
 
     def cell(op: str, lengths: Sequence[int], dtype: str = FLOAT32, dim: int = 512, **more) -> Unit:
-        rows, modes = sum(lengths), ("fwd", "step", "frozen") if CASES[op].leading == "x" else ("fwd", "step")
+        rows, learns = sum(lengths), len(CASES[op].tensors) > 1  # something beside the instances
+        modes = ("fwd", "step", "frozen") if learns else ("fwd", "step")
         budget = len(modes) * (2.5 if rows > 30_000 else 0.8)
         return unit(
             op, lengths, dim, "eager native", dtype=dtype, device="cpu", modes=modes, budget=budget, peaks=False,
