@@ -1,6 +1,8 @@
 """Attention and gated attention pooling (Ilse, Tomczak, Welling 2018) on slices of rows: the library writes the
 products with V and U into a workspace, kernels compute gates and scores from it, and the pooling driver follows."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from milkernels.triton.gradients import (
     finish,
     gradient_scale,
     in_their_types,
+    weight_gradient,
 )
 from milkernels.triton.host import (
     Products,
@@ -173,7 +176,7 @@ class _Attention(Instances):
         self.gated, self.activation = u_weight is not None, activation
         self.type = product_dtype(self.dtype, compute_dtype)
         weights = [v_weight, u_weight] if self.gated else [v_weight]
-        self.weight = self.stacked(weights, self.type)
+        self.weight = _stacked(weights, self.type)
         self.heads, self.hidden = w_weight.shape
         self.v_bias, self.u_bias, self.w, self.w_bias = (
             None if p is None else p.contiguous() for p in (v_bias, u_bias, w_weight, w_bias)
@@ -186,19 +189,13 @@ class _Attention(Instances):
             self.weight = fused.prepared(self.weight)
         self.products = Products(self.weight) if self.fused else split.products_of(self.weight, plan)
 
-    def stacked(self, parameters: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """One parameter, or the second below the first, in this type."""
-        if len(parameters) == 1:
-            return parameters[0].to(dtype).contiguous()
-        return torch.cat([p.to(dtype) for p in parameters])
-
-    @property
+    @functools.cached_property  # every slice of rows uses it
     def bias(self) -> Tensor | None:
         """The biases of V and U as the persistent kernels take them: [units]."""
         given = (self.v_bias, self.u_bias) if self.gated else (self.v_bias,)
         if given == (None,) * len(given):
             return None
-        return self.stacked([self.zeros(self.hidden) if b is None else b for b in given], self.acc)
+        return _stacked([self.zeros(self.hidden) if b is None else b for b in given], self.acc)
 
     @property
     def units(self) -> int:
@@ -235,6 +232,13 @@ class _Attention(Instances):
 
     def options(self) -> dict:
         return {"GATED": self.gated, "ACTIVATION": self.activation}
+
+
+def _stacked(parameters: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """One parameter, or the second below the first, in this type."""
+    if len(parameters) == 1:
+        return parameters[0].to(dtype).contiguous()
+    return torch.cat([p.to(dtype) for p in parameters])
 
 
 def _scores(call: _Attention, partials: pool.Partials | None = None) -> Tensor:
@@ -305,11 +309,8 @@ def attention_bwd(
         x_rows = rows.operand(call, at.values, block, call.type, clean=not embedded)
         x_parts = call.products.parts(x_rows)
         z = call.products.parts(gradients_of_products(call, x_rows, x_parts, block, ds, scale, sums))
-        if need_weight and (scale is None or not embedded):
-            grad_weight = call.products.weight_gradient(z, x_parts, grad_weight)
-        elif need_weight:
-            part = call.products.weight_gradient(z, x_parts).div_(scale)
-            grad_weight = part if grad_weight is None else grad_weight.add_(part)
+        if need_weight:  # a scale of all slices is taken out at the end
+            grad_weight = weight_gradient(call.products, z, x_parts, scale if embedded else None, grad_weight)
         sink.add_product(at, call.products, z, scale)
         at = x_rows = x_parts = z = None  # freed before the next slice comes
     found = [

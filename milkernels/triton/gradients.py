@@ -82,6 +82,14 @@ class PoolGradients:
         return None if weights is None else self.bag
 
 
+def weight_gradient(products: Products, z, x, scale: Tensor | None, onto: Tensor | None) -> Tensor:
+    """``z^T x / scale`` in the accumulation type, added to ``onto`` if there is one."""
+    if scale is None:
+        return products.weight_gradient(z, x, onto)
+    part = products.weight_gradient(z, x).div_(scale)
+    return part if onto is None else onto.add_(part)
+
+
 class LayerGradients:
     """The gradients of a layer's weight and bias, slice by slice; ``onto`` are those so far, to which what comes is
     added."""
@@ -107,11 +115,8 @@ class LayerGradients:
         elif need_bias and not in_slices:
             self.sums.append(sums)
         z = layer.products.parts(z)
-        if need_weight and scale is None:
-            self.weight = layer.products.weight_gradient(z, at.x, self.weight)
-        elif need_weight:
-            part = layer.products.weight_gradient(z, at.x).div_(scale)
-            self.weight = part if self.weight is None else self.weight.add_(part)
+        if need_weight:
+            self.weight = weight_gradient(layer.products, z, at.x, scale, self.weight)
         return z, scale
 
     def found(self, dtype: torch.dtype | None = None) -> list[Tensor | None]:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from milkernels.triton.call import Call
-from milkernels.triton.common import activation_gradient, dropout_factors, kernel, multiple, real_rows, segment, shifted
+from milkernels.triton.common import dropout_factors, kernel, multiple, real_rows, segment, shifted
 from milkernels.triton.host import alignment, ceil_div, launch, power_of_two
 from milkernels.triton.pool import row_tile
 
@@ -173,11 +173,10 @@ def expand_rows(
 
 @kernel
 def copy_rows(
-    X, MASK, SEED, Z, OUT, first, last, x_stride, L, threshold,
-    ACTIVATION: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, ALIGN: tl.constexpr,
+    X, MASK, SEED, OUT, first, last, x_stride, L, threshold, BN: tl.constexpr, BL: tl.constexpr, ALIGN: tl.constexpr
 ):  # fmt: skip
     """Copies rows [first, last), the first of which is at X, to OUT in its type: 0 where masked, after dropout (branch
-    2), times the derivative of the activation with value Z, if given. Only the dropout counts rows from 0."""
+    2), which alone counts rows from 0."""
     A: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
     L = multiple(L, ALIGN)
     x_stride = multiple(x_stride, ALIGN)
@@ -190,9 +189,6 @@ def copy_rows(
         # Dropped features are selected away, not multiplied by 0: they may be infinite.
         factors = dropout_factors(SEED, r, tl.program_id(1) * BL, threshold, 2, BL, A)
         x = tl.where(factors == 0, 0.0, x * factors)
-    if Z is not None:
-        z = tl.load(Z + (r - first)[:, None] * L + c[None, :], mask=real, other=0.0).to(A)
-        x = x * activation_gradient(z, z, ACTIVATION)
     tl.store(OUT + (r - first)[:, None] * L + c[None, :], x.to(OUT.dtype.element_ty), mask=inside)
 
 
@@ -308,19 +304,17 @@ def expand(
     )  # fmt: skip
 
 
-def copied(
-    call: Call, x: Tensor, rows: slice, dtype, *, dropout=None, z=None, activation="identity", out=None
-) -> Tensor:
+def copied(call: Call, x: Tensor, rows: slice, dtype, *, dropout=None, out=None) -> Tensor:
     """Copies the slice's rows, which ``x`` [n, L] holds, into a workspace in ``dtype``: 0 where masked, after ``dropout
-    = (seed, threshold)``, times the activation's derivative where its values ``z`` [n, L] are given."""
+    = (seed, threshold)``."""
     count, L = rows.stop - rows.start, x.shape[1]
     out = call.empty(count, L, dtype=dtype) if out is None else out
     seed, threshold = dropout or (None, 0)
     block = min(max(power_of_two(L), 16), 256)
     launch(
         copy_rows, (ceil_div(count, 16), ceil_div(L, block)),
-        x, call.mask, seed, z, out, rows.start, rows.stop, x.stride(0), L, threshold,
-        ACTIVATION=activation, BN=16, BL=block, ALIGN=alignment(L, x.stride(0)), num_warps=4,
+        x, call.mask, seed, out, rows.start, rows.stop, x.stride(0), L, threshold,
+        BN=16, BL=block, ALIGN=alignment(L, x.stride(0)), num_warps=4,
     )  # fmt: skip
     return out
 
