@@ -19,6 +19,7 @@ from milkernels.results import (
     Pooled,
     TopInstances,
 )
+from milkernels.saving import saved_bytes
 from milkernels.visualize import BagAttention, attention_arrays, heatmap
 
 try:
@@ -45,5 +46,6 @@ __all__ = [
     "heatmap",
     "merge_pooled",
     "restore",
+    "saved_bytes",
     "use_backend",
 ]

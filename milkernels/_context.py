@@ -1,7 +1,8 @@
-"""The backend that blocks of ``use_backend`` name, in this thread and this asyncio task: ``_context.current()``.
+"""What blocks say in this thread and this asyncio task: which backend (``use_backend``), how much may be saved
+(``saved_bytes``).
 
 torch.compile cannot trace a ContextVar.  But it reads an attribute of a module as Python does, and guards the value
-that it found; so traced code reads the variable as one: ``_context.backend``.
+that it found; so traced code reads the variables as such: ``_context.backend``, ``_context.saved_bytes``.
 """
 
 from contextvars import ContextVar
@@ -9,6 +10,7 @@ from contextvars import ContextVar
 from milkernels import _torch
 
 _blocks: ContextVar[tuple[list[str], ...]] = ContextVar("milkernels.use_backend", default=())
+_saved_bytes: ContextVar[int | None] = ContextVar("milkernels.saved_bytes", default=None)
 
 
 def current() -> str | None:
@@ -18,10 +20,19 @@ def current() -> str | None:
     return blocks[-1][0] if blocks else None
 
 
-def __getattr__(name: str) -> str | None:
-    if name != "backend":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return current()
+def current_saved_bytes() -> int | None:
+    limit = _saved_bytes.get()
+    if limit is None and (context := _torch.context_of_backward()) is not None:  # as above
+        limit = context.get(_saved_bytes)
+    return limit
+
+
+def __getattr__(name: str) -> str | int | None:
+    if name == "backend":
+        return current()
+    if name == "saved_bytes":
+        return current_saved_bytes()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def enter(name: str) -> list[str]:
@@ -33,3 +44,14 @@ def enter(name: str) -> list[str]:
 def leave(block: list[str]) -> None:
     """That block, wherever it is: blocks of generators need not be left in the order in which they were entered."""
     _blocks.set(tuple(other for other in _blocks.get() if other is not block))
+
+
+def set_saved_bytes(limit: int) -> int | None:
+    """Returns what it was before."""
+    before = _saved_bytes.get()
+    _saved_bytes.set(limit)
+    return before
+
+
+def reset_saved_bytes(before: int | None) -> None:
+    _saved_bytes.set(before)

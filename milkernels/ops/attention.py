@@ -278,6 +278,11 @@ def attention_pool_reference(x, v_weight, v_bias, u_weight, u_bias, w_weight, w_
 
 # The contract
 
+
+def _hidden(v_weight, u_weight, **_):
+    return (v_weight.shape[0] * (1 if u_weight is None else 2),)
+
+
 _WEIGHTS = "weights[v_weight v_bias u_weight u_bias w_weight w_bias]"
 _ATTENTION = f"Tensor x, {_WEIGHTS}, {BAGS}, Tensor? seed, str activation, float dropout_p, ScalarType? compute_dtype"
 _ATTENTION_BACKWARD = Backward(
@@ -287,6 +292,7 @@ _ATTENTION_BACKWARD = Backward(
     options=("str activation", "float dropout_p", "ScalarType? compute_dtype"),
     outputs="bag scores lse",
     embeds=True,
+    keeps=True,
 )
 declare(
     Forward(
@@ -297,6 +303,7 @@ declare(
             x, offsets, w_weight.shape[0], pooled_width(x, e_weight)
         ),
         _ATTENTION_BACKWARD,
+        hidden=_hidden,
     ),
     Forward(
         "attention_scores",
@@ -304,6 +311,7 @@ declare(
         "scores",
         lambda x, w_weight, **_: ((x.shape[0], w_weight.shape[0]),),
         _ATTENTION_BACKWARD,
+        hidden=_hidden,
     ),
     triton="attention",
 )

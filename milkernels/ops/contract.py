@@ -24,13 +24,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from milkernels import _torch, backends
+from milkernels import _torch, backends, saving
 from milkernels import triton as adapter
 from milkernels.dtypes import accumulation_dtype
 
 _LIBRARY = torch.library.Library("milkernels", "DEF")
 FORWARDS: list["Forward"] = []  # every op that was declared
 EMBEDDED: set[str] = set()  # ops that take an embedding
+KEEPING: set[str] = set()  # ops that keep what their backward would compute again, up to so many bytes
 PARTS: list[str] = []  # raw ops that others are composed of
 COMPOSED: dict[str, tuple[Callable, "Arguments"]] = {}  # composed raw ops: functions that take a backend's parts first
 
@@ -121,12 +122,15 @@ class Backward:
     outputs: str  # that have a gradient
     options: tuple[str, ...] = ()
     embeds: bool = False  # whether the ops take an embedding, which has gradients too
+    keeps: bool = False  # whether it takes what the forward kept of embedded rows and hidden units
 
     def __post_init__(self):
         if self.embeds:
             object.__setattr__(self, "inputs", f"{self.inputs} e_weight e_bias")
             object.__setattr__(self, "saves", f"{self.saves} {_EMBED}")
             object.__setattr__(self, "options", (*self.options, *_EMBED_OPTIONS))
+        if self.keeps:
+            object.__setattr__(self, "saves", f"{self.saves} kept")
 
     @property
     def full_name(self) -> str:
@@ -156,7 +160,11 @@ class Backward:
 
 @dataclass(frozen=True)
 class Forward:
-    """``<name>_fwd(inputs) -> outputs``; ``shapes`` gives those of the outputs, from the inputs by name."""
+    """``<name>_fwd(inputs) -> outputs``; ``shapes`` gives those of the outputs, from the inputs by name.
+
+    Where the backward takes it, a last output is ``kept``, bytes that are laid out as the backend likes: at most
+    ``saved_bytes`` of the embedded rows and of the products of layers with ``hidden`` units, again from the inputs.
+    """
 
     name: str
     inputs: str
@@ -165,10 +173,14 @@ class Forward:
     backward: Backward
     indices: str = ""  # outputs of int64
     typed: str = ""  # outputs in the type of the first input; the others accumulate in float32, float64 for float64
+    hidden: Callable[..., tuple[int, ...]] = lambda **_: ()
 
     def __post_init__(self):
         if self.backward.embeds:
             object.__setattr__(self, "inputs", ", ".join((self.inputs, _EMBED, *_EMBED_OPTIONS)))
+        if self.backward.keeps:
+            object.__setattr__(self, "inputs", f"{self.inputs}, int saved_bytes")
+            object.__setattr__(self, "outputs", f"{self.outputs} kept")
 
     @property
     def full_name(self) -> str:
@@ -192,6 +204,12 @@ def pooled_width(x, e_weight=None):
     return x.shape[1] if e_weight is None else e_weight.shape[0]
 
 
+def kept_bytes(op: Forward, x, e_weight=None, compute_dtype=None, embed_dtype=None, saved_bytes=0, **others):
+    """How many bytes it keeps of a call."""
+    product = compute_dtype or embed_dtype or x.dtype
+    return saving.kept_bytes(x, saved_bytes, product, 0 if e_weight is None else e_weight.shape[0], op.hidden(**others))
+
+
 def pooled_shapes(x, offsets, heads, width):
     bags, rows = num_bags(offsets), x.shape[0]
     return (bags, heads, width), (rows, heads), (bags, heads)
@@ -209,7 +227,10 @@ def _forward_fake(op: Forward):
         inputs = op.arguments.flat(arguments)
         first = inputs[0]
         dtypes = {name: torch.int64 for name in op.indices.split()} | {name: first.dtype for name in op.typed.split()}
-        shapes = op.shapes(**dict(zip(names, inputs, strict=True)))
+        by_name = dict(zip(names, inputs, strict=True))
+        shapes = op.shapes(**by_name)
+        if op.backward.keeps:
+            dtypes["kept"], shapes = torch.uint8, (*shapes, (kept_bytes(op, **by_name),))
         results = tuple(
             first.new_empty(shape, dtype=dtypes.get(name, accumulation_dtype(first)))
             for name, shape in zip(outputs, shapes, strict=True)
@@ -340,6 +361,7 @@ def declare(*ops: Forward, triton: str | None = None, composed: ModuleType | Non
     ``composed`` are functions of this module, which take the raw ops of a backend first."""
     FORWARDS.extend(ops)
     EMBEDDED.update(op.name for op in ops if op.backward.embeds)
+    KEEPING.update(op.name for op in ops if op.backward.keeps)
     backwards = dict.fromkeys(op.backward for op in ops)
     for op in (*ops, *backwards):
         for backend in backends.KERNELS:
@@ -457,10 +479,17 @@ def call(op: str, backend: str, *inputs, embed: tuple = NO_EMBEDDING):
     overload, entry, function, declared = _CALLS[op, backend]
     if op in EMBEDDED:
         inputs = (*inputs, *embed)
+    differentiated = torch.is_grad_enabled() and _requires_grad(inputs, declared.tensors)
+    if keeps := op in KEEPING:
+        inputs = (*inputs, saving.limit_of(inputs[0]) if differentiated and not torch.compiler.is_exporting() else 0)
     if not _torch.eager():
-        return overload(*declared.grouped(inputs))
+        results = overload(*declared.grouped(inputs))
     # What the kernel of autograd does, without the way there: the dispatcher makes every argument twice.
-    if torch.is_grad_enabled() and _requires_grad(inputs, declared.tensors):
-        return function.apply(*inputs)
-    with _torch.below_autograd():
-        return entry(*declared.grouped(inputs))
+    elif differentiated:
+        results = function.apply(*inputs)
+    else:
+        with _torch.below_autograd():
+            results = entry(*declared.grouped(inputs))
+    if not keeps:
+        return results
+    return results[:-1] if len(results) > 2 else results[0]

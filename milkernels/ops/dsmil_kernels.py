@@ -9,6 +9,7 @@ what a few rows need, n = B C critical instances, those of the first bag first.
 import torch
 from torch import Tensor
 
+from milkernels import saving
 from milkernels.dtypes import accumulation_dtype
 from milkernels.ops.segments import INF
 
@@ -16,6 +17,17 @@ _EMBED = ("e_weight", "e_bias")
 _FIRST = ("weight", "bias")
 _ABSENT = [None] * 4
 _SECOND = ("q_weight", "q_bias", "q2_weight", "q2_bias", "v_weight", "v_bias")
+
+
+def hidden_units(q_weight, q2_weight, v_weight, v_activation, **_) -> tuple[int, ...]:
+    """Of the layers that rows go through: those of an MLP query, and a value that is not linear."""
+    query = () if q2_weight is None else (q_weight.shape[0], q2_weight.shape[0])
+    value = () if _is_folded(v_weight, v_activation) or v_weight is None else (v_weight.shape[0],)
+    return query + value
+
+
+def _is_folded(v_weight, v_activation) -> bool:
+    return v_weight is not None and v_activation in (None, "identity")
 
 
 class _SecondStream:
@@ -26,20 +38,28 @@ class _SecondStream:
         self.weights = [w if w is None or w.dtype is self.acc else w.to(self.acc) for w in weights]
         q_weight, _, q2_weight, _, v_weight, _ = self.weights
         self.mlp = q2_weight is not None
-        self.folded = v_weight is not None and v_activation in (None, "identity")
+        self.folded = _is_folded(v_weight, v_activation)
         self.scale = (q2_weight if self.mlp else q_weight).shape[0] ** -0.5 if scale is None else scale
         # The layers that rows go through: those of an MLP query, and a value that is not linear.
         layers = (self.weights[:4] if self.mlp else _ABSENT[:4]) + (_ABSENT[:2] if self.folded else self.weights[4:])
         self.of_rows = (layers, offsets, mask, seed, v_activation, v_dropout_p, compute_dtype, *embed)
+        self.hidden = hidden_units(q_weight, q2_weight, v_weight, v_activation)
 
-    def forward(self, queries: "_Queries") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(bag, scores, lse, pooled)``: pooled is what a linear value is taken of; empty where there is none."""
-        bag, scores, lse = self.ops.dsmil_rows_fwd(self.x, *queries.of_rows, *self.of_rows)
+    def keep(self, limit: int) -> Tensor:
+        """Memory for what is kept of embedded rows and hidden units."""
+        embed, product = self.embed[0], self.of_rows[-5] or self.x.dtype
+        embedded = embed[0].shape[0] if embed else 0
+        return self.ops.keep(self.x, saving.kept_bytes(self.x, limit, product, embedded, self.hidden))
+
+    def forward(self, queries: "_Queries", kept: Tensor, has_rows: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(bag, scores, lse, pooled)``: pooled is what a linear value is taken of; empty where there is none.
+        ``has_rows``: the embedded rows are in ``kept`` already."""
+        bag, scores, lse = self.ops.dsmil_rows_fwd(self.x, *queries.of_rows, *self.of_rows, kept, has_rows)
         if not self.folded:
             return bag, scores, lse, bag.new_empty(0)
         return self.ops.linear_of_bags(bag, lse, *self.weights[4:]), scores, lse, bag
 
-    def backward(self, queries: "_Queries", saved, grads, found: dict[str, Tensor], needs) -> Tensor | None:
+    def backward(self, queries: "_Queries", kept, saved, grads, found: dict[str, Tensor], needs) -> Tensor | None:
         """Adds to ``found`` the gradients by name; returns that of the critical rows [n, L], which waits to be added to
         those of the rows: what several give to one row is summed before it is rounded."""
         bag, scores, lse, pooled = saved
@@ -55,7 +75,7 @@ class _SecondStream:
                 grad_bag = grad_bag.view_as(pooled)
             bag = pooled
         gradients = self.ops.dsmil_rows_bwd(
-            self.x, *queries.of_rows, *self.of_rows, bag, scores, lse, grad_bag, grad_scores, grad_lse, needs
+            self.x, *queries.of_rows, *self.of_rows, kept, bag, scores, lse, grad_bag, grad_scores, grad_lse, needs
         )
         names = ("x", "vectors", *_SECOND, *_EMBED)
         layers = (True, True, *self.of_rows[0], True, True)
@@ -160,12 +180,14 @@ class _Gradients:
 
 
 def dsmil_pool_fwd(ops, x, critical_rows, critical, weights, *others):
-    call = _SecondStream(ops, x, weights, *others)
-    return call.forward(_Queries(call, critical, _rows_of(call, critical, critical_rows)))
+    *options, saved_bytes = others
+    call = _SecondStream(ops, x, weights, *options)
+    kept = call.keep(saved_bytes)
+    return *call.forward(_Queries(call, critical, _rows_of(call, critical, critical_rows)), kept, False), kept
 
 
 def dsmil_pool_bwd(
-    ops, x, critical_rows, critical, weights, offsets, mask, seed, bag, scores, lse, pooled, embed,
+    ops, x, critical_rows, critical, weights, offsets, mask, seed, bag, scores, lse, pooled, embed, kept,
     v_activation, v_dropout_p, scale, compute_dtype, embed_activation, embed_dropout_p, embed_dtype,
     grad_bag, grad_scores, grad_lse, needs,
 ):  # fmt: skip
@@ -177,7 +199,7 @@ def dsmil_pool_bwd(
     to = _Gradients(call, names, (x, critical_rows, *weights, *_embedding(embed)), needs)
     queries = _Queries(call, critical, _rows_of(call, critical, critical_rows))
     saved, grads = (bag, scores, lse, pooled), (grad_bag, grad_scores, grad_lse)
-    of_rows = call.backward(queries, saved, grads, to.found, to.of_instances)
+    of_rows = call.backward(queries, kept, saved, grads, to.found, to.of_instances)
     if critical_rows is None:
         to.add_rows(critical, of_rows)
     elif of_rows is not None:
@@ -186,14 +208,16 @@ def dsmil_pool_bwd(
 
 
 def dsmil_fwd(ops, x, weights, offsets, mask, *others):
-    values, critical, logits = ops.instance_max_fwd(x, weights[:2], offsets, mask, *others[-4:])
-    call = _SecondStream(ops, x, weights[2:], offsets, mask, *others)
-    bag, scores, lse, pooled = call.forward(_Queries(call, critical, _rows_of(call, critical)))
-    return bag, scores, lse, critical, values, logits, pooled
+    *options, saved_bytes = others
+    call = _SecondStream(ops, x, weights[2:], offsets, mask, *options)
+    kept = call.keep(saved_bytes)
+    values, critical, logits = ops.dsmil_logits_fwd(x, weights[:2], offsets, mask, *call.embed, kept)
+    bag, scores, lse, pooled = call.forward(_Queries(call, critical, _rows_of(call, critical)), kept, True)
+    return bag, scores, lse, critical, values, logits, pooled, kept
 
 
 def dsmil_bwd(
-    ops, x, weights, offsets, mask, seed, bag, scores, lse, critical, logits, pooled, embed,
+    ops, x, weights, offsets, mask, seed, bag, scores, lse, critical, logits, pooled, embed, kept,
     v_activation, v_dropout_p, scale, compute_dtype, embed_activation, embed_dropout_p, embed_dtype,
     grad_bag, grad_scores, grad_lse, grad_values, grad_logits, needs,
 ):  # fmt: skip
@@ -204,10 +228,10 @@ def dsmil_bwd(
     to = _Gradients(call, ("x", *_FIRST, *_SECOND, *_EMBED), (x, *weights, *_embedding(embed)), needs)
     queries = _Queries(call, critical, _rows_of(call, critical))
     saved, grads = (bag, scores, lse, pooled), (grad_bag, grad_scores, grad_lse)
-    of_rows = call.backward(queries, saved, grads, to.found, to.of_instances)
+    of_rows = call.backward(queries, kept, saved, grads, to.found, to.of_instances)
     if grad_logits is not None:
         of_weight, of_bias = ops.logits_bwd_(
-            *to.written(), x, weights[:2], offsets, mask, logits, *embed_options, grad_logits
+            *to.written(), x, weights[:2], offsets, mask, logits, *embed_options, kept, grad_logits
         )
         _add(to.found, weight=of_weight, bias=of_bias)
     if grad_values is not None:

@@ -380,7 +380,9 @@ declare(
             options=_DSMIL_OPTIONS,
             outputs="bag scores lse",
             embeds=True,
+            keeps=True,
         ),
+        hidden=dsmil_kernels.hidden_units,
     ),
     Forward(
         "dsmil",
@@ -396,8 +398,10 @@ declare(
             options=_DSMIL_OPTIONS,
             outputs="bag scores lse values logits",
             embeds=True,
+            keeps=True,
         ),
         indices="critical",
+        hidden=dsmil_kernels.hidden_units,
     ),
     composed=dsmil_kernels,
 )
@@ -408,9 +412,15 @@ _ROWS = (
     f"str? v_activation, float v_dropout_p, ScalarType? compute_dtype, {_EMBED}"
 )
 _PARTS = {
-    # The passes of the second stream over the rows; `needs` are those of x, e_weight and e_bias.
-    "dsmil_rows_fwd": f"({_ROWS}) -> (Tensor bag, Tensor scores, Tensor lse)",
-    "dsmil_rows_bwd": f"({_ROWS}, Tensor bag, Tensor scores, Tensor lse, Tensor? grad_bag, Tensor? grad_scores, "
+    # Memory for what is kept.
+    "keep": "(Tensor x, int bytes) -> Tensor",
+    # `instance_max`, which keeps the embedded rows.
+    "dsmil_logits_fwd": f"(Tensor x, Tensor?[] weights, {BAGS}, {_EMBED}, Tensor(a!) kept) -> (Tensor values, "
+    "Tensor indices, Tensor logits)",
+    # The passes of the second stream over the rows; `needs` are those of x, e_weight and e_bias. `has_rows`: the
+    # embedded rows are kept already.
+    "dsmil_rows_fwd": f"({_ROWS}, Tensor(a!) kept, bool has_rows) -> (Tensor bag, Tensor scores, Tensor lse)",
+    "dsmil_rows_bwd": f"({_ROWS}, Tensor kept, Tensor bag, Tensor scores, Tensor lse, Tensor? grad_bag, Tensor? grad_scores, "
     f"Tensor? grad_lse, bool[3] needs) -> ({', '.join(['Tensor'] * 10)})",
     # A few rows [n, L] as the op sees them, and their gradients on their way to what they are made of.
     "rows_at": f"(Tensor x, Tensor indices, {_EMBED}) -> Tensor",
@@ -418,7 +428,7 @@ _PARTS = {
     f"Tensor grad_rows, {_EMBED}) -> ()",
     # The gradient of all logits W x + b on its way: adds those of the rows, returns those of W and b.
     "logits_bwd_": "(Tensor(a!) grad_x, Tensor(b!) grad_e_weight, Tensor(c!) grad_e_bias, Tensor x, Tensor?[] weights, "
-    f"{BAGS}, Tensor logits, {_EMBED}, Tensor grad_logits) -> (Tensor weight, Tensor bias)",
+    f"{BAGS}, Tensor logits, {_EMBED}, Tensor kept, Tensor grad_logits) -> (Tensor weight, Tensor bias)",
     # Layers on a few rows, whose bits no number of threads changes: scale act(x W^T + b), V pooled + b (0 for an empty
     # bag), and (x W, x b).
     "few_linear": "(Tensor x, Tensor weight, Tensor? bias, str? activation, float scale) -> Tensor",

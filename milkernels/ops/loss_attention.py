@@ -107,6 +107,7 @@ declare(
             saves="x weights[weight bias] offsets? mask? bag scores lse logits",
             outputs="bag scores lse logits",
             embeds=True,
+            keeps=True,
         ),
     ),
     triton="pooling",

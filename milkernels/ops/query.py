@@ -160,6 +160,7 @@ _QUERY_BACKWARD = Backward(
     options=("float scale",),
     outputs="bag scores lse",
     embeds=True,
+    keeps=True,
 )
 declare(
     Forward(
