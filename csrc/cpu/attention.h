@@ -22,6 +22,9 @@ class AttentionCall : public Call {
                   take(w_weight, "w_weight", {heads, hidden}),           take(weights.w_bias(), "w_bias", {heads})};
   }
 
+  // Numbers that are kept of a row: V and U in whole blocks.
+  int64_t kept_width() const { return round_up(hidden * (parameters[2].defined() ? 2 : 1), kBlock); }
+
   Activation activation;
   Dropout dropout;
   int planes;

@@ -4,10 +4,12 @@
 //
 // Hidden units are taken in groups small enough that the products of V and of U for one group fill one packed block:
 // 32 units gated ([V | U]), 64 plain. A tile of rows is multiplied with one block, gated in place and reduced to scores
-// before the next block, so nothing of size N x D exists.
+// before the next block; but for the products of the first rows, which are kept if the call says so, nothing of size
+// N x D exists.
 #pragma once
 
 #include "dropout.h"
+#include "kept.h"
 #include "pool_backward.h"
 
 namespace milkernels {
@@ -23,10 +25,10 @@ struct AttentionParameters {
   bool gated() const { return u_weight != nullptr; }
 };
 
-// One slice's sums of parameter gradients, columns in the program's unit order. `projection` is [columns, width].
+// One item's sums of the gradients of a few parameters, columns in the program's unit order.
 template <typename A>
 struct AttentionGradients {
-  A *projection, *bias, *w_weight, *w_bias, *end;
+  A *bias, *w_weight, *w_bias;
 };
 
 template <typename T, typename E>
@@ -35,11 +37,16 @@ class AttentionScore final : public Score<T> {
   using A = acc_t<T>;
   using V = Vectorized<A>;
 
-  AttentionScore(const AttentionParameters<A>& p, Activation activation, Dropout dropout, int planes)
+  // `rows`: of the call, which are kept in `kept` as far as that goes.
+  AttentionScore(const AttentionParameters<A>& p, Activation activation, Dropout dropout, int planes,
+                 const KeptRows& kept, int64_t rows)
       : p_(p), dropout_(dropout), planes_(planes), group_(p.gated() ? kBlock / 2 : kBlock),
         groups_(ceil_div(p.hidden, group_)), bias_(columns(), A(0)), w_(p.heads * units(), A(0)),
-        gate_(select_gate(activation, p.gated())),
-        packed_(Packed<E>::from_columns(p.width, columns(), planes, [&](int64_t c) { return projection_row(c); })) {
+        gate_(select_gate(activation, p.gated())), kept_(kept) {
+    if (rows > 0 && !kept.reads(rows - 1)) {
+      packed_.emplace(
+          Packed<E>::from_columns(p.width, columns(), planes, [&](int64_t c) { return projection_row(c); }));
+    }
     for (int64_t c = 0; c < columns(); ++c) {
       const A* const bias = is_u(c) ? p.u_bias : p.v_bias;
       if (bias != nullptr && unit(c) < p.hidden) bias_[c] = bias[unit(c)];
@@ -50,7 +57,12 @@ class AttentionScore final : public Score<T> {
   }
 
   int64_t heads() const override { return p_.heads; }
-  int64_t backward_rows() const override { return kChunk; }
+  bool whole_chunks() const override { return false; }
+  int64_t pass_rows() const override { return pass_rows_; }
+  void add_pass(int64_t rows) const override {
+    if (projection_) projection_->add_pass(rows);
+    sums_->add_pass();
+  }
   int64_t units() const { return groups_ * group_; }  // hidden units, padded
   int64_t columns() const { return groups_ * kBlock; }  // of the projection: V and U of group 0, of group 1, ..
   int64_t unit(int64_t column) const { return column / kBlock * group_ + column % group_; }
@@ -66,56 +78,57 @@ class AttentionScore final : public Score<T> {
   // Before the backward: where the sums go (without those of the projection if nobody wants them), and the projection
   // as the right operand of [rows, columns] products, for grad_x.
   void prepare_backward(int64_t rows, bool projection, bool input_gradient) {
-    projection_size_ = projection ? columns() * p_.width : 0;
-    slices_.emplace(rows, projection_size_ + columns() + p_.heads * units() + p_.heads);
+    pass_rows_ = milkernels::pass_rows(rows);
+    if (projection) projection_.emplace(pass_rows_, columns(), p_.width, planes_);
+    sums_.emplace(pass_rows_, columns() + p_.heads * (units() + 1));
     if (!input_gradient) return;
     packed_rows_.emplace(
         Packed<E>::from_rows(columns(), p_.width, planes_, [&](int64_t c) { return projection_row(c); }));
   }
-  int64_t slices() const { return slices_->count(); }
 
   // The gradients of V, U (any may be null), in the caller's order, after the backward.
   void parameter_gradients(A* v, A* u, A* v_bias, A* u_bias, A* w, A* w_bias) {
-    const auto sums = gradients(slices_->reduce());
+    const A* const projection = projection_ ? projection_->sum() : nullptr;
     for (int64_t c = 0; c < columns(); ++c) {
       if (unit(c) >= p_.hidden) continue;
       A *const weight = is_u(c) ? u : v, *const bias = is_u(c) ? u_bias : v_bias;
-      if (weight) std::copy_n(sums.projection + c * p_.width, p_.width, weight + unit(c) * p_.width);
-      if (bias) bias[unit(c)] = sums.bias[c];
+      if (weight) std::copy_n(projection + c * p_.width, p_.width, weight + unit(c) * p_.width);
+      if (bias) sums_->copy_to(bias + unit(c), c, 1);
     }
     for (int64_t k = 0; w != nullptr && k < p_.heads; ++k) {
-      std::copy_n(sums.w_weight + k * units(), p_.hidden, w + k * p_.hidden);
+      sums_->copy_to(w + k * p_.hidden, columns() + k * units(), p_.hidden);
     }
-    if (w_bias != nullptr) std::copy_n(sums.w_bias, p_.heads, w_bias);
+    sums_->copy_to(w_bias, columns() + p_.heads * units(), p_.heads);
   }
 
  private:
   struct Worker final : Score<T>::Worker {
     const AttentionScore& program;
     MatrixUnits matrix_units;
-    Buffer<E> copied, right, grad, grad_t;
+    Buffer<E> copied, grad;
     Buffer<A> block, keep;
 
     Worker(const AttentionScore& p, int64_t rows, bool backward)
-        : program(p), copied(p.planes_ * rows * p.packed_.depth()), right(backward ? p.planes_ * rows * kBlock : 0),
-          grad(backward ? p.planes_ * rows * p.columns() : 0), grad_t(backward ? p.planes_ * rows * p.columns() : 0),
+        : program(p), copied(p.planes_ * rows * p.depth()), grad(backward ? p.planes_ * rows * p.columns() : 0),
           block(kBlock * kBlock), keep(kBlock * kBlock) {}
     void scores(const Tile<T>& tile, A* scores) override { program.forward(tile, scores, *this); }
-    void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x, int64_t slice) override {
-      program.backward(unit, grad_scores, grad_x, slice, *this);
+    void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x,
+                  const Place& place) override {
+      program.backward(unit, grad_scores, grad_x, place, *this);
     }
   };
 
   void forward(const Tile<T>& tile, A* scores, Worker& s) const {
     const int64_t rows = round_up(tile.rows, kRowMultiple), heads = p_.heads;
     const auto x =
-        copy_rows(tile.x, tile.ld, tile.mask, tile.rows, rows, p_.width, packed_.depth(), planes_, s.copied.get());
+        copy_rows(tile.x, tile.ld, tile.mask, tile.rows, rows, p_.width, depth(), planes_, s.copied.get());
     for (int64_t r = 0; r < tile.rows; ++r) {
       for (int64_t k = 0; k < heads; ++k) scores[r * heads + k] = p_.w_bias ? p_.w_bias[k] : A(0);
     }
     A* const block = s.block.get();
     for (int64_t g = 0; g < groups_; ++g) {
-      product<E>(rows, kBlock, packed_.depth(), x, packed_.block(g), planes_, block, kBlock, false);
+      product<E>(rows, kBlock, depth(), x, packed_->block(g), planes_, block, kBlock, false);
+      if (kept_.writes(tile.first)) kept_.write(kept_place(tile.first, g), block, rows * kBlock);
       if (dropout_) fill_keep(tile.first, rows, g, s.keep.get());
       (this->*gate_.forward)(block, rows, g, s.keep.get());
       for (int64_t r = 0; r < tile.rows; ++r) {
@@ -131,15 +144,14 @@ class AttentionScore final : public Score<T> {
     }
   }
 
-  // Hidden units are computed again, tile by tile.
-  void backward(const Tile<T>& chunk, const A* grad_scores, const InputGradient<T>& grad_x, int64_t slice,
+  // Hidden units that are not kept are computed again, tile by tile.
+  void backward(const Tile<T>& chunk, const A* grad_scores, const InputGradient<T>& grad_x, const Place& place,
                 Worker& s) const {
-    const int64_t rows = round_up(chunk.rows, kRowMultiple), depth = packed_.depth(), heads = p_.heads;
+    const int64_t rows = round_up(chunk.rows, kRowMultiple), heads = p_.heads;
     const int64_t plane_stride = rows * columns();
-    const auto x = copy_rows(chunk.x, chunk.ld, chunk.mask, chunk.rows, rows, p_.width, depth, planes_, s.copied.get());
-    const bool first = slices_->start(slice);
-    const auto out = gradients(slices_->at(slice));
-    if (first) std::fill(out.bias, out.end, A(0));
+    const auto x =
+        copy_rows(chunk.x, chunk.ld, chunk.mask, chunk.rows, rows, p_.width, depth(), planes_, s.copied.get());
+    const auto out = gradients(sums_->at(place.item));
     for (int64_t k = 0; k < heads; ++k) {
       double sum = 0;
       for (int64_t r = 0; r < chunk.rows; ++r) sum += grad_scores[r * heads + k];
@@ -149,8 +161,13 @@ class AttentionScore final : public Score<T> {
     for (int64_t t = 0; t < rows; t += kBlock) {
       const int64_t count = std::min(kBlock, rows - t);
       E* const grad = s.grad.get() + t * columns();
+      const bool kept = kept_.reads(chunk.first + t);
+      // A tile without a real row was passed over, and nothing of it is kept.
+      const bool real = !kept || chunk.part(t, std::min(kBlock, chunk.rows - t)).any_real();
       for (int64_t g = 0; g < groups_; ++g) {
-        product<E>(count, kBlock, depth, x.rows_from(t), packed_.block(g), planes_, block, kBlock, false);
+        if (!kept) product<E>(count, kBlock, depth(), x.rows_from(t), packed_->block(g), planes_, block, kBlock, false);
+        else if (real) kept_.read(kept_place(chunk.first + t, g), block, count * kBlock);
+        else std::fill_n(block, count * kBlock, A(0));
         if (dropout_) fill_keep(chunk.first + t, count, g, s.keep.get());
         (this->*gate_.backward)(block, count, g, s.keep.get(), grad_scores + t * heads, grad + g * kBlock, plane_stride,
                                 out);
@@ -163,15 +180,13 @@ class AttentionScore final : public Score<T> {
         for (int64_t r = 0; r < real; ++r) grad_x.store(t + r, l, wide, block + r * kBlock);
       }
     }
-    if (projection_size_ == 0) return;
-    add_outer_products<E>({s.grad.get(), columns(), plane_stride}, columns(), x, p_.width, rows, planes_, !first,
-                          s.grad_t.get(), s.right.get(), out.projection);
+    if (projection_) projection_->put(place.row, rows, {s.grad.get(), columns(), plane_stride}, x);
   }
 
-  AttentionGradients<A> gradients(A* p) const {
-    A *const bias = p + projection_size_, *const w = bias + columns(), *const w_bias = w + p_.heads * units();
-    return {p, bias, w, w_bias, w_bias + p_.heads};
-  }
+  int64_t depth() const { return Packed<E>::depth_of(p_.width); }
+  // Of a tile, what is kept of one group lies together.
+  int64_t kept_place(int64_t row, int64_t g) const { return row * columns() + g * kBlock * kBlock; }
+  AttentionGradients<A> gradients(A* p) const { return {p, p + columns(), p + columns() + p_.heads * units()}; }
 
   using Forward = void (AttentionScore::*)(A*, int64_t, int64_t, const A*) const;
   using Backward = void (AttentionScore::*)(A*, int64_t, int64_t, const A*, const A*, E*, int64_t,
@@ -279,10 +294,11 @@ class AttentionScore final : public Score<T> {
   int64_t group_, groups_;
   std::vector<A> bias_, w_;  // [columns], [heads, units]
   Gate gate_;
-  Packed<E> packed_;
-  std::optional<Packed<E>> packed_rows_;
-  int64_t projection_size_ = 0;
-  mutable std::optional<Slices<A>> slices_;  // each slice is written by one thread at a time
+  KeptRows kept_;
+  std::optional<Packed<E>> packed_, packed_rows_;  // where they are needed
+  int64_t pass_rows_ = kAllRows;
+  mutable std::optional<OuterProducts<E>> projection_;  // in a backward, if its gradient is needed: [columns, width]
+  mutable std::optional<ItemSums<A>> sums_;
 };
 
 }  // namespace milkernels

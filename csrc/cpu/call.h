@@ -10,6 +10,7 @@
 #include "../call.h"
 #include "../philox.h"
 #include "cpu.h"
+#include "kept.h"
 #include "layer.h"
 #include "query_score.h"
 
@@ -66,8 +67,34 @@ class Call : public CallTensors {
   }
   int planes_of(std::optional<ScalarType> dtype) const { return bf16_planes(x.scalar_type(), dtype); }
 
+  // Before a forward: memory for at most `limit` bytes (-1: any) of embedded rows and of `hidden_width` products a row,
+  // which `compute` says the type of.
+  Tensor keep(int64_t limit, int64_t hidden_width, std::optional<ScalarType> compute) {
+    const int64_t size = Kept::bytes(limit, rows, embedded_width(), hidden_width, number_size(compute));
+    Tensor bytes = kept_bytes(size);
+    use_kept(bytes, hidden_width, compute, false, false);
+    return bytes;
+  }
+  // What is kept in `bytes`, of which a forward has filled embedded rows and products, or will.
+  void use_kept(const Tensor& bytes, int64_t hidden_width, std::optional<ScalarType> compute, bool has_rows,
+                bool has_hidden) {
+    TORCH_CHECK_VALUE(bytes.scalar_type() == at::kByte && bytes.dim() == 1 && here(bytes) && bytes.is_contiguous(),
+                      "kept must be contiguous uint8 [any] on ", x.device(), "; got ", bytes.scalar_type(), " ",
+                      bytes.sizes(), " on ", bytes.device());
+    kept = Kept(bytes, rows, embedded_width(), hidden_width, number_size(compute));
+    kept.embedded.filled = has_rows, kept.hidden.filled = has_hidden;
+  }
+
   Embedding embedding;
   std::vector<int64_t> offsets;
+  Kept kept;
+
+ private:
+  int64_t embedded_width() const { return embedding ? round_up(width, kBlock) : 0; }
+  // Of a number that is kept: in the type of products, if that is bfloat16, else in that of sums.
+  int64_t number_size(std::optional<ScalarType> compute) const {
+    return acc == at::kDouble ? 8 : compute.value_or(x.scalar_type()) == at::kBFloat16 ? 2 : 4;
+  }
 };
 
 struct ClassCall : WithClasses<Call> {

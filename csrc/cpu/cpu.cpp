@@ -3,11 +3,14 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 
 #include <atomic>
 #include <chrono>
+#include <mutex>
 
-#include "rows.h"
+#include "kept.h"
 
 namespace milkernels {
 
@@ -19,7 +22,112 @@ std::atomic<bool> emulated{false};
 
 void emulate_matrix_units(bool on) { emulated = on; }
 
-void release_workspace() { Workspace::of_thread() = Workspace(); }
+namespace {
+
+// Memory in which calls keep something until their backward, reused from one to the next: fresh pages cost as much as
+// what they spare, about a microsecond for 1 KB. All threads share it, for another one may run the backward. What is
+// free is the system's to take, if it runs short of memory.
+class KeptMemory {
+ public:
+  struct Block {
+    void* data = nullptr;
+    size_t bytes = 0;
+  };
+
+  static KeptMemory& instance() {
+    static auto* const memory = new KeptMemory();  // never destroyed: tensors may outlive the module
+    return *memory;
+  }
+
+  // The smallest of the free blocks that is large enough, but not far too large; or a new one.
+  Block take(size_t bytes) {
+    // Not waited for: in the child of a fork, nobody may be there to unlock it.
+    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock.owns_lock()) {
+      auto best = free_.end();
+      for (auto it = free_.begin(); it != free_.end(); ++it) {
+        const bool fits = it->bytes >= bytes && it->bytes / 4 <= bytes;
+        if (fits && (best == free_.end() || it->bytes < best->bytes)) best = it;
+      }
+      if (best != free_.end()) {
+        const Block block = *best;
+        free_.erase(best);
+        return block;
+      }
+    }
+    return allocate(bytes);
+  }
+
+  // Blocks that have waited longest make room.
+  void give_back(Block block) {
+    std::vector<Block> gone;
+    if (const std::unique_lock lock(mutex_, std::try_to_lock); !lock.owns_lock() || block.bytes > kMost) {
+      gone.push_back(block);
+    } else {
+      advise_free(block);
+      size_t total = block.bytes;
+      for (const Block& b : free_) total += b.bytes;
+      while (total > kMost || free_.size() == kBlocks) {
+        total -= free_.front().bytes;
+        gone.push_back(free_.front());
+        free_.erase(free_.begin());
+      }
+      free_.push_back(block);
+    }
+    for (const Block& b : gone) release(b);
+  }
+
+  void release_all() {
+    std::vector<Block> gone;
+    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock.owns_lock()) gone.swap(free_);
+    for (const Block& b : gone) release(b);
+  }
+
+ private:
+  static constexpr size_t kMost = size_t{128} << 20, kBlocks = 16, kHuge = size_t{2} << 20;
+
+#if defined(__linux__)
+  static Block allocate(size_t bytes) {
+    const bool huge = bytes >= kHuge;  // then it begins at a multiple of a large page
+    const size_t page = huge ? kHuge : 4096, whole = (bytes + page - 1) / page * page, mapped = whole + huge * kHuge;
+    void* const begin = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    TORCH_CHECK_WITH(OutOfMemoryError, begin != MAP_FAILED, "milkernels: no memory for ", whole, " saved bytes");
+    if (!huge) return {begin, whole};
+    const auto from = reinterpret_cast<uintptr_t>(begin), data = (from + kHuge - 1) / kHuge * kHuge;
+    if (data > from) munmap(begin, data - from);
+    if (const size_t after = from + mapped - (data + whole)) munmap(reinterpret_cast<void*>(data + whole), after);
+    (void)madvise(reinterpret_cast<void*>(data), whole, MADV_HUGEPAGE);
+    return {reinterpret_cast<void*>(data), whole};
+  }
+  static void release(const Block& block) { munmap(block.data, block.bytes); }
+  static void advise_free(const Block& block) {
+#if defined(MADV_FREE)
+    if (block.bytes >= kHuge) (void)madvise(block.data, block.bytes, MADV_FREE);
+#endif
+  }
+#else
+  static Block allocate(size_t bytes) { return {c10::alloc_cpu(bytes), bytes}; }
+  static void release(const Block& block) { c10::free_cpu(block.data); }
+  static void advise_free(const Block&) {}
+#endif
+
+  std::mutex mutex_;
+  std::vector<Block> free_;  // the one that was given back last comes last
+};
+
+}  // namespace
+
+at::Tensor kept_bytes(int64_t bytes) {
+  const auto options = at::TensorOptions().dtype(at::kByte);
+  if (bytes == 0) return at::empty({0}, options);
+  const auto block = KeptMemory::instance().take(bytes);
+  return at::from_blob(
+      block.data, {bytes}, [block](void*) { KeptMemory::instance().give_back(block); }, options);
+}
+
+void release_workspace() {
+  Workspace::of_thread() = Workspace();
+  KeptMemory::instance().release_all();
+}
 
 double product_rate() {
   constexpr int64_t kRows = 64, kDepth = 512, kColumns = 64, kRepeats = 200;

@@ -21,6 +21,8 @@ DSMILCall::DSMILCall(const Tensor& x, const Tensor& vectors, const OptionalTenso
 
 namespace {
 
+Tensor keep(const Tensor&, int64_t bytes) { return kept_bytes(bytes); }
+
 std::tuple<Tensor, Tensor, Tensor> dsmil_rows_fwd(const Tensor& x, const Tensor& vectors, const OptionalTensor& shift,
                                                   const Tensor& critical, const OptionalTensors& weights,
                                                   const OptionalTensor& offsets, const OptionalTensor& mask,
@@ -28,9 +30,11 @@ std::tuple<Tensor, Tensor, Tensor> dsmil_rows_fwd(const Tensor& x, const Tensor&
                                                   std::optional<std::string_view> v_activation, double v_dropout_p,
                                                   std::optional<ScalarType> compute_dtype, const OptionalTensors& embed,
                                                   std::optional<std::string_view> embed_activation,
-                                                  double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
-  const DSMILCall call(x, vectors, shift, critical, DSMILWeights(weights), offsets, mask, seed, v_activation,
+                                                  double embed_dropout_p, std::optional<ScalarType> embed_dtype,
+                                                  const Tensor& kept, bool has_rows) {
+  DSMILCall call(x, vectors, shift, critical, DSMILWeights(weights), offsets, mask, seed, v_activation,
                        v_dropout_p, compute_dtype, {embed, embed_activation, embed_dropout_p, embed_dtype});
+  call.use_kept(kept, call.kept_width(), compute_dtype, has_rows, false);
   Tensor bag = call.empty({call.bags, call.classes, call.pooled_width()}),
          scores = call.empty({call.rows, call.classes}), lse = call.empty({call.bags, call.classes});
   with_rows(call, nullptr, [&](const auto& in) { dsmil_rows(call, in, bag, scores, lse); });
@@ -44,11 +48,13 @@ RowsBackward dsmil_rows_bwd(const Tensor& x, const Tensor& vectors, const Option
                             const OptionalTensor& seed, std::optional<std::string_view> v_activation,
                             double v_dropout_p, std::optional<ScalarType> compute_dtype, const OptionalTensors& embed,
                             std::optional<std::string_view> embed_activation, double embed_dropout_p,
-                            std::optional<ScalarType> embed_dtype, const Tensor& bag, const Tensor& scores,
+                            std::optional<ScalarType> embed_dtype, const Tensor& kept, const Tensor& bag,
+                            const Tensor& scores,
                             const Tensor& lse, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
                             const OptionalTensor& grad_lse, std::array<bool, 3> needs) {
-  const DSMILCall call(x, vectors, shift, critical, DSMILWeights(weights), offsets, mask, seed, v_activation,
+  DSMILCall call(x, vectors, shift, critical, DSMILWeights(weights), offsets, mask, seed, v_activation,
                        v_dropout_p, compute_dtype, {embed, embed_activation, embed_dropout_p, embed_dtype});
+  call.use_kept(kept, call.kept_width(), compute_dtype, true, true);
   RowGradients of_rows(call, needs[0], needs[1], needs[2]);
   const PooledTensors tensors(call, call.classes, call.pooled_width(), bag, scores, lse, grad_bag, grad_scores,
                               grad_lse);
@@ -65,6 +71,7 @@ RowsBackward dsmil_rows_bwd(const Tensor& x, const Tensor& vectors, const Option
 }
 
 TORCH_LIBRARY_IMPL(milkernels, CPU, m) {
+  m.impl("keep.native", keep);
   m.impl("dsmil_rows_fwd.native", dsmil_rows_fwd);
   m.impl("dsmil_rows_bwd.native", dsmil_rows_bwd);
 }

@@ -17,6 +17,15 @@ class DSMILCall : public WithSecondStream<Call> {
     return {padded.const_data_ptr<A>(), classes, classes * padded.size(2), shift.const_data_ptr<A>(), classes};
   }
 
+  // Numbers that are kept of a row: the products of each layer that rows go through.
+  int64_t kept_width() const {
+    int64_t width = 0;
+    for (const int layer : {0, 2, 4}) {
+      if (parameters[layer].defined()) width += round_up(parameters[layer].size(0), kBlock);
+    }
+    return width;
+  }
+
   Dropout v_dropout;
   int planes;
   Tensor padded;  // the vectors, for an MLP with zeros up to the width of its hidden units as they are stored

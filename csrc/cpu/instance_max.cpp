@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> logit_gradients(const ClassCall& call, const Tensor& 
     if (need_weight || need_bias) score.products.prepare_gradient();
     const PoolGradients<A> g{nullptr, logits.const_data_ptr<A>(),      nullptr,
                              nullptr, grad_logits.const_data_ptr<A>(), nullptr};
-    pool_backward<T>(score, nullptr, in, g, in.chunks());
+    pool_backward<T>(score, nullptr, in, g);
     if (need_weight) score.products.gradient(grad_weight.mutable_data_ptr<A>(), nullptr);
     if (need_bias) score.products.shift_gradient(grad_bias.mutable_data_ptr<A>());
   });
@@ -68,13 +68,7 @@ std::tuple<Tensor, Tensor> instance_max_gradients(const ClassCall& call, const T
   return {call.gradient(need_weight, call.weight.sizes()).zero_(), call.gradient(need_bias, {C}).zero_()};
 }
 
-std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const OptionalTensors& weights,
-                                                    const OptionalTensor& offsets, const OptionalTensor& mask,
-                                                    const OptionalTensors& embed,
-                                                    std::optional<std::string_view> embed_activation,
-                                                    double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
-  const ClassCall call(x, ClassifierWeights(weights), offsets, mask,
-                       {embed, embed_activation, embed_dropout_p, embed_dtype});
+std::tuple<Tensor, Tensor, Tensor> largest_logits(const ClassCall& call) {
   Tensor values = call.empty({call.bags, call.classes}), logits = call.empty({call.rows, call.classes});
   Tensor indices = at::empty({call.bags, call.classes}, call.x.options().dtype(at::kLong));
   with_rows(call, nullptr, [&]<typename T>(const Ragged<T>& in) {
@@ -84,6 +78,27 @@ std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const Optio
                  FirstMax<T>(in, call.classes, values.mutable_data_ptr<A>(), indices.mutable_data_ptr<int64_t>()));
   });
   return {values, indices, logits};
+}
+
+std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const OptionalTensors& weights,
+                                                    const OptionalTensor& offsets, const OptionalTensor& mask,
+                                                    const OptionalTensors& embed,
+                                                    std::optional<std::string_view> embed_activation,
+                                                    double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
+  return largest_logits({x, ClassifierWeights(weights), offsets, mask,
+                         {embed, embed_activation, embed_dropout_p, embed_dtype}});
+}
+
+// The same, which keeps the embedded rows.
+std::tuple<Tensor, Tensor, Tensor> dsmil_logits_fwd(const Tensor& x, const OptionalTensors& weights,
+                                                    const OptionalTensor& offsets, const OptionalTensor& mask,
+                                                    const OptionalTensors& embed,
+                                                    std::optional<std::string_view> embed_activation,
+                                                    double embed_dropout_p, std::optional<ScalarType> embed_dtype,
+                                                    const Tensor& kept) {
+  ClassCall call(x, ClassifierWeights(weights), offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
+  call.use_kept(kept, 0, embed_dtype, false, false);
+  return largest_logits(call);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_max_bwd(
@@ -106,9 +121,10 @@ std::tuple<Tensor, Tensor> logits_bwd_(const Tensor& grad_x, const Tensor& grad_
                                        const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets,
                                        const OptionalTensor& mask, const Tensor& logits, const OptionalTensors& embed,
                                        std::optional<std::string_view> embed_activation, double embed_dropout_p,
-                                       std::optional<ScalarType> embed_dtype, const Tensor& grad_logits) {
-  const ClassCall call(x, ClassifierWeights(weights), offsets, mask,
-                       {embed, embed_activation, embed_dropout_p, embed_dtype});
+                                       std::optional<ScalarType> embed_dtype, const Tensor& kept,
+                                       const Tensor& grad_logits) {
+  ClassCall call(x, ClassifierWeights(weights), offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
+  call.use_kept(kept, 0, embed_dtype, true, true);
   RowGradients onto(call, grad_x, grad_e_weight, grad_e_bias),
       found(call, onto.need_x, onto.need_weight, onto.need_bias);
   const Tensor l = call.take(logits, "logits", {call.rows, call.classes}),
@@ -122,6 +138,7 @@ std::tuple<Tensor, Tensor> logits_bwd_(const Tensor& grad_x, const Tensor& grad_
 
 TORCH_LIBRARY_IMPL(milkernels, CPU, m) {
   m.impl("logits_bwd_.native", logits_bwd_);
+  m.impl("dsmil_logits_fwd.native", dsmil_logits_fwd);
   m.impl("instance_max_fwd.native", instance_max_fwd);
   m.impl("instance_max_bwd.native", instance_max_bwd);
 }

@@ -20,9 +20,12 @@ class EmbedSource final : public EmbeddedRows<H> {
   EmbedSource(const Call& call, RowGradients* gradients)
       : x_(call.ragged<T>()), layer_(call.embedding.template layer<E>(x_.width)), dropout_(call.embedding.dropout),
         // The derivative of a ReLU and its dropout can be read off what came out.
-        keeps_slopes_(call.embedding.activation != Activation::kRelu), gradients_(gradients) {
+        keeps_slopes_(call.embedding.activation != Activation::kRelu), kept_(call.kept.embedded),
+        gradients_(gradients) {
     if (!has_gradient()) return;
-    slices_.emplace(x_.rows, gradients->need_weight ? layer_.sums_size() : layer_.columns());
+    pass_rows_ = milkernels::pass_rows(x_.rows);
+    bias_.emplace(pass_rows_, layer_.columns());
+    if (needs_weight()) weight_.emplace(pass_rows_, layer_.columns(), layer_.in(), layer_.planes());
     if (gradients->need_x) {
       layer_.prepare_input_gradient();
       advise_huge_pages(gradients->x.mutable_data_ptr<T>(), x_.rows * x_.width * int64_t(sizeof(T)));
@@ -33,37 +36,38 @@ class EmbedSource final : public EmbeddedRows<H> {
     return std::make_unique<Worker>(*this, rows);
   }
   bool has_gradient() const override { return gradients_ != nullptr && gradients_->any(); }
-  int64_t slices() const override { return slices_ ? slices_->count() : std::numeric_limits<int64_t>::max(); }
+  int64_t pass_rows() const override { return pass_rows_; }
+  void add_pass(int64_t rows) const override {
+    if (weight_) weight_->add_pass(rows);
+    if (bias_) bias_->add_pass();
+  }
 
   void finish() override {
     if (!has_gradient()) return;
-    const auto sums = sums_of(slices_->reduce());
-    if (gradients_->need_weight) {
-      std::copy_n(sums.weight, layer_.out() * layer_.in(), gradients_->weight.mutable_data_ptr<A>());
-    }
-    if (gradients_->need_bias) std::copy_n(sums.bias, layer_.out(), gradients_->bias.mutable_data_ptr<A>());
+    if (weight_) std::copy_n(weight_->sum(), layer_.out() * layer_.in(), gradients_->weight.mutable_data_ptr<A>());
+    if (gradients_->need_bias) bias_->copy_to(gradients_->bias.mutable_data_ptr<A>(), 0, layer_.out());
   }
 
  private:
   struct Worker final : Source<H>::Worker {
     const EmbedSource& p;
     MatrixUnits matrix_units;
-    Buffer<E> copied, left, transposed, panel;
+    Buffer<E> copied, left;
     Buffer<H> made;
+    const H* rows_at = nullptr;  // what was made last, here or where it is kept
     Buffer<A> block, keep, slopes;
     Matrix<E> x{};
 
     Worker(const EmbedSource& p, int64_t rows)
         : p(p), copied(p.layer_.planes() * rows * p.layer_.depth()),
           left(p.has_gradient() ? p.layer_.planes() * rows * p.layer_.columns() : 0),
-          transposed(p.needs_weight() ? p.layer_.planes() * rows * p.layer_.columns() : 0),
-          panel(p.needs_weight() ? p.layer_.planes() * rows * kBlock : 0), made(rows * p.layer_.columns()),
+          made(rows * p.layer_.columns()),
           block(kBlock * kBlock), keep(p.dropout_ ? kBlock * kBlock : 0),
           slopes(p.has_gradient() && p.keeps_slopes_ ? rows * p.layer_.columns() : 0) {}
 
     Tile<H> rows(const Tile<H>& tile) override { return p.make(tile, *this); }
-    void backward(const Tile<H>& unit, const H* grad_rows, int64_t slice) override {
-      p.backward(unit, grad_rows, slice, *this);
+    void backward(const Tile<H>& unit, const H* grad_rows, const Place& place) override {
+      p.backward(unit, grad_rows, place, *this);
     }
     void skip_backward(const Tile<H>& unit) override {
       if (T* const grad_x = p.grad_x()) std::fill_n(grad_x + unit.first * p.x_.width, unit.rows * p.x_.width, T(0));
@@ -72,25 +76,49 @@ class EmbedSource final : public EmbeddedRows<H> {
 
   bool needs_weight() const { return gradients_ != nullptr && gradients_->need_weight; }
   T* grad_x() const { return gradients_ ? data_if<T>(gradients_->need_x, gradients_->x) : nullptr; }
-  typename Layer<E>::Sums sums_of(A* p) const {
-    return gradients_->need_weight ? layer_.sums(p) : typename Layer<E>::Sums{nullptr, p};
-  }
 
+  // What is kept are rows, or the products that they are made of where a slope cannot be read off them.
   Tile<H> make(const Tile<H>& tile, Worker& s) const {
-    const int64_t rows = round_up(tile.rows, kRowMultiple), columns = layer_.columns();
-    const auto from = x_.tile(tile.first, tile.rows);
-    s.x = copy_rows(from.x, from.ld, tile.mask, tile.rows, rows, x_.width, layer_.depth(), layer_.planes(),
-                    s.copied.get());
-    layer_.for_blocks(s.x, rows, s.block.get(), [&](int64_t t, int64_t c, int64_t count, const A* bias) {
+    const int64_t rows = round_up(tile.rows, kRowMultiple), columns = layer_.columns(), at = tile.first * columns;
+    const bool reads = kept_.reads(tile.first), writes = kept_.writes(tile.first);
+    const bool keeps_rows = !keeps_slopes_ && (reads || writes);
+    if (!reads || needs_weight()) {
+      const auto from = x_.tile(tile.first, tile.rows);
+      s.x = copy_rows(from.x, from.ld, tile.mask, tile.rows, rows, x_.width, layer_.depth(), layer_.planes(),
+                      s.copied.get());
+    }
+    if (writes) zero_skipped(tile.first);
+    H* const in_place = keeps_rows ? kept_.as<H>(at) : nullptr;
+    H* const made = in_place ? in_place : s.made.get();
+    s.rows_at = made;
+    const Tile<H> result{made, columns, tile.width, tile.first, tile.rows, tile.mask};
+    if (reads && keeps_rows) {
+      if (!in_place) kept_.read(at, made, rows * columns);
+      return result;
+    }
+    layer_.for_blocks(rows, [&](int64_t t, int64_t c, int64_t count, const A* bias) {
+      A* const block = s.block.get();
+      if (!reads) layer_.block_product(s.x, t, c, count, block);
+      for (int64_t r = 0; (reads || writes) && !keeps_rows && r < count; ++r) {
+        if (reads) kept_.read(at + (t + r) * columns + c, block + r * kBlock, kBlock);
+        else kept_.write_and_round(at + (t + r) * columns + c, block + r * kBlock, kBlock);
+      }
       if (dropout_) {
         dropout_factors(dropout_, {DropoutBranch::kEmbedding}, tile.first + t, count, c, kBlock, s.keep.get(), kBlock);
       }
       A* const slopes = has_gradient() && keeps_slopes_ ? s.slopes.get() + t * columns + c : nullptr;
       with_activation(layer_.activation(), [&](auto f) {
-        activate<decltype(f)::value>(s.block.get(), bias, s.keep.get(), count, s.made.get() + t * columns + c, slopes);
+        activate<decltype(f)::value>(block, bias, s.keep.get(), count, made + t * columns + c, slopes);
       });
     });
-    return {s.made.get(), columns, tile.width, tile.first, tile.rows, tile.mask};
+    if (writes && keeps_rows && !in_place) kept_.write_and_round(at, made, rows * columns);
+    return result;
+  }
+
+  // Tiles of a chunk that a forward passed over, for they have no real row: a backward takes the chunk whole.
+  void zero_skipped(int64_t first) const {
+    const int64_t begin = first / x_.chunk() * x_.chunk(), row = layer_.columns() * kept_.size;
+    std::memset(kept_.data + begin * row, 0, (first - begin) * row);
   }
 
   // A block of products becomes rows and, where slopes is not null, the derivatives of these.
@@ -121,20 +149,12 @@ class EmbedSource final : public EmbeddedRows<H> {
     }
   }
 
-  void backward(const Tile<H>& unit, const H* grad_rows, int64_t slice, Worker& s) const {
+  void backward(const Tile<H>& unit, const H* grad_rows, const Place& place, Worker& s) const {
     const int64_t rows = round_up(unit.rows, kRowMultiple), columns = layer_.columns();
-    const int planes = layer_.planes();
-    const bool first = slices_->start(slice);
-    const auto sums = sums_of(slices_->at(slice));
-    if (first) std::fill_n(sums.bias, columns, A(0));
     const Matrix<E> left{s.left.get(), columns, rows * columns};
-    for (int64_t c = 0; c < columns; c += kBlock) {
-      gradient_of_products(unit, grad_rows, rows, c, s, sums.bias + c);
-    }
-    if (needs_weight()) {
-      add_outer_products<E>(left, columns, s.x, x_.width, rows, planes, !first, s.transposed.get(), s.panel.get(),
-                            sums.weight);
-    }
+    A* const bias = bias_->at(place.item);
+    for (int64_t c = 0; c < columns; c += kBlock) gradient_of_products(unit, grad_rows, rows, c, s, bias + c);
+    if (weight_) weight_->put(place.row, rows, left, s.x);
     if (T* const to = grad_x()) {
       layer_.input_gradient(left, rows, s.block.get(), [&](int64_t r, int64_t column, int64_t count, const A* part) {
         if (r >= unit.rows) return;
@@ -163,7 +183,7 @@ class EmbedSource final : public EmbeddedRows<H> {
           const auto slope = load_pair(s.slopes.get() + r * columns + c + j, step);
           g = {g.lo * slope.lo, g.hi * slope.hi};
         } else {  // NaN has the slope of what is positive, as in PyTorch
-          const auto h = load_pair(s.made.get() + r * columns + c + j, step);
+          const auto h = load_pair(s.rows_at + r * columns + c + j, step);
           g = {V::blendv(g.lo * scale, zero, h.lo <= zero), V::blendv(g.hi * scale, zero, h.hi <= zero)};
         }
         const Pair<A> value{g.lo, g.hi};
@@ -180,8 +200,11 @@ class EmbedSource final : public EmbeddedRows<H> {
   Layer<E> layer_;
   Dropout dropout_;
   bool keeps_slopes_;
+  KeptRows kept_;
   RowGradients* gradients_;
-  mutable std::optional<Slices<A>> slices_;  // a slice is written by one thread at a time
+  int64_t pass_rows_ = kAllRows;
+  mutable std::optional<OuterProducts<E>> weight_;  // in a backward, as their gradients are needed
+  mutable std::optional<ItemSums<A>> bias_;
 };
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Rows as an op sees them, embedded or not. Those of an embedding, the layer in front of an aggregator, are
-// h_i = drop(act(W x_i + b)): they are made for a tile at a time, in the forward and again in the backward, and never
-// stored.
+// h_i = drop(act(W x_i + b)): they are made for a tile at a time, in the forward and, but for those that are kept,
+// again in the backward.
 #pragma once
 
 #include "call.h"

@@ -2,6 +2,7 @@
 // DSMIL and the value stage are made of.
 #pragma once
 
+#include "kept.h"
 #include "pool_backward.h"
 
 namespace milkernels {
@@ -39,16 +40,16 @@ class Layer {
   int planes() const { return planes_; }
   Activation activation() const { return activation_; }
 
-  // f(row, column, rows, bias) for every block of x W^T, which `block` [rows, kBlock] then holds, without the bias.
+  // f(row, column, rows, bias) for every block of x W^T.
   template <typename F>
-  void for_blocks(const Matrix<E>& x, int64_t rows, A* block, const F& f) const {
+  void for_blocks(int64_t rows, const F& f) const {
     for (int64_t c = 0; c < columns(); c += kBlock) {  // the weights are read once for all rows
-      for (int64_t t = 0; t < rows; t += kBlock) {
-        const int64_t count = std::min(kBlock, rows - t);
-        product<E>(count, kBlock, depth(), x.rows_from(t), packed_.block(c / kBlock), planes_, block, kBlock, false);
-        f(t, c, count, bias_.data() + c);
-      }
+      for (int64_t t = 0; t < rows; t += kBlock) f(t, c, std::min(kBlock, rows - t), bias_.data() + c);
     }
+  }
+  // The block [rows, kBlock] from that row and column on, without the bias.
+  void block_product(const Matrix<E>& x, int64_t row, int64_t column, int64_t rows, A* block) const {
+    product<E>(rows, kBlock, depth(), x.rows_from(row), packed_.block(column / kBlock), planes_, block, kBlock, false);
   }
   // z [rows, columns()] = x W^T + b
   void products(const Matrix<E>& x, int64_t rows, A* z) const {
@@ -66,6 +67,24 @@ class Layer {
       }
     }
   }
+  // The same of a tile, read from or written to what is kept of it.
+  template <typename T>
+  void kept_products(const KeptRows& kept, const Tile<T>& tile, const Matrix<E>& x, int64_t rows, A* z) const {
+    if (!kept.reads(tile.first)) {
+      products(x, rows, z);
+      if (kept.writes(tile.first)) kept.write_and_round(tile.first * columns(), z, rows * columns());
+      return;
+    }
+    for (int64_t t = 0; t < rows; t += kBlock) {
+      const int64_t size = std::min(kBlock, rows - t) * columns();
+      // A tile without a real row was passed over.
+      if (tile.part(t, std::min(kBlock, tile.rows - t)).any_real()) {
+        kept.read((tile.first + t) * columns(), z + t * columns(), size);
+      } else {
+        std::fill_n(z + t * columns(), size, A(0));
+      }
+    }
+  }
   // y = act(z), which may be the same.
   void activate(const A* z, int64_t rows, A* y) const {
     with_activation(activation_, [&](auto f) {
@@ -75,44 +94,41 @@ class Layer {
     });
   }
 
-  // Sums over the rows of a slice.
-  struct Sums {
-    A *weight, *bias;  // [columns(), in], [columns()]
-  };
-  int64_t sums_size() const { return columns() * (in_ + 1); }
-  Sums sums(A* p) const { return {p, p + columns() * in_}; }
-
-  // Scratch of one thread.
-  struct Backward {
-    Buffer<E> grad, transposed, panel;  // [planes, rows, columns()], and of copy_columns
-    Backward(const Layer& l, int64_t rows)
-        : grad(std::is_same_v<A, E> ? 0 : l.planes_ * rows * l.columns()), transposed(l.planes_ * rows * l.columns()),
-          panel(l.planes_ * rows * kBlock) {}
+  // The gradients of weight and bias, sums over all rows.
+  struct Gradients {
+    OuterProducts<E> weight;  // [columns(), in]
+    ItemSums<A> bias;  // [columns()]
+    Gradients(const Layer& l, int64_t pass_rows)
+        : weight(pass_rows, l.columns(), l.in(), l.planes()), bias(pass_rows, l.columns()) {}
+    void add_pass(int64_t rows) {
+      weight.add_pass(rows);
+      bias.add_pass();
+    }
   };
 
-  // grad [rows, columns()] is that of y and becomes that of z; adds to the sums (`first`: starts them).
-  Matrix<E> backward(const Matrix<E>& x, const A* z, int64_t rows, A* grad, bool first, const Sums& sums,
-                     Backward& s) const {
+  // grad [rows, columns()] is that of y and becomes that of z, which is returned, for a product in `elements`
+  // [planes, rows, columns()] if need be; puts the rows into `sums`.
+  Matrix<E> backward(const Matrix<E>& x, const A* z, int64_t rows, A* grad, const Place& place, Gradients& sums,
+                     E* elements) const {
     with_activation(activation_, [&](auto f) {
       for (int64_t i = 0; i < rows * columns(); i += V::size()) {
         (V::loadu(grad + i) * gate_grad<decltype(f)::value, false, A>(V::loadu(z + i), V(A(0))).da).store(grad + i);
       }
     });
-    if (first) std::fill_n(sums.bias, columns(), A(0));
+    A* const bias = sums.bias.at(place.item);
     for (int64_t c = 0; c < columns(); c += V::size()) {
       V sum(A(0));
       for (int64_t r = 0; r < rows; ++r) sum = sum + V::loadu(grad + r * columns() + c);
-      (V::loadu(sums.bias + c) + sum).store(sums.bias + c);
+      (V::loadu(bias + c) + sum).store(bias + c);
     }
     Matrix<E> left;
     if constexpr (std::is_same_v<A, E>) {
       left = {grad, columns()};
     } else {
-      left = {s.grad.get(), columns(), rows * columns()};
-      write_elements(grad, s.grad.get(), rows * columns(), planes_, left.plane_stride);
+      left = {elements, columns(), rows * columns()};
+      write_elements(grad, elements, rows * columns(), planes_, left.plane_stride);
     }
-    add_outer_products<E>(left, columns(), x, in_, rows, planes_, !first, s.transposed.get(), s.panel.get(),
-                          sums.weight);
+    sums.weight.put(place.row, rows, left, x);
     return left;
   }
 

@@ -178,7 +178,7 @@ class Packed {
   using A = acc_t<E>;
 
   Packed(int64_t rows, int64_t columns, int planes)
-      : rows_(rows), columns_(columns), depth_(round_up(rows, kPair)), planes_(planes),
+      : rows_(rows), columns_(columns), depth_(depth_of(rows)), planes_(planes),
         plane_stride_(round_up(columns, kBlock) * depth_), buffer_(planes * plane_stride_) {}
 
   // Element (k, n) is column(n)[k]; a null column is zeros.
@@ -230,6 +230,7 @@ class Packed {
     return packed;
   }
 
+  static int64_t depth_of(int64_t rows) { return round_up(rows, kPair); }
   int64_t depth() const { return depth_; }
   Matrix<E> block(int64_t b) const { return {buffer_.get() + b * kBlock * depth_, kBlock, plane_stride_}; }
 
@@ -291,13 +292,14 @@ inline Matrix<E> copy_rows(const T* x, int64_t ld, const bool* mask, int64_t row
   return {buffer, depth, plane_stride};
 }
 
-// Columns [first, first + width) of rows from `copy_rows`, at most kBlock, as a right operand: close together, which
-// products over many rows are faster with, BFloat16 with rows in pairs. `panel` holds planes * rows * kBlock.
+// Columns [first, first + width) of rows from `copy_rows`, at most kBlock, as a right operand [rows, kBlock]: close
+// together, which products over many rows are faster with, BFloat16 with rows in pairs. Planes are plane_stride apart.
 template <typename E>
-inline Matrix<E> copy_columns(Matrix<E> a, int64_t rows, int64_t first, int64_t width, int planes, E* panel) {
+inline void copy_columns(Matrix<E> a, int64_t rows, int64_t first, int64_t width, int planes, E* panel,
+                         int64_t plane_stride) {
   for (int p = 0; p < planes; ++p) {
     const E* const from = a.data + p * a.plane_stride + first;
-    E* const to = panel + p * rows * kBlock;
+    E* const to = panel + p * plane_stride;
     if constexpr (!std::is_same_v<E, BFloat16>) {
       for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * a.ld, width, to + r * kBlock);
     } else {
@@ -306,28 +308,6 @@ inline Matrix<E> copy_columns(Matrix<E> a, int64_t rows, int64_t first, int64_t 
         auto* const pairs = reinterpret_cast<uint32_t*>(to + r * kBlock);
         for (int64_t i = 0; i < width; ++i) pairs[i] = even[i] | uint32_t{even[a.ld + i]} << 16;
       }
-    }
-  }
-  return {panel, kBlock, rows * kBlock};
-}
-
-// sum [columns, width] = or += left^T right over `rows`; `columns` is a multiple of kBlock. `transposed` and `panel`
-// are scratch of planes * rows * columns and planes * rows * kBlock.
-template <typename E>
-inline void add_outer_products(Matrix<E> left, int64_t columns, Matrix<E> right, int64_t width, int64_t rows,
-                               int planes, bool add, E* transposed, E* panel, acc_t<E>* sum) {
-  constexpr int64_t kColumns = 2 * kBlock;  // of left together
-  const int64_t stride = rows * columns;
-  for (int p = 0; p < planes; ++p) {
-    transpose(left.data + p * left.plane_stride, left.ld, rows, columns, transposed + p * stride, rows);
-  }
-  const Matrix<E> a{transposed, rows, stride};
-  for (int64_t l = 0; l < width; l += kBlock) {
-    const int64_t wide = std::min(kBlock, width - l);
-    const auto b = copy_columns(right, rows, l, wide, planes, panel);
-    for (int64_t c = 0; c < columns; c += kColumns) {
-      product<E>(std::min(kColumns, columns - c), wide, rows, a.rows_from(c), b, planes, sum + c * width + l, width,
-                 add);
     }
   }
 }

@@ -12,9 +12,11 @@ class MlpScore final : public Score<T> {
  public:
   using A = acc_t<T>;
 
-  // The queries are second.columns() wide, padded with zeros.
-  MlpScore(const Ragged<T>& in, Layer<E> first, Layer<E> second, const Queries<A>& queries)
-      : first(std::move(first)), second(std::move(second)), products(in, queries, this->second.columns()) {}
+  // The queries are second.columns() wide, padded with zeros. `kept`: the products of both layers.
+  MlpScore(const Ragged<T>& in, Layer<E> first, Layer<E> second, const Queries<A>& queries,
+           const std::array<KeptRows, 2>& kept)
+      : first(std::move(first)), second(std::move(second)), products(in, queries, this->second.columns()),
+        kept_(kept) {}
   int64_t heads() const override { return products.heads(); }
   int64_t backward_rows() const override { return kChunk; }
   std::unique_ptr<typename Score<T>::Worker> forward_worker() const override {
@@ -25,19 +27,20 @@ class MlpScore final : public Score<T> {
   }
 
   void prepare_backward(int64_t rows, bool input_gradient) {
-    slices_.emplace(rows, first.sums_size() + second.sums_size());
+    pass_rows_ = milkernels::pass_rows(rows);
+    first_gradients.emplace(first, pass_rows_), second_gradients.emplace(second, pass_rows_);
     second.prepare_input_gradient();
     if (input_gradient) first.prepare_input_gradient();
     products.prepare_gradient();
   }
-  int64_t slices() const { return slices_->count(); }
-  // After the backward: the sums of both layers.
-  std::pair<typename Layer<E>::Sums, typename Layer<E>::Sums> layer_gradients() {
-    A* const p = slices_->reduce();
-    return {first.sums(p), second.sums(p + first.sums_size())};
+  int64_t pass_rows() const override { return pass_rows_; }
+  void add_pass(int64_t rows) const override {
+    first_gradients->add_pass(rows);
+    second_gradients->add_pass(rows);
   }
 
   Layer<E> first, second;
+  mutable std::optional<typename Layer<E>::Gradients> first_gradients, second_gradients;  // in a backward
   QueryProducts<T> products;
 
  private:
@@ -59,14 +62,14 @@ class MlpScore final : public Score<T> {
       const int64_t columns = first.columns();
       const auto x = copy_rows(tile.x, tile.ld, tile.mask, tile.rows, rows, tile.width, first.depth(), first.planes(),
                                copied.get());
-      first.products(x, rows, z1.get());
+      first.kept_products(p.kept_[0], tile, x, rows, z1.get());
       A* const activated = activation_of(z1);
       first.activate(z1.get(), rows, activated);
       if constexpr (!std::is_same_v<A, E>) {
         write_elements(activated, hidden.get(), rows * columns, first.planes(), rows * columns);
       }
       const Matrix<E> h{hidden.get(), columns, rows * columns};
-      second.products(h, rows, z2.get());
+      second.kept_products(p.kept_[1], tile, h, rows, z2.get());
       second.activate(z2.get(), rows, query.get());
       return {x, h};
     }
@@ -81,19 +84,20 @@ class MlpScore final : public Score<T> {
       forward(tile, round_up(tile.rows, kRowMultiple));
       p.products.scores(tile, query.get(), p.second.columns(), scores);
     }
-    void backward(const Tile<T>&, const A*, const InputGradient<T>&, int64_t) override {}
+    void backward(const Tile<T>&, const A*, const InputGradient<T>&, const Place&) override {}
   };
 
   struct BackwardWorker final : Worker {
     Buffer<A> grad1, grad2, block;
-    typename Layer<E>::Backward first, second;
+    Buffer<E> elements;
 
     explicit BackwardWorker(const MlpScore& p)
         : Worker(p, kChunk), grad1(kChunk * p.first.columns()), grad2(kChunk * p.second.columns()),
-          block(kBlock * kBlock), first(p.first, kChunk), second(p.second, kChunk) {}
+          block(kBlock * kBlock),
+          elements(p.first.planes() * kChunk * std::max(p.first.columns(), p.second.columns())) {}
     A* scratch_of(Buffer<A>&) override { return grad1.get(); }  // z1 is needed again
 
-    void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x, int64_t slice) override {
+    void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x, const Place& place) override {
       const auto& p = this->p;
       const int64_t rows = round_up(unit.rows, kRowMultiple), columns = p.second.columns(), heads = p.heads();
       const auto [x, h] = this->forward(unit, rows);
@@ -105,15 +109,14 @@ class MlpScore final : public Score<T> {
                             combine(grad_scores + at * heads, vectors.data(), heads, n, columns,
                                     grad2.get() + at * columns, columns);
                           });
-      const bool start = p.slices_->start(slice);
-      A* const sums = p.slices_->at(slice);
-      const auto grad_h = p.second.backward(h, this->z2.get(), rows, grad2.get(), start,
-                                            p.second.sums(sums + p.first.sums_size()), second);
+      const auto grad_h =
+          p.second.backward(h, this->z2.get(), rows, grad2.get(), place, *p.second_gradients, elements.get());
       if (p.first.columns() != p.first.out()) std::fill_n(grad1.get(), rows * p.first.columns(), A(0));
       p.second.input_gradient(grad_h, rows, block.get(), [&](int64_t r, int64_t column, int64_t count, const A* part) {
         std::copy_n(part, count, grad1.get() + r * p.first.columns() + column);
       });
-      const auto grad = p.first.backward(x, this->z1.get(), rows, grad1.get(), start, p.first.sums(sums), first);
+      const auto grad =
+          p.first.backward(x, this->z1.get(), rows, grad1.get(), place, *p.first_gradients, elements.get());
       if (!grad_x) return;
       p.first.input_gradient(grad, rows, block.get(), [&](int64_t r, int64_t column, int64_t count, const A* part) {
         if (r < unit.rows) grad_x.store(r, column, count, part);
@@ -121,7 +124,8 @@ class MlpScore final : public Score<T> {
     }
   };
 
-  mutable std::optional<Slices<A>> slices_;  // a slice is written by one thread at a time
+  std::array<KeptRows, 2> kept_;
+  int64_t pass_rows_ = kAllRows;
 };
 
 }  // namespace milkernels

@@ -42,6 +42,12 @@ struct Tile {
   }
 };
 
+// Where a unit lies in its pass, see sums.h: in which item, and at which row.
+struct Place {
+  int64_t item, row;
+};
+constexpr int64_t kAllRows = std::numeric_limits<int64_t>::max();
+
 // Rows that do not lie in memory. Workers belong to one thread each; T: the type in which rows are made.
 template <typename T>
 struct Source {
@@ -49,13 +55,14 @@ struct Source {
     virtual ~Worker() = default;
     virtual Tile<T> rows(const Tile<T>& tile) = 0;  // those of the tile, until others are made
     // After `rows` of this unit, from their gradient [rows, width], 0 in masked ones: what they were made of.
-    virtual void backward(const Tile<T>& unit, const T* grad_rows, int64_t slice) = 0;
+    virtual void backward(const Tile<T>& unit, const T* grad_rows, const Place& place) = 0;
     virtual void skip_backward(const Tile<T>& unit) = 0;  // in its place for a unit without a real row
   };
   virtual ~Source() = default;
   virtual std::unique_ptr<Worker> worker(int64_t rows) const = 0;  // for tiles or units of at most so many
   virtual bool has_gradient() const = 0;
-  virtual int64_t slices() const = 0;  // of sums, in a backward
+  virtual int64_t pass_rows() const = 0;  // in a backward, as those of a Score
+  virtual void add_pass(int64_t rows) const = 0;
 };
 
 // Bags back to back: offsets have been checked.
@@ -313,8 +320,9 @@ struct Score {
     virtual ~Worker() = default;
     virtual void scores(const Tile<T>& tile, A* scores) = 0;  // [rows, heads]; what masked rows get is overwritten
     // From the gradient of the scores [kChunk, heads], 0 for masked rows and past the last: the program's part of
-    // grad_x, and its sums for the parameters, those of `slice` where it has slices. Units of a slice come in order.
-    virtual void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x, int64_t slice) = 0;
+    // grad_x, and its sums for the parameters. Units of an item come in order.
+    virtual void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x,
+                          const Place& place) = 0;
   };
   virtual ~Score() = default;
   virtual int64_t heads() const = 0;
@@ -322,6 +330,10 @@ struct Score {
   virtual std::unique_ptr<Worker> backward_worker() const = 0;
   virtual bool reads_rows() const { return true; }
   virtual int64_t backward_rows() const { return kBlock; }  // of a unit: a tile, or a chunk for products over rows
+  // Rows whose sums are added together, by all threads: of a pass, if the program has such sums.
+  virtual int64_t pass_rows() const { return kAllRows; }
+  virtual void add_pass(int64_t) const {}
+  virtual bool whole_chunks() const { return true; }  // whether the tiles of a chunk go to one thread
 };
 
 // A value stage: the rows that are pooled, made of those that were scored. Workers as above.
@@ -332,12 +344,14 @@ struct Stage {
     virtual ~Worker() = default;
     virtual const A* rows(const Tile<T>& tile) = 0;  // [rows, width], ld apart
     // After `rows` of this unit, from their gradient [rows, width]: grad_x [rows, width of x] or null, and sums.
-    virtual void backward(const Tile<T>& unit, A* grad_rows, A* grad_x, int64_t slice) = 0;
+    virtual void backward(const Tile<T>& unit, A* grad_rows, A* grad_x, const Place& place) = 0;
   };
   virtual ~Stage() = default;
   virtual int64_t width() const = 0;
   virtual int64_t ld() const = 0;
   virtual std::unique_ptr<Worker> worker(int64_t rows) const = 0;  // for tiles or units of at most so many
+  virtual int64_t pass_rows() const { return kAllRows; }
+  virtual void add_pass(int64_t) const {}
 };
 
 // Reduction: bag vectors by softmax.

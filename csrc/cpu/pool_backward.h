@@ -2,7 +2,7 @@
 // the rows, unit by unit; a unit is a tile or a chunk, as the score program wants it.
 #pragma once
 
-#include "pool.h"
+#include "sums.h"
 
 namespace milkernels {
 
@@ -221,49 +221,14 @@ class ScoreGradients {
   bool finite_ = true;
 };
 
-// Sums of parameter gradients, one set for each slice: rows are cut into slices, a number and a size that depend on
-// shapes alone, so sums do not depend on the threads.
-template <typename A>
-class Slices {
- public:
-  // As many as fit into 64 MB, but at least 4 and at most 16; `size` numbers each.
-  Slices(int64_t rows, int64_t size)
-      : size_(size),
-        count_(std::clamp<int64_t>(ceil_div(rows, chunk_rows(rows)), 1,
-                                   std::clamp<int64_t>((int64_t{64} << 20) / std::max<int64_t>(size * sizeof(A), 1), 4,
-                                                       16))),
-        used_(count_, 0), buffer_(count_ * size) {}
-
-  int64_t count() const { return count_; }
-  A* at(int64_t slice) const { return buffer_.get() + slice * size_; }
-  // Whether nothing was summed in this slice before; from then on something is.
-  bool start(int64_t slice) { return !std::exchange(used_[slice], 1); }
-
-  // Sums the slices, in order, into the first.
-  A* reduce() {
-    at::parallel_for(0, size_, 4096, [&](int64_t begin, int64_t end) {
-      if (!used_[0]) std::fill(at(0) + begin, at(0) + end, A(0));
-      for (int64_t s = 1; s < count_; ++s) {
-        for (int64_t i = begin; used_[s] && i < end; ++i) at(0)[i] += at(s)[i];
-      }
-    });
-    return at(0);
-  }
-
- private:
-  int64_t size_, count_;
-  std::vector<uint8_t> used_;
-  Buffer<A> buffer_;
-};
-
-// `slices`: of the sums of score program and stage; programs without sums take one for each chunk.
 template <typename T>
-void pool_backward(const Score<T>& score, const Stage<T>* stage, const Ragged<T>& in, const PoolGradients<acc_t<T>>& g,
-                   int64_t slices) {
+void pool_backward(const Score<T>& score, const Stage<T>* stage, const Ragged<T>& in,
+                   const PoolGradients<acc_t<T>>& g) {
   using A = acc_t<T>;
   const int64_t heads = score.heads(), width = in.width, pooled_width = stage ? stage->width() : width;
-  if (in.source) slices = std::min(slices, in.source->slices());
-  const int64_t slice_rows = ceil_div(in.chunks(), std::max<int64_t>(slices, 1)) * in.chunk();
+  const int64_t pass = std::min({score.pass_rows(), stage ? stage->pass_rows() : kAllRows,
+                                 in.source ? in.source->pass_rows() : kAllRows});
+  const int64_t item_rows = stage || in.source || score.whole_chunks() ? in.chunk() : kBlock;
   const int64_t unit_rows = std::min(in.chunk(), stage || in.source ? kChunk : score.backward_rows());
   const ScoreGradients<T> score_gradients(in, g, heads, pooled_width);
   if (in.grad_x != nullptr) advise_huge_pages(in.grad_x, in.rows * width * int64_t(sizeof(T)));
@@ -288,16 +253,17 @@ void pool_backward(const Score<T>& score, const Stage<T>* stage, const Ragged<T>
                   Buffer<A>(in.has_gradient() ? staged * width : 0),
                   Buffer<T>(in.source && in.has_gradient() ? kChunk * width : 0)};
   };
-  parallel_items(slices, make_worker, [&](int64_t slice, Worker& w) {
-    const int64_t end = std::min(in.rows, (slice + 1) * slice_rows);
-    for (int64_t first = slice * slice_rows; first < end; first += unit_rows) {
-      const Tile<T> place = in.tile(first, std::min(unit_rows, end - first));
-      if (!place.any_real()) {
-        if (in.grad_x != nullptr) std::fill_n(in.grad_x + first * width, place.rows * width, T(0));
-        if (in.source) w.read.source()->skip_backward(place);
+  const auto run = [&](int64_t start, int64_t item, Worker& w) {
+    const int64_t begin = start + item * item_rows, end = std::min(in.rows, begin + item_rows);
+    for (int64_t first = begin; first < end; first += unit_rows) {
+      const Place at{item, first - start};
+      const Tile<T> tile = in.tile(first, std::min(unit_rows, end - first));
+      if (!tile.any_real()) {
+        if (in.grad_x != nullptr) std::fill_n(in.grad_x + first * width, tile.rows * width, T(0));
+        if (in.source) w.read.source()->skip_backward(tile);
         continue;
       }
-      const Tile<T> unit = w.read(place);
+      const Tile<T> unit = w.read(tile);
       in.for_bags(first, first + unit.rows, [&](int64_t b, int64_t from, int64_t to) {
         std::fill(w.bag_of.begin() + (from - first), w.bag_of.begin() + (to - first), b);
       });
@@ -316,7 +282,7 @@ void pool_backward(const Score<T>& score, const Stage<T>* stage, const Ragged<T>
           in.for_bags(first, first + unit.rows, [&](int64_t, int64_t from, int64_t to) {
             through.store_rows(from - first, to - from, nullptr, nullptr, 0);
           });
-          w.stage->backward(unit, grad_rows, out ? w.staged.get() : nullptr, slice);
+          w.stage->backward(unit, grad_rows, out ? w.staged.get() : nullptr, at);
           if (out) out.staged = w.staged.get();
         }
       } else {
@@ -324,10 +290,17 @@ void pool_backward(const Score<T>& score, const Stage<T>* stage, const Ragged<T>
         out.grad_bag = g.grad_bag;
         if (g.grad_bag != nullptr) out.weight = w.gradients.weight.data();
       }
-      w.score->backward(unit, w.gradients.score.data(), out, slice);
-      if (in.source && out) w.read.source()->backward(unit, w.grad_x.get(), slice);
+      w.score->backward(unit, w.gradients.score.data(), out, at);
+      if (in.source && out) w.read.source()->backward(unit, w.grad_x.get(), at);
     }
-  });
+  };
+  for (int64_t start = 0; start < in.rows; start += std::min(pass, in.rows)) {
+    const int64_t rows = std::min(pass, in.rows - start);
+    parallel_items(ceil_div(rows, item_rows), make_worker, [&](int64_t item, Worker& w) { run(start, item, w); });
+    score.add_pass(rows);
+    if (stage) stage->add_pass(rows);
+    if (in.source) in.source->add_pass(rows);
+  }
 }
 
 }  // namespace milkernels

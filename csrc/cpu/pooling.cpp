@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> softmax_pool_bwd(const Tensor& x, const OptionalTenso
   with_rows(call, &of_rows, [&]<typename T>(const Ragged<T>& in) {
     using A = acc_t<T>;
     const GivenScore<T> score(in, heads, nullptr, data_if<A>(needs[1], grad_given));
-    pool_backward<T>(score, nullptr, in, typed<A>(pooled), in.chunks());
+    pool_backward<T>(score, nullptr, in, typed<A>(pooled));
   });
   return {of_rows.x, grad_given};
 }
@@ -70,37 +70,39 @@ struct QueryCall : WithQuery<Call> {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> query_pool_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets,
-                                                  const OptionalTensor& mask, double scale,
-                                                  const OptionalTensors& embed,
-                                                  std::optional<std::string_view> embed_activation,
-                                                  double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
-  const QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
+std::tuple<Tensor, Tensor, Tensor, Tensor> query_pool_fwd(
+    const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask, double scale,
+    const OptionalTensors& embed, std::optional<std::string_view> embed_activation, double embed_dropout_p,
+    std::optional<ScalarType> embed_dtype, int64_t saved_bytes) {
+  QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
   Forward out(call, call.heads);
+  const Tensor kept = call.keep(saved_bytes, 0, embed_dtype);
   with_rows(call, nullptr, [&]<typename T>(const Ragged<T>& in) { out.pool(call.program<T>(in), in); });
-  return {out.bag, out.scores, out.lse};
+  return {out.bag, out.scores, out.lse, kept};
 }
 
-Tensor query_scores_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
-                        double scale, const OptionalTensors& embed, std::optional<std::string_view> embed_activation,
-                        double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
-  const QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
-  Tensor scores = call.empty({call.rows, call.heads});
+std::tuple<Tensor, Tensor> query_scores_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets,
+                                            const OptionalTensor& mask, double scale, const OptionalTensors& embed,
+                                            std::optional<std::string_view> embed_activation, double embed_dropout_p,
+                                            std::optional<ScalarType> embed_dtype, int64_t saved_bytes) {
+  QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
+  Tensor scores = call.empty({call.rows, call.heads}), kept = call.keep(saved_bytes, 0, embed_dtype);
   with_rows(call, nullptr, [&]<typename T>(const Ragged<T>& in) {
     pool_forward(call.program<T>(in), in, scores.mutable_data_ptr<acc_t<T>>(), NoPool());
   });
-  return scores;
+  return {scores, kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(const Tensor& x, const Tensor& query,
                                                      const OptionalTensor& offsets, const OptionalTensor& mask,
                                                      const OptionalTensor& bag, const Tensor& scores,
                                                      const OptionalTensor& lse, const OptionalTensors& embed,
-                                                     double scale, std::optional<std::string_view> embed_activation,
+                                                     const Tensor& kept, double scale, std::optional<std::string_view> embed_activation,
                                                      double embed_dropout_p, std::optional<ScalarType> embed_dtype,
                                                      const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
                                                      const OptionalTensor& grad_lse, std::array<bool, 4> needs) {
-  const QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
+  QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
+  call.use_kept(kept, 0, embed_dtype, true, true);
   const PooledTensors pooled(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   RowGradients of_rows(call, needs[0], needs[2], needs[3]);
   Tensor grad_query = call.gradient(needs[1], query.sizes());
@@ -108,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(const Tensor& x, const Tens
     using A = acc_t<T>;
     auto score = call.program<T>(in);
     if (needs[1]) score.products.prepare_gradient();
-    pool_backward<T>(score, nullptr, in, typed<A>(pooled), in.chunks());
+    pool_backward<T>(score, nullptr, in, typed<A>(pooled));
     if (!needs[1]) return;
     const auto g = typed<A>(pooled);
     if (call.per_bag()) score.products.gradient_of_bags(grad_query.mutable_data_ptr<A>(), &g);
@@ -120,29 +122,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(const Tensor& x, const Tens
 
 // --- loss_attention_pool
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss_attention_pool_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_fwd(
     const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
     const OptionalTensors& embed, std::optional<std::string_view> embed_activation, double embed_dropout_p,
-    std::optional<ScalarType> embed_dtype) {
-  const ClassCall call(x, ClassifierWeights(weights), offsets, mask,
-                       {embed, embed_activation, embed_dropout_p, embed_dtype});
+    std::optional<ScalarType> embed_dtype, int64_t saved_bytes) {
+  ClassCall call(x, ClassifierWeights(weights), offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
   Forward out(call, 1);
+  const Tensor kept = call.keep(saved_bytes, 0, embed_dtype);
   Tensor logits = call.empty({call.rows, call.classes});
   if (mask) logits.fill_(kDead<double>);  // tiles without a real row are passed over
   with_rows(call, nullptr, [&]<typename T>(const Ragged<T>& in) {
     out.pool(LogSumExpScore<T>(in, call.queries<acc_t<T>>(), logits.mutable_data_ptr<acc_t<T>>(), nullptr), in);
   });
-  return {out.bag, out.scores, out.lse, logits};
+  return {out.bag, out.scores, out.lse, logits, kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_bwd(
     const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
     const Tensor& bag, const Tensor& scores, const Tensor& lse, const Tensor& logits, const OptionalTensors& embed,
-    std::optional<std::string_view> embed_activation, double embed_dropout_p, std::optional<ScalarType> embed_dtype,
+    const Tensor& kept, std::optional<std::string_view> embed_activation, double embed_dropout_p, std::optional<ScalarType> embed_dtype,
     const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
     const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
   const ClassifierWeights given(weights);
-  const ClassCall call(x, given, offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
+  ClassCall call(x, given, offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
+  call.use_kept(kept, 0, embed_dtype, true, true);
   check_needs(needs.data() + 1, given);
   const PooledTensors pooled(call, 1, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   const Tensor l = call.take(logits, "logits", {call.rows, call.classes}),
@@ -154,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_bwd(
     using A = acc_t<T>;
     LogSumExpScore<T> score(in, call.queries<A>(), const_cast<A*>(l.const_data_ptr<A>()), data_or_null<A>(g));
     if (needs[1] || needs[2]) score.classes().prepare_gradient();
-    pool_backward<T>(score, nullptr, in, typed<A>(pooled), in.chunks());
+    pool_backward<T>(score, nullptr, in, typed<A>(pooled));
     if (needs[1]) score.classes().gradient(grad_weight.mutable_data_ptr<A>(), nullptr);
     if (needs[2]) score.classes().shift_gradient(grad_bias.mutable_data_ptr<A>());
   });

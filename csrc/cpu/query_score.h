@@ -41,7 +41,7 @@ class GivenScore final : public Score<T> {
     void scores(const Tile<T>& tile, A* scores) override {
       std::copy_n(program.scores_ + tile.first * program.heads_, tile.rows * program.heads_, scores);
     }
-    void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x, int64_t) override {
+    void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x, const Place&) override {
       if (program.grad_scores_ != nullptr) {
         std::copy_n(grad_scores, unit.rows * program.heads_, program.grad_scores_ + unit.first * program.heads_);
       }
@@ -190,7 +190,7 @@ class QueryScore final : public Score<T> {
     explicit Worker(const QueryScore& p) : products(p.products), worker(p.products.worker()) {}
 
     void scores(const Tile<T>& tile, A* scores) override { products.scores(tile, tile.x, tile.ld, scores); }
-    void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x, int64_t) override {
+    void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x, const Place&) override {
       products.backward(unit, unit.x, unit.ld, grad_scores, worker, [&](int64_t at, int64_t n, const A* queries) {
         if (grad_x) grad_x.store_rows(at, n, grad_scores + at * products.heads(), queries, products.heads());
       });
@@ -247,7 +247,7 @@ class LogSumExpScore final : public Score<T> {
     }
 
     // A logit's gradient is the score's times its share of the sum, and what came back for the logit itself.
-    void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x, int64_t slice) override {
+    void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x, const Place& place) override {
       const int64_t C = program.classes_.heads();
       const A* const logits = program.logits_ + unit.first * C;
       for (int64_t r = 0; r < unit.rows; r += kRows) {
@@ -282,7 +282,7 @@ class LogSumExpScore final : public Score<T> {
           }
         }
       }
-      classes->backward(unit, grad_logits.data(), grad_x, slice);
+      classes->backward(unit, grad_logits.data(), grad_x, place);
     }
   };
 

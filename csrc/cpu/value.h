@@ -13,8 +13,9 @@ class ValueStage final : public Stage<T> {
  public:
   using A = acc_t<T>;
 
-  ValueStage(int64_t in_width, Dropout dropout, std::optional<Layer<E>> layer)
-      : layer(std::move(layer)), in_width_(in_width), dropout_(dropout) {}
+  // `kept`: the products of the layer.
+  ValueStage(int64_t in_width, Dropout dropout, std::optional<Layer<E>> layer, const KeptRows& kept)
+      : layer(std::move(layer)), in_width_(in_width), dropout_(dropout), kept_(kept) {}
   int64_t width() const override { return layer ? layer->out() : in_width_; }
   int64_t ld() const override { return layer ? layer->columns() : in_width_; }
   std::unique_ptr<typename Stage<T>::Worker> worker(int64_t rows) const override {
@@ -23,29 +24,31 @@ class ValueStage final : public Stage<T> {
 
   void prepare_backward(int64_t rows, bool input_gradient) {
     if (!layer) return;
-    slices_.emplace(rows, layer->sums_size());
+    pass_rows_ = milkernels::pass_rows(rows);
+    gradients.emplace(*layer, pass_rows_);
     if (input_gradient) layer->prepare_input_gradient();
   }
-  std::optional<int64_t> slices() const { return slices_ ? std::optional(slices_->count()) : std::nullopt; }
-  typename Layer<E>::Sums layer_gradient() { return layer->sums(slices_->reduce()); }
+  int64_t pass_rows() const override { return pass_rows_; }
+  void add_pass(int64_t rows) const override {
+    if (gradients) gradients->add_pass(rows);
+  }
 
   std::optional<Layer<E>> layer;
+  mutable std::optional<typename Layer<E>::Gradients> gradients;  // in a backward
 
  private:
   struct Worker final : Stage<T>::Worker {
     const ValueStage& p;
     MatrixUnits matrix_units;
     Buffer<A> keep, dropped, z, y, grad, block;
-    Buffer<E> copied;
+    Buffer<E> copied, elements;
     Matrix<E> x{};
-    std::optional<typename Layer<E>::Backward> scratch;
 
     Worker(const ValueStage& p, int64_t rows)
         : p(p), keep(p.dropout_ ? rows * p.in_width_ : 0), dropped(p.dropout_ ? rows * p.in_width_ : 0),
-          z(p.layer ? rows * p.ld() : 0), y(p.layer ? rows * p.ld() : 0), grad(p.slices_ ? rows * p.ld() : 0),
-          block(kBlock * kBlock), copied(p.layer ? p.layer->planes() * rows * p.layer->depth() : 0) {
-      if (p.slices_) scratch.emplace(*p.layer, rows);
-    }
+          z(p.layer ? rows * p.ld() : 0), y(p.layer ? rows * p.ld() : 0), grad(p.gradients ? rows * p.ld() : 0),
+          block(kBlock * kBlock), copied(p.layer ? p.layer->planes() * rows * p.layer->depth() : 0),
+          elements(p.gradients ? p.layer->planes() * rows * p.ld() : 0) {}
 
     const A* rows(const Tile<T>& tile) override {
       const int64_t width = p.in_width_;
@@ -64,12 +67,12 @@ class ValueStage final : public Stage<T> {
       const int planes = p.layer->planes();
       x = p.dropout_ ? copy_rows(dropped.get(), width, tile.mask, tile.rows, rows, width, depth, planes, copied.get())
                      : copy_rows(tile.x, tile.ld, tile.mask, tile.rows, rows, width, depth, planes, copied.get());
-      p.layer->products(x, rows, z.get());
+      p.layer->kept_products(p.kept_, tile, x, rows, z.get());
       p.layer->activate(z.get(), rows, y.get());
       return y.get();
     }
 
-    void backward(const Tile<T>& unit, A* grad_rows, A* grad_x, int64_t slice) override {
+    void backward(const Tile<T>& unit, A* grad_rows, A* grad_x, const Place& place) override {
       const int64_t width = p.in_width_;
       if (p.layer) {
         const Layer<E>& layer = *p.layer;
@@ -80,9 +83,7 @@ class ValueStage final : public Stage<T> {
           std::copy_n(grad_rows + r * layer.out(), real, to);
           std::fill(to + real, to + layer.columns(), A(0));
         }
-        const bool first = p.slices_->start(slice);
-        const auto left =
-            layer.backward(x, z.get(), rows, grad.get(), first, layer.sums(p.slices_->at(slice)), *scratch);
+        const auto left = layer.backward(x, z.get(), rows, grad.get(), place, *p.gradients, elements.get());
         if (grad_x == nullptr) return;
         layer.input_gradient(left, rows, block.get(), [&](int64_t r, int64_t column, int64_t count, const A* part) {
           if (r < unit.rows) std::copy_n(part, count, grad_x + r * width + column);
@@ -99,7 +100,8 @@ class ValueStage final : public Stage<T> {
 
   int64_t in_width_;
   Dropout dropout_;
-  mutable std::optional<Slices<A>> slices_;  // a slice is written by one thread at a time
+  KeptRows kept_;
+  int64_t pass_rows_ = kAllRows;
 };
 
 }  // namespace milkernels

@@ -11,7 +11,9 @@ AttentionScore<T, E> program_of(const AttentionCall& call) {
   return {{data(0), data(1), data(2), data(3), data(4), data(5), call.width, call.hidden, call.heads},
           call.activation,
           call.dropout,
-          std::max(call.planes, 1)};
+          std::max(call.planes, 1),
+          call.kept.hidden,
+          call.rows};
 }
 
 }  // namespace
@@ -40,7 +42,7 @@ void attention_backward(const AttentionCall& call, const Ragged<T>& in, const Po
     const auto out = [&](int i) { return data_if<A>(needs[i], grads[i]); };
     auto program = program_of<T, E>(call);
     program.prepare_backward(call.rows, needs[1] || needs[3], in.has_gradient());
-    pool_backward<T>(program, nullptr, in, typed<A>(pooled), program.slices());
+    pool_backward<T>(program, nullptr, in, typed<A>(pooled));
     program.parameter_gradients(out(1), out(3), out(2), out(4), out(5), out(6));
   });
 }

@@ -15,16 +15,25 @@ void with_programs(const DSMILCall& call, const Ragged<T>& in, const F& f) {
     return Layer<E>(weight.const_data_ptr<A>(), data_or_null<A>(bias), weight.size(0), weight.size(1), activation,
                     planes);
   };
+  // Products are kept in the order of the layers.
+  int64_t kept_columns = 0;
+  const auto kept = [&](const Tensor& weight) {
+    const int64_t columns = round_up(weight.size(0), kBlock), first = std::exchange(kept_columns, kept_columns + columns);
+    return call.kept.hidden.part(first, columns);
+  };
+  std::array<KeptRows, 2> kept_query;
+  if (call.mlp()) kept_query = {kept(call.q_weight()), kept(call.q2_weight())};
   std::optional<ValueStage<T, E>> stage;
   if (call.layered()) {
-    stage.emplace(call.width, call.v_dropout, layer(call.v_weight(), call.v_bias(), call.v_activation));
+    stage.emplace(call.width, call.v_dropout, layer(call.v_weight(), call.v_bias(), call.v_activation),
+                  kept(call.v_weight()));
   } else if (call.v_dropout) {
-    stage.emplace(call.width, call.v_dropout, std::nullopt);
+    stage.emplace(call.width, call.v_dropout, std::nullopt, KeptRows());
   }
   ValueStage<T, E>* const value = stage ? &*stage : nullptr;
   if (call.mlp()) {
     MlpScore<T, E> score(in, layer(call.q_weight(), call.q_bias(), Activation::kRelu),
-                         layer(call.q2_weight(), call.q2_bias(), Activation::kTanh), call.queries<A>());
+                         layer(call.q2_weight(), call.q2_bias(), Activation::kTanh), call.queries<A>(), kept_query);
     f(score, value);
   } else {
     QueryScore<T> score(in, call.queries<A>());
@@ -52,32 +61,25 @@ void dsmil_rows_backward(const DSMILCall& call, const Ragged<T>& in, const Poole
   using A = acc_t<T>;
   with_element<T>(call.planes, [&]<typename E>() {
     with_programs<T, E>(call, in, [&](auto& score, auto* stage) {
-      int64_t slices = in.chunks();
-      const auto fewer = [&](int64_t n) { slices = std::min(slices, n); };
       if constexpr (std::is_same_v<std::decay_t<decltype(score)>, MlpScore<T, E>>) {
         score.prepare_backward(call.rows, in.has_gradient());
-        fewer(score.slices());
       } else {
         score.products.prepare_gradient();
       }
-      if (stage) {
-        stage->prepare_backward(call.rows, in.has_gradient());
-        if (stage->slices()) fewer(*stage->slices());
-      }
-      pool_backward<T>(score, stage, in, typed<A>(tensors), slices);
+      if (stage) stage->prepare_backward(call.rows, in.has_gradient());
+      pool_backward<T>(score, stage, in, typed<A>(tensors));
       const auto g = typed<A>(tensors);
       score.products.gradient_of_bags(grad_vectors.mutable_data_ptr<A>(), call.mlp() || stage ? nullptr : &g);
-      const auto take_sums = [&](const Layer<E>& layer, const typename Layer<E>::Sums& sums, int weight) {
+      const auto take_sums = [&](const Layer<E>& layer, typename Layer<E>::Gradients& sums, int weight) {
         const Tensor &w = grads[weight], &b = grads[weight + 1];
-        std::copy_n(sums.weight, layer.out() * layer.in(), w.template mutable_data_ptr<A>());
-        if (b.numel() > 0) std::copy_n(sums.bias, layer.out(), b.template mutable_data_ptr<A>());
+        std::copy_n(sums.weight.sum(), layer.out() * layer.in(), w.template mutable_data_ptr<A>());
+        if (b.numel() > 0) sums.bias.copy_to(b.template mutable_data_ptr<A>(), 0, layer.out());
       };
       if constexpr (std::is_same_v<std::decay_t<decltype(score)>, MlpScore<T, E>>) {
-        const auto [first, second] = score.layer_gradients();
-        take_sums(score.first, first, 0);
-        take_sums(score.second, second, 2);
+        take_sums(score.first, *score.first_gradients, 0);
+        take_sums(score.second, *score.second_gradients, 2);
       }
-      if (stage && stage->layer) take_sums(*stage->layer, stage->layer_gradient(), 4);
+      if (stage && stage->layer) take_sums(*stage->layer, *stage->gradients, 4);
     });
   });
 }
