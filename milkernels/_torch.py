@@ -89,6 +89,11 @@ def has_values(tensor: Tensor) -> bool:
     return all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACING_MODES)
 
 
+def device_type(tensor: Tensor) -> str:
+    """``tensor.device.type``, which makes two objects."""
+    return "cpu" if tensor.is_cpu else tensor.device.type
+
+
 # The dispatcher
 
 OpOverload = torch._ops.OpOverload
@@ -118,6 +123,14 @@ def called_hooks(module: nn.Module) -> list[str]:
     if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
         return []
     return [kind.strip("_").replace("_", " ") for kind in _HOOKS if getattr(module, kind)]
+
+
+def parameter_of(module: nn.Module, name: str) -> Tensor | None:
+    """``getattr(module, name)``, which looks for a parameter everywhere else first."""
+    parameters = module._parameters
+    if module.__class__ is nn.Linear and name in parameters and name not in module.__dict__:
+        return parameters[name]
+    return getattr(module, name)
 
 
 def has_global_hooks() -> bool:
