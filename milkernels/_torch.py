@@ -125,12 +125,14 @@ def called_hooks(module: nn.Module) -> list[str]:
     return [kind.strip("_").replace("_", " ") for kind in _HOOKS if getattr(module, kind)]
 
 
-def parameter_of(module: nn.Module, name: str) -> Tensor | None:
-    """``getattr(module, name)``, which looks for a parameter everywhere else first."""
-    parameters = module._parameters
-    if module.__class__ is nn.Linear and name in parameters and name not in module.__dict__:
-        return parameters[name]
-    return getattr(module, name)
+def weight_and_bias(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """``(layer.weight, layer.bias)``. Python looks for parameters everywhere else first, so a plain layer is asked
+    where it keeps them; others may compute them or have them as attributes."""
+    own, parameters = layer.__dict__, layer._parameters
+    plain = type(layer) is nn.Linear and "weight" in parameters and "bias" in parameters
+    if plain and "weight" not in own and "bias" not in own:
+        return parameters["weight"], parameters["bias"]
+    return layer.weight, layer.bias
 
 
 def has_global_hooks() -> bool:

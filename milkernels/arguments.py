@@ -12,6 +12,7 @@ from torch import Tensor
 from milkernels._torch import has_values
 
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+_INTEGER, _REAL = (int, torch.SymInt), (int, float, torch.SymInt, torch.SymFloat)  # a union takes time to make
 _INT64 = (-(2**63), 2**63 - 1)
 _COUNTS = 2**31  # what is counted in 64 bits stays far from their end, whatever it is multiplied by
 
@@ -116,7 +117,7 @@ def check_choice(name: str, value, choices) -> None:
 
 
 def _check_real(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+    if isinstance(value, bool) or not isinstance(value, _REAL):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
 
 
@@ -141,7 +142,7 @@ def check_share(name: str, value: float) -> None:
 
 
 def check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, _INTEGER):
         raise TypeError(f"{name} must be an int; got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1; got {value}")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from milkernels._torch import called_hooks, parameter_of
+from milkernels._torch import called_hooks, weight_and_bias
 from milkernels.arguments import check_choice, check_shape, check_share, in_order
 
 Linear = nn.Linear | tuple[Tensor, Tensor | None] | Tensor
@@ -72,7 +72,7 @@ def _parameters_of(name: str, layer) -> tuple[Tensor, Tensor | None]:
         raise TypeError(f"{name} must be a plain nn.Linear; got {type(layer).__name__} with a forward of its own")
     if hooks := called_hooks(layer):
         raise ValueError(f"{name} must have no hooks, which an op does not call; got {hooks[0]}")
-    return parameter_of(layer, "weight"), parameter_of(layer, "bias")
+    return weight_and_bias(layer)
 
 
 def checked_embed(embed: Embed | tuple, x: Tensor) -> tuple[Tensor, Tensor | None, str, float]:

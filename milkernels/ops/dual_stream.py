@@ -263,7 +263,7 @@ def _given_instances(critical: Tensor, x: Tensor, offsets: Tensor | None, width:
 
 def _critical_instances(backend: str, logits: Tensor, offsets: Tensor | None, mask: Tensor | None) -> Tensor:
     """The row with the largest logit of each bag and class ``[B, C]``; -1 where all are -inf."""
-    logits = logits.detach().to(accumulation_dtype(logits))
+    logits = converted(logits.detach(), accumulation_dtype(logits))
     values, indices = call("max_pool", backend, logits, offsets, mask)
     return indices.masked_fill(values == -INF, -1)
 
