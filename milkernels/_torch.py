@@ -89,6 +89,11 @@ def has_values(tensor: Tensor) -> bool:
     return all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACING_MODES)
 
 
+def device_type(tensor: Tensor) -> str:
+    """``tensor.device.type``, which makes two objects."""
+    return "cpu" if tensor.is_cpu else tensor.device.type
+
+
 # The dispatcher
 
 OpOverload = torch._ops.OpOverload
@@ -118,6 +123,16 @@ def called_hooks(module: nn.Module) -> list[str]:
     if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
         return []
     return [kind.strip("_").replace("_", " ") for kind in _HOOKS if getattr(module, kind)]
+
+
+def weight_and_bias(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """``(layer.weight, layer.bias)``. Python looks for parameters everywhere else first, so a plain layer is asked
+    where it keeps them; others may compute them or have them as attributes."""
+    own, parameters = layer.__dict__, layer._parameters
+    plain = type(layer) is nn.Linear and "weight" in parameters and "bias" in parameters
+    if plain and "weight" not in own and "bias" not in own:
+        return parameters["weight"], parameters["bias"]
+    return layer.weight, layer.bias
 
 
 def has_global_hooks() -> bool:

@@ -98,7 +98,7 @@ def choose(
         requested = _context.current() or _START
     elif requested.__class__ is not str:
         _checked(requested, "backend")
-    device = x.device.type
+    device = _torch.device_type(x)
     key = requested, op, device, x.dtype, double, needs, device == "cuda" and x.shape[0] < FEW_ROWS
     served = _served.get(key)
     if served is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from milkernels._torch import has_values, pytree, ragged_dimension
-from milkernels.arguments import DTYPES, check_dense, check_instances, check_type, readable
+from milkernels.arguments import check_dense, check_instances, check_type, readable
 from milkernels.ragged import INT_TYPES, bag_index, bag_lengths, check_offset_values, check_offsets, checked_mask
 
 Extras = Mapping[str, Tensor] | None
@@ -338,15 +338,7 @@ def instances_of(
             given = "mask" if offsets is None else "offsets"
             raise ValueError(f"{given} must be None beside Bags, which have their own; got a value")
         x, offsets, mask = x.values, x.offsets, x.mask
-    if not (
-        isinstance(x, Tensor)
-        and x.ndim == 2
-        and x.shape[1] >= 1
-        and x.dtype in DTYPES
-        and x.layout is torch.strided
-        and not x.is_nested
-    ):
-        check_instances(x, name)
+    check_instances(x, name)
     if offsets is not None:
         check_offsets(offsets, x.shape[0], x.device)
     return x, offsets, None if mask is None else checked_mask(mask, x)

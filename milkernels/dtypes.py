@@ -6,10 +6,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from milkernels._torch import device_type
+
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast would compute in on the device of ``x``; None where it is off."""
-    kind = x.device.type
+    kind = device_type(x)
     if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):
         return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -17,16 +19,21 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def compute_dtype_of(x: Tensor) -> torch.dtype | None:
     """The type of autocast, which leaves float64 alone; None where it is off."""
-    return None if x.dtype == torch.float64 else autocast_dtype(x)
+    return None if x.dtype is torch.float64 else autocast_dtype(x)
 
 
 def result_dtype(x: Tensor, others: Iterable[Tensor | None] = ()) -> torch.dtype:
     """The promoted type of the tensors that are there."""
     dtype = x.dtype
     for t in others:
-        if t is not None and t.dtype != dtype:
+        if t is not None and t.dtype is not dtype:
             dtype = torch.promote_types(dtype, t.dtype)
     return dtype
+
+
+def converted(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t.to(dtype)``, which takes a microsecond even where there is nothing to do."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def accumulation_dtype(x: Tensor, others: Iterable[Tensor | None] = ()) -> torch.dtype:

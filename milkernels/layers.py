@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from milkernels._torch import called_hooks
-from milkernels.arguments import DTYPES, check_choice, check_shape, check_share
+from milkernels._torch import called_hooks, weight_and_bias
+from milkernels.arguments import check_choice, check_shape, check_share, in_order
 
 Linear = nn.Linear | tuple[Tensor, Tensor | None] | Tensor
 
@@ -43,36 +43,25 @@ def as_linear(name: str, layer: Linear, width: int, x: Tensor, out: int | None =
         TypeError: something else, types that are not floating-point, or an ``nn.Linear`` with a forward of its own.
         ValueError: shapes or devices that do not fit; a hook, which would not be called.
     """
-    if isinstance(layer, Tensor):
-        weight, bias = layer, None
-    elif isinstance(layer, tuple | list):
+    if isinstance(layer, (tuple, list)):
         if len(layer) != 2:
             raise TypeError(f"{name} must be an nn.Linear, a weight or a pair (weight, bias); got {len(layer)} values")
         weight, bias = layer
+    elif isinstance(layer, Tensor):
+        weight, bias = layer, None
     else:
         weight, bias = _parameters_of(name, layer)
-    # Everything is in order nearly always: then nothing more is called.
+    device = x.device
     if not (
-        isinstance(weight, Tensor)
-        and weight.ndim == 2
-        and weight.shape[1] == width
-        and (weight.shape[0] == out if out is not None else weight.shape[0] >= 1)
-        and weight.dtype in DTYPES
-        and weight.device == x.device
-        and weight.layout is torch.strided
-        and not weight.is_nested
+        in_order(weight, device)
+        and len(shape := weight.shape) == 2
+        and shape[1] == width
+        and (shape[0] == out if out is not None else shape[0] >= 1)
     ):
         check_shape(f"{name}.weight", weight, (out, width), x)
-    if bias is not None and not (
-        isinstance(bias, Tensor)
-        and bias.ndim == 1
-        and bias.shape[0] == weight.shape[0]
-        and bias.dtype in DTYPES
-        and bias.device == x.device
-        and bias.layout is torch.strided
-        and not bias.is_nested
-    ):
-        check_shape(f"{name}.bias", bias, (weight.shape[0],), x)
+        shape = weight.shape
+    if bias is not None and not (in_order(bias, device) and bias.shape == (shape[0],)):
+        check_shape(f"{name}.bias", bias, (shape[0],), x)
     return weight, bias
 
 
@@ -83,7 +72,7 @@ def _parameters_of(name: str, layer) -> tuple[Tensor, Tensor | None]:
         raise TypeError(f"{name} must be a plain nn.Linear; got {type(layer).__name__} with a forward of its own")
     if hooks := called_hooks(layer):
         raise ValueError(f"{name} must have no hooks, which an op does not call; got {hooks[0]}")
-    return layer.weight, layer.bias
+    return weight_and_bias(layer)
 
 
 def checked_embed(embed: Embed | tuple, x: Tensor) -> tuple[Tensor, Tensor | None, str, float]:

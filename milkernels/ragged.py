@@ -71,7 +71,7 @@ def check_offsets(offsets: Tensor, num_rows: int, device: torch.device) -> None:
         raise ValueError(f"offsets must be 1-D, one element more than bags; got shape {tuple(offsets.shape)}")
     if offsets.device != device:
         raise ValueError(f"offsets must be on the device of the instances, {device}; got {offsets.device}")
-    if offsets.device.type == "cpu" and has_values(offsets):
+    if offsets.is_cpu and has_values(offsets):
         check_offset_values(offsets, num_rows)
     elif offsets.shape[0] == 1 and isinstance(num_rows, int) and num_rows > 0:
         raise ValueError(f"offsets of no bags, [0], need no instances; got {num_rows}")
@@ -93,7 +93,9 @@ def check_offset_values(offsets: Tensor, num_rows: int) -> None:
 
 def for_kernels(x: Tensor) -> Tensor:
     """``x`` with rows that kernels can read: unit stride inside, no overlap between."""
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+    if x.is_contiguous() or (x.stride(1) == 1 and x.stride(0) >= x.shape[1]):
+        return x
+    return x.contiguous()
 
 
 def bag_lengths(offsets: Tensor) -> Tensor:

@@ -156,6 +156,27 @@ def test_a_parametrised_layer_is_taken_as_it_is(op, name):
     same_bits(call(layer), call((weight * 0, bias)))
 
 
+class Halved(nn.Linear):
+    """A layer whose weight is half of the parameter of that name."""
+
+    weight = property(lambda self: self._parameters["weight"] / 2)
+
+
+@every_layer
+def test_a_layer_is_read_as_python_reads_it(op, name):
+    """Also where its parameters lie in a place of their own."""
+    call, weight, bias = with_layer(op, name)
+    layer = layer_of(weight * 2, bias)
+    layer.__class__ = Halved
+    same_bits(call(layer), call((weight, bias)))
+    layer = layer_of(weight * 2, bias)
+    layer.__dict__["weight"] = weight  # before the parameter
+    same_bits(call(layer), call((weight, bias)))
+    del layer.bias
+    layer.bias = bias  # instead of it
+    same_bits(call(layer), call((weight, bias)))
+
+
 def hooked(layer, register):
     getattr(layer, register)(lambda *args: None)
     return layer

@@ -20,7 +20,7 @@ from milkernels.ops import contract
 
 def taken(device: str = "cpu", op: str = "mean_pool", *, rows: int = 5, requested=None, needs=()) -> str:
     """What serves a call, which names no backend; the tensor may be on a device that is not there."""
-    x = SimpleNamespace(device=torch.device(device), dtype=torch.float32, shape=(rows, 3))
+    x = SimpleNamespace(device=torch.device(device), is_cpu=device == "cpu", dtype=torch.float32, shape=(rows, 3))
     return backends.choose(op, x, (), requested, needs)
 
 

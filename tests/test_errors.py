@@ -58,6 +58,7 @@ def wrong_tensors(t):
         made["quantized"] = torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8)
         if t.ndim == 2:
             made["csr"] = t.to_sparse_csr()
+            made["nested rows"] = torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)])
     return made | {"array": t.numpy(), "list": t.tolist()} | {k: ANYTHING[k] for k in ("text", "dict", "type")}
 
 
@@ -188,7 +189,8 @@ RIGHT = {  # here
 }
 # A nested x has its own offsets and mask, which are named then.
 TOGETHER = {
-    (f"{kind.__name__}.forward", "x"): {"nested"} for kind in (*MODULES, nn.MeanPool, nn.MaxPool, nn.SoftmaxPool)
+    (f"{kind.__name__}.forward", "x"): {"nested", "nested rows"}
+    for kind in (*MODULES, nn.MeanPool, nn.MaxPool, nn.SoftmaxPool)
 }
 
 

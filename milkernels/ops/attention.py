@@ -7,7 +7,7 @@ from torch import Tensor
 from milkernels import backends
 from milkernels.arguments import check_choice
 from milkernels.bags import Bags, instances_of
-from milkernels.dtypes import compute_dtype_of, product_dtypes, result_dtype, without_autocast
+from milkernels.dtypes import compute_dtype_of, converted, product_dtypes, result_dtype, without_autocast
 from milkernels.layers import ACTIVATIONS, Embed, Linear, as_linear
 from milkernels.ops.contract import (
     BAGS,
@@ -223,7 +223,7 @@ def _pool(gated, x, v, u, w, offsets, activation, dropout_p, seed, embed, mask, 
         bag, scores, lse = call(
             "attention_pool", backend, for_kernels(x), *weights, offsets, *options, embed=embedding.arguments
         )
-    return Pooled(bag.to(result_dtype(x, tensors)), scores, lse)
+    return Pooled(converted(bag, result_dtype(x, tensors)), scores, lse)
 
 
 def _scores(gated, x, v, u, w, activation, dropout_p, seed, embed, mask, requested) -> Tensor:

@@ -7,7 +7,14 @@ from torch import Tensor
 from milkernels import backends
 from milkernels.arguments import check_choice, check_number, check_per_row, check_shape
 from milkernels.bags import Bags, instances_of
-from milkernels.dtypes import accumulation_dtype, compute_dtype_of, product_dtypes, result_dtype, without_autocast
+from milkernels.dtypes import (
+    accumulation_dtype,
+    compute_dtype_of,
+    converted,
+    product_dtypes,
+    result_dtype,
+    without_autocast,
+)
 from milkernels.layers import ACTIVATIONS, Embed, Linear, as_linear
 from milkernels.ops import dsmil_kernels
 from milkernels.ops.contract import (
@@ -146,7 +153,7 @@ def dsmil_pool(
         inputs = (for_kernels(x), None if given is None else critical, chosen, *weights, offsets, *options)
         bag, scores, lse, _ = call("dsmil_pool", backend, *inputs, embed=embedding.arguments)
         chosen = chosen if given is None else chosen - 1
-    return DSMILPooled(bag.to(result_dtype(x, tensors)), scores, lse, chosen)
+    return DSMILPooled(converted(bag, result_dtype(x, tensors)), scores, lse, chosen)
 
 
 def dsmil(
@@ -220,7 +227,7 @@ def dsmil(
         inputs = (for_kernels(x), *first, *weights, offsets, *options)
         results = call("dsmil", backend, *inputs, embed=embedding.arguments)
         bag, scores, lse, critical, values, logits, _ = results
-    return DSMILOutput(bag.to(result_dtype(x, tensors)), scores, lse, critical, values, logits)
+    return DSMILOutput(converted(bag, result_dtype(x, tensors)), scores, lse, critical, values, logits)
 
 
 def _second_stream(x, q, q2, value, value_activation, value_dropout_p, scale, seed, embed, mask):
@@ -256,7 +263,7 @@ def _given_instances(critical: Tensor, x: Tensor, offsets: Tensor | None, width:
 
 def _critical_instances(backend: str, logits: Tensor, offsets: Tensor | None, mask: Tensor | None) -> Tensor:
     """The row with the largest logit of each bag and class ``[B, C]``; -1 where all are -inf."""
-    logits = logits.detach().to(accumulation_dtype(logits))
+    logits = converted(logits.detach(), accumulation_dtype(logits))
     values, indices = call("max_pool", backend, logits, offsets, mask)
     return indices.masked_fill(values == -INF, -1)
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from milkernels import backends
 from milkernels.bags import Bags, instances_of
-from milkernels.dtypes import compute_dtype_of, product_dtypes, result_dtype, without_autocast
+from milkernels.dtypes import compute_dtype_of, converted, product_dtypes, result_dtype, without_autocast
 from milkernels.layers import Embed, Linear, as_linear
 from milkernels.ops.contract import (
     BAGS,
@@ -74,7 +74,7 @@ def loss_attention_pool(
         inputs = (for_kernels(x), *weights, offsets, mask)
         pooled = call("loss_attention_pool", backend, *inputs, embed=embedding.arguments)
     bag, scores, lse, logits = pooled
-    return LossAttentionPooled(bag.to(result_dtype(x, tensors)), scores, lse, logits)
+    return LossAttentionPooled(converted(bag, result_dtype(x, tensors)), scores, lse, logits)
 
 
 # The reference

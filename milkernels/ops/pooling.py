@@ -6,7 +6,7 @@ from torch import Tensor
 from milkernels import backends
 from milkernels.arguments import check_per_row
 from milkernels.bags import Bags, instances_of
-from milkernels.dtypes import accumulation_dtype, without_autocast
+from milkernels.dtypes import accumulation_dtype, converted, without_autocast
 from milkernels.ops.contract import BAGS, Backward, Forward, call, declare, num_bags, pooled_shapes, pooled_width
 from milkernels.ops.segments import INF, Segments, gather
 from milkernels.ops.trilinear import Pool, dead_rows, masked_scores, pooled_by_softmax
@@ -53,7 +53,7 @@ def softmax_pool(
     if backend == "reference":
         return Pooled(*softmax_pool_reference(x, scores, offsets, mask))
     bag, scores, lse = call("softmax_pool", backend, for_kernels(x), scores, offsets, mask)
-    return Pooled(bag.to(x.dtype), scores, lse)
+    return Pooled(converted(bag, x.dtype), scores, lse)
 
 
 def weighted_pool(
@@ -90,7 +90,7 @@ def weighted_pool(
     backend = backends.choose("weighted_pool", x, (weights,), backend)
     if backend == "reference":
         return weighted_pool_reference(x, weights, offsets, mask)
-    return call("weighted_pool", backend, for_kernels(x), weights, offsets, mask).to(x.dtype)
+    return converted(call("weighted_pool", backend, for_kernels(x), weights, offsets, mask), x.dtype)
 
 
 def mean_pool(
@@ -121,7 +121,7 @@ def mean_pool(
     backend = backends.choose("mean_pool", x, (), backend)
     if backend == "reference":
         return mean_pool_reference(x, offsets, mask)
-    return call("mean_pool", backend, for_kernels(x), offsets, mask).to(x.dtype)
+    return converted(call("mean_pool", backend, for_kernels(x), offsets, mask), x.dtype)
 
 
 def max_pool(

@@ -5,7 +5,7 @@ from torch import Tensor
 from milkernels import backends
 from milkernels.arguments import check_number, check_shape
 from milkernels.bags import Bags, instances_of
-from milkernels.dtypes import accumulation_dtype, result_dtype, without_autocast
+from milkernels.dtypes import accumulation_dtype, converted, result_dtype, without_autocast
 from milkernels.layers import Embed
 from milkernels.ops.contract import (
     BAGS,
@@ -72,7 +72,7 @@ def query_pool(
     else:
         inputs = (for_kernels(x), query, offsets, mask, scale)
         bag, scores, lse = call("query_pool", backend, *inputs, embed=embedding.arguments)
-    return Pooled(bag.to(result_dtype(x, tensors)), scores, lse)
+    return Pooled(converted(bag, result_dtype(x, tensors)), scores, lse)
 
 
 def query_scores(
