@@ -20,7 +20,6 @@ ALL = -1  # in an op's schema: no limit
 _DEFAULTS = {"cpu": 64 << 20, "cuda": 512 << 20}  # by device
 _UNITS = {"": 1, "B": 1, **{f"{prefix}iB": 1 << 10 * (i + 1) for i, prefix in enumerate("KMGT")}}
 _GROUP = 64  # rows and columns of a block that a kernel writes on the CPU
-_PIECE = 256  # rows that are saved together, or not
 
 
 def _checked(limit: Limit, source: str) -> int:
@@ -126,6 +125,6 @@ def kept_bytes(x: Tensor, limit: int, product: torch.dtype, embedded: int, hidde
         if isinstance(width, int) and width == 0:
             continue
         row = width * number
-        fitting = rows if limit == ALL else torch.sym_min(rows, (limit - total) // (row * _PIECE) * _PIECE)
+        fitting = rows if limit == ALL else torch.sym_min(rows, (limit - total) // (row * _GROUP) * _GROUP)
         total += fitting * row
     return total

@@ -57,6 +57,7 @@ class Call:
     wanted: int | None = None  # the only output that is differentiated
     transform: str = "plain"  # vmap, compile
     threads: int = 1  # the same bits with so many as with one
+    saved_bytes: int | None = 64 << 20  # in float32 and float64 the same bits as with 0
     seed: int = 0
 
     def __repr__(self):
@@ -191,10 +192,13 @@ def runs_of(call: Call, backend: str, seed: int):
             dense = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
             dense = {n: t.requires_grad_(tensors[n].requires_grad) for n, t in dense.items()}
             eager = step(case.truth, dense, offsets, mask, wanted) if call.type != torch.float64 else exact
-    with torch.autocast("cpu", _half(call), enabled=call.autocast):
+    with torch.autocast("cpu", _half(call), enabled=call.autocast), milkernels.saved_bytes(call.saved_bytes):
         got = step(ours(call, backend), tensors, offsets, mask, wanted)
         if call.threads > 1:
             with threads(call.threads):
+                same_bits(step(ours(call, backend), tensors, offsets, mask, wanted), got)
+        if call.saved_bytes != 64 << 20 and call.type in (torch.float32, torch.float64) and not call.autocast:
+            with milkernels.saved_bytes(0):
                 same_bits(step(ours(call, backend), tensors, offsets, mask, wanted), got)
     for name, t in tensors.items():
         if t.requires_grad and case.has_rows(name):

@@ -130,6 +130,7 @@ def strategy(ops, compiles: bool, threads: tuple[int, ...], layouts: tuple[str, 
             wanted=draw(st.sampled_from((None, None, None, 0))),
             transform=draw(st.sampled_from(("plain",) * 100 + ("vmap",) * 8 + ("compile",) * compiles)),
             threads=draw(st.sampled_from((1,) * 12 + threads)),
+            saved_bytes=draw(st.sampled_from((64 << 20, 0, None, 20_000, 100_000, 400_000))),
             seed=draw(st.integers(0, 2**20)),
         )
 

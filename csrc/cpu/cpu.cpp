@@ -120,8 +120,18 @@ at::Tensor kept_bytes(int64_t bytes) {
   const auto options = at::TensorOptions().dtype(at::kByte);
   if (bytes == 0) return at::empty({0}, options);
   const auto block = KeptMemory::instance().take(bytes);
+  // PyTorch's memory profiler sees what is held, as it sees its own allocations.
+  const auto report = [bytes, data = block.data](int64_t sign) {
+    if (c10::memoryProfilingEnabled()) c10::reportMemoryUsageToProfiler(data, sign * bytes, 0, 0, c10::Device(c10::kCPU));
+  };
+  report(1);
   return at::from_blob(
-      block.data, {bytes}, [block](void*) { KeptMemory::instance().give_back(block); }, options);
+      block.data, {bytes},
+      [block, report](void*) {
+        report(-1);
+        KeptMemory::instance().give_back(block);
+      },
+      options);
 }
 
 void release_workspace() {

@@ -50,7 +50,7 @@ struct Kept {
     int64_t total = 0;
     for (const int64_t row : {embedded_width * size, hidden_width * size}) {
       const int64_t all = round_up(count, 64);
-      if (row != 0) total += row * (limit < 0 ? all : std::min(all, (limit - total) / (row * kTogether) * kTogether));
+      if (row != 0) total += row * (limit < 0 ? all : std::min(all, (limit - total) / (row * 64) * 64));
     }
     return total;
   }

@@ -51,7 +51,7 @@ class Layer {
   void block_product(const Matrix<E>& x, int64_t row, int64_t column, int64_t rows, A* block) const {
     product<E>(rows, kBlock, depth(), x.rows_from(row), packed_.block(column / kBlock), planes_, block, kBlock, false);
   }
-  // z [rows, columns()] = x W^T + b
+  // z [rows, columns()] = x W^T
   void products(const Matrix<E>& x, int64_t rows, A* z) const {
     for (int64_t t = 0; t < rows; t += kBlock) {
       const int64_t count = std::min(kBlock, rows - t);
@@ -59,29 +59,26 @@ class Layer {
         product<E>(count, kBlock, depth(), x.rows_from(t), packed_.block(c / kBlock), planes_, z + t * columns() + c,
                    columns(), false);
       }
-      for (int64_t r = t; r < t + count; ++r) {
-        for (int64_t c = 0; c < columns(); c += V::size()) {
-          A* const to = z + r * columns() + c;
-          (V::loadu(to) + V::loadu(bias_.data() + c)).store(to);
-        }
-      }
     }
   }
-  // The same of a tile, read from or written to what is kept of it.
+  // z [rows, columns()] = x W^T + b of a tile; the product is read from or written to what is kept of it.
   template <typename T>
-  void kept_products(const KeptRows& kept, const Tile<T>& tile, const Matrix<E>& x, int64_t rows, A* z) const {
-    if (!kept.reads(tile.first)) {
-      products(x, rows, z);
-      if (kept.writes(tile.first)) kept.write_and_round(tile.first * columns(), z, rows * columns());
-      return;
-    }
-    for (int64_t t = 0; t < rows; t += kBlock) {
+  void forward(const KeptRows& kept, const Tile<T>& tile, const Matrix<E>& x, int64_t rows, A* z) const {
+    if (!kept.reads(tile.first)) products(x, rows, z);
+    if (kept.writes(tile.first)) kept.write_and_round(tile.first * columns(), z, rows * columns());
+    for (int64_t t = 0; kept.reads(tile.first) && t < rows; t += kBlock) {
       const int64_t size = std::min(kBlock, rows - t) * columns();
       // A tile without a real row was passed over.
       if (tile.part(t, std::min(kBlock, tile.rows - t)).any_real()) {
         kept.read((tile.first + t) * columns(), z + t * columns(), size);
       } else {
         std::fill_n(z + t * columns(), size, A(0));
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns(); c += V::size()) {
+        A* const to = z + r * columns() + c;
+        (V::loadu(to) + V::loadu(bias_.data() + c)).store(to);
       }
     }
   }

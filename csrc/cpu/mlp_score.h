@@ -62,14 +62,14 @@ class MlpScore final : public Score<T> {
       const int64_t columns = first.columns();
       const auto x = copy_rows(tile.x, tile.ld, tile.mask, tile.rows, rows, tile.width, first.depth(), first.planes(),
                                copied.get());
-      first.kept_products(p.kept_[0], tile, x, rows, z1.get());
+      first.forward(p.kept_[0], tile, x, rows, z1.get());
       A* const activated = activation_of(z1);
       first.activate(z1.get(), rows, activated);
       if constexpr (!std::is_same_v<A, E>) {
         write_elements(activated, hidden.get(), rows * columns, first.planes(), rows * columns);
       }
       const Matrix<E> h{hidden.get(), columns, rows * columns};
-      second.kept_products(p.kept_[1], tile, h, rows, z2.get());
+      second.forward(p.kept_[1], tile, h, rows, z2.get());
       second.activate(z2.get(), rows, query.get());
       return {x, h};
     }

@@ -67,7 +67,7 @@ class ValueStage final : public Stage<T> {
       const int planes = p.layer->planes();
       x = p.dropout_ ? copy_rows(dropped.get(), width, tile.mask, tile.rows, rows, width, depth, planes, copied.get())
                      : copy_rows(tile.x, tile.ld, tile.mask, tile.rows, rows, width, depth, planes, copied.get());
-      p.layer->kept_products(p.kept_, tile, x, rows, z.get());
+      p.layer->forward(p.kept_, tile, x, rows, z.get());
       p.layer->activate(z.get(), rows, y.get());
       return y.get();
     }

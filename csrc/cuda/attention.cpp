@@ -47,8 +47,8 @@ class AttentionCall : public Call {
             data<A>(w_bias_)};
   }
   template <typename E>
-  GateRows<E> gate_rows(const Tensor& z, int64_t first) const {
-    return {gate<acc_t<E>>(), data<E>(z), first, z.size(0), data<bool>(mask)};
+  GateRows<E> gate_rows(const Tensor& z, const Tensor& gradient, int64_t first) const {
+    return {gate<acc_t<E>>(), data<const E>(z), data<E>(gradient), first, z.size(0), data<bool>(mask)};
   }
 
   // Bits by which a unit's gradient may exceed its score's: factors of dropout, and what a gate multiplies.
@@ -60,12 +60,33 @@ class AttentionCall : public Call {
 
   bool same_type() const { return type == x.scalar_type(); }
 
+  // Memory for at most `limit` bytes (-1: any) of products with V and U, which the backward need not compute again.
+  // Where the emulator stands in for a device, it is as much as the kernels of a CPU would need.
+  Tensor keep(int64_t limit) const {
+    const int64_t columns = x.is_cpu() ? round_up(units(), 64) : units();
+    const int64_t size = x.is_cpu() && type == at::kHalf ? 4 : static_cast<int64_t>(c10::elementSize(type));
+    const int64_t row = columns * size, all = round_up(rows, 64);
+    const int64_t kept = limit < 0 ? all : std::min(all, limit / (row * 64) * 64);
+    return at::empty({kept * row}, x.options().dtype(at::kByte));
+  }
+  // The products [rows that are kept, units] in what `keep` returned.
+  Tensor products_in(const Tensor& kept) const {
+    TORCH_CHECK_VALUE(kept.scalar_type() == at::kByte && kept.dim() == 1 && here(kept) && kept.is_contiguous(),
+                      "kept must be contiguous uint8 [any] on ", x.device(), "; got ", kept.scalar_type(), " ",
+                      kept.sizes(), " on ", kept.device());
+    const int64_t row = units() * static_cast<int64_t>(c10::elementSize(type)), most = kept.numel() / row;
+    const int64_t count = most >= rows ? rows : most / kKeptTogether * kKeptTogether;
+    return kept.narrow(0, 0, count * row).view(type).view({count, units()});
+  }
+
   bool gated;
   ScalarType type;  // of products
   int64_t hidden, heads;
   Tensor w;  // [heads, hidden]
 
  private:
+  static constexpr int64_t kKeptTogether = 256;  // rows that are kept together, or not
+
   Activation activation_;
   DropoutTensors dropout_;
   std::vector<Tensor> weights_;  // V, and U
@@ -74,41 +95,57 @@ class AttentionCall : public Call {
 
 // --- Forward
 
-void scores_in_slices(const AttentionCall& call, const Tensor& scores) {
-  const Tensor weight = call.projection();
+// What is kept of a slice from that row on: rows of `kept`, all of them or none of the slice, or some.
+Tensor kept_of(const Tensor& kept, int64_t first, int64_t count) {
+  return kept.narrow(0, std::min(first, kept.size(0)), std::clamp(kept.size(0) - first, int64_t{0}, count));
+}
+
+void scores_in_slices(const AttentionCall& call, const Tensor& scores, const Tensor& kept) {
+  const Tensor weight = call.projection(), to = call.products_in(kept);
   const int64_t numbers = call.units() + (call.same_type() ? 0 : call.width);  // of a row
   call.in_slices(numbers * weight.element_size(), [&](int64_t first, int64_t count) {
-    const Tensor z = product(rows_for_products(call, first, count, call.type, false), weight.t(), call.type);
-    dispatch(call.type,
-             [&]<typename E>() { gate_scores(call.gate_rows<E>(z, first), data<acc_t<E>>(scores), call.stream()); });
+    const Tensor x = rows_for_products(call, first, count, call.type, false);
+    Tensor z = kept_of(to, first, count);
+    if (z.size(0) == count) {
+      product_into(z, x, weight.t());
+    } else {
+      const Tensor part = z;
+      z = product(x, weight.t(), call.type);
+      if (part.size(0) > 0) part.copy_(z.narrow(0, 0, part.size(0)));
+    }
+    dispatch(call.type, [&]<typename E>() {
+      gate_scores(call.gate_rows<E>(z, {}, first), data<acc_t<E>>(scores), call.stream());
+    });
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_pool_fwd(const Tensor& x, const OptionalTensors& weights,
-                                                      const OptionalTensor& offsets, const OptionalTensor& mask,
-                                                      const OptionalTensor& seed, std::string_view activation,
-                                                      double dropout_p, std::optional<ScalarType> compute_dtype,
-                                                      const OptionalTensors& embed,
-                                                      std::optional<std::string_view> embed_activation,
-                                                      double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_fwd(
+    const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
+    const OptionalTensor& seed, std::string_view activation, double dropout_p, std::optional<ScalarType> compute_dtype,
+    const OptionalTensors& embed, std::optional<std::string_view> embed_activation, double embed_dropout_p,
+    std::optional<ScalarType> embed_dtype, int64_t saved_bytes) {
   AttentionCall call(x, AttentionWeights(weights), offsets, mask, seed, activation, dropout_p, compute_dtype,
                      {embed, embed_activation, embed_dropout_p, embed_dtype});
   const Forward out(call, call.heads);
-  scores_in_slices(call, out.scores);
+  const Tensor kept = call.keep(saved_bytes);
+  scores_in_slices(call, out.scores, kept);
   out.pool_given(call, out.scores);
-  return {out.bag, out.scores, out.lse};
+  return {out.bag, out.scores, out.lse, kept};
 }
 
-Tensor attention_scores_fwd(const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets,
-                            const OptionalTensor& mask, const OptionalTensor& seed, std::string_view activation,
-                            double dropout_p, std::optional<ScalarType> compute_dtype, const OptionalTensors& embed,
-                            std::optional<std::string_view> embed_activation, double embed_dropout_p,
-                            std::optional<ScalarType> embed_dtype) {
+std::tuple<Tensor, Tensor> attention_scores_fwd(const Tensor& x, const OptionalTensors& weights,
+                                                const OptionalTensor& offsets, const OptionalTensor& mask,
+                                                const OptionalTensor& seed, std::string_view activation,
+                                                double dropout_p, std::optional<ScalarType> compute_dtype,
+                                                const OptionalTensors& embed,
+                                                std::optional<std::string_view> embed_activation,
+                                                double embed_dropout_p, std::optional<ScalarType> embed_dtype,
+                                                int64_t saved_bytes) {
   const AttentionCall call(x, AttentionWeights(weights), offsets, mask, seed, activation, dropout_p, compute_dtype,
                            {embed, embed_activation, embed_dropout_p, embed_dtype});
-  const Tensor scores = call.empty({call.rows, call.heads});
-  scores_in_slices(call, scores);
-  return scores;
+  const Tensor scores = call.empty({call.rows, call.heads}), kept = call.keep(saved_bytes);
+  scores_in_slices(call, scores, kept);
+  return {scores, kept};
 }
 
 // --- Backward
@@ -171,19 +208,21 @@ class OfRows {
   TermTensors pooled_;
 };
 
-Found backward_in_slices(const AttentionCall& call, const OfRows& rows, bool need_weight) {
-  const Tensor weight = call.projection();
+Found backward_in_slices(const AttentionCall& call, const OfRows& rows, bool need_weight, const Tensor& kept) {
+  const Tensor weight = call.projection(), products = call.products_in(kept);
   const bool half = call.type == at::kHalf;
   const int64_t copied = call.mask.defined() || !call.same_type() ? call.width : 0;
   Found found;
   found.scores = rows.scores;
   call.in_slices((call.units() + copied) * weight.element_size() + rows.bytes(), [&](int64_t first, int64_t count) {
-    const Tensor x = rows_for_products(call, first, count, call.type, true), z = product(x, weight.t(), call.type);
+    const Tensor x = rows_for_products(call, first, count, call.type, true), known = kept_of(products, first, count);
+    const bool all = known.size(0) == count;  // then nobody writes over them: a graph may be walked again
+    const Tensor z = all ? at::empty_like(known) : product(x, weight.t(), call.type);
     const Tensor scale = scale_of(call, rows.scores.narrow(0, first, count));
     const Tensor sums = call.empty({ceil_div(count, int64_t{kSummedRows}), call.heads + 2, call.hidden});
     dispatch(call.type, [&]<typename E>() {
       using A = acc_t<E>;
-      gate_backward(call.gate_rows<E>(z, first), data<const A>(rows.scores), data<const A>(scale), data<A>(sums),
+      gate_backward(call.gate_rows<E>(all ? known : z, z, first), data<const A>(rows.scores), data<const A>(scale), data<A>(sums),
                     call.stream());
     });
     add_to(found.sums, sums.sum(0));
@@ -205,7 +244,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 Gradients attention_bwd(const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets,
                         const OptionalTensor& mask, const OptionalTensor& seed, const OptionalTensor& bag,
                         const Tensor& scores, const OptionalTensor& lse, const OptionalTensors& embed,
-                        std::string_view activation, double dropout_p, std::optional<ScalarType> compute_dtype,
+                        const Tensor& kept, std::string_view activation, double dropout_p, std::optional<ScalarType> compute_dtype,
                         std::optional<std::string_view> embed_activation, double embed_dropout_p,
                         std::optional<ScalarType> embed_dtype, const OptionalTensor& grad_bag,
                         const OptionalTensor& grad_scores, const OptionalTensor& grad_lse, std::array<bool, 9> needs) {
@@ -216,7 +255,7 @@ Gradients attention_bwd(const Tensor& x, const OptionalTensors& weights, const O
   const int64_t K = call.heads, D = call.hidden;
   const PooledTensors of(call, K, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   const Tensor grad_x = call.grad_x(needs[0]);
-  const Found found = backward_in_slices(call, OfRows(call, of, grad_x), needs[1] || needs[3]);
+  const Found found = backward_in_slices(call, OfRows(call, of, grad_x), needs[1] || needs[3], kept);
   const auto part = [](const Tensor& t, int64_t first, int64_t count) {
     return t.defined() ? t.narrow(0, first, count) : t;
   };

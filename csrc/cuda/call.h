@@ -96,6 +96,8 @@ class Call : public CallTensors {
     const int64_t step = chunks == 0 ? 1 : ceil_div(chunks, ceil_div(chunks, most)) * chunk;
     for (int64_t first = 0; first < rows; first += step) f(first, std::min(step, rows - first));
   }
+  // What an op keeps that computes nothing twice.
+  Tensor nothing_kept() const { return at::empty({0}, x.options().dtype(at::kByte)); }
   int64_t slots() const { return ragged().slots(); }
   template <typename T>
   Rows<T> typed() const {

@@ -156,6 +156,15 @@ std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const Optio
   return instance_max(call, call.weight, call.bias);
 }
 
+std::tuple<Tensor, Tensor, Tensor> dsmil_logits_fwd(const Tensor& x, const OptionalTensors& weights,
+                                                    const OptionalTensor& offsets, const OptionalTensor& mask,
+                                                    const OptionalTensors& embed,
+                                                    std::optional<std::string_view> embed_activation,
+                                                    double embed_dropout_p, std::optional<ScalarType> embed_dtype,
+                                                    const Tensor&) {
+  return instance_max_fwd(x, weights, offsets, mask, embed, embed_activation, embed_dropout_p, embed_dtype);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> instance_max_bwd(
     const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
     const Tensor& indices, const Tensor& logits, const OptionalTensors& embed,
@@ -176,7 +185,8 @@ std::tuple<Tensor, Tensor> logits_bwd_(const Tensor& grad_x, const Tensor& grad_
                                        const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets,
                                        const OptionalTensor& mask, const Tensor& logits, const OptionalTensors& embed,
                                        std::optional<std::string_view> embed_activation, double embed_dropout_p,
-                                       std::optional<ScalarType> embed_dtype, const Tensor& grad_logits) {
+                                       std::optional<ScalarType> embed_dtype, const Tensor&,
+                                       const Tensor& grad_logits) {
   ClassCall call(x, ClassifierWeights(weights), offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
   check_written(call, grad_x, grad_e_weight, grad_e_bias);
   const Tensor of_logits = taken_logit_gradients(call, logits, grad_logits);
@@ -204,6 +214,7 @@ Tensor max_pool_bwd(const Tensor& x, const Tensor& indices, const Tensor& grad_v
 
 TORCH_LIBRARY_IMPL(milkernels, MILKERNELS_DEVICE_KEY, m) {
   m.impl("logits_bwd_.native", logits_bwd_);
+  m.impl("dsmil_logits_fwd.native", dsmil_logits_fwd);
   m.impl("instance_max_fwd.native", instance_max_fwd);
   m.impl("instance_max_bwd.native", instance_max_bwd);
   m.impl("max_pool_fwd.native", max_pool_fwd);

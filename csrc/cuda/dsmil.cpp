@@ -24,6 +24,8 @@ struct DSMILCall : WithSecondStream<Call> {
   }
 };
 
+Tensor keep(const Tensor& x, int64_t bytes) { return at::empty({bytes}, x.options().dtype(at::kByte)); }
+
 std::tuple<Tensor, Tensor, Tensor> dsmil_rows_fwd(const Tensor& x, const Tensor& vectors, const OptionalTensor& shift,
                                                   const Tensor& critical, const OptionalTensors& weights,
                                                   const OptionalTensor& offsets, const OptionalTensor& mask,
@@ -31,7 +33,8 @@ std::tuple<Tensor, Tensor, Tensor> dsmil_rows_fwd(const Tensor& x, const Tensor&
                                                   double v_dropout_p, std::optional<ScalarType>,
                                                   const OptionalTensors& embed,
                                                   std::optional<std::string_view> embed_activation,
-                                                  double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
+                                                  double embed_dropout_p, std::optional<ScalarType> embed_dtype,
+                                                  const Tensor&, bool) {
   DSMILCall call(x, vectors, shift, critical, weights, offsets, mask, v_activation, v_dropout_p,
                  {embed, embed_activation, embed_dropout_p, embed_dtype});
   return pool_by_products(call, call.vectors, call.shift);
@@ -44,8 +47,8 @@ OfRows dsmil_rows_bwd(const Tensor& x, const Tensor& vectors, const OptionalTens
                       const OptionalTensor&, std::optional<std::string_view> v_activation, double v_dropout_p,
                       std::optional<ScalarType>, const OptionalTensors& embed,
                       std::optional<std::string_view> embed_activation, double embed_dropout_p,
-                      std::optional<ScalarType> embed_dtype, const Tensor& bag, const Tensor& scores, const Tensor& lse,
-                      const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
+                      std::optional<ScalarType> embed_dtype, const Tensor&, const Tensor& bag, const Tensor& scores,
+                      const Tensor& lse, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
                       std::array<bool, 3> needs) {
   DSMILCall call(x, vectors, shift, critical, weights, offsets, mask, v_activation, v_dropout_p,
                  {embed, embed_activation, embed_dropout_p, embed_dtype});
@@ -125,6 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> few_transposed_bwd(const Tensor& grad, const 
 }
 
 TORCH_LIBRARY_IMPL(milkernels, MILKERNELS_DEVICE_KEY, m) {
+  m.impl("keep.native", keep);
   m.impl("dsmil_rows_fwd.native", dsmil_rows_fwd);
   m.impl("dsmil_rows_bwd.native", dsmil_rows_bwd);
   m.impl("rows_at.native", rows_at);

@@ -18,12 +18,14 @@ struct Gate {
   const A *w = nullptr, *w_bias = nullptr;       // [heads, hidden], [heads] or null
 };
 
-// Products of rows [first, first + count) with V, and with U behind: [count, hidden] or [count, 2 hidden].
+// Products of rows [first, first + count) with V, and with U behind: [count, hidden] or [count, 2 hidden]; and where
+// their gradients go, which may be the same place.
 template <typename E>
 struct GateRows {
   using A = acc_t<E>;
   Gate<A> gate;
-  E* z;
+  const E* z;
+  E* gradient;
   int64_t first, count;
   const bool* mask;
 };
@@ -34,8 +36,7 @@ void gate_scores(const GateRows<E>& p, acc_t<E>* scores, cudaStream_t stream);
 
 constexpr int kSummedRows = 64;  // by one block of the backward
 
-// The gradients of the products, times `scale` (one number, or null), over the products; and what blocks of
-// kSummedRows add to the gradients of w and of the biases of V and U, into sums [blocks, heads + 2, hidden]. `ds` are
+// The gradients of the products, times `scale` (one number, or null); and what blocks of kSummedRows add to the gradients of w and of the biases of V and U, into sums [blocks, heads + 2, hidden]. `ds` are
 // the gradients of the scores [all rows, heads].
 template <typename E>
 void gate_backward(const GateRows<E>& p, const acc_t<E>* ds, const acc_t<E>* scale, acc_t<E>* sums,

@@ -102,14 +102,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(E) == 8 ? 2 : kBlocks)
 #pragma unroll
           for (int i = 0; i < kUnitsTogether; ++i) gradient[i] += of_head * w[i];
         }
-        E* const z = p.z + r * hidden * (GATED ? 2 : 1);
+        E* const to = p.gradient + r * hidden * (GATED ? 2 : 1);
 #pragma unroll
         for (int i = 0; i < kUnitsTogether; ++i) {
           dz[i] = real ? h.of_v(i, gradient[i]) : A(0);
           dv_bias[i] += dz[i];
           dz[i] *= factor;
         }
-        store_columns(z, dz, unit, hidden);
+        store_columns(to, dz, unit, hidden);
         if constexpr (GATED) {
 #pragma unroll
           for (int i = 0; i < kUnitsTogether; ++i) {
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(E) == 8 ? 2 : kBlocks)
             du_bias[i] += dz[i];
             dz[i] *= factor;
           }
-          store_columns(z + hidden, dz, unit, hidden);
+          store_columns(to + hidden, dz, unit, hidden);
         }
       }
     }

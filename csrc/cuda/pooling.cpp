@@ -38,29 +38,29 @@ std::tuple<Tensor, Tensor> softmax_pool_bwd(const Tensor& x, const OptionalTenso
 
 using QueryCall = WithQuery<Call>;
 
-std::tuple<Tensor, Tensor, Tensor> query_pool_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets,
-                                                  const OptionalTensor& mask, double scale,
-                                                  const OptionalTensors& embed,
-                                                  std::optional<std::string_view> embed_activation,
-                                                  double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> query_pool_fwd(
+    const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask, double scale,
+    const OptionalTensors& embed, std::optional<std::string_view> embed_activation, double embed_dropout_p,
+    std::optional<ScalarType> embed_dtype, int64_t) {
   QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
-  return pool_by_products(call, call.scaled, {});
+  return std::tuple_cat(pool_by_products(call, call.scaled, {}), std::make_tuple(call.nothing_kept()));
 }
 
-Tensor query_scores_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
-                        double scale, const OptionalTensors& embed, std::optional<std::string_view> embed_activation,
-                        double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
+std::tuple<Tensor, Tensor> query_scores_fwd(const Tensor& x, const Tensor& query, const OptionalTensor& offsets,
+                                            const OptionalTensor& mask, double scale, const OptionalTensors& embed,
+                                            std::optional<std::string_view> embed_activation, double embed_dropout_p,
+                                            std::optional<ScalarType> embed_dtype, int64_t) {
   const QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
   Tensor scores = call.empty({call.rows, call.heads});
   products(call, call.scaled, {}, kDead, scores);
-  return scores;
+  return {scores, call.nothing_kept()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(const Tensor& x, const Tensor& query,
                                                      const OptionalTensor& offsets, const OptionalTensor& mask,
                                                      const OptionalTensor& bag, const Tensor& scores,
                                                      const OptionalTensor& lse, const OptionalTensors& embed,
-                                                     double scale, std::optional<std::string_view> embed_activation,
+                                                     const Tensor&, double scale, std::optional<std::string_view> embed_activation,
                                                      double embed_dropout_p, std::optional<ScalarType> embed_dtype,
                                                      const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
                                                      const OptionalTensor& grad_lse, std::array<bool, 4> needs) {
@@ -75,12 +75,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(const Tensor& x, const Tens
 
 // --- loss_attention_pool
 
-using LossAttention = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // bag, scores, lse, logits
+using LossAttention = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // bag, scores, lse, logits, kept
 
 LossAttention loss_attention_pool_fwd(const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets,
                                       const OptionalTensor& mask, const OptionalTensors& embed,
                                       std::optional<std::string_view> embed_activation, double embed_dropout_p,
-                                      std::optional<ScalarType> embed_dtype) {
+                                      std::optional<ScalarType> embed_dtype, int64_t) {
   ClassCall call(x, ClassifierWeights(weights), offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
   const Forward out(call, 1);
   const Tensor logits = call.empty({call.rows, call.classes});
@@ -97,7 +97,7 @@ LossAttention loss_attention_pool_fwd(const Tensor& x, const OptionalTensors& we
     at::logsumexp_out(scores, logits, 1, true);
     out.pool_given(call, scores);
   }
-  return {out.bag, out.scores, out.lse, logits};
+  return {out.bag, out.scores, out.lse, logits, call.nothing_kept()};
 }
 
 // The gradients of weight and bias, in the accumulation type, by a kernel for each step; that of x is written.
@@ -114,8 +114,8 @@ std::tuple<Tensor, Tensor> loss_attention_by_parts(ClassCall& call, const Pooled
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_bwd(
     const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
     const Tensor& bag, const Tensor& scores, const Tensor& lse, const Tensor& logits, const OptionalTensors& embed,
-    std::optional<std::string_view> embed_activation, double embed_dropout_p, std::optional<ScalarType> embed_dtype,
-    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
+    const Tensor&, std::optional<std::string_view> embed_activation, double embed_dropout_p,
+    std::optional<ScalarType> embed_dtype, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
     const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
   const ClassifierWeights given(weights);
   ClassCall call(x, given, offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});

@@ -267,7 +267,8 @@ def _requires_grad(inputs, tensors: Sequence[int]) -> bool:
 def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function]:
     """The forward as a function whose backward is an op of its own, so that a compiler sees one node."""
     backward, names, outputs = op.backward, op.arguments.names, op.outputs.split()
-    forward_op, backward_op = _entry(op.full_name, backend), _entry(backward.full_name, backend)
+    forward_op = _torch.direct(_entry(op.full_name, backend))
+    backward_op = _entry(backward.full_name, backend)  # not shorter: compiled autograd traces it
     recorded_backward_op = _overload(backward.full_name, backend)
     grouped, grouped_saves = op.arguments.grouped, backward.arguments.grouped
     options = [names.index(option.split()[-1]) for option in backward.options]
@@ -291,7 +292,8 @@ def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function
             known = (*inputs, *results)
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*[None if i is None else known[i] for i in saved_sources])
-            ctx.mark_non_differentiable(*[results[i] for i in non_differentiable])
+            if non_differentiable:
+                ctx.mark_non_differentiable(*[results[i] for i in non_differentiable])
             ctx.options = [inputs[i] for i in options]
             return result
 
@@ -300,7 +302,8 @@ def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function
             found = [None] * len(names)
             grads = [None if i is None else grads[i] for i in grad_outputs]
             if any(g is not None for g in grads):
-                needs = [ctx.needs_input_grad[i] for i in differentiable]
+                wanted = ctx.needs_input_grad
+                needs = [wanted[i] for i in differentiable]
                 op = recorded_backward_op if torch.is_grad_enabled() else backward_op
                 results = op(*grouped_saves((*ctx.saved_tensors, *ctx.options, *grads, needs)))
                 results = (results,) if isinstance(results, Tensor) else results
@@ -375,7 +378,8 @@ def declare(*ops: Forward, triton: str | None = None, composed: ModuleType | Non
             function = _forward_function(op, backend)
             _implement(op, backend, _forward_fake(op), function)
             overload = _overload(op.full_name, backend)
-            _CALLS[op.name, backend] = overload, _entry(op.full_name, backend), function, op.arguments
+            entry = _torch.direct(_entry(op.full_name, backend))
+            _CALLS[op.name, backend] = overload, entry, _torch.direct_apply(function), op.arguments
         for op in backwards:
             _implement(op, backend, _backward_fake(op), _backward_function(op, backend))
 
@@ -438,7 +442,7 @@ def _entry(name: str, backend: str) -> Callable:
     return enter
 
 
-# By (op, backend): the forward, a shorter way to it, its autograd function, its arguments.
+# By (op, backend): the forward, shorter ways to it and to its autograd function, its arguments.
 _CALLS: dict[tuple[str, str], tuple] = {}
 
 
@@ -476,7 +480,7 @@ def _implement(op: Forward | Backward, backend: str, fake, function: type[torch.
 def call(op: str, backend: str, *inputs, embed: tuple = NO_EMBEDDING):
     """The outputs of ``<op>_fwd``, both in the order declared above, the inputs flat; scores and sums in the
     accumulation type."""
-    overload, entry, function, declared = _CALLS[op, backend]
+    overload, entry, apply, declared = _CALLS[op, backend]
     if op in EMBEDDED:
         inputs = (*inputs, *embed)
     differentiated = torch.is_grad_enabled() and _requires_grad(inputs, declared.tensors)
@@ -486,7 +490,7 @@ def call(op: str, backend: str, *inputs, embed: tuple = NO_EMBEDDING):
         results = overload(*declared.grouped(inputs))
     # What the kernel of autograd does, without the way there: the dispatcher makes every argument twice.
     elif differentiated:
-        results = function.apply(*inputs)
+        results = apply(*inputs)
     else:
         with _torch.below_autograd():
             results = entry(*declared.grouped(inputs))

@@ -427,8 +427,8 @@ _PARTS = {
     # The passes of the second stream over the rows; `needs` are those of x, e_weight and e_bias. `has_rows`: the
     # embedded rows are kept already.
     "dsmil_rows_fwd": f"({_ROWS}, Tensor(a!) kept, bool has_rows) -> (Tensor bag, Tensor scores, Tensor lse)",
-    "dsmil_rows_bwd": f"({_ROWS}, Tensor kept, Tensor bag, Tensor scores, Tensor lse, Tensor? grad_bag, Tensor? grad_scores, "
-    f"Tensor? grad_lse, bool[3] needs) -> ({', '.join(['Tensor'] * 10)})",
+    "dsmil_rows_bwd": f"({_ROWS}, Tensor kept, Tensor bag, Tensor scores, Tensor lse, Tensor? grad_bag, "
+    f"Tensor? grad_scores, Tensor? grad_lse, bool[3] needs) -> ({', '.join(['Tensor'] * 10)})",
     # A few rows [n, L] as the op sees them, and their gradients on their way to what they are made of.
     "rows_at": f"(Tensor x, Tensor indices, {_EMBED}) -> Tensor",
     "add_rows_": "(Tensor(a!) grad_x, Tensor(b!) grad_e_weight, Tensor(c!) grad_e_bias, Tensor x, Tensor indices, "
