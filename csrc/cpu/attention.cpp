@@ -32,14 +32,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_fwd(
   return forward(call, true, saved_bytes, compute_dtype);
 }
 
-std::tuple<Tensor, Tensor> attention_scores_fwd(const Tensor& x, const OptionalTensors& weights,
-                                                const OptionalTensor& offsets, const OptionalTensor& mask,
-                                                const OptionalTensor& seed, std::string_view activation,
-                                                double dropout_p, std::optional<ScalarType> compute_dtype,
-                                                const OptionalTensors& embed,
-                                                std::optional<std::string_view> embed_activation,
-                                                double embed_dropout_p, std::optional<ScalarType> embed_dtype,
-                                                int64_t saved_bytes) {
+std::tuple<Tensor, Tensor> attention_scores_fwd(
+    const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
+    const OptionalTensor& seed, std::string_view activation, double dropout_p, std::optional<ScalarType> compute_dtype,
+    const OptionalTensors& embed, std::optional<std::string_view> embed_activation, double embed_dropout_p,
+    std::optional<ScalarType> embed_dtype, int64_t saved_bytes) {
   AttentionCall call(x, AttentionWeights(weights), offsets, mask, seed, activation, dropout_p, compute_dtype,
                      {embed, embed_activation, embed_dropout_p, embed_dtype});
   const auto [bag, scores, lse, kept] = forward(call, false, saved_bytes, compute_dtype);
@@ -51,13 +48,13 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 Gradients attention_bwd(const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets,
                         const OptionalTensor& mask, const OptionalTensor& seed, const OptionalTensor& bag,
                         const Tensor& scores, const OptionalTensor& lse, const OptionalTensors& embed,
-                        const Tensor& kept, std::string_view activation, double dropout_p, std::optional<ScalarType> compute_dtype,
-                        std::optional<std::string_view> embed_activation, double embed_dropout_p,
-                        std::optional<ScalarType> embed_dtype, const OptionalTensor& grad_bag,
+                        const Tensor& kept, std::string_view activation, double dropout_p,
+                        std::optional<ScalarType> compute_dtype, std::optional<std::string_view> embed_activation,
+                        double embed_dropout_p, std::optional<ScalarType> embed_dtype, const OptionalTensor& grad_bag,
                         const OptionalTensor& grad_scores, const OptionalTensor& grad_lse, std::array<bool, 9> needs) {
   const AttentionWeights given(weights);
   AttentionCall call(x, given, offsets, mask, seed, activation, dropout_p, compute_dtype,
-                           {embed, embed_activation, embed_dropout_p, embed_dtype});
+                     {embed, embed_activation, embed_dropout_p, embed_dtype});
   call.use_kept(kept, call.kept_width(), compute_dtype, true, true);
   const PooledTensors pooled(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   check_needs(needs.data() + 1, given);

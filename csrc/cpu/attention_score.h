@@ -120,8 +120,7 @@ class AttentionScore final : public Score<T> {
 
   void forward(const Tile<T>& tile, A* scores, Worker& s) const {
     const int64_t rows = round_up(tile.rows, kRowMultiple), heads = p_.heads;
-    const auto x =
-        copy_rows(tile.x, tile.ld, tile.mask, tile.rows, rows, p_.width, depth(), planes_, s.copied.get());
+    const auto x = copy_rows(tile.x, tile.ld, tile.mask, tile.rows, rows, p_.width, depth(), planes_, s.copied.get());
     for (int64_t r = 0; r < tile.rows; ++r) {
       for (int64_t k = 0; k < heads; ++k) scores[r * heads + k] = p_.w_bias ? p_.w_bias[k] : A(0);
     }

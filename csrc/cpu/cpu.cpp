@@ -122,7 +122,8 @@ at::Tensor kept_bytes(int64_t bytes) {
   const auto block = KeptMemory::instance().take(bytes);
   // PyTorch's memory profiler sees what is held, as it sees its own allocations.
   const auto report = [bytes, data = block.data](int64_t sign) {
-    if (c10::memoryProfilingEnabled()) c10::reportMemoryUsageToProfiler(data, sign * bytes, 0, 0, c10::Device(c10::kCPU));
+    if (c10::memoryProfilingEnabled())
+      c10::reportMemoryUsageToProfiler(data, sign * bytes, 0, 0, c10::Device(c10::kCPU));
   };
   report(1);
   return at::from_blob(

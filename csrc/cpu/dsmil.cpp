@@ -32,8 +32,8 @@ std::tuple<Tensor, Tensor, Tensor> dsmil_rows_fwd(const Tensor& x, const Tensor&
                                                   std::optional<std::string_view> embed_activation,
                                                   double embed_dropout_p, std::optional<ScalarType> embed_dtype,
                                                   const Tensor& kept, bool has_rows) {
-  DSMILCall call(x, vectors, shift, critical, DSMILWeights(weights), offsets, mask, seed, v_activation,
-                       v_dropout_p, compute_dtype, {embed, embed_activation, embed_dropout_p, embed_dtype});
+  DSMILCall call(x, vectors, shift, critical, DSMILWeights(weights), offsets, mask, seed, v_activation, v_dropout_p,
+                 compute_dtype, {embed, embed_activation, embed_dropout_p, embed_dtype});
   call.use_kept(kept, call.kept_width(), compute_dtype, has_rows, false);
   Tensor bag = call.empty({call.bags, call.classes, call.pooled_width()}),
          scores = call.empty({call.rows, call.classes}), lse = call.empty({call.bags, call.classes});
@@ -49,11 +49,11 @@ RowsBackward dsmil_rows_bwd(const Tensor& x, const Tensor& vectors, const Option
                             double v_dropout_p, std::optional<ScalarType> compute_dtype, const OptionalTensors& embed,
                             std::optional<std::string_view> embed_activation, double embed_dropout_p,
                             std::optional<ScalarType> embed_dtype, const Tensor& kept, const Tensor& bag,
-                            const Tensor& scores,
-                            const Tensor& lse, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
-                            const OptionalTensor& grad_lse, std::array<bool, 3> needs) {
-  DSMILCall call(x, vectors, shift, critical, DSMILWeights(weights), offsets, mask, seed, v_activation,
-                       v_dropout_p, compute_dtype, {embed, embed_activation, embed_dropout_p, embed_dtype});
+                            const Tensor& scores, const Tensor& lse, const OptionalTensor& grad_bag,
+                            const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
+                            std::array<bool, 3> needs) {
+  DSMILCall call(x, vectors, shift, critical, DSMILWeights(weights), offsets, mask, seed, v_activation, v_dropout_p,
+                 compute_dtype, {embed, embed_activation, embed_dropout_p, embed_dtype});
   call.use_kept(kept, call.kept_width(), compute_dtype, true, true);
   RowGradients of_rows(call, needs[0], needs[1], needs[2]);
   const PooledTensors tensors(call, call.classes, call.pooled_width(), bag, scores, lse, grad_bag, grad_scores,

@@ -85,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor> instance_max_fwd(const Tensor& x, const Optio
                                                     const OptionalTensors& embed,
                                                     std::optional<std::string_view> embed_activation,
                                                     double embed_dropout_p, std::optional<ScalarType> embed_dtype) {
-  return largest_logits({x, ClassifierWeights(weights), offsets, mask,
-                         {embed, embed_activation, embed_dropout_p, embed_dtype}});
+  return largest_logits(
+      {x, ClassifierWeights(weights), offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype}});
 }
 
 // The same, which keeps the embedded rows.

@@ -60,8 +60,7 @@ class EmbedSource final : public EmbeddedRows<H> {
 
     Worker(const EmbedSource& p, int64_t rows)
         : p(p), copied(p.layer_.planes() * rows * p.layer_.depth()),
-          left(p.has_gradient() ? p.layer_.planes() * rows * p.layer_.columns() : 0),
-          made(rows * p.layer_.columns()),
+          left(p.has_gradient() ? p.layer_.planes() * rows * p.layer_.columns() : 0), made(rows * p.layer_.columns()),
           block(kBlock * kBlock), keep(p.dropout_ ? kBlock * kBlock : 0),
           slopes(p.has_gradient() && p.keeps_slopes_ ? rows * p.layer_.columns() : 0) {}
 

@@ -15,8 +15,8 @@ class MlpScore final : public Score<T> {
   // The queries are second.columns() wide, padded with zeros. `kept`: the products of both layers.
   MlpScore(const Ragged<T>& in, Layer<E> first, Layer<E> second, const Queries<A>& queries,
            const std::array<KeptRows, 2>& kept)
-      : first(std::move(first)), second(std::move(second)), products(in, queries, this->second.columns()),
-        kept_(kept) {}
+      : first(std::move(first)), second(std::move(second)), products(in, queries, this->second.columns()), kept_(kept) {
+  }
   int64_t heads() const override { return products.heads(); }
   int64_t backward_rows() const override { return kChunk; }
   std::unique_ptr<typename Score<T>::Worker> forward_worker() const override {
@@ -97,7 +97,8 @@ class MlpScore final : public Score<T> {
           elements(p.first.planes() * kChunk * std::max(p.first.columns(), p.second.columns())) {}
     A* scratch_of(Buffer<A>&) override { return grad1.get(); }  // z1 is needed again
 
-    void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x, const Place& place) override {
+    void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x,
+                  const Place& place) override {
       const auto& p = this->p;
       const int64_t rows = round_up(unit.rows, kRowMultiple), columns = p.second.columns(), heads = p.heads();
       const auto [x, h] = this->forward(unit, rows);

@@ -226,8 +226,8 @@ void pool_backward(const Score<T>& score, const Stage<T>* stage, const Ragged<T>
                    const PoolGradients<acc_t<T>>& g) {
   using A = acc_t<T>;
   const int64_t heads = score.heads(), width = in.width, pooled_width = stage ? stage->width() : width;
-  const int64_t pass = std::min({score.pass_rows(), stage ? stage->pass_rows() : kAllRows,
-                                 in.source ? in.source->pass_rows() : kAllRows});
+  const int64_t pass = std::min(
+      {score.pass_rows(), stage ? stage->pass_rows() : kAllRows, in.source ? in.source->pass_rows() : kAllRows});
   const int64_t item_rows = stage || in.source || score.whole_chunks() ? in.chunk() : kBlock;
   const int64_t unit_rows = std::min(in.chunk(), stage || in.source ? kChunk : score.backward_rows());
   const ScoreGradients<T> score_gradients(in, g, heads, pooled_width);

@@ -70,10 +70,12 @@ struct QueryCall : WithQuery<Call> {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> query_pool_fwd(
-    const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask, double scale,
-    const OptionalTensors& embed, std::optional<std::string_view> embed_activation, double embed_dropout_p,
-    std::optional<ScalarType> embed_dtype, int64_t saved_bytes) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> query_pool_fwd(const Tensor& x, const Tensor& query,
+                                                          const OptionalTensor& offsets, const OptionalTensor& mask,
+                                                          double scale, const OptionalTensors& embed,
+                                                          std::optional<std::string_view> embed_activation,
+                                                          double embed_dropout_p, std::optional<ScalarType> embed_dtype,
+                                                          int64_t saved_bytes) {
   QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
   Forward out(call, call.heads);
   const Tensor kept = call.keep(saved_bytes, 0, embed_dtype);
@@ -93,14 +95,12 @@ std::tuple<Tensor, Tensor> query_scores_fwd(const Tensor& x, const Tensor& query
   return {scores, kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(const Tensor& x, const Tensor& query,
-                                                     const OptionalTensor& offsets, const OptionalTensor& mask,
-                                                     const OptionalTensor& bag, const Tensor& scores,
-                                                     const OptionalTensor& lse, const OptionalTensors& embed,
-                                                     const Tensor& kept, double scale, std::optional<std::string_view> embed_activation,
-                                                     double embed_dropout_p, std::optional<ScalarType> embed_dtype,
-                                                     const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
-                                                     const OptionalTensor& grad_lse, std::array<bool, 4> needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(
+    const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
+    const OptionalTensor& bag, const Tensor& scores, const OptionalTensor& lse, const OptionalTensors& embed,
+    const Tensor& kept, double scale, std::optional<std::string_view> embed_activation, double embed_dropout_p,
+    std::optional<ScalarType> embed_dtype, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
+    const OptionalTensor& grad_lse, std::array<bool, 4> needs) {
   QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
   call.use_kept(kept, 0, embed_dtype, true, true);
   const PooledTensors pooled(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
@@ -140,9 +140,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_fwd(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_bwd(
     const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
     const Tensor& bag, const Tensor& scores, const Tensor& lse, const Tensor& logits, const OptionalTensors& embed,
-    const Tensor& kept, std::optional<std::string_view> embed_activation, double embed_dropout_p, std::optional<ScalarType> embed_dtype,
-    const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
-    const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
+    const Tensor& kept, std::optional<std::string_view> embed_activation, double embed_dropout_p,
+    std::optional<ScalarType> embed_dtype, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
+    const OptionalTensor& grad_lse, const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
   const ClassifierWeights given(weights);
   ClassCall call(x, given, offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
   call.use_kept(kept, 0, embed_dtype, true, true);

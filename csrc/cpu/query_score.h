@@ -247,7 +247,8 @@ class LogSumExpScore final : public Score<T> {
     }
 
     // A logit's gradient is the score's times its share of the sum, and what came back for the logit itself.
-    void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x, const Place& place) override {
+    void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x,
+                  const Place& place) override {
       const int64_t C = program.classes_.heads();
       const A* const logits = program.logits_ + unit.first * C;
       for (int64_t r = 0; r < unit.rows; r += kRows) {

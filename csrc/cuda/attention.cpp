@@ -133,14 +133,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_pool_fwd(
   return {out.bag, out.scores, out.lse, kept};
 }
 
-std::tuple<Tensor, Tensor> attention_scores_fwd(const Tensor& x, const OptionalTensors& weights,
-                                                const OptionalTensor& offsets, const OptionalTensor& mask,
-                                                const OptionalTensor& seed, std::string_view activation,
-                                                double dropout_p, std::optional<ScalarType> compute_dtype,
-                                                const OptionalTensors& embed,
-                                                std::optional<std::string_view> embed_activation,
-                                                double embed_dropout_p, std::optional<ScalarType> embed_dtype,
-                                                int64_t saved_bytes) {
+std::tuple<Tensor, Tensor> attention_scores_fwd(
+    const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
+    const OptionalTensor& seed, std::string_view activation, double dropout_p, std::optional<ScalarType> compute_dtype,
+    const OptionalTensors& embed, std::optional<std::string_view> embed_activation, double embed_dropout_p,
+    std::optional<ScalarType> embed_dtype, int64_t saved_bytes) {
   const AttentionCall call(x, AttentionWeights(weights), offsets, mask, seed, activation, dropout_p, compute_dtype,
                            {embed, embed_activation, embed_dropout_p, embed_dtype});
   const Tensor scores = call.empty({call.rows, call.heads}), kept = call.keep(saved_bytes);
@@ -222,8 +219,8 @@ Found backward_in_slices(const AttentionCall& call, const OfRows& rows, bool nee
     const Tensor sums = call.empty({ceil_div(count, int64_t{kSummedRows}), call.heads + 2, call.hidden});
     dispatch(call.type, [&]<typename E>() {
       using A = acc_t<E>;
-      gate_backward(call.gate_rows<E>(all ? known : z, z, first), data<const A>(rows.scores), data<const A>(scale), data<A>(sums),
-                    call.stream());
+      gate_backward(call.gate_rows<E>(all ? known : z, z, first), data<const A>(rows.scores), data<const A>(scale),
+                    data<A>(sums), call.stream());
     });
     add_to(found.sums, sums.sum(0));
     const Tensor inverse = half ? scale.reciprocal() : Tensor();
@@ -244,9 +241,9 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 Gradients attention_bwd(const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets,
                         const OptionalTensor& mask, const OptionalTensor& seed, const OptionalTensor& bag,
                         const Tensor& scores, const OptionalTensor& lse, const OptionalTensors& embed,
-                        const Tensor& kept, std::string_view activation, double dropout_p, std::optional<ScalarType> compute_dtype,
-                        std::optional<std::string_view> embed_activation, double embed_dropout_p,
-                        std::optional<ScalarType> embed_dtype, const OptionalTensor& grad_bag,
+                        const Tensor& kept, std::string_view activation, double dropout_p,
+                        std::optional<ScalarType> compute_dtype, std::optional<std::string_view> embed_activation,
+                        double embed_dropout_p, std::optional<ScalarType> embed_dtype, const OptionalTensor& grad_bag,
                         const OptionalTensor& grad_scores, const OptionalTensor& grad_lse, std::array<bool, 9> needs) {
   const AttentionWeights given(weights);
   AttentionCall call(x, given, offsets, mask, seed, activation, dropout_p, compute_dtype,

@@ -26,15 +26,12 @@ struct DSMILCall : WithSecondStream<Call> {
 
 Tensor keep(const Tensor& x, int64_t bytes) { return at::empty({bytes}, x.options().dtype(at::kByte)); }
 
-std::tuple<Tensor, Tensor, Tensor> dsmil_rows_fwd(const Tensor& x, const Tensor& vectors, const OptionalTensor& shift,
-                                                  const Tensor& critical, const OptionalTensors& weights,
-                                                  const OptionalTensor& offsets, const OptionalTensor& mask,
-                                                  const OptionalTensor&, std::optional<std::string_view> v_activation,
-                                                  double v_dropout_p, std::optional<ScalarType>,
-                                                  const OptionalTensors& embed,
-                                                  std::optional<std::string_view> embed_activation,
-                                                  double embed_dropout_p, std::optional<ScalarType> embed_dtype,
-                                                  const Tensor&, bool) {
+std::tuple<Tensor, Tensor, Tensor> dsmil_rows_fwd(
+    const Tensor& x, const Tensor& vectors, const OptionalTensor& shift, const Tensor& critical,
+    const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask, const OptionalTensor&,
+    std::optional<std::string_view> v_activation, double v_dropout_p, std::optional<ScalarType>,
+    const OptionalTensors& embed, std::optional<std::string_view> embed_activation, double embed_dropout_p,
+    std::optional<ScalarType> embed_dtype, const Tensor&, bool) {
   DSMILCall call(x, vectors, shift, critical, weights, offsets, mask, v_activation, v_dropout_p,
                  {embed, embed_activation, embed_dropout_p, embed_dtype});
   return pool_by_products(call, call.vectors, call.shift);
@@ -48,8 +45,8 @@ OfRows dsmil_rows_bwd(const Tensor& x, const Tensor& vectors, const OptionalTens
                       std::optional<ScalarType>, const OptionalTensors& embed,
                       std::optional<std::string_view> embed_activation, double embed_dropout_p,
                       std::optional<ScalarType> embed_dtype, const Tensor&, const Tensor& bag, const Tensor& scores,
-                      const Tensor& lse, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
-                      std::array<bool, 3> needs) {
+                      const Tensor& lse, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
+                      const OptionalTensor& grad_lse, std::array<bool, 3> needs) {
   DSMILCall call(x, vectors, shift, critical, weights, offsets, mask, v_activation, v_dropout_p,
                  {embed, embed_activation, embed_dropout_p, embed_dtype});
   const PooledTensors of(call, call.classes, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);

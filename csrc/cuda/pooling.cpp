@@ -38,10 +38,12 @@ std::tuple<Tensor, Tensor> softmax_pool_bwd(const Tensor& x, const OptionalTenso
 
 using QueryCall = WithQuery<Call>;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> query_pool_fwd(
-    const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask, double scale,
-    const OptionalTensors& embed, std::optional<std::string_view> embed_activation, double embed_dropout_p,
-    std::optional<ScalarType> embed_dtype, int64_t) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> query_pool_fwd(const Tensor& x, const Tensor& query,
+                                                          const OptionalTensor& offsets, const OptionalTensor& mask,
+                                                          double scale, const OptionalTensors& embed,
+                                                          std::optional<std::string_view> embed_activation,
+                                                          double embed_dropout_p, std::optional<ScalarType> embed_dtype,
+                                                          int64_t) {
   QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
   return std::tuple_cat(pool_by_products(call, call.scaled, {}), std::make_tuple(call.nothing_kept()));
 }
@@ -56,14 +58,12 @@ std::tuple<Tensor, Tensor> query_scores_fwd(const Tensor& x, const Tensor& query
   return {scores, call.nothing_kept()};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(const Tensor& x, const Tensor& query,
-                                                     const OptionalTensor& offsets, const OptionalTensor& mask,
-                                                     const OptionalTensor& bag, const Tensor& scores,
-                                                     const OptionalTensor& lse, const OptionalTensors& embed,
-                                                     const Tensor&, double scale, std::optional<std::string_view> embed_activation,
-                                                     double embed_dropout_p, std::optional<ScalarType> embed_dtype,
-                                                     const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
-                                                     const OptionalTensor& grad_lse, std::array<bool, 4> needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> query_bwd(
+    const Tensor& x, const Tensor& query, const OptionalTensor& offsets, const OptionalTensor& mask,
+    const OptionalTensor& bag, const Tensor& scores, const OptionalTensor& lse, const OptionalTensors& embed,
+    const Tensor&, double scale, std::optional<std::string_view> embed_activation, double embed_dropout_p,
+    std::optional<ScalarType> embed_dtype, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
+    const OptionalTensor& grad_lse, std::array<bool, 4> needs) {
   QueryCall call(x, query, offsets, mask, scale, {embed, embed_activation, embed_dropout_p, embed_dtype});
   const PooledTensors of(call, call.heads, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);
   const Tensor grad_x = call.grad_x(needs[0]);
@@ -115,8 +115,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_attention_pool_bwd(
     const Tensor& x, const OptionalTensors& weights, const OptionalTensor& offsets, const OptionalTensor& mask,
     const Tensor& bag, const Tensor& scores, const Tensor& lse, const Tensor& logits, const OptionalTensors& embed,
     const Tensor&, std::optional<std::string_view> embed_activation, double embed_dropout_p,
-    std::optional<ScalarType> embed_dtype, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores, const OptionalTensor& grad_lse,
-    const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
+    std::optional<ScalarType> embed_dtype, const OptionalTensor& grad_bag, const OptionalTensor& grad_scores,
+    const OptionalTensor& grad_lse, const OptionalTensor& grad_logits, std::array<bool, 5> needs) {
   const ClassifierWeights given(weights);
   ClassCall call(x, given, offsets, mask, {embed, embed_activation, embed_dropout_p, embed_dtype});
   const PooledTensors of(call, 1, call.width, bag, scores, lse, grad_bag, grad_scores, grad_lse);

@@ -18,7 +18,8 @@ void with_programs(const DSMILCall& call, const Ragged<T>& in, const F& f) {
   // Products are kept in the order of the layers.
   int64_t kept_columns = 0;
   const auto kept = [&](const Tensor& weight) {
-    const int64_t columns = round_up(weight.size(0), kBlock), first = std::exchange(kept_columns, kept_columns + columns);
+    const int64_t columns = round_up(weight.size(0), kBlock),
+                  first = std::exchange(kept_columns, kept_columns + columns);
     return call.kept.hidden.part(first, columns);
   };
   std::array<KeptRows, 2> kept_query;
