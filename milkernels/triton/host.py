@@ -93,9 +93,9 @@ class Products:
     def parts(self, rows: Tensor):
         return rows
 
-    def forward(self, x, dtype: torch.dtype | None = None) -> Tensor:
-        """``x W^T`` [n, M], in the type of x or in ``dtype``."""
-        return product(x, self.weight.t(), dtype)
+    def forward(self, x, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        """``x W^T`` [n, M], in the type of x or in ``dtype``; or written to ``out``, as `product_into` takes it."""
+        return product(x, self.weight.t(), dtype) if out is None else product_into(out, x, self.weight.t())
 
     def rows_gradient(self, z, out: Tensor | None = None, *, add: bool = False) -> Tensor:
         """``z W`` [n, L], in the accumulation type; or written or added to ``out``, which has the type of z, or float32

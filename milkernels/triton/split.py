@@ -59,8 +59,8 @@ class SplitProducts(Products):
     def parts(self, rows: Tensor) -> Tensor:
         return split(rows)
 
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return _by_weight(x, self._across)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        return _by_weight(x, self._across, out)
 
     def rows_gradient(self, z: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
         return _by_weight(z, self._along, out, add)
