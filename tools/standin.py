@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from milkernels import saving
 from milkernels import triton as adapter
 from milkernels.ops import contract
 from milkernels.testing.cases import embedded_sizes
@@ -339,6 +340,7 @@ def _inputs(use: Usage, op: contract.Forward) -> dict:
     }
     options |= {"embed_activation": use.embedding, "embed_dropout_p": options["dropout_p"] if use.embedding else 0.0}
     options["embed_dtype"] = options["compute_dtype"] if use.embedding else None
+    options["saved_bytes"] = saving.ALL if "kept" in use else 0
     given = ("", *use.extras, *(["embed"] if use.embedding else []))
 
     def absent(name: str) -> bool:

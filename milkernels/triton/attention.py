@@ -28,6 +28,7 @@ from milkernels.triton.host import (
     launch,
     power_of_two,
     product_dtype,
+    stacked,
 )
 from milkernels.triton.instances import Instances
 from milkernels.triton.kept import Kept
@@ -170,16 +171,14 @@ def gate_backward(
 
 
 class _Attention(Instances):
-    """A call with the parameters as kernels take them: ``weight`` [units, L] is V over U in the type of products; ``w``
-    [K, D] and the biases are as given."""
+    """A call with the parameters as kernels take them: ``w`` [K, D] and the biases are as given, the weight of the
+    ``products`` [units, L] is V over U."""
 
     def __init__(self, x, parameters, offsets, mask, seed, activation, dropout_p, compute_dtype, *embed):
         super().__init__(x, offsets, mask, *embed)
         v_weight, v_bias, u_weight, u_bias, w_weight, w_bias = parameters
         self.gated, self.activation = u_weight is not None, activation
         self.type = product_dtype(self.dtype, compute_dtype)
-        weights = [v_weight, u_weight] if self.gated else [v_weight]
-        self.weight = _stacked(weights, self.type)
         self.heads, self.hidden = w_weight.shape
         self.v_bias, self.u_bias, self.w, self.w_bias = (
             None if p is None else p.contiguous() for p in (v_bias, u_bias, w_weight, w_bias)
@@ -188,9 +187,11 @@ class _Attention(Instances):
         self.dropout = dropout_of(seed, dropout_p)
         plan = tuning.plan(self.x.device, self.type, self.width, self.hidden)
         self.fused = plan.scores == "fused" and fused.serves(self)
+        weights = [v_weight, u_weight] if self.gated else [v_weight]
         if self.fused:
-            self.weight = fused.prepared(self.weight)
-        self.products = Products(self.weight) if self.fused else split.products_of(self.weight, plan)
+            self.products = Products(weights, self.type, fused.prepared)
+        else:
+            self.products = split.products_of(weights, self.type, plan)
         self.kept = Kept(self.units, self.type)  # products with V and U
 
     @functools.cached_property  # every slice of rows uses it
@@ -199,12 +200,16 @@ class _Attention(Instances):
         given = (self.v_bias, self.u_bias) if self.gated else (self.v_bias,)
         if given == (None,) * len(given):
             return None
-        return _stacked([self.zeros(self.hidden) if b is None else b for b in given], self.acc)
+        return stacked([self.zeros(self.hidden) if b is None else b for b in given], self.acc)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.products.weight
 
     @property
     def units(self) -> int:
         """The rows of V and U."""
-        return self.weight.shape[0]
+        return self.products.units
 
     def workspace(self) -> int | None:
         """The bytes of workspace per row in the forward; None where it needs none."""
@@ -236,13 +241,6 @@ class _Attention(Instances):
 
     def options(self) -> dict:
         return {"GATED": self.gated, "ACTIVATION": self.activation}
-
-
-def _stacked(parameters: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """One parameter, or the second below the first, in this type."""
-    if len(parameters) == 1:
-        return parameters[0].to(dtype).contiguous()
-    return torch.cat([p.to(dtype) for p in parameters])
 
 
 def _scores(call: _Attention, partials: pool.Partials | None = None) -> Tensor:

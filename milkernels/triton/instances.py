@@ -146,7 +146,7 @@ class Layer:
         self.out = dtype if rounded else acc
         self.width, self.inputs = weight.shape
         plan = tuning.plan(weight.device, dtype, self.inputs, self.width)
-        self.products = split.products_of(weight.to(dtype).contiguous(), plan)
+        self.products = split.products_of([weight], dtype, plan)
         self.bias = None if bias is None else bias.contiguous()
         self.dropout, self.activation = dropout, activation
         self.needs_product = activation in ("tanh", "gelu")
