@@ -90,12 +90,11 @@ class Call:
         return slice(0, self.rows)
 
     def slices(self, bytes_per_row: int | None = None) -> Iterable[slice]:
-        """Cuts the rows into slices whose workspace stays within `WORKSPACE`; all are one slice where there is none, but
-        for the `cuts`."""
+        """Cuts the rows into slices whose workspace stays within `WORKSPACE`; without one they end at `cuts` alone."""
         return [self.whole] if bytes_per_row is None and not self.cuts else self.blocks(bytes_per_row or 1)
 
     def blocks(self, bytes_per_row: int) -> Iterator[slice]:
-        """Cuts the rows into slices of whole chunks, about equally long between the `cuts`, whose workspace stays within
+        """Cuts the rows into slices of whole chunks, about equally long between `cuts`, whose workspace stays within
         `WORKSPACE`."""
         unit = self.unit
         most = max(1, (WORKSPACE << (bytes_per_row > _WIDE)) // (bytes_per_row * unit))

@@ -187,8 +187,8 @@ class RowGradients:
             self.add(at, *self.terms, product=products.rows_gradient(z), scale=None if scale is None else 1 / scale)
 
     def add(self, at: Rows, *terms, product=None, scale=None) -> None:
-        """Adds the gradient of a slice of rows, given as `rows.expand` takes it. The values of embedded rows that are not
-        kept, and ``product``, are overwritten."""
+        """Adds the gradient of a slice of rows, given as `rows.expand` takes it. ``product`` is overwritten, and so are
+        the values of embedded rows that are not kept."""
         call, block = self.call, at.which
         if not self.needed:
             return
