@@ -33,7 +33,8 @@ _GRID = (2**31 - 1, 65535, 65535)  # CUDA's limits
 @dataclass(frozen=True)
 class Usage:
     """How an op is called. ``extras`` name what is given besides (see `_GIVEN_WITH`) and options; with "embed", or
-    "embed-" and an activation, rows twice as wide as ``L`` are embedded first."""
+    "embed-" and an activation, rows twice as wide as ``L`` are embedded first; with "kept" everything is saved for the
+    backward, else nothing."""
 
     op: str
     dtype: str = "bf16"  # of the rows; "bf16/fp32": of the rows and of the parameters
