@@ -4,11 +4,13 @@ A limit that some rows fit in keeps these alone: 256 of the rows here, of which 
 """
 
 import contextlib
+import itertools
 
 import pytest
 import torch
 from legs import EMBEDDED, LEGS, at, by_leg
 from op_cases import CASES, NAN, close, cotangents, offsets_of, same_bits, step
+from test_contract import detached, recorded
 from test_numbers import some_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -151,6 +153,19 @@ def test_who_waits_for_no_backward_keeps_nothing(leg, case):
 
 
 # Triton
+
+
+@on(FEW, "interpreted", slow=FEW)
+def test_opcheck(leg, case):
+    """Of as many bytes as the fake says; those that nothing is kept in are the same in each run here."""
+    torch.use_deterministic_algorithms(True)  # which fills memory
+    try:
+        with saved_bytes(None):
+            calls = recorded(case, leg.backend)
+        for op, args, kwargs in itertools.chain.from_iterable(calls):
+            torch.library.opcheck(op, detached(args), kwargs)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @on(FEW, "interpreted", slow=FEW)
