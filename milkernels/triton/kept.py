@@ -8,6 +8,7 @@ from milkernels.triton.call import Call
 from milkernels.triton.host import ceil_div
 
 _PADDED = 64  # rows: blocks begin where kernels read fast, and `saving.kept_bytes` counts so many
+_PIECE = 256  # rows that are kept together, or not
 
 
 class Kept:
@@ -31,13 +32,13 @@ class Kept:
 def lay_out(call: Call, memory: Tensor, *groups: list[Kept]) -> None:
     """Divides the bytes: each group gets as many first rows as fit behind the groups before it. Slices of the call end
     where these rows do."""
-    first, padded = 0, ceil_div(call.rows, _PADDED) * _PADDED
+    first, padded, piece = 0, ceil_div(call.rows, _PADDED) * _PADDED, max(call.unit, _PIECE)
     for group in groups:
         per_row = sum(kept.bytes_per_row() for kept in group)
         if per_row == 0:
             continue
         rows = (memory.shape[0] - first) // per_row
-        rows = call.rows if rows >= padded else rows // call.unit * call.unit
+        rows = call.rows if rows >= padded else rows // piece * piece
         for kept in group if rows else ():
             last = first + rows * kept.bytes_per_row()
             kept.numbers = memory[first:last].view(kept.dtype).view(rows, kept.width)
