@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 
+from milkernels import saved_bytes
 from milkernels.bench.contenders import PREFIX, REGISTRY, Contender, ours
 from milkernels.bench.peers import Prepared, Unavailable
 from milkernels.testing import Inputs, OpCase
@@ -18,10 +19,11 @@ from milkernels.testing import Inputs, OpCase
 
 @contextlib.contextmanager
 def _kernels(**chosen: str) -> Iterator[None]:
-    """Those that Triton takes by itself, but for the chosen ones."""
+    """Those that Triton takes by itself, but for the chosen ones. The fused ones serve rows that are not kept."""
     from milkernels.triton import tuning
 
-    with mock.patch.object(tuning, "_forced", {}), tuning.use(**chosen):
+    keeping = saved_bytes(0) if "scores" in chosen else contextlib.nullcontext()
+    with mock.patch.object(tuning, "_forced", {}), tuning.use(**chosen), keeping:
         yield
 
 

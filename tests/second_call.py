@@ -17,8 +17,8 @@ from tools.standin import Usage, call_op, standin
 
 OPS = {
     "softmax_pool": "bags mask",
-    "attention_pool": "gated bags mask",
-    "dsmil": "bags mask mlp",
+    "attention_pool": "gated bags mask kept",
+    "dsmil": "bags mask mlp kept",
     "loss_attention_pool": "bags mask",
 }
 ROWS = {"first": 4096, "again": 4096, "other": 3999}

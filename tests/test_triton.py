@@ -14,7 +14,7 @@ from test_contract import detached, recorded
 from test_numbers import HEADS as FIVE
 from test_numbers import ODD, some_mask
 
-from milkernels import native, testing
+from milkernels import native, saved_bytes, testing
 
 pytestmark = LEGS["interpreted"].needed
 
@@ -22,6 +22,13 @@ INF = float("inf")
 # A case of each op, and one on embedded instances of each that takes them.
 one_of_each = pytest.mark.parametrize("case", [CASES[name] for name in ONE_OF_EACH], ids=ONE_OF_EACH)
 embedded = pytest.mark.parametrize("case", EMBEDDED.values(), ids=EMBEDDED)
+
+
+@pytest.fixture(autouse=True)
+def nothing_saved():
+    """All is computed again in slices of rows; what is kept instead is test_saved.py's to say."""
+    with saved_bytes(0):
+        yield
 
 
 def served(*names: str):

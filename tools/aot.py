@@ -105,6 +105,11 @@ dsmil               fp32        512  128  1  embed mlp autocast drop grads
 loss_attention_pool bf16        512    1  2  embed-identity bags
 attention_pool      fp32       1024  256  1  gated split
 dsmil_pool          fp32       1024  128  1  mlp value relu split
+attention_pool      bf16       1024  256  1  gated bags drop kept
+attention_pool      fp16        512  256  1  gated embed-gelu bags kept
+attention_pool      fp32        512  128  2  gated embed kept frozen
+dsmil_pool          bf16       1024  128  1  mlp value relu drop kept
+dsmil               fp32        512  128  1  embed mlp autocast kept
 """
 
 

@@ -1,8 +1,9 @@
 """``python -m tools.costs``: what every op costs, in counts that no noise can move, beside their record.
 
 Matrix products that the CPU kernels ask the library for, bytes by PyTorch's allocator, launches of the Triton ops on
-the device of `standin`, which is not there.  ``--write`` writes the record, ``tests/costs.json``, which tests hold all
-ops to.
+the device of `standin`, which is not there.  Nothing is saved for the backward but what is named so; of launches there
+is besides a step with everything saved.  ``--write`` writes the record, ``tests/costs.json``, which tests hold all ops
+to.
 """
 
 import argparse
@@ -29,7 +30,6 @@ from milkernels.testing import CASES, Inputs, OpCase, Shape, evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "tests" / "costs.json"
-MODES = ("fwd", "step")
 # What is counted, and the package beside PyTorch whose version the count follows.
 KINDS = {
     "products": "",  # of matrices, that the CPU kernels ask the library for
@@ -37,6 +37,8 @@ KINDS = {
     "launches": "triton",  # of a Triton op: its kernels, and what PyTorch launches for it
     "gpu products": "triton",  # the matrix products among them
 }
+_ON_GPU = tuple(kind for kind, package in KINDS.items() if package)
+MODES = {"fwd": tuple(KINDS), "step": tuple(KINDS), "saved step": _ON_GPU}  # and what is counted of them
 TIGHT = 0.9  # a count under this share of its record is refused too: a record must not be left behind
 Counts = dict[str, dict[str, dict[str, float]]]  # by op, mode and kind
 
@@ -108,9 +110,10 @@ def _launches_of(case: OpCase, mode: str) -> dict[str, int]:
         "value": case.op.startswith("dsmil") and "v_weight" in case.tensors,
         case.options.get("v_activation") or "": True,
         "grads": case.compose is not None,  # a step through all that it returns
+        "kept": mode == "saved step",
     }
     given = " ".join(name for name, wanted in extras.items() if wanted)
-    records = launches(case.op.removeprefix("gated_"), given, N=39_999, K=case.default_heads)[: 1 + (mode == "step")]
+    records = launches(case.op.removeprefix("gated_"), given, N=39_999, K=case.default_heads)[: 1 + (mode != "fwd")]
     library = sum((record.library for record in records), Counter())
     products = sum(count for name, count in library.items() if _PRODUCT.match(name))
     return {"launches": sum(record.total for record in records), "gpu products": products}
@@ -121,6 +124,10 @@ _COUNTED: dict[str, Callable[[OpCase, str], dict]] = {
     "bytes": _bytes_of,
     "launches": _launches_of,
 }
+
+
+def _counts_of(what: str, op: str) -> dict[str, dict]:
+    return {mode: _COUNTED[what](CASES[op], mode) for mode, kinds in MODES.items() if what in kinds}
 
 
 # Measurements
@@ -142,7 +149,7 @@ def measure(what: str, ops: Iterable[str] = tuple(CASES)) -> Counts:
     dropped = {"TRITON_INTERPRET", "MILKERNELS_EMULATE_CUDA", "MILKERNELS_BACKEND"}
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
     environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MILKERNELS_SAVED_BYTES": "0"}
     if native.is_built("avx2"):
         environment["ATEN_CPU_CAPABILITY"] = "avx2"
     with tempfile.TemporaryDirectory() as folder:
@@ -205,7 +212,8 @@ def write(counts: Counts, path: Path = RECORD) -> None:
     """Replaces the record, with one line for each op and mode."""
     lines = []
     for op, modes in counts.items():
-        shown = ",\n".join(f'   "{mode}": {json.dumps({k: modes[mode][k] for k in KINDS})}' for mode in MODES)
+        counted = {mode: json.dumps({k: modes[mode][k] for k in kinds}) for mode, kinds in MODES.items()}
+        shown = ",\n".join(f'   "{mode}": {numbers}' for mode, numbers in counted.items())
         lines.append(f'  "{op}": {{\n{shown}\n  }}')
     body = ",\n".join(lines)
     path.write_text(f'{{\n "versions": {json.dumps(versions())},\n "counts": {{\n{body}\n }}\n}}\n')
@@ -221,8 +229,7 @@ def main(argv=None) -> int:
     if arguments.child:
         what, answer = arguments.child
         torch.set_num_threads(1)
-        counts = {op: {mode: _COUNTED[what](CASES[op], mode) for mode in MODES} for op in ops}
-        Path(answer).write_text(json.dumps(counts))
+        Path(answer).write_text(json.dumps({op: _counts_of(what, op) for op in ops}))
         return 0
     if (reason := unavailable() or triton.load_error()) is not None:
         print(f"cannot count: {reason}", file=sys.stderr)
@@ -230,13 +237,13 @@ def main(argv=None) -> int:
     if arguments.write and arguments.op:
         parser.error("a record is of all ops: --write goes without --op")
     parts = [measure(what, ops) for what in _COUNTED]
-    counts = {op: {mode: {k: n for p in parts for k, n in p[op][mode].items()} for mode in MODES} for op in ops}
+    counts = {op: {m: {k: n for p in parts for k, n in p[op].get(m, {}).items()} for m in MODES} for op in ops}
     if arguments.write:
         write(counts)
     record = json.loads(RECORD.read_text())
     for op in ops:
-        for mode in MODES:
-            shown = ", ".join(f"{counts[op][mode][kind]:,} {kind}" for kind in KINDS)
+        for mode, kinds in MODES.items():
+            shown = ", ".join(f"{counts[op][mode][kind]:,} {kind}" for kind in kinds)
             print(f"{op} {mode}: {shown}")
     told = [line for op in ops for line in complaints(op, counts[op], versions(), record)]
     print(*told, sep="\n", end="\n" if told else "")

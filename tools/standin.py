@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from milkernels import saving
 from milkernels import triton as adapter
 from milkernels.ops import contract
 from milkernels.testing.cases import embedded_sizes
@@ -32,7 +33,8 @@ _GRID = (2**31 - 1, 65535, 65535)  # CUDA's limits
 @dataclass(frozen=True)
 class Usage:
     """How an op is called. ``extras`` name what is given besides (see `_GIVEN_WITH`) and options; with "embed", or
-    "embed-" and an activation, rows twice as wide as ``L`` are embedded first."""
+    "embed-" and an activation, rows twice as wide as ``L`` are embedded first; with "kept" everything is saved for the
+    backward, else nothing."""
 
     op: str
     dtype: str = "bf16"  # of the rows; "bf16/fp32": of the rows and of the parameters
@@ -339,6 +341,7 @@ def _inputs(use: Usage, op: contract.Forward) -> dict:
     }
     options |= {"embed_activation": use.embedding, "embed_dropout_p": options["dropout_p"] if use.embedding else 0.0}
     options["embed_dtype"] = options["compute_dtype"] if use.embedding else None
+    options["saved_bytes"] = saving.ALL if "kept" in use else 0
     given = ("", *use.extras, *(["embed"] if use.embedding else []))
 
     def absent(name: str) -> bool:

@@ -1,5 +1,6 @@
 """Attention and gated attention pooling (Ilse, Tomczak, Welling 2018) on slices of rows: the library writes the
-products with V and U into a workspace, kernels compute gates and scores from it, and the pooling driver follows."""
+products with V and U into a workspace, or where they are kept for the backward, kernels compute gates and scores from
+them, and the pooling driver follows."""
 
 import functools
 
@@ -27,8 +28,10 @@ from milkernels.triton.host import (
     launch,
     power_of_two,
     product_dtype,
+    stacked,
 )
 from milkernels.triton.instances import Instances
+from milkernels.triton.kept import Kept
 
 
 @kernel
@@ -80,13 +83,13 @@ def _units(Z_ROWS, BIAS, d, inside, D, A: tl.constexpr):
 
 @kernel
 def gate_backward(
-    Z, V_BIAS, U_BIAS, W, DS, MASK, SEED, SCALE, SUMS, first, last, slot, per, D, threshold,
+    Z, V_BIAS, U_BIAS, W, DS, MASK, SEED, SCALE, OUT, SUMS, first, last, slot, per, D, threshold,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, WRITES: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, K: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of Z, times SCALE, over Z, and to SUMS [slots, (K + 2) D + K], from `slot` on, what `per`
-    rows each add to the gradients of w [K, D], the biases of V and U, and that of w. DS [N, K] is the gradient of the
-    scores.
+    """Writes the gradient of Z, times SCALE, to OUT, which may be Z, and to SUMS [slots, (K + 2) D + K], from `slot`
+    on, what `per` rows each add to the gradients of w [K, D], the biases of V and U, and that of w. DS [N, K] is the
+    gradient of the scores.
 
     A program sums J heads of w. Where there are more than that, those of all heads come from a launch that does not
     write, since registers do not hold them, and one of J = 0 writes."""
@@ -111,7 +114,8 @@ def gate_backward(
     for row in tl.range(begin, tl.minimum(begin + per, last), BN):
         r = row + tl.arange(0, BN)
         inside = (r < last)[:, None] & (d < D)[None, :]
-        z_rows = Z + (r - first)[:, None] * (WIDE * D)
+        of_rows = (r - first)[:, None] * (WIDE * D)
+        z_rows = Z + of_rows
         v = _units(z_rows, V_BIAS, d, inside, D, A)
         t = activate(v, ACTIVATION)
         dt = activation_gradient(v, t, ACTIVATION)
@@ -152,11 +156,11 @@ def gate_backward(
                 dz = tl.where(real, dgate * u * dt, 0.0)
                 dz_u = tl.where(real, dgate * t * du, 0.0)
                 du_bias += tl.sum(dz_u, axis=0)
-                tl.store(z_rows + D + d[None, :], (dz_u * grad_scale).to(Z.dtype.element_ty), mask=inside)
+                tl.store(OUT + of_rows + D + d[None, :], (dz_u * grad_scale).to(OUT.dtype.element_ty), mask=inside)
             else:
                 dz = tl.where(real, dgate * dt, 0.0)
             dv_bias += tl.sum(dz, axis=0)
-            tl.store(z_rows + d[None, :], (dz * grad_scale).to(Z.dtype.element_ty), mask=inside)
+            tl.store(OUT + of_rows + d[None, :], (dz * grad_scale).to(OUT.dtype.element_ty), mask=inside)
     sums = SUMS + (slot + tl.program_id(0)).to(tl.int64) * ((K + 2) * D + K)
     for j in tl.static_range(J):
         tl.store(sums + heads[j] * D + d, dw[j], mask=d < D)
@@ -167,16 +171,14 @@ def gate_backward(
 
 
 class _Attention(Instances):
-    """A call with the parameters as kernels take them: ``weight`` [units, L] is V over U in the type of products; ``w``
-    [K, D] and the biases are as given."""
+    """A call with the parameters as kernels take them: ``w`` [K, D] and the biases are as given, the weight of the
+    ``products`` [units, L] is V over U."""
 
     def __init__(self, x, parameters, offsets, mask, seed, activation, dropout_p, compute_dtype, *embed):
         super().__init__(x, offsets, mask, *embed)
         v_weight, v_bias, u_weight, u_bias, w_weight, w_bias = parameters
         self.gated, self.activation = u_weight is not None, activation
         self.type = product_dtype(self.dtype, compute_dtype)
-        weights = [v_weight, u_weight] if self.gated else [v_weight]
-        self.weight = _stacked(weights, self.type)
         self.heads, self.hidden = w_weight.shape
         self.v_bias, self.u_bias, self.w, self.w_bias = (
             None if p is None else p.contiguous() for p in (v_bias, u_bias, w_weight, w_bias)
@@ -185,9 +187,12 @@ class _Attention(Instances):
         self.dropout = dropout_of(seed, dropout_p)
         plan = tuning.plan(self.x.device, self.type, self.width, self.hidden)
         self.fused = plan.scores == "fused" and fused.serves(self)
+        weights = [v_weight, u_weight] if self.gated else [v_weight]
         if self.fused:
-            self.weight = fused.prepared(self.weight)
-        self.products = Products(self.weight) if self.fused else split.products_of(self.weight, plan)
+            self.products = Products(weights, self.type, fused.prepared)
+        else:
+            self.products = split.products_of(weights, self.type, plan)
+        self.kept = Kept(self.units, self.type)  # products with V and U
 
     @functools.cached_property  # every slice of rows uses it
     def bias(self) -> Tensor | None:
@@ -195,12 +200,16 @@ class _Attention(Instances):
         given = (self.v_bias, self.u_bias) if self.gated else (self.v_bias,)
         if given == (None,) * len(given):
             return None
-        return _stacked([self.zeros(self.hidden) if b is None else b for b in given], self.acc)
+        return stacked([self.zeros(self.hidden) if b is None else b for b in given], self.acc)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.products.weight
 
     @property
     def units(self) -> int:
         """The rows of V and U."""
-        return self.weight.shape[0]
+        return self.products.units
 
     def workspace(self) -> int | None:
         """The bytes of workspace per row in the forward; None where it needs none."""
@@ -234,19 +243,13 @@ class _Attention(Instances):
         return {"GATED": self.gated, "ACTIVATION": self.activation}
 
 
-def _stacked(parameters: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """One parameter, or the second below the first, in this type."""
-    if len(parameters) == 1:
-        return parameters[0].to(dtype).contiguous()
-    return torch.cat([p.to(dtype) for p in parameters])
-
-
 def _scores(call: _Attention, partials: pool.Partials | None = None) -> Tensor:
     """Computes the scores [N, K], -inf for masked rows; adds the rows to ``partials`` slice by slice, if given."""
     out = call.empty(call.rows, call.heads)
-    score = fused.scores if call.fused else _scores_of_slice
     for block in call.slices(call.workspace()):
         values = call.rows_at(block).values
+        # Written and read again, products cost a GPU less time than computed again.
+        score = fused.scores if call.fused and call.kept.of(block) is None else _scores_of_slice
         score(call, rows.operand(call, values, block, call.type, clean=False), block, out)
         if partials is not None:
             partials.add(values, out, block, call.mask)
@@ -260,15 +263,17 @@ def _scores_of_slice(call: _Attention, x: Tensor, block: slice, out: Tensor) -> 
     units, count = min(max(power_of_two(call.hidden), 16), 64), 32 if seed is None else 16
     launch(
         gate_scores, (ceil_div(block.stop - block.start, count),),
-        call.products.forward(call.products.parts(x)), call.v_bias, call.u_bias, call.w, call.w_bias,
-        call.mask, seed, out, block.start, block.stop,
+        call.products.forward(call.products.parts(x), out=call.kept.of(block)),
+        call.v_bias, call.u_bias, call.w, call.w_bias, call.mask, seed, out, block.start, block.stop,
         call.hidden, threshold, BN=count, BD=units, K=call.heads, BK=power_of_two(call.heads), num_warps=4,
         **call.options(),
     )  # fmt: skip
 
 
-def attention_pool_fwd(x, weights, offsets, mask, *options):
+def attention_pool_fwd(x, weights, offsets, mask, *others):
+    *options, saved_bytes = others
     call = _Attention(x, weights, offsets, mask, *options)
+    kept = call.keep_up_to(saved_bytes, call.kept)
     partials = pool.Partials(call, call.heads, call.width)
     if call.embedding is None:
         scores = _scores(call)
@@ -276,21 +281,24 @@ def attention_pool_fwd(x, weights, offsets, mask, *options):
     else:
         scores = _scores(call, partials)
     bag, lse = partials.result()
-    return bag, scores, lse
+    return bag, scores, lse, kept
 
 
-def attention_scores_fwd(x, weights, offsets, mask, *options):
+def attention_scores_fwd(x, weights, offsets, mask, *others):
+    *options, saved_bytes = others
     call = _Attention(x, weights, offsets, mask, *options)
-    return _scores(call)
+    kept = call.keep_up_to(saved_bytes, call.kept)
+    return _scores(call), kept
 
 
 def attention_bwd(
-    x, weights, offsets, mask, seed, bag, scores, lse, embed, activation, dropout_p, compute_dtype,
+    x, weights, offsets, mask, seed, bag, scores, lse, embed, kept, activation, dropout_p, compute_dtype,
     embed_activation, embed_dropout_p, embed_dtype, grad_bag, grad_scores, grad_lse, needs,
 ):  # fmt: skip
     inputs = checked_inputs(needs, "v_weight v_bias u_weight u_bias w_weight w_bias", x, weights, embed)
     embed = (embed, embed_activation, embed_dropout_p, embed_dtype)
     call = _Attention(x, weights, offsets, mask, seed, activation, dropout_p, compute_dtype, *embed)
+    call.keep(kept, call.kept, filled=True)
     embedded, sink = call.embedding is not None, RowGradients(call, needs)
     pooled = None if embedded else call.x
     gradients = PoolGradients(call, pooled, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.needed)
@@ -300,7 +308,6 @@ def attention_bwd(
     grad_weight, sums = None, call.sums((K + 2) * D + K)
     scale = None if embedded else call.scale(ds)
     sink.pooled(call.type, gradients.weights, gradients.bag_of(gradients.weights))
-    gradients_of_products = fused.gradients_of_products if call.fused else _gradients_of_products
     for at in sink.slices(call.gradient_workspace(sink.direct, needs[0])) if any(needs) else ():
         block = at.which
         if embedded:
@@ -308,6 +315,8 @@ def attention_bwd(
             scale = call.scale(ds[block])
         x_rows = rows.operand(call, at.values, block, call.type, clean=not embedded)
         x_parts = call.products.parts(x_rows)
+        recomputes = call.fused and call.kept.of(block) is None
+        gradients_of_products = fused.gradients_of_products if recomputes else _gradients_of_products
         z = call.products.parts(gradients_of_products(call, x_rows, x_parts, block, ds, scale, sums))
         if need_weight:  # a scale of all slices is taken out at the end
             grad_weight = weight_gradient(call.products, z, x_parts, scale if embedded else None, grad_weight)
@@ -330,7 +339,9 @@ _HEADS = 8  # of which one program sums the gradients of w
 def _gradients_of_products(call: _Attention, x: Tensor, parts, block: slice, ds: Tensor, scale, sums: Tensor) -> Tensor:
     """The gradient of ``x [V; U]^T`` [n, units] times the scale, for a slice, whose rows x [n, L] holds and ``parts``
     as products take them. Adds to ``sums`` what `gate_backward` sums."""
-    z = call.products.forward(parts)
+    kept = call.kept.of(block)
+    products = call.products.forward(parts) if kept is None else kept
+    z = products if kept is None else torch.empty_like(kept)
     D, K = call.hidden, call.heads
     units = min(max(power_of_two(D), 16), 64)
     programs, slot = ceil_div(block.stop - block.start, call.summed), block.start // call.summed
@@ -340,7 +351,7 @@ def _gradients_of_products(call: _Attention, x: Tensor, parts, block: slice, ds:
     for writes, heads, groups in launches:
         launch(
             gate_backward, (programs, ceil_div(D, units), groups),
-            z, call.v_bias, call.u_bias, call.w, ds, call.mask, seed, scale, sums,
+            products, call.v_bias, call.u_bias, call.w, ds, call.mask, seed, scale, z, sums,
             block.start, block.stop, slot, call.summed, D, threshold,
             WRITES=writes, BN=16, BD=units, K=K, J=heads, num_warps=4, **call.options(),
         )  # fmt: skip

@@ -3,6 +3,7 @@
 Nothing here waits for the device or reads from it, so every op can be captured in a CUDA graph.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -42,6 +43,7 @@ class Call:
         self.chunk *= power_of_two(ceil_div(self.rows, self.chunk * _MOST_CHUNKS))
         # So many rows one program sums for the gradients of parameters, whose partial sums are about a thousand.
         self.summed = min(max(power_of_two(ceil_div(self.rows, _MOST_SUMMED)), 64), _MOST_SUMMED)
+        self.cuts: set[int] = set()  # rows, multiples of `unit` or all, at which no slice goes on
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.x.new_empty(shape, dtype=dtype or self.acc)
@@ -79,19 +81,25 @@ class Call:
         return ceil_div(self.chunk, 64)
 
     @property
+    def unit(self) -> int:
+        """The rows that no slice separates."""
+        return max(self.chunk, self.summed)
+
+    @property
     def whole(self) -> slice:
         return slice(0, self.rows)
 
     def slices(self, bytes_per_row: int | None = None) -> Iterable[slice]:
-        """Cuts the rows into slices whose workspace stays within `WORKSPACE`; all are one slice where there is none."""
-        return [self.whole] if bytes_per_row is None else self.blocks(bytes_per_row)
+        """Cuts the rows into slices whose workspace stays within `WORKSPACE`; without one they end at `cuts` alone."""
+        return [self.whole] if bytes_per_row is None and not self.cuts else self.blocks(bytes_per_row or 1)
 
     def blocks(self, bytes_per_row: int) -> Iterator[slice]:
-        """Cuts the rows into slices of whole chunks, about equally long, whose workspace stays within `WORKSPACE`."""
-        unit = max(self.chunk, self.summed)
-        units = ceil_div(self.rows, unit)
+        """Cuts the rows into slices of whole chunks, about equally long between `cuts`, whose workspace stays within
+        `WORKSPACE`."""
+        unit = self.unit
         most = max(1, (WORKSPACE << (bytes_per_row > _WIDE)) // (bytes_per_row * unit))
-        count = ceil_div(units, most)
-        step = ceil_div(units, count) * unit if count else 1
-        for start in range(0, self.rows, step):
-            yield slice(start, min(start + step, self.rows))
+        for first, last in itertools.pairwise(sorted({0, self.rows} | self.cuts)):
+            units = ceil_div(last - first, unit)
+            step = ceil_div(units, ceil_div(units, most)) * unit
+            for start in range(first, last, step):
+                yield slice(start, min(start + step, last))

@@ -175,8 +175,12 @@ def put(indices: Tensor, values: Tensor, out: Tensor, k: int = 1, *, add: bool =
 
 
 def instance_max_fwd(x, weights, offsets, mask, *embed):
-    call = Instances(x, offsets, mask, *embed)
-    logits = class_logits(call, *weights)
+    return largest_logits(Instances(x, offsets, mask, *embed), *weights)
+
+
+def largest_logits(call: Instances, weight: Tensor, bias: Tensor | None):
+    """``(values, indices, logits)`` of the logits ``W x + b``."""
+    logits = class_logits(call, weight, bias)
     return *first_max(call, logits, dead=True, empty=float("-inf")), logits
 
 

@@ -1,15 +1,15 @@
 """What Triton does for DSMIL (Li, Li, Eliceiri 2021): the passes of its second stream over the rows, and what touches a
 few of them. `milkernels.ops.dsmil_kernels` composes the ops of these.
 
-An MLP query and a value with an activation or dropout are computed on slices of rows, again in the backward, as an
-embedding in front of everything is.
+An MLP query and a value with an activation or dropout are computed on slices of rows, as an embedding in front of
+everything is; what of these is not kept, again in the backward.
 """
 
 import torch
 from torch import Tensor
 
 from milkernels.triton import pool, rows
-from milkernels.triton.choice import winner_gradients
+from milkernels.triton.choice import largest_logits, winner_gradients
 from milkernels.triton.gradients import LayerGradients, PoolGradients, RowGradients, zero_where_dead
 from milkernels.triton.host import dropout_of, product_dtype
 from milkernels.triton.instances import Instances, Layer, Rows
@@ -40,6 +40,7 @@ class _DSMIL(Instances):
             self.q2 = Layer(q2, q2_bias, "tanh", self.type, self.acc, rounded=False)
         if self.layered:
             self.v = Layer(v, v_bias, v_activation or "identity", self.type, self.acc, rounded=False)
+        self.hidden = [layer.kept for layer in (self.q, self.q2, self.v) if layer is not None]
         # Whether what is pooled is computed from the instances on slices of rows.
         self.computes_values = self.layered or self.dropout[0] is not None
 
@@ -67,18 +68,31 @@ class _DSMIL(Instances):
     def operand(self, x: Tensor, block: slice, *, clean: bool) -> Tensor:
         return rows.operand(self, x, block, self.type, clean=clean and self.embedding is None)
 
-    def value_rows(self, x: Tensor, block: slice, *, keep: bool) -> Rows:
-        """What is pooled of the slice's rows, which ``x`` [n, L] holds: [n, pooled_width]; and what its gradient needs
-        to ``keep``."""
+    def value_rows(self, x: Tensor, block: slice, *, gradient: bool) -> Rows:
+        """What is pooled of the slice's rows, which ``x`` [n, L] holds: [n, pooled_width]; and what its ``gradient``
+        needs."""
         if self.dropout[0] is not None:
             x = rows.copied(self, x, block, self.type if self.layered else self.dtype, dropout=self.dropout)
         elif self.layered:
-            x = self.operand(x, block, clean=keep)
-        return self.v.rows(self, x, block, keep=keep) if self.layered else Rows(block, x)
+            x = self.operand(x, block, clean=gradient)
+        return self.v.rows(self, x, block, gradient=gradient) if self.layered else Rows(block, x)
+
+
+def keep(x, size):
+    return x.new_empty(size, dtype=torch.uint8)
+
+
+def dsmil_logits_fwd(x, weights, offsets, mask, *others):
+    *embed, kept = others
+    call = Instances(x, offsets, mask, *embed)
+    call.keep(kept, filled=False)
+    return largest_logits(call, *weights)
 
 
 def dsmil_rows_fwd(x, *others):
+    *others, kept, has_rows = others
     call = _DSMIL(x, *others)
+    call.keep(kept, *call.hidden, filled=False, has_rows=has_rows)
     C = call.vectors.shape[1]
     if not call.mlp and not call.computes_values:
         return pool_by_products(call, call.vectors, call.shift)
@@ -89,11 +103,11 @@ def dsmil_rows_fwd(x, *others):
     for block in call.slices(call.workspace(gradient=False)):
         values = scored = call.rows_at(block).values
         if call.mlp:
-            hidden = call.q.rows(call, call.operand(values, block, clean=False), block, keep=False).values
-            scored = call.q2.rows(call, hidden, block, keep=False).values
+            hidden = call.q.rows(call, call.operand(values, block, clean=False), block, gradient=False).values
+            scored = call.q2.rows(call, hidden, block, gradient=False).values
         if call.mlp or call.embedding is not None:
             rows.products(call, scored, call.vectors, shift=call.shift, fill=_DEAD, rows=block, out=scores)
-        pooled = call.value_rows(values, block, keep=False).values if call.computes_values else values
+        pooled = call.value_rows(values, block, gradient=False).values if call.computes_values else values
         partials.add(pooled, scores, block, call.mask)
         values = scored = hidden = pooled = None  # freed before the next slice comes
     bag, lse = partials.result()
@@ -102,12 +116,13 @@ def dsmil_rows_fwd(x, *others):
 
 def dsmil_rows_bwd(
     x, vectors, shift, critical, layers, offsets, mask, seed, v_activation, v_dropout_p, compute_dtype,
-    embed, embed_activation, embed_dropout_p, embed_dtype,
+    embed, embed_activation, embed_dropout_p, embed_dtype, kept,
     bag, scores, lse, grad_bag, grad_scores, grad_lse, needs,
 ):  # fmt: skip
     embed = (embed, embed_activation, embed_dropout_p, embed_dtype)
     of_rows = (offsets, mask, seed, v_activation, v_dropout_p, compute_dtype)
     call = _DSMIL(x, vectors, shift, critical, layers, *of_rows, *embed)
+    call.keep(kept, *call.hidden, filled=True)
     sink = RowGradients(call, needs)
     backward = _Backward(call, scores, bag, grad_bag, grad_scores, grad_lse, sink)
     of_vectors = backward.run()
@@ -160,7 +175,7 @@ class _Backward:
         """Goes back through the value of a slice: adds its parameters' gradients and returns that of the rows [n, L],
         or None where it is not needed."""
         call, block = self.call, at.which
-        value = call.value_rows(at.values, block, keep=True)
+        value = call.value_rows(at.values, block, gradient=True)
         self.pool.add(value.values, block)
         if not self.values:
             return None
@@ -178,8 +193,8 @@ class _Backward:
         """Goes back through the MLP query of a slice likewise; adds the gradient of the rows, of which ``of_value`` is
         the part of the value."""
         call, block = self.call, at.which
-        hidden = call.q.rows(call, call.operand(at.values, block, clean=True), block, keep=True)
-        query = call.q2.rows(call, hidden.values, block, keep=True)
+        hidden = call.q.rows(call, call.operand(at.values, block, clean=True), block, gradient=True)
+        query = call.q2.rows(call, hidden.values, block, gradient=True)
         of_vectors.add(query.values, self.pool.scores, block, call.mask)
         grad = call.empty(block.stop - block.start, call.q2.width)
         rows.expand(call, grad, self.pool.scores, call.vectors, rows=block)
@@ -214,8 +229,9 @@ def add_rows_(grad_x, grad_e_weight, grad_e_bias, x, indices, grad_rows, *embed)
 
 
 def logits_bwd_(grad_x, grad_e_weight, grad_e_bias, x, weights, offsets, mask, logits, *others):
-    *embed, grad_logits = others
+    *embed, kept, grad_logits = others
     call = Instances(x, offsets, mask, *embed)
+    call.keep(kept, filled=True)
     of_logits = zero_where_dead(call.to_acc(grad_logits), logits)
     sink = _onto(call, grad_x, grad_e_weight, grad_e_bias)
     return linear_gradients(call, weights[0], of_logits, None, True, sink)

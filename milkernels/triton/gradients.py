@@ -158,7 +158,7 @@ class RowGradients:
             whole = self.call.embedding_bytes(gradient=True, need_x=self.x is not None)
             bytes_per_row = (bytes_per_row or 0) + whole - self.call.embedding_bytes()
         for block in self.call.slices(bytes_per_row):
-            yield self.call.rows_at(block, keep=self.needed)
+            yield self.call.rows_at(block, gradient=self.needed)
         if self.direct and not self.written and self.terms[0] is not None:
             rows.expand(self.call, self.x, *self.terms, product=self.x)
         self.written = True
@@ -187,8 +187,8 @@ class RowGradients:
             self.add(at, *self.terms, product=products.rows_gradient(z), scale=None if scale is None else 1 / scale)
 
     def add(self, at: Rows, *terms, product=None, scale=None) -> None:
-        """Adds the gradient of a slice of rows, given as `rows.expand` takes it. The values of embedded rows, and
-        ``product``, are overwritten."""
+        """Adds the gradient of a slice of rows, given as `rows.expand` takes it. ``product`` is overwritten, and so are
+        the values of embedded rows that are not kept."""
         call, block = self.call, at.which
         if not self.needed:
             return

@@ -3,7 +3,9 @@
 Nothing here waits for the device or reads from it, so every op can be captured in a CUDA graph.
 """
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,6 +59,13 @@ def dropout_bits(threshold: int) -> int:
     return 17 - max((1 << 16) - threshold, 1).bit_length()
 
 
+def stacked(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One parameter, or the second below the first, in this type."""
+    if len(parameters) == 1:
+        return parameters[0].to(dtype).contiguous()
+    return torch.cat([p.to(dtype) for p in parameters])
+
+
 def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None, onto: Tensor | None = None) -> Tensor:
     """``a @ b`` by the library, in ``dtype``, or added to ``onto``. Half types accumulate in float32, which need not be
     rounded to half."""
@@ -82,20 +91,29 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 class Products:
     """The products of a weight W [M, L] with rows x [n, L], and with the gradient z [n, M] of these products. `parts`
-    makes of rows, or of z, what the products take."""
+    makes of rows, or of z, what the products take. W is one parameter, or the second below the first, in the type of
+    products."""
 
     bytes_per_row = 0  # of the workspace that the products need
 
-    def __init__(self, weight: Tensor):
-        self.weight = weight
-        self.acc = accumulation_dtype(weight)
+    def __init__(
+        self, parameters: Sequence[Tensor], dtype: torch.dtype, prepared: Callable[[Tensor], Tensor] | None = None
+    ):
+        self.parameters, self.dtype, self.prepared = parameters, dtype, prepared
+        self.units = sum(len(p) for p in parameters)
+        self.acc = torch.float64 if dtype == torch.float64 else torch.float32
+
+    @functools.cached_property  # made where it is needed: not for the gradient of a parameter from what is kept
+    def weight(self) -> Tensor:
+        weight = stacked(self.parameters, self.dtype)
+        return weight if self.prepared is None else self.prepared(weight)
 
     def parts(self, rows: Tensor):
         return rows
 
-    def forward(self, x, dtype: torch.dtype | None = None) -> Tensor:
-        """``x W^T`` [n, M], in the type of x or in ``dtype``."""
-        return product(x, self.weight.t(), dtype)
+    def forward(self, x, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        """``x W^T`` [n, M], in the type of x or in ``dtype``; or written to ``out``, as `product_into` takes it."""
+        return product(x, self.weight.t(), dtype) if out is None else product_into(out, x, self.weight.t())
 
     def rows_gradient(self, z, out: Tensor | None = None, *, add: bool = False) -> Tensor:
         """``z W`` [n, L], in the accumulation type; or written or added to ``out``, which has the type of z, or float32

@@ -1,7 +1,7 @@
 """The instances as an op sees them: rows x [N, L], or their embedding ``h = drop(act(W x + b))`` [N, E].
 
-The library computes the product for a slice of rows and a kernel does the rest. The backward does both again, so that
-no more than a slice of h is ever there.
+The library computes the product for a slice of rows and a kernel does the rest. The backward does both again where the
+forward did not keep their result, so that of others no more than a slice of h is ever there.
 """
 
 from collections.abc import Iterable
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from milkernels import saving
 from milkernels.triton import rows, split, tuning
 from milkernels.triton.call import Call
 from milkernels.triton.common import (
@@ -32,6 +33,7 @@ from milkernels.triton.host import (
     power_of_two,
     product_dtype,
 )
+from milkernels.triton.kept import Kept, lay_out
 
 
 @triton.jit
@@ -122,6 +124,7 @@ class Rows:
     values: Tensor  # [n, E], or [B, C, E]
     x: Tensor | None = None  # [n, L]: the rows that were embedded, in the type of products
     argument: Tensor | None = None  # [n, E]: what the derivative of the activation is computed from (see `Layer`)
+    kept: bool = False  # whether the values are those that the op keeps, which nobody may overwrite
 
 
 _TILE = {"BN": 32, "num_warps": 8}
@@ -129,8 +132,11 @@ _TILE = {"BN": 32, "num_warps": 8}
 
 class Layer:
     """A layer W [M, L], b [M] that rows pass, ``h = drop(act(W x + b))``. ``x W^T`` is rounded only as a part of h:
-    products of half types come in float32. For the gradient of rows it is kept, or h alone where h tells the
-    activation's derivative. h has the type of products, or where it is not ``rounded`` the accumulation type."""
+    products of half types come in float32. The gradient of rows needs it, or h alone where h tells the activation's
+    derivative. h has the type of products, or where it is not ``rounded`` the accumulation type.
+
+    Of rows that the op keeps, it keeps h where that has the type of products and no more is needed, else the products,
+    rounded to this type, from which h is made again."""
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype, acc: torch.dtype, *,
@@ -140,10 +146,11 @@ class Layer:
         self.out = dtype if rounded else acc
         self.width, self.inputs = weight.shape
         plan = tuning.plan(weight.device, dtype, self.inputs, self.width)
-        self.products = split.products_of(weight.to(dtype).contiguous(), plan)
+        self.products = split.products_of([weight], dtype, plan)
         self.bias = None if bias is None else bias.contiguous()
         self.dropout, self.activation = dropout, activation
-        self.keeps_product = activation in ("tanh", "gelu")
+        self.needs_product = activation in ("tanh", "gelu")
+        self.kept, self.keeps_product = Kept(self.width, dtype), self.needs_product or self.out != dtype
 
     def bytes_per_row(self) -> int:
         """The bytes of workspace that h needs."""
@@ -152,17 +159,39 @@ class Layer:
 
     def gradient_bytes_per_row(self) -> int:
         """The bytes of workspace that the gradient of h needs besides. It takes the place of the product if that is not
-        kept, and of h where it has the type of products."""
-        kept = self.keeps_product + (self.out == self.acc)
-        return self.width * (self.acc.itemsize * kept + (self.type.itemsize if self.out != self.type else 0))
+        needed, and of h where it has the type of products."""
+        needed = self.needs_product + (self.out == self.acc)
+        return self.width * (self.acc.itemsize * needed + (self.type.itemsize if self.out != self.type else 0))
 
-    def rows(self, call: Call, x: Tensor, which: slice | Tensor, *, keep: bool) -> Rows:
+    def has(self, which: slice | Tensor) -> bool:
+        """Whether rows are there without x."""
+        return self.kept.filled and self.kept.of(which) is not None
+
+    def rows(self, call: Call, x: Tensor | None, which: slice | Tensor, *, gradient: bool) -> Rows:
         """Takes rows ``x`` [n, L], which have the type of products, through the layer: h, which is 0 for masked rows,
-        and what its gradient needs to ``keep``."""
-        x = self.products.parts(x)
-        z = self.products.forward(x, self.acc)
-        apart = self.out != self.acc or (keep and self.keeps_product)
-        h = torch.empty_like(z, dtype=self.out) if apart else z
+        and what its ``gradient`` needs. Of rows that the layer `has`, x is for the gradient alone."""
+        x = None if x is None else self.products.parts(x)
+        kept, there = self.kept.of(which), self.has(which)
+        if there and not self.keeps_product:
+            return Rows(which, kept, x, kept, kept=True)
+        z = kept if there else self._products(x, kept)
+        if kept is not None and not self.keeps_product:
+            h = kept
+        elif kept is not None or self.out != self.acc or (gradient and self.needs_product):
+            h = torch.empty_like(z, dtype=self.out)
+        else:
+            h = z
+        self._activate(call, z, h, which)
+        argument = z if self.needs_product else h
+        return Rows(which, h, x, argument, kept=h is kept) if gradient else Rows(which, h)
+
+    def _products(self, x, kept: Tensor | None) -> Tensor:
+        """``x W^T`` [n, M], in the accumulation type; in the place of what is ``kept`` if this takes it."""
+        takes = kept is not None and (self.keeps_product or kept.dtype == self.acc)
+        return self.products.forward(x, self.acc, kept if takes else None)
+
+    def _activate(self, call: Call, z: Tensor, h: Tensor, which: slice | Tensor) -> None:
+        """Writes h [n, M] from the products z."""
         seed, threshold = self.dropout
         first, index = _places(which)
         units = self._units()
@@ -171,7 +200,6 @@ class Layer:
             z, self.bias, index, call.mask, seed, h, first, z.shape[0], self.width, threshold,
             ACTIVATION=self.activation, BE=units, ALIGN=alignment(self.width), **_TILE,
         )  # fmt: skip
-        return Rows(which, h, x, z if self.keeps_product else h) if keep else Rows(which, h)
 
     def gradient_of_products(
         self, call: Call, at: Rows, grad: Tensor, scale: Tensor | None, sums: Tensor | None
@@ -179,8 +207,8 @@ class Layer:
         """``(z [n, M], sums [programs, M])`` from the gradient ``grad`` [n, M] of h: z is the gradient of ``x W^T``,
         times the scale and in the type of products, and the sum over the rows of sums is that of the bias. Of a slice
         of rows it is written into ``sums``, made by `Call.sums`, if given. The values of a slice are overwritten by z
-        where they have its type."""
-        over = isinstance(at.which, slice) and at.values.dtype == self.type
+        where they have its type and are not kept."""
+        over = isinstance(at.which, slice) and at.values.dtype == self.type and not at.kept
         z = at.values if over else torch.empty_like(at.argument, dtype=self.type)
         count, units = grad.shape[0], self._units()
         first, index = _places(at.which)
@@ -222,12 +250,36 @@ class Instances(Call):
             self.embedding = Layer(weight, bias, activation, dtype, self.acc, dropout=dropout_of(seed, dropout_p))
             self.width, self.dtype = self.embedding.width, self.embedding.type
 
-    def rows_at(self, block: slice, *, keep: bool = False) -> Rows:
-        """A slice of rows as the op sees them; ``keep`` what their gradient needs."""
-        if self.embedding is None:
-            return Rows(block, self.x[block])
-        x = rows.operand(self, self.x[block], block, self.embedding.type, clean=keep)
-        return self.embedding.rows(self, x, block, keep=keep)
+    def keep_up_to(self, limit: int, *hidden: Kept) -> Tensor:
+        """Memory of at most so many bytes for embedded rows and what is kept of hidden layers, which the call fills."""
+        if limit == 0:
+            return self.empty(0, dtype=torch.uint8)
+        product = hidden[0].dtype if hidden else self.dtype
+        embedded = 0 if self.embedding is None else self.embedding.width
+        size = saving.kept_bytes(self.x, limit, product, embedded, tuple(layer.width for layer in hidden))
+        memory = self.empty(size, dtype=torch.uint8)
+        self.keep(memory, *hidden, filled=False)
+        return memory
+
+    def keep(self, memory: Tensor, *hidden: Kept, filled: bool, has_rows: bool = False) -> None:
+        """Takes the memory that `keep_up_to` has made for these: to fill it, or where it is ``filled`` to read it; it
+        may have the embedded rows before it has the rest."""
+        if memory.shape[0] == 0:
+            return
+        first = [] if self.embedding is None else [self.embedding.kept]
+        lay_out(self, memory, first, hidden)
+        for layer in hidden:
+            layer.filled = filled
+        for layer in first:
+            layer.filled = filled or has_rows
+
+    def rows_at(self, block: slice, *, gradient: bool = False) -> Rows:
+        """A slice of rows as the op sees them; with what their ``gradient`` needs."""
+        layer, x = self.embedding, self.x[block]
+        if layer is None:
+            return Rows(block, x)
+        x = rows.operand(self, x, block, layer.type, clean=gradient) if gradient or not layer.has(block) else None
+        return layer.rows(self, x, block, gradient=gradient)
 
     def embedding_bytes(self, *, gradient: bool = False, need_x: bool = False) -> int:
         """The bytes of workspace for each row that the embedding needs: for h, and for its gradient; 0 without one."""
@@ -253,5 +305,6 @@ class Instances(Call):
             return Rows(indices, self.zeros(*indices.shape, self.width))
         if self.embedding is None:
             return Rows(indices, rows.gathered(self.x, indices, self.acc).unflatten(0, indices.shape))
-        found = self.embedding.rows(self, rows.gathered(self.x, indices, self.embedding.type), indices, keep=True)
+        x = rows.gathered(self.x, indices, self.embedding.type)
+        found = self.embedding.rows(self, x, indices, gradient=True)
         return replace(found, values=self.to_acc(found.values).unflatten(0, indices.shape))

@@ -82,9 +82,11 @@ def _query(call: Call, query: Tensor, scale: float) -> Tensor:
     return (call.to_acc(query) * scale).contiguous()
 
 
-def query_scores_fwd(x, query, offsets, mask, scale, *embed):
+def query_scores_fwd(x, query, offsets, mask, scale, *others):
+    *embed, saved_bytes = others
     call = Instances(x, offsets, mask, *embed)
-    return row_products(call, _query(call, query, scale), None)
+    kept = call.keep_up_to(saved_bytes)
+    return row_products(call, _query(call, query, scale), None), kept
 
 
 def row_products(call: Instances, vectors: Tensor, shift: Tensor | None) -> Tensor:
@@ -95,9 +97,11 @@ def row_products(call: Instances, vectors: Tensor, shift: Tensor | None) -> Tens
     return out
 
 
-def query_pool_fwd(x, query, offsets, mask, scale, *embed):
+def query_pool_fwd(x, query, offsets, mask, scale, *others):
+    *embed, saved_bytes = others
     call = Instances(x, offsets, mask, *embed)
-    return pool_by_products(call, _query(call, query, scale), None)
+    kept = call.keep_up_to(saved_bytes)
+    return *pool_by_products(call, _query(call, query, scale), None), kept
 
 
 def pool_by_products(call: Instances, vectors: Tensor, shift: Tensor | None):
@@ -133,11 +137,12 @@ def pool_by_products_backward(call: Instances, gradients: PoolGradients, vectors
 
 
 def query_bwd(
-    x, query, offsets, mask, bag, scores, lse, embed, scale, embed_activation, embed_dropout_p, embed_dtype,
+    x, query, offsets, mask, bag, scores, lse, embed, kept, scale, embed_activation, embed_dropout_p, embed_dtype,
     grad_bag, grad_scores, grad_lse, needs,
 ):  # fmt: skip
     inputs = checked_inputs(needs, "query", x, [query], embed)
     call = Instances(x, offsets, mask, embed, embed_activation, embed_dropout_p, embed_dtype)
+    call.keep(kept, filled=True)
     sink = RowGradients(call, needs)
     gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.needed)
     grad_query = pool_by_products_backward(call, gradients, _query(call, query, scale), sink) * scale
@@ -149,13 +154,15 @@ def query_bwd(
 # Loss-Attention (Shi et al. 2020)
 
 
-def loss_attention_pool_fwd(x, weights, offsets, mask, *embed):
+def loss_attention_pool_fwd(x, weights, offsets, mask, *others):
+    *embed, saved_bytes = others
     weight, bias = weights
     call = Instances(x, offsets, mask, *embed)
+    kept = call.keep_up_to(saved_bytes)
     vectors, shift = weight.contiguous(), _per_bag(call, bias)
     pooled = single_pass.score_pool(call, vectors, shift, classes=True)
     if pooled is not None:
-        return pooled
+        return *pooled, kept
     logits, scores = call.empty(call.rows, vectors.shape[0]), call.empty(call.rows, 1)
     partials = pool.Partials(call, 1, call.width)
     for block in call.slices():
@@ -165,7 +172,7 @@ def loss_attention_pool_fwd(x, weights, offsets, mask, *embed):
         partials.add(values, scores, block, call.mask)
         values = None  # freed before the next slice comes
     bag, lse = partials.result()
-    return bag, scores, lse, logits
+    return bag, scores, lse, logits, kept
 
 
 def class_logits(call: Instances, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -179,12 +186,13 @@ def _per_bag(call: Call, bias: Tensor | None) -> Tensor | None:
 
 
 def loss_attention_pool_bwd(
-    x, weights, offsets, mask, bag, scores, lse, logits, embed, embed_activation, embed_dropout_p, embed_dtype,
+    x, weights, offsets, mask, bag, scores, lse, logits, embed, kept, embed_activation, embed_dropout_p, embed_dtype,
     grad_bag, grad_scores, grad_lse, grad_logits, needs,
 ):  # fmt: skip
     weight, _ = weights
     inputs = checked_inputs(needs, "weight bias", x, weights, embed)
     call = Instances(x, offsets, mask, embed, embed_activation, embed_dropout_p, embed_dtype)
+    call.keep(kept, filled=True)
     sink, gradients = RowGradients(call, needs), None
     if grad_bag is not None or grad_scores is not None or grad_lse is not None:
         gradients = PoolGradients(call, None, scores, bag, grad_bag, grad_scores, grad_lse, weights=sink.needed)

@@ -5,6 +5,7 @@ For users who leave ``torch.get_float32_matmul_precision()`` at "highest", where
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton.language as tl
@@ -36,17 +37,17 @@ def serves(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
 
 
-def products_of(weight: Tensor, plan: tuning.Plan) -> Products:
-    """The products that the plan asks for, where they can serve the weight; else the library's."""
-    return SplitProducts(weight) if plan.products == "split" and serves(weight.dtype) else Products(weight)
+def products_of(parameters: Sequence[Tensor], dtype: torch.dtype, plan: tuning.Plan) -> Products:
+    """The products that the plan asks for, where they can serve the type; else the library's."""
+    return (SplitProducts if plan.products == "split" and serves(dtype) else Products)(parameters, dtype)
 
 
 class SplitProducts(Products):
     """What `Products` does, for float32."""
 
-    def __init__(self, weight: Tensor):
-        super().__init__(weight)
-        self.bytes_per_row = 6 * (weight.shape[0] + weight.shape[1])
+    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype):
+        super().__init__(parameters, dtype)
+        self.bytes_per_row = 6 * (self.units + parameters[0].shape[1])
 
     @functools.cached_property  # every slice of rows uses it
     def _across(self):
@@ -59,8 +60,8 @@ class SplitProducts(Products):
     def parts(self, rows: Tensor) -> Tensor:
         return split(rows)
 
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return _by_weight(x, self._across)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+        return _by_weight(x, self._across, out)
 
     def rows_gradient(self, z: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
         return _by_weight(z, self._along, out, add)
