@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 from legs import at, by_leg
-from op_cases import CASES, offsets_of, same_bits, threads
+from op_cases import CASES, check_gradients, offsets_of, same_bits, threads
 from test_numbers import ODD, some_mask
 from torch.utils.checkpoint import checkpoint
 
@@ -293,16 +293,8 @@ def test_exported_programs_keep_nothing():
 @pytest.mark.parametrize("limit", [0, 60_000, None])
 @pytest.mark.parametrize("name", ["gated_attention_pool-dropout", "dsmil-embed-mlp-q-relu-v", "attention_scores-embed"])
 def test_gradcheck(name, limit):
-    case, lengths = CASES[name], (3, 0, 5)
-    tensors = case.make(lengths, DOUBLE, **{})
-    leaves = {n: t for n, t in tensors.items() if t.requires_grad}
-
-    def call(*values):
-        outputs = case.ours("native")(tensors | dict(zip(leaves, values, strict=True)), offsets_of(lengths), None)
-        return tuple(o for o in outputs if o.is_floating_point())
-
     with saved_bytes(limit):
-        assert torch.autograd.gradcheck(call, tuple(leaves.values()))
+        check_gradients(CASES[name], "native", (3, 0, 5), None)
 
 
 @needs_kernels

@@ -11,6 +11,7 @@
 #include "dropout.h"
 #include "kept.h"
 #include "pool_backward.h"
+#include "projection.h"
 
 namespace milkernels {
 
@@ -25,7 +26,7 @@ struct AttentionParameters {
   bool gated() const { return u_weight != nullptr; }
 };
 
-// One item's sums of the gradients of a few parameters, columns in the program's unit order.
+// One item's sums of the gradients of a few parameters. In a backward columns are those of V, then those of U.
 template <typename A>
 struct AttentionGradients {
   A *bias, *w_weight, *w_bias;
@@ -44,8 +45,7 @@ class AttentionScore final : public Score<T> {
         groups_(ceil_div(p.hidden, group_)), bias_(columns(), A(0)), w_(p.heads * units(), A(0)),
         gate_(select_gate(activation, p.gated())), kept_(kept) {
     if (rows > 0 && !kept.reads(rows - 1)) {
-      packed_.emplace(
-          Packed<E>::from_columns(p.width, columns(), planes, [&](int64_t c) { return projection_row(c); }));
+      forward_.emplace(p.width, columns(), planes, rows, [&](int64_t c) { return projection_row(c); });
     }
     for (int64_t c = 0; c < columns(); ++c) {
       const A* const bias = is_u(c) ? p.u_bias : p.v_bias;
@@ -75,26 +75,26 @@ class AttentionScore final : public Score<T> {
     return std::make_unique<Worker>(*this, kChunk, true);
   }
 
-  // Before the backward: where the sums go (without those of the projection if nobody wants them), and the projection
-  // as the right operand of [rows, columns] products, for grad_x.
-  void prepare_backward(int64_t rows, bool projection, bool input_gradient) {
+  // Before the backward: where the gradients of V and U go, null where nobody wants them; and whether x has one.
+  void prepare_backward(int64_t rows, A* v, A* u, bool input_gradient) {
     pass_rows_ = milkernels::pass_rows(rows);
-    if (projection) projection_.emplace(pass_rows_, columns(), p_.width, planes_);
+    std::vector<typename OuterProducts<E>::Part> parts;
+    if (v != nullptr) parts.push_back({v, 0, p_.hidden});
+    if (u != nullptr) parts.push_back({u, units(), p_.hidden});
+    if (!parts.empty()) projection_.emplace(pass_rows_, columns(), p_.width, planes_, parts);
     sums_.emplace(pass_rows_, columns() + p_.heads * (units() + 1));
     if (!input_gradient) return;
-    packed_rows_.emplace(
-        Packed<E>::from_rows(columns(), p_.width, planes_, [&](int64_t c) { return projection_row(c); }));
+    backward_.emplace(p_.width, columns(), planes_, rows, [&](int64_t c) {
+      const int64_t unit = c % units();
+      return unit < p_.hidden ? (c < units() ? p_.v_weight : p_.u_weight) + unit * p_.width : nullptr;
+    });
   }
 
-  // The gradients of V, U (any may be null), in the caller's order, after the backward.
-  void parameter_gradients(A* v, A* u, A* v_bias, A* u_bias, A* w, A* w_bias) {
-    const A* const projection = projection_ ? projection_->sum() : nullptr;
-    for (int64_t c = 0; c < columns(); ++c) {
-      if (unit(c) >= p_.hidden) continue;
-      A *const weight = is_u(c) ? u : v, *const bias = is_u(c) ? u_bias : v_bias;
-      if (weight) std::copy_n(projection + c * p_.width, p_.width, weight + unit(c) * p_.width);
-      if (bias) sums_->copy_to(bias + unit(c), c, 1);
-    }
+  // After it: the gradients of the others, any of which may be null.
+  void finish(A* v_bias, A* u_bias, A* w, A* w_bias) {
+    if (projection_) projection_->finish();
+    sums_->copy_to(v_bias, 0, p_.hidden);
+    sums_->copy_to(u_bias, units(), p_.hidden);
     for (int64_t k = 0; w != nullptr && k < p_.heads; ++k) {
       sums_->copy_to(w + k * p_.hidden, columns() + k * units(), p_.hidden);
     }
@@ -105,12 +105,12 @@ class AttentionScore final : public Score<T> {
   struct Worker final : Score<T>::Worker {
     const AttentionScore& program;
     MatrixUnits matrix_units;
-    Buffer<E> copied, grad;
+    Buffer<E> copied, grad, transposed;
     Buffer<A> block, keep;
 
     Worker(const AttentionScore& p, int64_t rows, bool backward)
         : program(p), copied(p.planes_ * rows * p.depth()), grad(backward ? p.planes_ * rows * p.columns() : 0),
-          block(kBlock * kBlock), keep(kBlock * kBlock) {}
+          transposed(p.forward_ ? p.forward_->scratch_size(rows) : 0), block(kBlock * kBlock), keep(kBlock * kBlock) {}
     void scores(const Tile<T>& tile, A* scores) override { program.forward(tile, scores, *this); }
     void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x,
                   const Place& place) override {
@@ -125,8 +125,9 @@ class AttentionScore final : public Score<T> {
       for (int64_t k = 0; k < heads; ++k) scores[r * heads + k] = p_.w_bias ? p_.w_bias[k] : A(0);
     }
     A* const block = s.block.get();
+    forward_->prepare(x, rows, s.transposed.get());
     for (int64_t g = 0; g < groups_; ++g) {
-      product<E>(rows, kBlock, depth(), x, packed_->block(g), planes_, block, kBlock, false);
+      forward_->block(x, 0, rows, g * kBlock, s.transposed.get(), block, kBlock);
       if (kept_.writes(tile.first)) kept_.write(kept_place(tile.first, g), block, rows * kBlock);
       if (dropout_) fill_keep(tile.first, rows, g, s.keep.get());
       (this->*gate_.forward)(block, rows, g, s.keep.get());
@@ -157,6 +158,7 @@ class AttentionScore final : public Score<T> {
       out.w_bias[k] += static_cast<A>(sum);
     }
     A* const block = s.block.get();
+    if (forward_) forward_->prepare(x, rows, s.transposed.get());
     for (int64_t t = 0; t < rows; t += kBlock) {
       const int64_t count = std::min(kBlock, rows - t);
       E* const grad = s.grad.get() + t * columns();
@@ -164,17 +166,15 @@ class AttentionScore final : public Score<T> {
       // A tile without a real row was passed over, and nothing of it is kept.
       const bool real = !kept || chunk.part(t, std::min(kBlock, chunk.rows - t)).any_real();
       for (int64_t g = 0; g < groups_; ++g) {
-        if (!kept) product<E>(count, kBlock, depth(), x.rows_from(t), packed_->block(g), planes_, block, kBlock, false);
+        if (!kept) forward_->block(x, t, count, g * kBlock, s.transposed.get(), block, kBlock);
         else if (real) kept_.read(kept_place(chunk.first + t, g), block, count * kBlock);
         else std::fill_n(block, count * kBlock, A(0));
         if (dropout_) fill_keep(chunk.first + t, count, g, s.keep.get());
-        (this->*gate_.backward)(block, count, g, s.keep.get(), grad_scores + t * heads, grad + g * kBlock, plane_stride,
-                                out);
+        (this->*gate_.backward)(block, count, g, s.keep.get(), grad_scores + t * heads, grad, plane_stride, out);
       }
       if (!grad_x) continue;
       for (int64_t l = 0; l < p_.width; l += kBlock) {
-        product<E>(count, kBlock, columns(), {grad, columns(), plane_stride}, packed_rows_->block(l / kBlock), planes_,
-                   block, kBlock, false);
+        backward_->block({grad, columns(), plane_stride}, count, l, block);
         const int64_t real = std::min(count, chunk.rows - t), wide = std::min(kBlock, p_.width - l);
         for (int64_t r = 0; r < real; ++r) grad_x.store(t + r, l, wide, block + r * kBlock);
       }
@@ -240,21 +240,24 @@ class AttentionScore final : public Score<T> {
     }
   }
 
-  // The products of a group become its hidden units, in place; the gradient of the products goes to `grad` (rows
-  // columns() apart), and the sums for the biases and w grow.
+  // The products of a group become its hidden units, in place; the gradient of the products goes to its columns of
+  // `grad` [rows, columns()], and the sums for the biases and w grow.
   template <Activation F, bool GATED>
   void gate_backward(A* block, int64_t rows, int64_t g, const A* keep, const A* grad_scores, E* grad,
                      int64_t plane_stride, const AttentionGradients<A>& out) const {
     const A *const bias = bias_.data() + g * kBlock, *const w = w_.data() + g * group_;
-    A unsplit[kBlock], bias_sum[kBlock] = {};  // of this tile: long running sums lose digits
+    A unsplit[2][kBlock], bias_sum[2][kBlock] = {};  // of this tile: long running sums lose digits
+    const int64_t first[2] = {g * group_, units() + g * group_};  // columns of V and U
+    constexpr int kBranches = GATED ? 2 : 1;
     for (int64_t r = 0; r < rows; ++r) {
       A* const row = block + r * kBlock;
       const A* const ds = grad_scores + r * p_.heads;
-      A* to = unsplit;
-      if constexpr (std::is_same_v<A, E>) to = grad + r * columns();
-      const auto emit = [&](int64_t j, V value) {
-        value.store(to + j);
-        (V::loadu(bias_sum + j) + value).store(bias_sum + j);
+      A* to[2] = {unsplit[0], unsplit[1]};
+      if constexpr (std::is_same_v<A, E>)
+        to[0] = grad + r * columns() + first[0], to[1] = grad + r * columns() + first[1];
+      const auto emit = [&](int branch, int64_t j, V value) {
+        value.store(to[branch] + j);
+        (V::loadu(bias_sum[branch] + j) + value).store(bias_sum[branch] + j);
       };
       for (int64_t j = 0; j < group_; j += V::size()) {
         const V a = V::loadu(row + j) + V::loadu(bias + j);
@@ -268,13 +271,17 @@ class AttentionScore final : public Score<T> {
           dg = dg * factor;
           h = h * factor;
         }
-        emit(j, dg * d.da);
-        if constexpr (GATED) emit(group_ + j, dg * d.db);
+        emit(0, j, dg * d.da);
+        if constexpr (GATED) emit(1, j, dg * d.db);
         h.store(row + j);
       }
-      if constexpr (!std::is_same_v<A, E>) write_elements(unsplit, grad + r * columns(), kBlock, planes_, plane_stride);
+      for (int b = 0; !std::is_same_v<A, E> && b < kBranches; ++b) {
+        write_elements(unsplit[b], grad + r * columns() + first[b], group_, planes_, plane_stride);
+      }
     }
-    for (int64_t j = 0; j < kBlock; ++j) out.bias[g * kBlock + j] += bias_sum[j];
+    for (int b = 0; b < kBranches; ++b) {
+      for (int64_t j = 0; j < group_; ++j) out.bias[first[b] + j] += bias_sum[b][j];
+    }
     for (int64_t k = 0; k < p_.heads; ++k) {
       A* const sum = out.w_weight + k * units() + g * group_;
       for (int64_t j = 0; j < group_; j += V::size()) {
@@ -294,7 +301,8 @@ class AttentionScore final : public Score<T> {
   std::vector<A> bias_, w_;  // [columns], [heads, units]
   Gate gate_;
   KeptRows kept_;
-  std::optional<Packed<E>> packed_, packed_rows_;  // where they are needed
+  std::optional<Projection<E>> forward_;  // where they are needed
+  std::optional<BackProjection<E>> backward_;
   int64_t pass_rows_ = kAllRows;
   mutable std::optional<OuterProducts<E>> projection_;  // in a backward, if its gradient is needed: [columns, width]
   mutable std::optional<ItemSums<A>> sums_;

@@ -30,9 +30,16 @@ struct Embedding : EmbeddingTensors {
   // In what its rows are made: bfloat16 where their products are, as eager PyTorch would have them.
   ScalarType rows_type(ScalarType acc) const { return planes == 1 ? at::kBFloat16 : acc; }
   template <typename E>
-  Layer<E> layer(int64_t in) const {
+  Layer<E> layer(int64_t in, int64_t rows, const KeptRows& kept) const {
     using A = acc_t<E>;
-    return {weight.const_data_ptr<A>(), data_or_null<A>(bias), weight.size(0), in, activation, std::max(planes, 1)};
+    return {weight.const_data_ptr<A>(),
+            data_or_null<A>(bias),
+            weight.size(0),
+            in,
+            activation,
+            std::max(planes, 1),
+            rows,
+            kept};
   }
 };
 

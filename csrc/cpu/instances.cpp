@@ -18,14 +18,19 @@ class EmbedSource final : public EmbeddedRows<H> {
   using V = Vectorized<A>;
 
   EmbedSource(const Call& call, RowGradients* gradients)
-      : x_(call.ragged<T>()), layer_(call.embedding.template layer<E>(x_.width)), dropout_(call.embedding.dropout),
+      : x_(call.ragged<T>()), layer_(call.embedding.template layer<E>(x_.width, x_.rows, call.kept.embedded)),
+        dropout_(call.embedding.dropout),
         // The derivative of a ReLU and its dropout can be read off what came out.
         keeps_slopes_(call.embedding.activation != Activation::kRelu), kept_(call.kept.embedded),
         gradients_(gradients) {
     if (!has_gradient()) return;
     pass_rows_ = milkernels::pass_rows(x_.rows);
     bias_.emplace(pass_rows_, layer_.columns());
-    if (needs_weight()) weight_.emplace(pass_rows_, layer_.columns(), layer_.in(), layer_.planes());
+    if (needs_weight()) {
+      using Part = typename OuterProducts<E>::Part;
+      weight_.emplace(pass_rows_, layer_.columns(), layer_.in(), layer_.planes(),
+                      std::vector<Part>{{gradients->weight.mutable_data_ptr<A>(), 0, layer_.out()}});
+    }
     if (gradients->need_x) {
       layer_.prepare_input_gradient();
       advise_huge_pages(gradients->x.mutable_data_ptr<T>(), x_.rows * x_.width * int64_t(sizeof(T)));
@@ -44,7 +49,7 @@ class EmbedSource final : public EmbeddedRows<H> {
 
   void finish() override {
     if (!has_gradient()) return;
-    if (weight_) std::copy_n(weight_->sum(), layer_.out() * layer_.in(), gradients_->weight.mutable_data_ptr<A>());
+    if (weight_) weight_->finish();
     if (gradients_->need_bias) bias_->copy_to(gradients_->bias.mutable_data_ptr<A>(), 0, layer_.out());
   }
 
@@ -52,7 +57,7 @@ class EmbedSource final : public EmbeddedRows<H> {
   struct Worker final : Source<H>::Worker {
     const EmbedSource& p;
     MatrixUnits matrix_units;
-    Buffer<E> copied, left;
+    Buffer<E> copied, left, transposed;
     Buffer<H> made;
     const H* rows_at = nullptr;  // what was made last, here or where it is kept
     Buffer<A> block, keep, slopes;
@@ -60,8 +65,9 @@ class EmbedSource final : public EmbeddedRows<H> {
 
     Worker(const EmbedSource& p, int64_t rows)
         : p(p), copied(p.layer_.planes() * rows * p.layer_.depth()),
-          left(p.has_gradient() ? p.layer_.planes() * rows * p.layer_.columns() : 0), made(rows * p.layer_.columns()),
-          block(kBlock * kBlock), keep(p.dropout_ ? kBlock * kBlock : 0),
+          left(p.has_gradient() ? p.layer_.planes() * rows * p.layer_.columns() : 0),
+          transposed(p.layer_.scratch_size(rows)), made(rows * p.layer_.columns()), block(kBlock * kBlock),
+          keep(p.dropout_ ? kBlock * kBlock : 0),
           slopes(p.has_gradient() && p.keeps_slopes_ ? rows * p.layer_.columns() : 0) {}
 
     Tile<H> rows(const Tile<H>& tile) override { return p.make(tile, *this); }
@@ -95,9 +101,10 @@ class EmbedSource final : public EmbeddedRows<H> {
       if (!in_place) kept_.read(at, made, rows * columns);
       return result;
     }
+    if (!reads) layer_.projection().prepare(s.x, rows, s.transposed.get());
     layer_.for_blocks(rows, [&](int64_t t, int64_t c, int64_t count, const A* bias) {
       A* const block = s.block.get();
-      if (!reads) layer_.block_product(s.x, t, c, count, block);
+      if (!reads) layer_.projection().block(s.x, t, count, c, s.transposed.get(), block, kBlock);
       for (int64_t r = 0; (reads || writes) && !keeps_rows && r < count; ++r) {
         if (reads) kept_.read(at + (t + r) * columns + c, block + r * kBlock, kBlock);
         else kept_.write_and_round(at + (t + r) * columns + c, block + r * kBlock, kBlock);

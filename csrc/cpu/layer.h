@@ -4,6 +4,7 @@
 
 #include "kept.h"
 #include "pool_backward.h"
+#include "projection.h"
 
 namespace milkernels {
 
@@ -26,17 +27,23 @@ class Layer {
   using A = acc_t<E>;
   using V = Vectorized<A>;
 
-  // weight [out, in]; bias [out] or null.
-  Layer(const A* weight, const A* bias, int64_t out, int64_t in, Activation activation, int planes)
+  // weight [out, in]; bias [out] or null; `rows` of the call, of which so many are kept.
+  Layer(const A* weight, const A* bias, int64_t out, int64_t in, Activation activation, int planes, int64_t rows,
+        const KeptRows& kept)
       : weight_(weight), out_(out), in_(in), activation_(activation), planes_(planes), bias_(columns(), A(0)),
-        packed_(Packed<E>::from_columns(in, columns(), planes, [&](int64_t c) { return row(c); })) {
+        rows_of_call_(rows) {
+    if (rows > 0 && !kept.reads(rows - 1)) {
+      forward_.emplace(in, columns(), planes, rows, [&](int64_t c) { return row(c); });
+    }
     if (bias != nullptr) std::copy_n(bias, out, bias_.begin());
   }
 
   int64_t in() const { return in_; }
   int64_t out() const { return out_; }
   int64_t columns() const { return round_up(out_, kBlock); }
-  int64_t depth() const { return packed_.depth(); }  // of its input as a left operand
+  int64_t depth() const { return Packed<E>::depth_of(in_); }  // of its input as a left operand
+  const Projection<E>& projection() const { return *forward_; }  // where not all rows are kept
+  int64_t scratch_size(int64_t rows) const { return forward_ ? forward_->scratch_size(rows) : 0; }
   int planes() const { return planes_; }
   Activation activation() const { return activation_; }
 
@@ -47,24 +54,20 @@ class Layer {
       for (int64_t t = 0; t < rows; t += kBlock) f(t, c, std::min(kBlock, rows - t), bias_.data() + c);
     }
   }
-  // The block [rows, kBlock] from that row and column on, without the bias.
-  void block_product(const Matrix<E>& x, int64_t row, int64_t column, int64_t rows, A* block) const {
-    product<E>(rows, kBlock, depth(), x.rows_from(row), packed_.block(column / kBlock), planes_, block, kBlock, false);
-  }
-  // z [rows, columns()] = x W^T
-  void products(const Matrix<E>& x, int64_t rows, A* z) const {
+  // z [rows, columns()] = x W^T; `scratch` is that of the projection.
+  void products(const Matrix<E>& x, int64_t rows, E* scratch, A* z) const {
+    forward_->prepare(x, rows, scratch);
     for (int64_t t = 0; t < rows; t += kBlock) {
       const int64_t count = std::min(kBlock, rows - t);
       for (int64_t c = 0; c < columns(); c += kBlock) {
-        product<E>(count, kBlock, depth(), x.rows_from(t), packed_.block(c / kBlock), planes_, z + t * columns() + c,
-                   columns(), false);
+        forward_->block(x, t, count, c, scratch, z + t * columns() + c, columns());
       }
     }
   }
   // z [rows, columns()] = x W^T + b of a tile; the product is read from or written to what is kept of it.
   template <typename T>
-  void forward(const KeptRows& kept, const Tile<T>& tile, const Matrix<E>& x, int64_t rows, A* z) const {
-    if (!kept.reads(tile.first)) products(x, rows, z);
+  void forward(const KeptRows& kept, const Tile<T>& tile, const Matrix<E>& x, int64_t rows, E* scratch, A* z) const {
+    if (!kept.reads(tile.first)) products(x, rows, scratch, z);
     if (kept.writes(tile.first)) kept.write_and_round(tile.first * columns(), z, rows * columns());
     for (int64_t t = 0; kept.reads(tile.first) && t < rows; t += kBlock) {
       const int64_t size = std::min(kBlock, rows - t) * columns();
@@ -95,8 +98,9 @@ class Layer {
   struct Gradients {
     OuterProducts<E> weight;  // [columns(), in]
     ItemSums<A> bias;  // [columns()]
-    Gradients(const Layer& l, int64_t pass_rows)
-        : weight(pass_rows, l.columns(), l.in(), l.planes()), bias(pass_rows, l.columns()) {}
+    // The weight's is written to `to` [out, in].
+    Gradients(const Layer& l, int64_t pass_rows, A* to)
+        : weight(pass_rows, l.columns(), l.in(), l.planes(), {{to, 0, l.out()}}), bias(pass_rows, l.columns()) {}
     void add_pass(int64_t rows) {
       weight.add_pass(rows);
       bias.add_pass();
@@ -131,7 +135,7 @@ class Layer {
 
   // Before input_gradient: the weights as the right operand of [rows, columns()] products.
   void prepare_input_gradient() {
-    packed_rows_.emplace(Packed<E>::from_rows(columns(), in_, planes_, [&](int64_t c) { return row(c); }));
+    backward_.emplace(in_, columns(), planes_, rows_of_call_, [&](int64_t c) { return row(c); });
   }
   // f(row, column, count, values) for blocks of the gradient of x; `grad` is what `backward` returned; `block` holds
   // kBlock * kBlock numbers.
@@ -140,8 +144,7 @@ class Layer {
     for (int64_t t = 0; t < rows; t += kBlock) {
       const int64_t count = std::min(kBlock, rows - t);
       for (int64_t l = 0; l < in_; l += kBlock) {
-        product<E>(count, kBlock, columns(), grad.rows_from(t), packed_rows_->block(l / kBlock), planes_, block, kBlock,
-                   false);
+        backward_->block(grad.rows_from(t), count, l, block);
         for (int64_t r = 0; r < count; ++r) f(t + r, l, std::min(kBlock, in_ - l), block + r * kBlock);
       }
     }
@@ -155,8 +158,9 @@ class Layer {
   Activation activation_;
   int planes_;
   std::vector<A> bias_;
-  Packed<E> packed_;
-  std::optional<Packed<E>> packed_rows_;
+  int64_t rows_of_call_;
+  std::optional<Projection<E>> forward_;
+  std::optional<BackProjection<E>> backward_;
 };
 
 }  // namespace milkernels

@@ -26,9 +26,11 @@ class MlpScore final : public Score<T> {
     return std::make_unique<BackwardWorker>(*this);
   }
 
-  void prepare_backward(int64_t rows, bool input_gradient) {
+  // The gradients of the layers' weights are written to these.
+  void prepare_backward(int64_t rows, A* first_weight, A* second_weight, bool input_gradient) {
     pass_rows_ = milkernels::pass_rows(rows);
-    first_gradients.emplace(first, pass_rows_), second_gradients.emplace(second, pass_rows_);
+    first_gradients.emplace(first, pass_rows_, first_weight);
+    second_gradients.emplace(second, pass_rows_, second_weight);
     second.prepare_input_gradient();
     if (input_gradient) first.prepare_input_gradient();
     products.prepare_gradient();
@@ -47,14 +49,14 @@ class MlpScore final : public Score<T> {
   struct Worker : Score<T>::Worker {
     const MlpScore& p;
     MatrixUnits matrix_units;
-    Buffer<E> copied, hidden;
+    Buffer<E> copied, hidden, transposed;
     Buffer<A> z1, z2, query;
     typename QueryProducts<T>::Worker worker;
 
     Worker(const MlpScore& p, int64_t rows)
         : p(p), copied(p.first.planes() * rows * p.first.depth()), hidden(p.first.planes() * rows * p.first.columns()),
-          z1(rows * p.first.columns()), z2(rows * p.second.columns()), query(rows * p.second.columns()),
-          worker(p.products.worker()) {}
+          transposed(std::max(p.first.scratch_size(rows), p.second.scratch_size(rows))), z1(rows * p.first.columns()),
+          z2(rows * p.second.columns()), query(rows * p.second.columns()), worker(p.products.worker()) {}
 
     // Fills z1, z2 and query; returns the inputs of the two layers.
     std::pair<Matrix<E>, Matrix<E>> forward(const Tile<T>& tile, int64_t rows) {
@@ -62,14 +64,14 @@ class MlpScore final : public Score<T> {
       const int64_t columns = first.columns();
       const auto x = copy_rows(tile.x, tile.ld, tile.mask, tile.rows, rows, tile.width, first.depth(), first.planes(),
                                copied.get());
-      first.forward(p.kept_[0], tile, x, rows, z1.get());
+      first.forward(p.kept_[0], tile, x, rows, transposed.get(), z1.get());
       A* const activated = activation_of(z1);
       first.activate(z1.get(), rows, activated);
       if constexpr (!std::is_same_v<A, E>) {
         write_elements(activated, hidden.get(), rows * columns, first.planes(), rows * columns);
       }
       const Matrix<E> h{hidden.get(), columns, rows * columns};
-      second.forward(p.kept_[1], tile, h, rows, z2.get());
+      second.forward(p.kept_[1], tile, h, rows, transposed.get(), z2.get());
       second.activate(z2.get(), rows, query.get());
       return {x, h};
     }

@@ -55,11 +55,24 @@ class OuterProducts {
  public:
   using A = acc_t<E>;
 
-  // `rows` of a pass.
-  OuterProducts(int64_t rows, int64_t columns, int64_t width, int planes)
+  // Where rows [first, first + count) of the sum go.
+  struct Part {
+    A* to;
+    int64_t first, count;
+  };
+
+  // `rows` of a pass. What is in no part is not summed.
+  OuterProducts(int64_t rows, int64_t columns, int64_t width, int planes, const std::vector<Part>& parts)
       : columns_(columns), width_(width), depth_(std::min(kChunk, round_up(rows, kRowMultiple))), planes_(planes),
         put_(ceil_div(rows, kBlock), 0), left_(ceil_div(rows, depth_) * left_size()),
-        right_(ceil_div(rows, depth_) * right_size()), sum_(columns * width) {}
+        right_(ceil_div(rows, depth_) * right_size()) {
+    constexpr int64_t kTogether = 2 * kBlock;
+    for (const Part& part : parts) {
+      for (int64_t r = 0; r < part.count; r += kTogether) {
+        strips_.push_back({part.to + r * width, part.first + r, std::min(kTogether, part.count - r)});
+      }
+    }
+  }
 
   // The rows from `first` of the pass on, in one tile or in one chunk: left [rows, columns], right [rows, width]. Any
   // thread.
@@ -83,18 +96,18 @@ class OuterProducts {
     for (int64_t r = 0; r < rows; r += kBlock) {
       if (!put_[r / kBlock]) zero(r, std::min(kBlock, rows - r));
     }
-    constexpr int64_t kColumns = 2 * kBlock;  // of left together
-    const int64_t across = ceil_div(columns_, kColumns), blocks = across * ceil_div(width_, kBlock);
+    const int64_t across = static_cast<int64_t>(strips_.size()), blocks = across * ceil_div(width_, kBlock);
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       const MatrixUnits units;
       for (int64_t first = 0; first < rows; first += depth_) {
         const Matrix<E> left{left_.get() + first / depth_ * left_size(), depth_, columns_ * depth_};
         for (int64_t b = begin; b < end; ++b) {
-          const int64_t l = b / across * kBlock, c = b % across * kColumns;
+          const int64_t l = b / across * kBlock;
+          const Part& strip = strips_[b % across];
           const Matrix<E> right{right_.get() + first / depth_ * right_size() + l * planes_ * depth_, kBlock,
                                 depth_ * kBlock};
-          product<E>(std::min(kColumns, columns_ - c), std::min(kBlock, width_ - l), std::min(depth_, rows - first),
-                     left.rows_from(c), right, planes_, sum_.get() + c * width_ + l, width_, started_ || first > 0);
+          product<E>(strip.count, std::min(kBlock, width_ - l), std::min(depth_, rows - first),
+                     left.rows_from(strip.first), right, planes_, strip.to + l, width_, started_ || first > 0);
         }
       }
     });
@@ -102,10 +115,11 @@ class OuterProducts {
     std::fill(put_.begin(), put_.end(), 0);
   }
 
-  // After the last pass.
-  const A* sum() {
-    if (!std::exchange(started_, true)) std::fill_n(sum_.get(), columns_ * width_, A(0));
-    return sum_.get();
+  // After the last pass: there may have been none.
+  void finish() {
+    for (const Part& strip : strips_) {
+      if (!started_) std::fill_n(strip.to, strip.count * width_, A(0));
+    }
   }
 
  private:
@@ -125,7 +139,7 @@ class OuterProducts {
   int planes_;
   std::vector<uint8_t> put_;  // by kBlock rows
   Buffer<E> left_, right_;
-  Buffer<A> sum_;
+  std::vector<Part> strips_;  // of rows that are computed together
   bool started_ = false;
 };
 

@@ -22,10 +22,11 @@ class ValueStage final : public Stage<T> {
     return std::make_unique<Worker>(*this, rows);
   }
 
-  void prepare_backward(int64_t rows, bool input_gradient) {
+  // The gradient of the layer's weight is written to `weight`.
+  void prepare_backward(int64_t rows, A* weight, bool input_gradient) {
     if (!layer) return;
     pass_rows_ = milkernels::pass_rows(rows);
-    gradients.emplace(*layer, pass_rows_);
+    gradients.emplace(*layer, pass_rows_, weight);
     if (input_gradient) layer->prepare_input_gradient();
   }
   int64_t pass_rows() const override { return pass_rows_; }
@@ -41,14 +42,15 @@ class ValueStage final : public Stage<T> {
     const ValueStage& p;
     MatrixUnits matrix_units;
     Buffer<A> keep, dropped, z, y, grad, block;
-    Buffer<E> copied, elements;
+    Buffer<E> copied, elements, transposed;
     Matrix<E> x{};
 
     Worker(const ValueStage& p, int64_t rows)
         : p(p), keep(p.dropout_ ? rows * p.in_width_ : 0), dropped(p.dropout_ ? rows * p.in_width_ : 0),
           z(p.layer ? rows * p.ld() : 0), y(p.layer ? rows * p.ld() : 0), grad(p.gradients ? rows * p.ld() : 0),
           block(kBlock * kBlock), copied(p.layer ? p.layer->planes() * rows * p.layer->depth() : 0),
-          elements(p.gradients ? p.layer->planes() * rows * p.ld() : 0) {}
+          elements(p.gradients ? p.layer->planes() * rows * p.ld() : 0),
+          transposed(p.layer ? p.layer->scratch_size(rows) : 0) {}
 
     const A* rows(const Tile<T>& tile) override {
       const int64_t width = p.in_width_;
@@ -67,7 +69,7 @@ class ValueStage final : public Stage<T> {
       const int planes = p.layer->planes();
       x = p.dropout_ ? copy_rows(dropped.get(), width, tile.mask, tile.rows, rows, width, depth, planes, copied.get())
                      : copy_rows(tile.x, tile.ld, tile.mask, tile.rows, rows, width, depth, planes, copied.get());
-      p.layer->forward(p.kept_, tile, x, rows, z.get());
+      p.layer->forward(p.kept_, tile, x, rows, transposed.get(), z.get());
       p.layer->activate(z.get(), rows, y.get());
       return y.get();
     }

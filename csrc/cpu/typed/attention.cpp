@@ -41,9 +41,9 @@ void attention_backward(const AttentionCall& call, const Ragged<T>& in, const Po
   with_element<T>(call.planes, [&]<typename E>() {
     const auto out = [&](int i) { return data_if<A>(needs[i], grads[i]); };
     auto program = program_of<T, E>(call);
-    program.prepare_backward(call.rows, needs[1] || needs[3], in.has_gradient());
+    program.prepare_backward(call.rows, out(1), out(3), in.has_gradient());
     pool_backward<T>(program, nullptr, in, typed<A>(pooled));
-    program.parameter_gradients(out(1), out(3), out(2), out(4), out(5), out(6));
+    program.finish(out(2), out(4), out(5), out(6));
   });
 }
 

@@ -11,30 +11,29 @@ template <typename T, typename E, typename F>
 void with_programs(const DSMILCall& call, const Ragged<T>& in, const F& f) {
   using A = acc_t<T>;
   const int planes = std::max(call.planes, 1);
-  const auto layer = [&](const Tensor& weight, const Tensor& bias, Activation activation) {
+  const auto layer = [&](const Tensor& weight, const Tensor& bias, Activation activation, const KeptRows& kept) {
     return Layer<E>(weight.const_data_ptr<A>(), data_or_null<A>(bias), weight.size(0), weight.size(1), activation,
-                    planes);
+                    planes, call.rows, kept);
   };
   // Products are kept in the order of the layers.
   int64_t kept_columns = 0;
-  const auto kept = [&](const Tensor& weight) {
-    const int64_t columns = round_up(weight.size(0), kBlock),
-                  first = std::exchange(kept_columns, kept_columns + columns);
-    return call.kept.hidden.part(first, columns);
+  const auto kept_of = [&](const Tensor& weight) {
+    const int64_t columns = round_up(weight.size(0), kBlock);
+    return call.kept.hidden.part(std::exchange(kept_columns, kept_columns + columns), columns);
   };
-  std::array<KeptRows, 2> kept_query;
-  if (call.mlp()) kept_query = {kept(call.q_weight()), kept(call.q2_weight())};
+  std::array<KeptRows, 2> kept;
+  if (call.mlp()) kept = {kept_of(call.q_weight()), kept_of(call.q2_weight())};
   std::optional<ValueStage<T, E>> stage;
   if (call.layered()) {
-    stage.emplace(call.width, call.v_dropout, layer(call.v_weight(), call.v_bias(), call.v_activation),
-                  kept(call.v_weight()));
+    const KeptRows values = kept_of(call.v_weight());
+    stage.emplace(call.width, call.v_dropout, layer(call.v_weight(), call.v_bias(), call.v_activation, values), values);
   } else if (call.v_dropout) {
     stage.emplace(call.width, call.v_dropout, std::nullopt, KeptRows());
   }
   ValueStage<T, E>* const value = stage ? &*stage : nullptr;
   if (call.mlp()) {
-    MlpScore<T, E> score(in, layer(call.q_weight(), call.q_bias(), Activation::kRelu),
-                         layer(call.q2_weight(), call.q2_bias(), Activation::kTanh), call.queries<A>(), kept_query);
+    MlpScore<T, E> score(in, layer(call.q_weight(), call.q_bias(), Activation::kRelu, kept[0]),
+                         layer(call.q2_weight(), call.q2_bias(), Activation::kTanh, kept[1]), call.queries<A>(), kept);
     f(score, value);
   } else {
     QueryScore<T> score(in, call.queries<A>());
@@ -61,26 +60,26 @@ void dsmil_rows_backward(const DSMILCall& call, const Ragged<T>& in, const Poole
                          const Tensor& grad_vectors, const std::array<Tensor, 6>& grads) {
   using A = acc_t<T>;
   with_element<T>(call.planes, [&]<typename E>() {
+    const auto to = [&](int i) { return data_if<A>(grads[i].numel() > 0, grads[i]); };
     with_programs<T, E>(call, in, [&](auto& score, auto* stage) {
       if constexpr (std::is_same_v<std::decay_t<decltype(score)>, MlpScore<T, E>>) {
-        score.prepare_backward(call.rows, in.has_gradient());
+        score.prepare_backward(call.rows, to(0), to(2), in.has_gradient());
       } else {
         score.products.prepare_gradient();
       }
-      if (stage) stage->prepare_backward(call.rows, in.has_gradient());
+      if (stage) stage->prepare_backward(call.rows, to(4), in.has_gradient());
       pool_backward<T>(score, stage, in, typed<A>(tensors));
       const auto g = typed<A>(tensors);
       score.products.gradient_of_bags(grad_vectors.mutable_data_ptr<A>(), call.mlp() || stage ? nullptr : &g);
-      const auto take_sums = [&](const Layer<E>& layer, typename Layer<E>::Gradients& sums, int weight) {
-        const Tensor &w = grads[weight], &b = grads[weight + 1];
-        std::copy_n(sums.weight.sum(), layer.out() * layer.in(), w.template mutable_data_ptr<A>());
-        if (b.numel() > 0) sums.bias.copy_to(b.template mutable_data_ptr<A>(), 0, layer.out());
+      const auto finish = [&](typename Layer<E>::Gradients& sums, int bias) {
+        sums.weight.finish();
+        sums.bias.copy_to(to(bias), 0, grads[bias].numel());
       };
       if constexpr (std::is_same_v<std::decay_t<decltype(score)>, MlpScore<T, E>>) {
-        take_sums(score.first, *score.first_gradients, 0);
-        take_sums(score.second, *score.second_gradients, 2);
+        finish(*score.first_gradients, 1);
+        finish(*score.second_gradients, 3);
       }
-      if (stage && stage->layer) take_sums(*stage->layer, *stage->gradients, 4);
+      if (stage && stage->gradients) finish(*stage->gradients, 5);
     });
   });
 }
