@@ -63,9 +63,9 @@ class AttentionCall : public Call {
   // Memory for at most `limit` bytes (-1: any) of products with V and U, which the backward need not compute again.
   // Where the emulator stands in for a device, it is as much as the kernels of a CPU would need.
   Tensor keep(int64_t limit) const {
-    const int64_t columns = x.is_cpu() ? round_up(units(), 64) : units();
+    const int64_t columns = x.is_cpu() ? round_up(units(), int64_t{64}) : units();
     const int64_t size = x.is_cpu() && type == at::kHalf ? 4 : static_cast<int64_t>(c10::elementSize(type));
-    const int64_t row = columns * size, all = round_up(rows, 64);
+    const int64_t row = columns * size, all = round_up(rows, int64_t{64});
     const int64_t kept = limit < 0 ? all : std::min(all, limit / (row * 64) * 64);
     return at::empty({kept * row}, x.options().dtype(at::kByte));
   }

@@ -54,7 +54,7 @@ def accelerate(model: nn.Module, *, min_instances: int | None = None) -> Report:
     Args:
         model: any module; the recognised ones among it and its submodules are changed.
         min_instances: calls with fewer, and no mask, take the module's own methods, which are faster for a few
-            instances on a CPU.  None: 1000, and 8000 where gradients are recorded (DSMIL and Loss-Attention: 200 and
+            instances on a CPU.  None: 1000, and 200 where gradients are recorded (DSMIL and Loss-Attention: 200 and
             1000); 0 always takes the fused ones, as other devices and masked batches do.
 
     Returns:

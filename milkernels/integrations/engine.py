@@ -38,7 +38,7 @@ class Structure:
     embedding: ClassVar[str] = ""  # a submodule in front, of which only the last layer is more than called
     note: ClassVar[str] = ""  # where what is returned differs from the original on purpose
     # Below so many instances eager is faster: in a forward alone, and where gradients are recorded.
-    min_instances: ClassVar[tuple[int, int]] = (1000, 8000)
+    min_instances: ClassVar[tuple[int, int]] = (1000, 200)
 
     def looks_like(self, module: nn.Module) -> bool:
         """Whether attributes and types suggest this structure; proven nothing yet."""

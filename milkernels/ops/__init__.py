@@ -20,8 +20,8 @@ Conventions of all of them:
 - **Linear layers** are an ``nn.Linear``, a pair ``(weight [out, in], bias [out] or None)``, or a weight.
 - **Embedding.**  ``embed`` is the layer in front of the aggregator, ``Embed(linear, activation, dropout_p)``: instead
   of ``x_i`` the op takes ``h_i = drop(act(W x_i + b))``, in the type of matrix products, and L is E for all its other
-  arguments and results.  Compiled kernels make ``h`` tile by tile, again in the backward, and never store it;
-  `embed_instances` gives some of its rows.
+  arguments and results.  Compiled kernels make ``h`` tile by tile, and in the backward again what they did
+  not save (`saved_bytes`); `embed_instances` gives some of its rows.
 - **Dropout.**  ``seed`` is an int64 tensor of one element on the device of ``x``, or an int; None draws it
   from PyTorch's default generator of that device.  The same seed drops the same units on every backend.
 - **Backend.**  ``backend`` is auto, native, triton or reference; None is what ``use_backend`` or

@@ -1,7 +1,7 @@
 """The layer in front of an aggregator: from stored features to the instances that are scored and pooled.
 
 Ops take it as ``embed``.  Instead of ``x_i [L]`` they see ``h_i = drop(act(W x_i + b)) [E]``, which compiled kernels
-make tile by tile, again in the backward, and never store.
+make tile by tile, and again in the backward those that `saved_bytes` did not let them save.
 """
 
 from typing import NamedTuple

@@ -57,7 +57,7 @@ class OpCase:
     winners: str = ""  # where a choice is made: in the logits of a classifier "weight", or in the tensor named
     default_heads: int = 1
     default_hidden: int = 256
-    hidden_flops: Flops = _no_flops  # products for hidden units: never stored, so the backward repeats them
+    hidden_flops: Flops = _no_flops  # products for hidden units, which the backward repeats unless they are saved
     head_flops: Flops = _no_flops  # products with a few vectors per bag or of all bags, differentiated
     forward_flops: Flops = _no_flops  # products that the backward does not differentiate
     reads: tuple[int, int] = (1, 1)  # passes over x in the forward and in the backward
@@ -211,19 +211,20 @@ class OpCase:
         return full
 
     def flops(self, shape: Shape, mode: str) -> int:
-        """Matrix arithmetic under the memory promise: the backward computes hidden units and embeddings again."""
+        """The least matrix arithmetic: hidden units and embedded rows are saved for the backward, not computed
+        again."""
         inner = self.inner(shape)
         hidden, heads = self.hidden_flops(inner), self.head_flops(inner)
         embedding = 2 * shape.instances * shape.dim * inner.dim if self.embeds else 0
-        forward = hidden + heads + self.forward_flops(inner) + self.embeds * embedding
+        forward = hidden + heads + self.forward_flops(inner)
         if mode == "fwd":
-            return forward
+            return forward + self.embeds * embedding
         into_x = int(mode == "step")
         into_h = 1 if self.embeds else into_x  # an embedding is trained, frozen or not
-        backward = (2 + into_h) * hidden + (1 + into_h) * heads
+        backward = (1 + into_h) * (hidden + heads)
         if hidden or heads:  # a maximum is differentiated in its few rows
-            backward += (2 + into_x) * embedding
-        return forward + backward
+            backward += (1 + into_x) * embedding
+        return forward + embedding + backward
 
     def bytes(self, shape: Shape, dtype: torch.dtype, mode: str) -> int:
         """Traffic to main memory: the passes over x, its gradient, and what is like the scores."""
