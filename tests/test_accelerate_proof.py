@@ -271,5 +271,6 @@ def test_no_temporary_has_all_instances(name):
 
     smallest = 4 * ROWS * HIDDEN
     fused = accelerated(model)
-    assert peak_allocated(lambda: training_step(fused)) < smallest
+    with milkernels.saved_bytes(0):
+        assert peak_allocated(lambda: training_step(fused)) < smallest
     assert peak_allocated(lambda: training_step(model)) > 2 * smallest

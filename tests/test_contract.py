@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from milkernels import saved_bytes
 from milkernels.ops import contract
 
 pytestmark = needs_extension
@@ -318,7 +319,10 @@ def test_nothing_grows_with_instances_times_width(case, dtype, autocast):
                 return torch.autograd.grad(first.sum(), list(leaves.values()))
 
             wanted = num_bytes(t for name, t in leaves.items() if case.has_rows(name)) + outputs
-            assert peak_allocated(one_step) - wanted <= step_bound(case, tensors), f"{frozen=}"
+            for limit in (0, 1 << 20):
+                with saved_bytes(limit):
+                    found = peak_allocated(one_step) - wanted
+                assert found <= step_bound(case, tensors) + limit, f"{frozen=} {limit=}"
 
 
 @compiled(*(name for name in LARGE if not CASES[name].dropped() and name != "max_pool"))  # a maximum copies nothing
@@ -332,10 +336,11 @@ def test_the_gate_above_would_notice_eager(case):
 @pytest.mark.parametrize("autocast", [False, True])
 @every_kernel
 def test_only_x_is_kept_for_the_backward(case, autocast):
-    """No copy of it in another type, no hidden units."""
+    """No copy of it in another type, no hidden units unless there is room for them."""
     lengths, kept = (300, 0, 100), []
     tensors = case.make(lengths, torch.float32, **BIG)
     with (
+        saved_bytes(0),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
     ):
