@@ -26,7 +26,7 @@ embedded = pytest.mark.parametrize("case", EMBEDDED.values(), ids=EMBEDDED)
 
 @pytest.fixture(autouse=True)
 def nothing_saved():
-    """All is computed again in slices of rows; what is kept instead is test_saved.py's to say."""
+    """All is computed again in slices of rows; what is kept instead is test_saved_triton.py's to say."""
     with saved_bytes(0):
         yield
 
