@@ -61,7 +61,7 @@ def test_half_types_keep_the_promise(leg, case, lengths, dtype):
         assert kept.ok, kept.broken()
 
 
-@by_leg(compiled=[at(cases=KEEPING)])
+@by_leg(native=[at(cases=KEEPING)])
 def test_no_bit_depends_on_the_threads(leg, case):
     tensors, offsets = case.make(LONG, SINGLE, relu=True, **ODD), offsets_of(LONG)
     for limit in (None, 60_000, 0):
