@@ -35,7 +35,6 @@ def run(leg, case, limit, tensors, offsets, mask=None):
 @by_leg(
     "dtype lengths",
     compiled=[at(SINGLE, LONG, cases=KEEPING, label="float32"), at(DOUBLE, LONG, cases=KEEPING, label="float64")],
-    interpreted=[at(SINGLE, (40, 0, 30), cases=KEEPING, slow=True)],
 )
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_no_bit_depends_on_the_limit(leg, case, dtype, lengths, masked):
@@ -51,7 +50,6 @@ def test_no_bit_depends_on_the_limit(leg, case, dtype, lengths, masked):
 @by_leg(
     "lengths",
     compiled=[at(LONG, cases=KEEPING)],
-    interpreted=[at((40, 0, 30), cases=KEEPING, slow=True)],
 )
 @pytest.mark.parametrize("dtype", [HALF, torch.float16], ids=str)
 def test_half_types_keep_the_promise(leg, case, lengths, dtype):

@@ -126,6 +126,11 @@ at::Tensor kept_bytes(int64_t bytes) {
       c10::reportMemoryUsageToProfiler(data, sign * bytes, 0, 0, c10::Device(c10::kCPU));
   };
   report(1);
+  // As at::empty does: not all of it is written to, rows are kept in whole tiles.
+  const at::Context& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
+    std::memset(block.data, 0xff, bytes);
+  }
   return at::from_blob(
       block.data, {bytes},
       [block, report](void*) {
