@@ -11,7 +11,7 @@ import re
 import torch
 from torch import Tensor
 
-from milkernels import _context
+from milkernels import _context, _torch
 
 __all__ = ["saved_bytes"]
 
@@ -103,7 +103,7 @@ def limit_of(x: Tensor) -> int:
         limit = _context.current_saved_bytes()
     if limit is None:
         limit = _START
-    return _DEFAULTS.get(x.device.type, 0) if limit is None else limit
+    return _DEFAULTS.get(_torch.device_type(x), 0) if limit is None else limit
 
 
 def kept_bytes(x: Tensor, limit: int, product: torch.dtype, embedded: int, hidden: tuple[int, ...]):
