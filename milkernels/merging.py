@@ -23,6 +23,7 @@ from milkernels.arguments import check_dense, check_shape, check_tensor, check_t
 from milkernels.dtypes import result_dtype
 from milkernels.ops.pooling import weighted_pool
 from milkernels.ops.scores import attention_weights
+from milkernels.ops.segments import Segments
 from milkernels.ragged import bag_index, check_offsets
 from milkernels.results import DSMILOutput, DSMILPooled, LossAttentionPooled, Pooled
 
@@ -104,15 +105,21 @@ def log_sum_of(part: Part, offsets: Tensor | None = None) -> LogSum:
 
 
 def merge_bags(bags: Sequence[Tensor], sums: Sequence[LogSum]) -> tuple[Tensor, LogSum]:
-    """``(bag [B, K, L] float64, its LogSum)`` of parts of the same bags, added in their order; differentiable."""
-    tops = torch.stack([part.top for part in sums])  # [P, B, K]
-    top = tops.detach().amax(0)
-    empty = top == -_INF
-    masses = [share_of(part, LogSum(top, torch.ones_like(top))) for part in sums]
-    total = sum(masses)
-    z = total.masked_fill(empty, 1)
-    bag = sum((mass / z)[..., None] * bag.double() for mass, bag in zip(masses, bags, strict=True))
-    return bag, LogSum(top, z)
+    """``(bag [B, K, L] float64, its LogSum)`` of parts that have all B bags each; differentiable in all of them."""
+    tops, totals = (torch.stack(field, 1).flatten(0, 1) for field in zip(*sums, strict=True))  # [B * P, K]
+    offsets = torch.arange(len(bags[0]) + 1, device=tops.device) * len(bags)
+    return merge_ragged(torch.stack(tuple(bags), 1).flatten(0, 1), LogSum(tops, totals), offsets)
+
+
+def merge_ragged(bags: Tensor, sums: LogSum, offsets: Tensor) -> tuple[Tensor, LogSum]:
+    """``(bag [B, K, L] float64, its LogSum)`` of parts ``bags [P, K, L]``, ``sums [P, K]``, one behind another: those
+    of bag b are ``offsets[b]`` to ``offsets[b + 1]``.  They are added in their order; differentiable in all of them."""
+    segments = Segments(offsets, bags)
+    top = segments.max(sums.top)
+    masses = share_of(sums, LogSum(segments.to_rows(top), torch.ones_like(sums.top)))
+    total = segments.sum(masses).masked_fill(top == -_INF, 1)
+    shares = masses / segments.to_rows(total)
+    return segments.sum(shares[..., None] * bags.double()), LogSum(top, total)
 
 
 def share_of(part: LogSum, whole: LogSum) -> Tensor:
