@@ -189,8 +189,9 @@ def _instance_max(run: _Run, arguments: Given) -> InstanceMax:
 
 def _first_stream(run: _Run, arguments: Given, rows: bool = True) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """``(values, indices [B, C], critical instances [B, C, L] as the op sees them, logits [N, C])``."""
-    plain = rows and not run.reading.source.layers and not _embedding_drops(arguments)
     embed = arguments.get("embed")
+    trained = any(p.requires_grad for p in run.reading.parameters)
+    plain = rows and not trained and not _drops({"embed": embed})
 
     def produce(x: Tensor, piece: Piece, given: Given) -> Results:
         found = ops.instance_max(x, offsets=piece.offsets, mask=piece.mask, **given)
@@ -212,10 +213,6 @@ def _first_stream(run: _Run, arguments: Given, rows: bool = True) -> tuple[Tenso
             critical = embedded.masked_fill((indices < 0)[..., None], 0)
         values = _with_gradient(values.detach(), _logits_of(critical, arguments["classifier"]))
     return values, indices, critical, results["logits"]
-
-
-def _embedding_drops(arguments: Given) -> bool:
-    return _drops({"embed": arguments.get("embed")})
 
 
 def _rows_at(x: Tensor, indices: Tensor, embed, seed) -> Tensor:
