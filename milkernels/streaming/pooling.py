@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milkernels import ops
+from milkernels import ops, saving
 from milkernels.dtypes import converted
 from milkernels.layers import as_linear
 from milkernels.merging import LogSum, log_sum_of, merge_ragged
+from milkernels.ops.contract import Forwards
 from milkernels.ops.segments import INF, Segments, gather
 from milkernels.results import DSMILOutput, DSMILPooled, InstanceMax, LossAttentionPooled, MaxPooled, Pooled
 from milkernels.streaming.reading import Piece, Reading, Source
@@ -57,11 +58,26 @@ class _Run:
 
     def __init__(self, op: Callable, reading: Reading, seed: Seed):
         self.op, self.reading, self.seed = op, reading, seed
+        self._forwards: dict[tuple[str, int], Forwards] = {}
+        self._kept = 0
 
     def call(self, arguments: Given, produce: Callable[[Tensor, Piece, Given], Results]) -> Results:
         per_bag = [name for name in _PER_BAG if getattr(arguments.get(name), "ndim", 0) == 3]
         per_row = [name for name in _PER_ROW if name not in per_bag]
         return Call(self.reading, Arguments(arguments, per_row, per_bag), produce, self.seed).results()
+
+    def of_piece(self, op: Callable, x: Tensor, piece: Piece, given: Given):
+        """The op of a piece; at its second read only what its backward starts from."""
+        if torch.is_grad_enabled():
+            with self._forwards[op.__name__, piece.start].resumed():
+                return op(x, offsets=piece.offsets, mask=piece.mask, **given)
+        limit = saving.limit_of(x)
+        forwards = Forwards(limit if limit == saving.ALL else max(limit - self._kept, 0))
+        with forwards.recorded():
+            result = op(x, offsets=piece.offsets, mask=piece.mask, **given)
+        self._kept += forwards.kept
+        self._forwards[op.__name__, piece.start] = forwards
+        return result
 
     def segments(self, parts: Tensor) -> Segments:
         """Of what pieces say of their bags."""
@@ -73,7 +89,7 @@ class _Run:
 
 def _pool(run: _Run, arguments: Given) -> Pooled | LossAttentionPooled:
     def produce(x: Tensor, piece: Piece, given: Given) -> Results:
-        return _of_pooled(run.op(x, offsets=piece.offsets, mask=piece.mask, **given), piece)
+        return _of_pooled(run.of_piece(run.op, x, piece, given), piece)
 
     results = run.call(arguments, produce)
     bag, lse = _merged(run, results)
@@ -84,7 +100,7 @@ def _pool(run: _Run, arguments: Given) -> Pooled | LossAttentionPooled:
 
 def _softmax_pool(run: _Run, arguments: Given) -> Pooled:
     def produce(x: Tensor, piece: Piece, given: Given) -> Results:
-        return _of_pooled(ops.softmax_pool(_widened(x), offsets=piece.offsets, mask=piece.mask, **given), piece)
+        return _of_pooled(run.of_piece(ops.softmax_pool, _widened(x), piece, given), piece)
 
     kind, produce = _typed(produce)
     results = run.call(arguments, produce)
@@ -98,7 +114,7 @@ def _mean_pool(run: _Run, arguments: Given) -> Tensor:
     def produce(x: Tensor, piece: Piece, given: Given) -> Results:
         x = _widened(x)
         equal = x.new_zeros(x.shape[0], 1)
-        results = _of_pooled(ops.softmax_pool(x, equal, piece.offsets, mask=piece.mask, **given), piece)
+        results = _of_pooled(run.of_piece(ops.softmax_pool, x, piece, given | {"scores": equal}), piece)
         del results["scores"]
         return results
 
@@ -153,7 +169,7 @@ def _scores(run: _Run, arguments: Given) -> Tensor:
 
 def _weighted_pool(run: _Run, arguments: Given) -> Tensor:
     def produce(x: Tensor, piece: Piece, given: Given) -> Results:
-        return {"bag": ops.weighted_pool(_widened(x), offsets=piece.offsets, mask=piece.mask, **given)}
+        return {"bag": run.of_piece(ops.weighted_pool, _widened(x), piece, given)}
 
     kind, produce = _typed(produce)
     bags = run.call(arguments, produce)["bag"]
@@ -165,7 +181,7 @@ def _weighted_pool(run: _Run, arguments: Given) -> Tensor:
 
 def _max_pool(run: _Run, arguments: Given) -> MaxPooled:
     def produce(x: Tensor, piece: Piece, given: Given) -> Results:
-        found = ops.max_pool(x, piece.offsets, mask=piece.mask, **given)
+        found = run.of_piece(ops.max_pool, x, piece, given)
         return {"values": found.values, "indices": _in_whole(found.indices, piece)}
 
     results = run.call(arguments, produce)
@@ -194,7 +210,7 @@ def _first_stream(run: _Run, arguments: Given, rows: bool = True) -> tuple[Tenso
     plain = rows and not trained and not _drops({"embed": embed})
 
     def produce(x: Tensor, piece: Piece, given: Given) -> Results:
-        found = ops.instance_max(x, offsets=piece.offsets, mask=piece.mask, **given)
+        found = run.of_piece(ops.instance_max, x, piece, given)
         results = {"values": found.values, "indices": _in_whole(found.indices, piece), "logits": found.logits}
         if rows:
             results["rows"] = _rows_at(x, found.indices, None if plain else given.get("embed"), given.get("seed"))
@@ -281,7 +297,7 @@ def _second_stream(run: _Run, arguments: Given, critical: Tensor, indices: Tenso
     """``indices`` say which classes of which bags have no critical instance; None: all have one."""
 
     def produce(x: Tensor, piece: Piece, given: Given) -> Results:
-        return _of_pooled(ops.dsmil_pool(x, offsets=piece.offsets, mask=piece.mask, **given), piece)
+        return _of_pooled(run.of_piece(ops.dsmil_pool, x, piece, given), piece)
 
     results = run.call(arguments | {"critical": critical}, produce)
     scores = results["scores"]

@@ -7,6 +7,7 @@ out; a function's iterator has to be gone through from its beginning.
 import contextlib
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from milkernels.arguments import check_type
 
+_HELD_BY_US = 3  # references to memory: the list's, the loop's, and that of who counts them
 FORMATS = (
     "an array or tensor that slices, the path of a file (.npy, .pt, .h5), a list of these, or a function that returns "
     "an iterator of pieces [n, L]"
@@ -183,7 +185,7 @@ class _Npy:
     def __init__(self, path: Path):
         import numpy as np
 
-        self._file = path.open("rb")
+        self._file, self._memory = path.open("rb"), []
         try:
             version = np.lib.format.read_magic(self._file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -198,15 +200,25 @@ class _Npy:
             raise
 
     def __getitem__(self, rows: slice) -> Any:
-        import numpy as np
 
         width = self.shape[1]
         self._file.seek(self._start + rows.start * width * self.dtype.itemsize)
-        out = np.empty((rows.stop - rows.start, width), self.dtype)
+        out = self._room((rows.stop - rows.start) * width).reshape(-1, width)
         size, memory = self._file.readinto(out.data.cast("B") if out.size else bytearray()), out.nbytes
         if size != memory:
             raise EOFError(f"{self._file.name} ends before row {rows.stop} of the {self.shape[0]} that its header says")
         return out
+
+    def _room(self, count: int) -> Any:
+        """For so many numbers: where pieces were that nobody holds any more, since new memory costs as much as the
+        reading."""
+        import numpy as np
+
+        free = next((m for m in self._memory if m.size == count and sys.getrefcount(m) <= _HELD_BY_US), None)
+        if free is None:
+            free = np.empty(count, self.dtype)
+            self._memory.append(free)
+        return free
 
     def __enter__(self) -> "_Npy":
         return self
