@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from milkernels import ops, saving
-from milkernels.dtypes import converted
-from milkernels.layers import as_linear
+from milkernels.arguments import checked_seed
+from milkernels.dtypes import compute_dtype_of, converted
+from milkernels.layers import as_linear, checked_embed
 from milkernels.merging import LogSum, log_sum_of, merge_ragged
 from milkernels.ops.contract import Forwards
-from milkernels.ops.segments import INF, Segments, gather
+from milkernels.ops.embedding import embedded
+from milkernels.ops.segments import INF, Segments, gather, rows_at
 from milkernels.results import DSMILOutput, DSMILPooled, InstanceMax, LossAttentionPooled, MaxPooled, Pooled
 from milkernels.streaming.reading import Piece, Reading, Source
 from milkernels.streaming.replay import Arguments, Call, Results, Seed
@@ -223,22 +225,25 @@ def _first_stream(run: _Run, arguments: Given, rows: bool = True) -> tuple[Tenso
         return values, indices, None, results["logits"]
     critical = _of_pieces(results["rows"], chosen)
     if plain:  # so few rows are embedded and classified here, which spares a read to hand them their gradients
+        critical = critical.detach()
         if embed is not None:
-            every = torch.arange(critical.shape[0] * critical.shape[1], device=critical.device)
-            embedded = ops.embed_instances(critical.flatten(0, 1), embed, every).view(*critical.shape[:2], -1)
-            critical = embedded.masked_fill((indices < 0)[..., None], 0)
-        values = _with_gradient(values.detach(), _logits_of(critical, arguments["classifier"]))
+            every = torch.arange(indices.numel(), device=critical.device).view(indices.shape)
+            critical = _rows_at(critical.flatten(0, 1), every.masked_fill(indices < 0, -1), embed, None)
+        logits = _logits_of(critical, arguments["classifier"])
+        values = _Valued.apply(values.detach(), logits.masked_fill(indices < 0, -INF))
     return values, indices, critical, results["logits"]
 
 
 def _rows_at(x: Tensor, indices: Tensor, embed, seed) -> Tensor:
     """The instances at these rows, 0 where there is none: ``[b, C, L]``."""
+    rows = rows_at(x, indices)  # 0 before they are embedded too: what a masked row holds reaches no weight
+    if embed is None:
+        return rows
+    weight, bias, activation, p = checked_embed(embed, x)
+    options = checked_seed(seed, "embed.dropout_p", p, x), activation, p, compute_dtype_of(x)
     flat = indices.clamp(min=0).flatten()
-    if x.shape[0] == 0:
-        width = x.shape[1] if embed is None else as_linear("embed.linear", embed[0], x.shape[1], x)[0].shape[0]
-        return x.new_zeros(*indices.shape, width)
-    rows = x.index_select(0, flat) if embed is None else ops.embed_instances(x, embed, flat, seed=seed)
-    return rows.unflatten(0, indices.shape).masked_fill((indices < 0)[..., None], 0)
+    rows = embedded(rows.flatten(0, 1), None, weight, bias, *options, rows=flat).unflatten(0, indices.shape)
+    return rows.masked_fill((indices < 0)[..., None], 0)
 
 
 def _of_pieces(rows: Tensor, chosen: Tensor) -> Tensor:
@@ -255,9 +260,17 @@ def _logits_of(critical: Tensor, classifier) -> Tensor:
     return logits if bias is None else logits + bias.to(kind)
 
 
-def _with_gradient(values: Tensor, of: Tensor) -> Tensor:
-    """The values, with the gradient of ``of``."""
-    return values + torch.where(of.isfinite(), of - of.detach(), 0).to(values.dtype)
+class _Valued(torch.autograd.Function):
+    """The values, with the graph of others that are the same but for rounding."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, others: Tensor) -> Tensor:
+        ctx.dtype = others.dtype
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad.to(ctx.dtype)
 
 
 # DSMIL
