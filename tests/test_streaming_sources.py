@@ -1,9 +1,11 @@
 """Where the pieces of a streamed bag come from: kinds of sources, transforms, memory, and what can go wrong."""
 
+import re
 import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +86,19 @@ def test_sources(name, dtype, model, tmp_path):
     torch.testing.assert_close(step(model, stream, offsets, mask), step(model, X.to(dtype), offsets, mask))
     assert stream.reads == 2 and stream.waited >= 0
     torch.testing.assert_close(step(model, stream, offsets, mask), step(model, X.to(dtype), offsets, mask))  # once more
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_some_rows(name, tmp_path):
+    stream = StreamedBag(SOURCES[name](tmp_path, X), rows=10, transform=lambda x: 2 * x)
+    rows = torch.tensor([40, 3, 3, 0, 42])
+    assert torch.equal(stream.take(rows), 2 * X[rows])
+    assert stream.take(rows[:0]).shape == (0, L)
+    for wrong, message in (([5, 43], "which has fewer; got 43"), ([-1], "at least 0; got -1")):
+        with pytest.raises(ValueError, match=f"rows must be .*{message}"):
+            stream.take(torch.tensor(wrong))
+    with pytest.raises(ValueError, match="rows must be int64"):
+        stream.take(torch.zeros(2))
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 5])
@@ -335,6 +350,20 @@ def test_a_stream_is_not_traced():
     assert torch.equal(compiled(stream), milkernels.mean_pool(stream)) and stream.reads == 2
     with pytest.raises(RuntimeError, match="torch.func needs the bag in memory"):
         torch.func.grad(lambda w: milkernels.attention_scores(stream, w, torch.ones(1, 3)).sum())(torch.ones(3, L))
+
+
+# The page of the documentation
+
+PAGE = Path(__file__).parent.parent / "docs" / "tutorials" / "large-bags.md"
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="a source distribution has no docs")
+def test_every_block_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks, names = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S), {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) >= 8 and "source must give the same rows on every read" in capsys.readouterr().out
 
 
 # Memory

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from milkernels import _torch
-from milkernels.arguments import check_count
+from milkernels.arguments import check_count, check_dense
 from milkernels.bags import Parts
 from milkernels.streaming import pooling
 from milkernels.streaming.reading import Layer, Source
@@ -127,6 +127,23 @@ class StreamedBag(Parts):
     def instances(self, mask: Tensor | None = None) -> Tensor:
         """All rows at once, behind their layers: ``[N, L]``, differentiable in these."""
         return pooling.instances(self._source, mask)
+
+    @torch.no_grad()
+    def take(self, rows: Tensor) -> Tensor:
+        """Some rows ``[n, L]``, behind ``transform``; without gradients.
+
+        Of what slices these are read alone; a function's iterator is gone through.
+
+        Args:
+            rows: int64 ``[n]``, from 0 on; not the -1 by which ops say that there is none.
+
+        Raises:
+            TypeError, ValueError: rows of another type or shape, or outside of ``[0, N)``.
+        """
+        check_dense("rows", rows)
+        if rows.ndim != 1 or rows.dtype != torch.int64:
+            raise ValueError(f"rows must be int64 [n]; got {rows.dtype} {list(rows.shape)}")
+        return pooling.take(self._source, rows)
 
     def _with(self, layer: Layer, modules: tuple[nn.Module, ...]) -> Source:
         source = self._source

@@ -43,6 +43,19 @@ def instances(source: Source, mask: Tensor | None) -> Tensor:
     return Call(reading, Arguments({}), produce, Seed(None, False)).results()["rows"]
 
 
+def take(source: Source, rows: Tensor) -> Tensor:
+    """Some rows, behind the layers."""
+    wanted = rows.unique().cpu()
+    if len(wanted) and wanted[0] < 0:
+        raise ValueError(f"rows must be at least 0; got {int(wanted[0])}")
+    found = source.source.rows_at(wanted.tolist())
+    if len(found) != len(wanted):
+        raise ValueError(f"rows must be within the source, which has fewer; got {int(wanted[-1])}")
+    chosen = found[torch.searchsorted(wanted, rows.cpu())]
+    chosen = chosen if source.device is None else chosen.to(source.device)
+    return Reading(source, None, None, {}).features(Piece(chosen, 0, len(chosen), None, None, slice(0, 1)))
+
+
 _PER_ROW = ("scores", "weights", "critical")
 _PER_BAG = ("query", "critical")
 
@@ -60,23 +73,28 @@ class _Run:
 
     def __init__(self, op: Callable, reading: Reading, seed: Seed):
         self.op, self.reading, self.seed = op, reading, seed
-        self._forwards: dict[tuple[str, int], Forwards] = {}
+        self._forwards: dict[tuple[str, int], Forwards] = {}  # by op and piece, where there will be a backward
         self._kept = 0
 
     def call(self, arguments: Given, produce: Callable[[Tensor, Piece, Given], Results]) -> Results:
         per_bag = [name for name in _PER_BAG if getattr(arguments.get(name), "ndim", 0) == 3]
         per_row = [name for name in _PER_ROW if name not in per_bag]
-        return Call(self.reading, Arguments(arguments, per_row, per_bag), produce, self.seed).results()
+        call = Call(self.reading, Arguments(arguments, per_row, per_bag), produce, self.seed)
+        self._differentiated = call.is_differentiated()
+        return call.results()
 
     def of_piece(self, op: Callable, x: Tensor, piece: Piece, given: Given):
         """The op of a piece; at its second read only what its backward starts from."""
+        given = given | {"offsets": piece.offsets, "mask": piece.mask}
         if torch.is_grad_enabled():
             with self._forwards[op.__name__, piece.start].resumed():
-                return op(x, offsets=piece.offsets, mask=piece.mask, **given)
+                return op(x, **given)
+        if not self._differentiated:
+            return op(x, **given)
         limit = saving.limit_of(x)
         forwards = Forwards(limit if limit == saving.ALL else max(limit - self._kept, 0))
         with forwards.recorded():
-            result = op(x, offsets=piece.offsets, mask=piece.mask, **given)
+            result = op(x, **given)
         self._kept += forwards.kept
         self._forwards[op.__name__, piece.start] = forwards
         return result

@@ -81,6 +81,10 @@ class Call:
         self.sizes: list[list[int]] = []  # of what it says of each piece
         self.backend, self.limit = _context.current(), _context.current_saved_bytes()
 
+    def is_differentiated(self) -> bool:
+        tensors = (*self.arguments.tensors, *self.reading.parameters)
+        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
     def results(self) -> Results:
         """By name what it says of all pieces, one behind another."""
         outputs = _Pieces.apply(self, *self.arguments.tensors, *self.reading.parameters)

@@ -77,11 +77,6 @@ class Sliced:
             else:
                 _check_array(array, name)
 
-    def __len__(self) -> int:
-        """How many rows there are; opens all files."""
-        with contextlib.closing(self._opened()) as opened:
-            return sum(array.shape[0] for _, array in opened)
-
     def pieces(self, places: Sequence | None = None) -> Iterator[tuple[Any, Tensor]]:
         """``(place, piece)``: all of them, or those at these places."""
         if places is None:
@@ -98,6 +93,18 @@ class Sliced:
         for i, array in self._opened(list(wanted)):
             for place in wanted[i]:
                 yield place, self._piece(array, place)
+
+    def rows_at(self, rows: Sequence[int]) -> Tensor:
+        """These rows, which rise; without those beyond the last one."""
+        found, base, left = [], 0, list(rows)
+        with contextlib.closing(self._opened()) as opened:
+            for i, array in opened:
+                here = [row - base for row in left if row < base + array.shape[0]]
+                found += [self._piece(array, (i, 0, 0)), *(self._piece(array, (i, row, row + 1)) for row in here)]
+                base, left = base + array.shape[0], left[len(here) :]
+                if not left:
+                    break
+        return torch.cat(found)
 
     def _opened(self, which: Sequence[int] | None = None) -> Iterator[tuple[int, Any]]:
         for i in range(len(self.arrays)) if which is None else which:
@@ -144,6 +151,18 @@ class Made:
                 if wanted is None or count in wanted:
                     yield count, piece
                 count += 1
+
+    def rows_at(self, rows: Sequence[int]) -> Tensor:
+        """These rows, which rise; without those beyond the last one."""
+        found, base, left = [], 0, list(rows)
+        with contextlib.closing(self.pieces()) as pieces:
+            for _, piece in pieces:
+                here = [row - base for row in left if row < base + piece.shape[0]]
+                found.append(piece[here])
+                base, left = base + piece.shape[0], left[len(here) :]
+                if not left:
+                    break
+        return torch.cat(found) if found else torch.empty(0, 1)
 
 
 def _name(i: int, arrays: Sequence) -> str:
