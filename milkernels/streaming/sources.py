@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milkernels.arguments import check_type
+from milkernels.arguments import check_type, required
 
 _HELD_BY_US = 3  # references to memory: the list's, the loop's, and that of who counts them
 FORMATS = (
@@ -202,8 +202,7 @@ class _Npy:
     """A .npy file ``[N, L]``, of which slices are read: a memory map would count as memory, all of it."""
 
     def __init__(self, path: Path):
-        import numpy as np
-
+        np = required("numpy", "a .npy file", "numpy")
         self._file, self._memory = path.open("rb"), []
         try:
             version = np.lib.format.read_magic(self._file)
@@ -231,8 +230,7 @@ class _Npy:
     def _room(self, count: int) -> Any:
         """For so many numbers: where pieces were that nobody holds any more, since new memory costs as much as the
         reading."""
-        import numpy as np
-
+        np = required("numpy", "a .npy file", "numpy")
         free = next((m for m in self._memory if m.size == count and sys.getrefcount(m) <= _HELD_BY_US), None)
         if free is None:
             free = np.empty(count, self.dtype)
@@ -256,9 +254,7 @@ def _torch_file(path: Path) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def _h5_file(path: Path) -> Iterator[Any]:
-    import h5py
-
-    with h5py.File(path, "r") as file:
+    with required("h5py", "an .h5 file", "h5py").File(path, "r") as file:
         if "features" not in file:
             raise ValueError(f"{path} must have a dataset 'features'; got {sorted(file)}")
         yield file["features"]
