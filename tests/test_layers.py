@@ -30,6 +30,7 @@ LAYERS = {
     "ops": 3,
     "merging": 6,
     "visualize": 6,
+    "streaming": 7,
     "nn": 7,
     "integrations": 8,
     "losses": 8,
