@@ -14,6 +14,8 @@
 #   make sanitize [SANITIZER=tsan]  tests of the CPU's kernels, under AddressSanitizer and UBSan; or ThreadSanitizer; needs GCC
 #   make cuda-check                 compiles them for NVIDIA's GPUs and checks the code; needs nvcc, and no GPU
 #   make host-time                  what a call costs the host, CUDA C++ beside Triton; no kernel is run
+#   make docs [SERVE=1]             the documentation site, in build/site; SERVE=1: on this machine, as it is edited
+#   make wheel                      a wheel for this Python and PyTorch, checked, and tested in an environment of its own
 #   make lint | format | info | clean
 #
 # PYTHON        the interpreter; what it has already is used, PyTorch first of all, and not downloaded
@@ -30,6 +32,7 @@ TORCH_CUDA ?= torch==2.14.1
 ARGS ?=
 QUICK ?=
 OUT ?=
+SERVE ?=
 V ?=
 MILKERNELS_CPU ?= native
 export MILKERNELS_CPU
@@ -46,6 +49,7 @@ BUILD := $(PY) -W "ignore:Failed to initialize NumPy" setup.py --quiet build_ext
 endif
 PIP := $(PY) -m pip $(PIP_OPTIONS)
 STYLE := $(shell sed -nE 's/.*"((ruff|clang-format)==[^"]*)".*/\1/p' pyproject.toml)
+DOCS := $(shell sed -nE 's/.*"((mkdocs-material|mkdocstrings|ruff)[^"]*)".*/\1/p' pyproject.toml)
 # Not by its script, which is elsewhere where $(PYTHON) has it already.
 CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
 PYTHON_FILES := setup.py $(wildcard milkernels tools tests benchmarks examples)
@@ -65,7 +69,7 @@ PRELOADED_asan := libasan.so libubsan.so libstdc++.so.6
 PRELOADED_tsan := libtsan.so libstdc++.so.6
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install build bench figures matrix example test test-all gpu aot cuda-test cuda-check host-time fuzz sanitize lint format info clean
+.PHONY: install build bench figures matrix example test test-all gpu aot cuda-test cuda-check host-time fuzz sanitize lint format docs wheel info clean
 
 install: build
 
@@ -148,6 +152,9 @@ format: $(VENV)/.style
 	$(PY) -m ruff format $(PYTHON_FILES)
 	$(CLANG_FORMAT) -i $(CPP_FILES)
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs $(if $(SERVE),serve,build)
+
 info: build
 	$(PY) -m milkernels info
 
@@ -184,6 +191,10 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 # Apart from the installation, because pip would hide what the compiler says. Every time: ninja knows what is out of date.
 build: $(VENV)/.installed
 	$(BUILD)
+
+$(VENV)/.docs: $(VENV)/.created pyproject.toml
+	@$(PIP) install $(DOCS)
+	@touch $@
 
 $(VENV)/.style: $(VENV)/.created pyproject.toml
 	@$(PIP) install $(STYLE)
