@@ -19,7 +19,7 @@ SIZES = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000)
 LABELS = {"eager": "eager PyTorch", "native": "milkernels"}
 FOLDER = Path("docs", "assets")
 _PANELS = (("time of a step", "ms"), ("memory beyond the inputs", "MB"))
-_WIDTH, _HEIGHT, _LEFT, _TOP, _PANEL, _PLOT = 880, 330, 52, 56, 440, (290, 210)
+_WIDTH, _HEIGHT, _LEFT, _TOP, _PANEL, _PLOT = 900, 330, 52, 56, 450, (280, 210)
 _THEMES = {
     "light": {"text": "#1f2328", "faint": "#d0d7de", "eager": "#6e7781", "native": "#00796b"},
     "dark": {"text": "#e6edf3", "faint": "#30363d", "eager": "#9198a1", "native": "#4db6ac"},
@@ -100,7 +100,8 @@ def draw(content: dict, scheme: str) -> str:
     body = "\n".join(part for number in range(len(_PANELS)) for part in _panel(number, lines, theme))
     name = f"Gated attention, one bag of {DIM} numbers each, {FLOAT32}: {_PANELS[0][0]} and {_PANELS[1][0]}"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" font-size="13" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" '
+        f'viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" font-size="13" '
         f'font-family="system-ui, sans-serif" fill="{theme["text"]}">\n<title>{name}</title>\n{body}\n</svg>\n'
     )
 

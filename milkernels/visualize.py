@@ -27,11 +27,17 @@ INCHES = 8.0  # the longer side of a slide, with its labels
 
 
 class BagAttention(NamedTuple):
-    """The attention of one bag: NumPy arrays in float32, without masked instances."""
+    """The attention of one bag: NumPy arrays in float32, without masked instances.
 
-    scores: Any  # [n, K]
-    weights: Any  # [n, K]  sum to 1 over the bag
-    coords: Any  # [n, 2] or None
+    Attributes:
+        scores: ``[n, K]``, before the softmax.
+        weights: ``[n, K]``, which sum to 1 over the bag.
+        coords: ``[n, 2]``, or None.
+    """
+
+    scores: Any
+    weights: Any
+    coords: Any
 
 
 def attention_arrays(

@@ -11,7 +11,7 @@ def _svg(width: int, height: int, title: str, parts: Iterable[str]) -> str:
     """One line each, without blank ones, which would end a block of HTML in Markdown."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" fill="currentColor" '
-        f'font-size="14" font-family="inherit"><title>{title}</title>'
+        f'font-size="13" font-family="inherit"><title>{title}</title>'
     )
     arrow = '<path d="M0 0L8 4L0 8z" fill="currentColor"/>'
     marker = f'<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto">{arrow}</marker></defs>'
@@ -19,8 +19,9 @@ def _svg(width: int, height: int, title: str, parts: Iterable[str]) -> str:
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "middle", weight: int = 400, faint: bool = False) -> str:
-    opacity = ' opacity="0.75"' if faint else ""
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-weight="{weight}"{opacity}>{text}</text>'
+    more = ' opacity="0.75"' if faint else ""
+    more += ' font-size="12"' if weight == 400 else ""
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-weight="{weight}"{more}>{text}</text>'
 
 
 def _box(x: float, y: float, width: float, height: float, *lines: str, strong: bool = False) -> str:
@@ -44,12 +45,12 @@ def forward() -> str:
         _box(10, 60, 130, 70, "x [N, L]", "rows in memory"),
         _box(190, 60, 150, 70, "tile of rows", "stays in the cache", strong=True),
         _box(390, 20, 150, 60, "score program", "products, gate", strong=True),
-        _box(590, 20, 150, 60, "online softmax", "max and sum so far", strong=True),
-        _box(390, 110, 350, 60, "weighted sum", "bag vector so far, scaled when the maximum grows", strong=True),
-        _box(190, 220, 150, 60, "embedding", "optional: h = act(W x + b)"),
-        _box(390, 220, 160, 60, "partial result", "one for each segment"),
+        _box(590, 20, 150, 60, "online softmax", "maximum and sum", strong=True),
+        _box(390, 110, 350, 60, "weighted sum", "of rows so far; scaled when the maximum grows", strong=True),
+        _box(190, 220, 150, 60, "embedding", "h = act(W x + b)"),
+        _box(390, 220, 160, 60, "partial result", "one a segment"),
         _box(600, 220, 140, 60, "merge", "in a fixed order"),
-        _text(670, 318, "bag [B, K, L], lse [B, K], scores [N, K]", weight=600),
+        _text(750, 322, "bag [B, K, L], lse [B, K], scores [N, K]", anchor="end", weight=600),
         _arrow((140, 95), (188, 95)),
         _arrow((340, 80), (388, 55)),
         _arrow((540, 50), (588, 50)),
@@ -67,7 +68,7 @@ def forward() -> str:
 def slots() -> str:
     """Bags, chunks, segments and the slots of their partial results."""
     left, unit = 90, 60  # of one chunk: two units
-    bags = [(0, 1.5), (1.5, 1.5), (1.5, 5), (5, 10)]
+    bags = [(0, 1), (1, 1), (1, 5), (5, 10)]
     cuts = sorted({0.0, *(float(i) for i in range(0, 11, 2)), *(end for _, end in bags)})
     parts = [_text(10, 45, "bags", anchor="start", weight=600), _text(10, 105, "chunks", anchor="start", weight=600)]
     parts += [_text(10, 165, "slots", anchor="start", weight=600)]
@@ -106,7 +107,7 @@ def house() -> str:
     """What a call passes from the public function to a kernel."""
     parts = [
         _box(10, 30, 160, 70, "public function", "checks, types, seed"),
-        _box(210, 30, 160, 70, "contract", "schema, fake, autograd", strong=True),
+        _box(210, 30, 160, 70, "contract", "shapes, derivative", strong=True),
         _box(430, 10, 310, 44, "native: C++ on the CPU, CUDA C++"),
         _box(430, 66, 310, 44, "triton: kernels for GPUs"),
         _box(430, 122, 310, 44, "reference: plain PyTorch"),

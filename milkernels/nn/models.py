@@ -21,25 +21,42 @@ Dims = int | Sequence[int] | None
 
 
 class Prediction(NamedTuple):
-    """What a model returns."""
+    """What a model returns.
 
-    logits: Tensor  # [B, C]
-    pooled: results.Pooled | results.LossAttentionPooled | Tensor  # of the embedded instances; a tensor is [B, L]
+    Attributes:
+        logits: ``[B, C]``.
+        pooled: what the pooling of the embedded instances returned; a tensor is ``[B, L]``.
+    """
+
+    logits: Tensor
+    pooled: results.Pooled | results.LossAttentionPooled | Tensor
 
 
 class InstancePrediction(NamedTuple):
-    """What `InstancePooling` returns."""
+    """What `InstancePooling` returns.
 
-    logits: Tensor  # [B, C]
-    instance_logits: Tensor  # [N, C]  -inf in masked rows
+    Attributes:
+        logits: ``[B, C]``.
+        instance_logits: ``[N, C]``, -inf in masked rows.
+    """
+
+    logits: Tensor
+    instance_logits: Tensor
 
 
 class DSMILPrediction(NamedTuple):
-    """What `DSMILModel` returns; its authors train on the losses of both streams."""
+    """What `DSMILModel` returns; its authors train on the losses of both streams.
 
-    logits: Tensor  # [B, C]  both streams, weighted
-    bag_logits: Tensor  # [B, C]  the second stream
-    instance_logits: Tensor  # [B, C]  the first stream: each bag's maximum, -inf for an empty bag
+    Attributes:
+        logits: ``[B, C]``, both streams, weighted.
+        bag_logits: ``[B, C]``, the second stream.
+        instance_logits: ``[B, C]``, the first stream: the maximum of each bag, -inf for an empty one.
+        pooled: what `DSMIL` returned.
+    """
+
+    logits: Tensor
+    bag_logits: Tensor
+    instance_logits: Tensor
     pooled: results.DSMILOutput
 
 
