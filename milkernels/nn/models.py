@@ -1,7 +1,7 @@
 """Small whole models: an embedding of the instances, a pooling, a classifier."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -201,8 +201,8 @@ class ABMIL(nn.Module):
         gated: bool = True,
         activation: str = "tanh",
         dropout: float = 0.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
@@ -246,9 +246,9 @@ class DSMILModel(nn.Module):
         *,
         dropout: float = 0.0,
         lambda_: float = 0.5,
-        device=None,
-        dtype=None,
-        **options,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
@@ -288,7 +288,13 @@ class LossAttentionModel(nn.Module):
     """
 
     def __init__(
-        self, in_dim: int, num_classes: int, hidden_dims: Sequence[int] = (256, 128, 64), *, dropout=0.0, **factory
+        self,
+        in_dim: int,
+        num_classes: int,
+        hidden_dims: Sequence[int] = (256, 128, 64),
+        *,
+        dropout: float = 0.0,
+        **factory: Any,
     ):
         super().__init__()
         self.in_dim = in_dim
@@ -363,7 +369,7 @@ class _Pooling(nn.Module):
         *,
         dropout: float = 0.0,
         r: float | None = None,
-        **factory,
+        **factory: Any,
     ):
         super().__init__()
         check_choice("pooling", pooling, self.POOLINGS)
@@ -440,7 +446,7 @@ class EmbeddingPooling(_Pooling):
         num_classes: int = 1,
         hidden_dims: Sequence[int] = (256, 128, 64),
         pooling: str = "max",
-        **options,
+        **options: Any,
     ):
         super().__init__(in_dim, num_classes, hidden_dims, pooling, **options)
         if pooling == "generalized_mean" and not hidden_dims:

@@ -120,8 +120,8 @@ class AttentionPool(_Linears):
         dropout: float = 0.0,
         bias: bool = True,
         score_bias: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         for name, size in (("in_dim", in_dim), ("hidden_dim", hidden_dim), ("heads", heads)):
@@ -212,8 +212,8 @@ class DSMIL(_Linears):
         value_dropout: float = 0.0,
         scale: float | None = None,
         bias: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         check_choice("value", value, VALUES)
@@ -280,7 +280,15 @@ class LossAttention(_Linears):
         weight: ``[C, L]``; bias: ``[C]`` or None.
     """
 
-    def __init__(self, in_dim: int, num_classes: int, bias: bool = True, *, device=None, dtype=None):
+    def __init__(
+        self,
+        in_dim: int,
+        num_classes: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         check_count("in_dim", in_dim)
         check_count("num_classes", num_classes)
