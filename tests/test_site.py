@@ -192,9 +192,13 @@ def test_every_public_name_is_in_the_reference():
     assert [name for name, thing in public().items() if id(thing) not in documented] == []
 
 
-def test_every_entry_of_the_reference_says_what_it_is():
-    for path in entries():
-        assert (found(path).__doc__ or "").strip(), path
+def test_every_entry_of_the_reference_says_what_it_is_and_shows_it():
+    """By an example in its docstring, or on its page."""
+    for path, page in entries().items():
+        text, name = found(path).__doc__ or "", path.rpartition(".")[2]
+        assert text.strip(), path
+        shown = "\n".join(code for _, code in blocks(REFERENCE / page, "python"))
+        assert ">>> " in text or re.search(rf"\b{name}\b", shown), path
 
 
 def test_pictures_are_those_that_the_tool_draws():

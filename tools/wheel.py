@@ -102,7 +102,9 @@ def check(wheel: Path, torch: str, arguments: Sequence[str]) -> None:
     environment = WORK / "environment"
     run(sys.executable, "-m", "venv", "--clear", environment)
     python = environment / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", torch, *NEEDED)
+    index = os.environ.get("TORCH_INDEX")
+    run(python, "-m", "pip", "install", "--quiet", *(["--index-url", index] if index else []), torch)
+    run(python, "-m", "pip", "install", "--quiet", *NEEDED)
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel)
     run(python, "-m", "milkernels", "info", folder=WORK)
     tests = sources()
@@ -114,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--pure", action="store_true", help="no compiled kernels")
     p.add_argument("--check", type=Path, metavar="FILE", help="build nothing; install and test this wheel")
     p.add_argument("--no-tests", action="store_true", help="build and look into it only")
-    p.add_argument("--torch", default=f"torch=={metadata.version('torch')}", help="what to install beside it")
+    p.add_argument("--torch", default=f"torch=={metadata.version('torch').partition('+')[0]}", help="what to install beside it")
     arguments, others = p.parse_known_args(argv)
     chosen = os.environ.get("MILKERNELS_CPU") or "all"
     sets = () if arguments.pure else SETS if chosen == "all" else tuple(chosen.split(","))
