@@ -1,7 +1,7 @@
 """``python -m benchmarks.picture``: time and memory of a training step by the size of the bag, drawn from
 ``results/picture.json`` for light and dark pages; ``--measure`` measures that file first, in some minutes.
 
-The step is that of stored features (mode *frozen*): forward, backward, gradients of the parameters.
+The step has a gradient of the features, as where a layer in front of the aggregator learns.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from benchmarks import grid, pages, results
 from benchmarks.units import FLOAT32, Unit, named, unit
 from milkernels.bench import report
 
-OP, MODE, DIM = "gated_attention_pool", "frozen", 512
+OP, MODE, DIM = "gated_attention_pool", "step", 512
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000)
 LABELS = {"eager": "eager PyTorch", "native": "milkernels"}
 FOLDER = Path("docs", "assets")
@@ -38,7 +38,7 @@ def units() -> list[Unit]:
 def series(content: dict) -> dict[str, list[tuple[float, float, float]]]:
     """By contender: instances, milliseconds, megabytes."""
     frame = pages.frame_of(content)
-    frame = frame[frame["status"].eq("ok") & frame["median"].notna() & frame["extra"].notna()]
+    frame = frame[frame["status"].eq("ok") & frame["mode"].eq(MODE) & frame["median"].notna() & frame["extra"].notna()]
     found = {}
     for name in LABELS:
         rows = frame[frame["contender"].eq(name)].sort_values("instances")
