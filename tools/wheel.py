@@ -93,12 +93,14 @@ def sources() -> Path:
     [folder] = (path for path in (WORK / "sources").iterdir() if path.is_dir())
     OUT.mkdir(exist_ok=True)
     shutil.copy2(archive, OUT)
-    shutil.rmtree(folder / "milkernels")
+    for path in (folder / "milkernels", *folder.glob("*.egg-info")):  # the latter would tell another version
+        shutil.rmtree(path)
     return folder
 
 
-def check(wheel: Path, torch: str, arguments: Sequence[str]) -> None:
-    """Installs it into an environment of its own and runs the tests of the source distribution there."""
+def check(wheel: Path, torch: str, sets: Sequence[str], arguments: Sequence[str]) -> None:
+    """Installs it into an environment of its own and runs the tests of the source distribution there; where it has not
+    all instruction sets, as on a machine that has no better one."""
     environment = WORK / "environment"
     run(sys.executable, "-m", "venv", "--clear", environment)
     python = environment / "bin" / "python"
@@ -108,7 +110,9 @@ def check(wheel: Path, torch: str, arguments: Sequence[str]) -> None:
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel)
     run(python, "-m", "milkernels", "info", folder=WORK)
     tests = sources()
-    run(python, "-m", "pytest", "-q", "--tier", "quick", "--legs", "native,reference", *TESTS, *arguments, folder=tests)
+    settings = {"ATEN_CPU_CAPABILITY": sets[0]} if sets and set(sets) != set(SETS) else {}
+    options = ("-q", "--tier", "quick", "--legs", "native,reference", *TESTS, *arguments)
+    run(python, "-m", "pytest", *options, folder=tests, **settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,7 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--pure", action="store_true", help="no compiled kernels")
     p.add_argument("--check", type=Path, metavar="FILE", help="build nothing; install and test this wheel")
     p.add_argument("--no-tests", action="store_true", help="build and look into it only")
-    p.add_argument("--torch", default=f"torch=={metadata.version('torch').partition('+')[0]}", help="what to install beside it")
+    p.add_argument(
+        "--torch", default=f"torch=={metadata.version('torch').partition('+')[0]}", help="what to install beside it"
+    )
     arguments, others = p.parse_known_args(argv)
     chosen = os.environ.get("MILKERNELS_CPU") or "all"
     sets = () if arguments.pure else SETS if chosen == "all" else tuple(chosen.split(","))
@@ -128,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if wrong := faults(wheel, sets):
             raise SystemExit("\n".join([f"{wheel.name}:", *wrong]))
     if not arguments.no_tests:
-        check(wheel, arguments.torch, others)
+        check(wheel, arguments.torch, sets, others)
     print(wheel)
     return 0
 
