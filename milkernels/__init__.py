@@ -10,8 +10,8 @@ from milkernels.layers import Embed
 from milkernels.merging import merge_pooled
 from milkernels.ops.attention import attention_pool, attention_scores, gated_attention_pool, gated_attention_scores
 from milkernels.ops.classical import generalized_mean_pool, isr_pool, log_sum_exp_pool, noisy_or_pool
-from milkernels.ops.dual_stream import dsmil, dsmil_pool, instance_max
 from milkernels.ops.dropout import seed_of_part
+from milkernels.ops.dual_stream import dsmil, dsmil_pool, instance_max
 from milkernels.ops.embedding import embed_instances
 from milkernels.ops.loss_attention import loss_attention_pool
 from milkernels.ops.pooling import max_pool, mean_pool, softmax_pool, weighted_pool
