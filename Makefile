@@ -82,13 +82,13 @@ matrix: build
 	$(PY) -m benchmarks.matrix $(ARGS)
 
 example: build
-	@$(PY) -c "import numpy, rich, matplotlib, psutil, sklearn" 2>/dev/null || $(PIP) install "milkernels[examples]"
+	@$(PY) -c "import numpy, rich, matplotlib, psutil, sklearn, h5py" 2>/dev/null || $(PIP) install "milkernels[examples]"
 	$(PY) -m examples.$(ARGS)
 
 test: TIER := quick
 test-all: TIER := all
 test test-all: build
-	@$(PY) -c "import pytest, pytest_benchmark, xdist, numpy, rich, matplotlib, psutil, pandas, tabulate, sklearn, triton, pytorch_lightning, torchmil" 2>/dev/null || $(PIP) install "milkernels[test]"
+	@$(PY) -c "import pytest, pytest_benchmark, xdist, numpy, rich, matplotlib, psutil, pandas, tabulate, sklearn, h5py, triton, pytorch_lightning, torchmil" 2>/dev/null || $(PIP) install "milkernels[test]"
 	$(PY) -m pytest -ra --durations=15 -n logical --maxprocesses 8 --dist worksteal --tier $(TIER) $(ARGS)
 
 # Not in .venv, which may have to be filled from the network.
