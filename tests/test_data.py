@@ -363,7 +363,7 @@ def test_every_bag_comes_once(kind, ranks, shuffle, drop_last):
             assert seen == Counter(range(len(lengths)))
         if kind in ("skewed", "equal"):
             assert drop_last or not alone
-            assert len(seen) > 0.85 * len(lengths)
+            assert len(seen) > 0.75 * len(lengths)
     assert len(counts) == 1, "as many batches in every epoch"
 
 

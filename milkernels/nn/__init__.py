@@ -33,6 +33,8 @@ of these forms or of another width, and for what the ops check.
 
 from milkernels.nn.models import (
     ABMIL,
+    CLAM,
+    CLAMPrediction,
     DSMILModel,
     DSMILPrediction,
     EmbeddingPooling,
@@ -45,8 +47,10 @@ from milkernels.nn.pools import DSMIL, AttentionPool, LossAttention, MaxPool, Me
 
 __all__ = [
     "ABMIL",
+    "CLAM",
     "DSMIL",
     "AttentionPool",
+    "CLAMPrediction",
     "DSMILModel",
     "DSMILPrediction",
     "EmbeddingPooling",
