@@ -7,9 +7,9 @@ The CSV has a header, and a line for each slide: ``slide_id``, the file's name w
 number or a word.  Where it has ``case_id`` too, all slides of a patient are in the same set.
 
 A fifth of the slides is for testing and another fifth for validation.  ``best.pt`` is the model of the epoch with the
-largest AUC on the validation slides, and the smallest loss where several have it.  The test slides are looked at once, at
-the end, by that model.  A run that was cut short goes on from ``last.pt``.  ``attention.png`` is the attention on the test
-slide that the model is surest of.
+largest AUC on the validation slides, and the smallest loss where several have it.  The test slides are looked at once,
+at the end, by that model.  A run that was cut short goes on from ``last.pt``.  ``attention.png`` is the attention on
+the test slide that is surest to be of the last class.
 """
 
 import argparse
@@ -71,9 +71,8 @@ def read_slides(path: Path, seed: int) -> Slides:
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     if not rows or not {"slide_id", "label"} <= set(rows[0]):
-        raise ValueError(
-            f"{path} must have columns slide_id and label, and slides; got {list(rows[0]) if rows else []}"
-        )
+        got = list(rows[0]) if rows else "no line"
+        raise ValueError(f"{path} must have columns slide_id and label, and slides; got {got}")
     names, labels = [row["slide_id"] for row in rows], [row["label"] for row in rows]
     if len(set(names)) != len(names):
         raise ValueError(f"{path} must have a line for each slide; {max(names, key=names.count)} has several")
@@ -81,9 +80,8 @@ def read_slides(path: Path, seed: int) -> Slides:
     patients = [row.get("case_id") or row["slide_id"] for row in rows]
     fewest = min(len({p for p, of in zip(patients, labels, strict=True) if of == c}) for c in classes)
     if len(classes) < 2 or fewest < 5:
-        raise ValueError(
-            f"{path} must have 2 classes, of 5 slides or patients each; got {classes}, the rarest {fewest}"
-        )
+        got = f"{len(classes)} classes, {fewest} in the smallest"
+        raise ValueError(f"{path} must have 2 classes or more, with 5 slides (patients) each; got {got}")
     folds = StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(names, labels, patients)
     test, val, *train = (held_out.tolist() for _, held_out in folds)
     places = {"train": sorted(sum(train, [])), "val": val, "test": test}

@@ -171,8 +171,8 @@ class FeatureFolder(Dataset):
 
     ``folder[i]`` is a dict of ``features [n, L]``, the extras, ``label`` and ``name``, read when it is asked for.
     ``folder.collate`` is the ``collate_fn``: it makes ``Bags`` of the features, with the extras in them.  Attributes:
-    ``names``, ``paths``, ``labels``, ``extras``, ``width`` (L), ``dtype``, and ``lengths``, for which the head of every
-    file is read once.  Workers may be forked or spawned.
+    ``names``, ``paths``, ``labels`` (None without), and what is found when it is asked for: ``extras``, ``width`` and
+    ``dtype``, by reading the first file, and ``lengths``, by reading the head of every file (all of an ``.npz``).
 
     Raises:
         FileNotFoundError: no such folder, or no file of a slide that has a label.
@@ -206,9 +206,29 @@ class FeatureFolder(Dataset):
         self.labels = None if labels is None else list(labels.values())
         if not self.names:
             raise ValueError(f"labels must name at least one slide; got {labels}")
-        first = read_bag(self.paths[0], features=features, extras=extras)
-        self.extras = tuple(name for name in first if name != "features")
-        self.width, self.dtype = first["features"].shape[1], first["features"].dtype
+        self._extras = extras if extras is None else tuple(extras)
+
+    @functools.cached_property
+    def _first(self) -> tuple[tuple[str, ...], int, torch.dtype]:
+        """What the others have to be like: extras, width and type of the first bag."""
+        first = read_bag(self.paths[0], features=self.features, extras=self._extras)
+        x = first.pop("features")
+        return tuple(first), x.shape[1], x.dtype
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Names of what has a row for each instance."""
+        return self._first[0]
+
+    @property
+    def width(self) -> int:
+        """L, of all bags."""
+        return self._first[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of all features."""
+        return self._first[2]
 
     def __len__(self) -> int:
         return len(self.paths)
