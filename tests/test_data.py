@@ -266,7 +266,8 @@ def read_all(root, **options):
     for batch in DataLoader(folder, batch_sampler=sampler, collate_fn=folder.collate, **options):
         bags = batch["features"]
         assert bags.num_instances <= 12 and batch["label"].tolist() == [1] * len(bags)
-        found |= zip(batch["name"], zip(bags, bags.extras["coords"].split(bags.lengths.tolist())))
+        places = bags.extras["coords"].split(bags.lengths.tolist())
+        found |= {name: (x, at) for name, x, at in zip(batch["name"], bags, places, strict=True)}
     assert sorted(found) == folder.names
     for i, name in enumerate(folder.names):
         x, at = found[name]
@@ -315,7 +316,8 @@ def test_lightning(root, tmp_path):
             return torch.optim.Adam(self.parameters())
 
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    lightning.Trainer(max_epochs=3, default_root_dir=tmp_path, enable_model_summary=False, **options).fit(Model(), loader)
+    options |= {"default_root_dir": tmp_path, "enable_model_summary": False}
+    lightning.Trainer(max_epochs=3, **options).fit(Model(), loader)
     assert seen == {name: 3 for name in folder.names}
     assert len(set(epochs)) == 3
 
