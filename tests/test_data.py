@@ -209,6 +209,7 @@ def root(tmp_path):
         write(tmp_path / f"slide.{i}{'.h5' if i % 2 else '.pt'}", arrays)
     (tmp_path / "notes.txt").write_text("nothing")
     (tmp_path / "thumbnails").mkdir()
+    (tmp_path / "._slide.0.pt").write_text("what other systems leave")
     return tmp_path
 
 
@@ -408,6 +409,43 @@ def test_ranks_are_those_of_the_process_group(tmp_path):
         assert len(sampler) == 5 and len(list(sampler)) == 5
     finally:
         dist.destroy_process_group()
+
+
+def train_on_a_rank(rank, root, seen):
+    from torch.nn.parallel import DistributedDataParallel
+
+    from milkernels.losses import clam_loss
+    from milkernels.nn import CLAM
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root}/group", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    folder = FeatureFolder(root, {f"slide.{i}": i % 2 for i in range(5)})
+    sampler = BagBatchSampler(folder.lengths, 12)
+    model = DistributedDataParallel(CLAM(WIDTH, 2, 8, 8, k=2))
+    adam = torch.optim.Adam(model.parameters())
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        for batch in DataLoader(folder, batch_sampler=sampler, collate_fn=folder.collate):
+            adam.zero_grad()
+            clam_loss(model(batch["features"]), batch["label"]).backward()
+            adam.step()
+            seen[f"{epoch} {rank} {len(seen)}"] = batch["name"]
+    seen[f"parameters {rank}"] = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_clam_on_all_bags(root):
+    with torch.multiprocessing.Manager() as manager:
+        shared = manager.dict()
+        torch.multiprocessing.spawn(train_on_a_rank, (root, shared), nprocs=2)
+        seen = dict(shared)
+    assert seen.pop("parameters 0") == seen.pop("parameters 1")
+    for epoch in "01":
+        names = [name for key, names in seen.items() if key.startswith(epoch) for name in names]
+        assert sorted(names) == [f"slide.{i}" for i in range(5)]
+    steps = [sum(key.split()[1] == rank for key in seen) for rank in "01"]
+    assert steps[0] == steps[1] > 0
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ class FeatureFolder(Dataset):
     """A folder of feature files as a data set of bags.
 
     Args:
-        root: the folder; what it has that is no feature file is left alone, folders too.
+        root: the folder; what it has that is no feature file is left alone, hidden files too.
         labels: by slide, the file's name without its suffix: only these are taken, in this order, and each must be
             there.  None takes every file, sorted by name, without labels.
         features, extras: as in `read_bag`.  ``extras=None`` takes coordinates if the first file has them; then every
@@ -193,14 +193,15 @@ class FeatureFolder(Dataset):
             raise FileNotFoundError(f"root must be a folder; got {root}")
         files: dict[str, Path] = {}
         for path in sorted(self.root.iterdir()):
-            if path.suffix.lower() in _FORMATS and files.setdefault(path.stem, path) != path:
+            known = path.suffix.lower() in _FORMATS and not path.name.startswith(".")
+            if known and files.setdefault(path.stem, path) != path:
                 raise ValueError(f"root must have one file for each slide; got {files[path.stem].name} and {path.name}")
         if not files:
             raise ValueError(f"{root} has no feature files ({', '.join(_FORMATS)})")
         check_type("labels", {} if labels is None else labels, Mapping, "a mapping of slides to labels")
         missing = [] if labels is None else [name for name in labels if name not in files]
         if missing:
-            raise FileNotFoundError(f"{root} has no file of {len(missing)} slides: {', '.join(missing[:3])}...")
+            raise FileNotFoundError(f"{root} has no file of {len(missing)} slides: {', '.join(map(str, missing[:3]))}")
         self.names = list(files if labels is None else labels)
         self.paths = [files[name] for name in self.names]
         self.labels = None if labels is None else list(labels.values())
