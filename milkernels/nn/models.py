@@ -35,12 +35,20 @@ class InstancePrediction(NamedTuple):
 
 
 class CLAMPrediction(NamedTuple):
-    """What `CLAM` returns; K is 1, or C with a branch for each class."""
+    """What `CLAM` returns; K is 1, or C with a branch for each class.
 
-    logits: Tensor  # [B, C]
-    pooled: results.Pooled  # of the embedded instances
-    instances: Tensor  # [B, K, 2, k]  rows of x: those attended most, then least, best first; -1: no more in this bag
-    instance_logits: Tensor  # [B, C, 2, k, 2]  of each class: negative, positive; 0 where there is no instance
+    Attributes:
+        logits: ``[B, C]``.
+        pooled: what the pooling of the embedded instances returned.
+        instances: ``[B, K, 2, k]`` rows of ``x``: the k attended most, then the k attended least, the most extreme
+            first; -1 past the end of a bag.
+        instance_logits: ``[B, C, 2, k, 2]`` of these, by each class: negative and positive; 0 where there is none.
+    """
+
+    logits: Tensor
+    pooled: results.Pooled
+    instances: Tensor
+    instance_logits: Tensor
 
 
 class DSMILPrediction(NamedTuple):
@@ -91,19 +99,11 @@ def _embed(
 
 
 def _pooled(pool: nn.Module, embed: nn.Module, x, offsets, mask, in_dim: int):
-    """What ``pool`` makes of the embedded bags."""
-    *bags, last = _before_last(pool, embed, x, offsets, mask, in_dim)
-    return pool(*bags) if last is None else pool(*bags, embed=last)
-
-
-def _before_last(
-    pool: nn.Module, embed: nn.Module, x, offsets, mask, in_dim: int
-) -> tuple[Tensor, Tensor | None, Tensor | None, Embed | None]:
-    """The bags embedded by all layers but the last, and that one, which is handed to ``pool`` where calling it would do
-    no more than its parameters say: then its output is never stored.  None: they are embedded by all."""
+    """What ``pool`` makes of the embedded bags.  The last layer of the embedding is handed to it, where calling that
+    layer would do no more than its parameters say: then its output is never stored."""
     last = _last_layer(embed) if _is_plain(pool, AttentionPool, DSMIL, LossAttention) else None
     if last is None:
-        return *_embed(embed, x, offsets, mask, in_dim, pool), None
+        return pool(*_embed(embed, x, offsets, mask, in_dim, pool))
     values, offsets, mask = ragged(x, offsets, mask, in_dim)
     before = list(embed)[:-3]
     _check_type(values, before[0] if before else pool)
@@ -111,7 +111,7 @@ def _before_last(
         values, mask = _cleared(values, mask)
     for layer in before:
         values = layer(values)
-    return values, offsets, mask, last
+    return pool(values, offsets, mask, embed=last)
 
 
 def _check_type(x: Tensor, layer: nn.Module) -> None:
@@ -258,8 +258,8 @@ class CLAM(nn.Module):
         gated: bool = True,
         k: int = 8,
         dropout: float = 0.25,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
@@ -274,7 +274,12 @@ class CLAM(nn.Module):
         self.instance_classifier = nn.Linear(width, 2 * num_classes, **factory)
 
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> CLAMPrediction:
-        values, offsets, mask, last = _before_last(self.attention, self.embed, x, offsets, mask, self.in_dim)
+        # As in `_pooled`, but the last layer is needed again, for the instances that are classified.
+        last = _last_layer(self.embed) if _is_plain(self.attention, AttentionPool) else None
+        before = self.embed if last is None else self.embed[:-3]
+        values, offsets, mask = _embed(before, x, offsets, mask, self.in_dim, self.attention)
+        if not isinstance(values, Tensor):
+            raise TypeError(f"x must have its instances at hand, some are classified; got {type(values).__name__}")
         options, seed = {}, None
         if last is not None:
             # The same seed drops the same units of an instance, pooled or classified.
