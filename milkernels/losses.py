@@ -395,6 +395,15 @@ def clam_loss(
 
     Returns:
         A scalar, float32 at least; the bag's loss is the cross-entropy.
+
+    Raises:
+        TypeError, ValueError: as `clam_instance_loss`.
+
+    >>> import torch
+    >>> from milkernels import losses, nn
+    >>> prediction = nn.CLAM(16, num_classes=2)(torch.randn(40, 16))
+    >>> losses.clam_loss(prediction, torch.tensor([1]), exclusive=True).shape
+    torch.Size([])
     """
     _check_fields("prediction", prediction, CLAMPrediction)
     labels, wrong = _checked_labels(labels, len(prediction.logits), prediction.logits)

@@ -466,10 +466,13 @@ def test_bad_arguments(arguments, said):
         BagBatchSampler([3], 5, rank=2, num_replicas=2)
 
 
-def test_the_example_in_the_docstring():
+def test_examples_in_the_docstrings():
     import doctest
 
-    from milkernels import data
+    from milkernels import data, losses
+    from milkernels.data import batches, files
+    from milkernels.nn import models
 
-    result = doctest.testmod(data)
-    assert result.attempted and not result.failed
+    for module in (data, batches, files, losses, models):
+        result = doctest.testmod(module)
+        assert result.attempted and not result.failed

@@ -35,6 +35,12 @@ class BagBatchSampler(Sampler[list[int]]):
 
     Raises:
         TypeError, ValueError: no lengths, or one below 0; a size below 1; a rank that is none.
+
+    >>> from milkernels.data import BagBatchSampler
+    >>> list(BagBatchSampler([4, 4, 9, 2], max_instances=10, shuffle=False))
+    [[0, 1], [2], [3]]
+    >>> sorted(sum(BagBatchSampler([4, 4, 9, 2], max_instances=10), []))
+    [0, 1, 2, 3]
     """
 
     def __init__(

@@ -144,6 +144,13 @@ def read_bag(path: Path_, *, features: str = "features", extras: Sequence[str] |
         TypeError, ValueError: a file, which the message names, that is truncated, empty, of another format, without
             instances, without an entry of that name, with other numbers of rows, or a ``.pt`` that holds more than
             tensors: such files could run code, and are not read.
+
+    >>> import tempfile, torch
+    >>> from milkernels.data import read_bag
+    >>> path = tempfile.mkdtemp() + "/slide.pt"
+    >>> torch.save(torch.randn(7, 16, dtype=torch.float16), path)
+    >>> read_bag(path)["features"].shape
+    torch.Size([7, 16])
     """
     path = Path(path)
     with _arrays(path, features) as arrays:
@@ -178,6 +185,15 @@ class FeatureFolder(Dataset):
         FileNotFoundError: no such folder, or no file of a slide that has a label.
         ValueError: no feature files at all; two files of one slide; on reading, what `read_bag` raises, and a file of
             another width or type than the first.
+
+    >>> import tempfile, torch
+    >>> from milkernels.data import FeatureFolder
+    >>> root = tempfile.mkdtemp()
+    >>> for name in "abc":
+    ...     torch.save(torch.randn(7, 16), f"{root}/{name}.pt")
+    >>> folder = FeatureFolder(root, labels={"c": 1, "a": 0})
+    >>> folder.names, folder.labels, folder.lengths, folder.width
+    (['c', 'a'], [1, 0], [7, 7], 16)
     """
 
     def __init__(

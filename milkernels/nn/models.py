@@ -245,6 +245,14 @@ class CLAM(nn.Module):
     ``forward`` returns ``CLAMPrediction(logits [B, C], pooled, instances, instance_logits)``.  The instances are chosen
     by their scores, without the labels, and embedded again, all others never outside of the pooling.  A bag of fewer
     than 2 k instances has some on both sides, as in the authors' code, and one of fewer than k has -1 among them.
+
+    >>> import torch
+    >>> from milkernels import Bags
+    >>> from milkernels.nn import CLAM
+    >>> bags = Bags.from_list([torch.randn(n, 32) for n in (40, 25)])
+    >>> prediction = CLAM(32, num_classes=3, embed_dim=16, hidden_dim=16, multi_branch=True, k=4)(bags)
+    >>> prediction.logits.shape, prediction.instance_logits.shape
+    (torch.Size([2, 3]), torch.Size([2, 3, 2, 4, 2]))
     """
 
     def __init__(
