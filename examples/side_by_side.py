@@ -156,7 +156,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.models = args.models or (["gated-attention"] if args.quick else list(CLASSIC))
     if args.quick:
         args.sets, args.epochs, args.rounds = args.sets[:1], 5, 1
-        args.slides, args.patches, args.slide_epochs = 16, 1600, 6
+        args.slides, args.patches, args.slide_epochs = 32, 1600, 20
     return args
 
 
