@@ -31,6 +31,7 @@ LAYERS = {
     "data": 6,
     "merging": 6,
     "visualize": 6,
+    "streaming": 7,
     "nn": 7,
     "integrations": 8,
     "losses": 8,

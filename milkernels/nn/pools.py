@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from milkernels import ops, results
 from milkernels.arguments import check_choice, check_count, check_flag, check_instances, check_number, check_share
-from milkernels.bags import Bags
+from milkernels.bags import Bags, Parts
 from milkernels.layers import ACTIVATIONS, Embed
 
-Instances = Tensor | Bags
+Instances = Tensor | Bags | Parts
 Seed = Tensor | int | None
 VALUES = (None, "linear", "relu")
 
@@ -22,6 +22,8 @@ def ragged(
     x: Instances, offsets: Tensor | None, mask: Tensor | None, width: int | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(values [N, L], offsets, mask [N])`` of bags in any form; ``width`` is the L that is needed."""
+    if isinstance(x, Parts):
+        return x.expecting(width), offsets, mask
     if not isinstance(x, Bags | Tensor):
         hint = "; make one of them by Bags.from_list" if isinstance(x, list | tuple) else ""
         raise TypeError(f"x must be a tensor or Bags; got {type(x).__name__}{hint}")
