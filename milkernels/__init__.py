@@ -6,6 +6,7 @@ from milkernels import nn as nn  # not in __all__: a star would put it over torc
 from milkernels import ops
 from milkernels.backends import BackendUnavailable, use_backend
 from milkernels.bags import Bags, collate_bags
+from milkernels.encoding import encode_in_chunks
 from milkernels.integrations import accelerate, restore
 from milkernels.layers import Embed
 from milkernels.merging import merge_pooled
@@ -43,6 +44,7 @@ __all__ = [
     "accelerate",
     "attention_arrays",
     "collate_bags",
+    "encode_in_chunks",
     "heatmap",
     "merge_pooled",
     "restore",

@@ -3,7 +3,9 @@
 `eager`, `transforming` and `exporting` are asked on every call, so they read flags; all can be traced by torch.compile.
 """
 
-from collections.abc import Callable
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from contextvars import Context
 
 import torch
@@ -165,3 +167,70 @@ def has_own(module: nn.Module, *names: str) -> bool:
 def ragged_dimension(nested: Tensor) -> int:
     """The dimension of a jagged nested tensor whose size differs."""
     return nested._ragged_idx
+
+
+# Tensors
+
+
+def version(tensor: Tensor) -> int:
+    """How often it was written to in place."""
+    return tensor._version
+
+
+def run_by_python(function: Callable) -> None:
+    """A compiler does not look into the function, as by torch.compiler.disable, whose import of the compiler is not
+    needed here."""
+    function._torchdynamo_disable = True
+
+
+# Processes
+
+
+def world_size() -> int:
+    """Of all processes; 1 where there are no groups."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is a DTensor. Where their module was not loaded there are none, and loading it takes a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _sharded_states(module: nn.Module) -> list[tuple[nn.Module, object]]:
+    """``(module, state)`` of each that FSDP2 shards."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", None)
+    return [] if kind is None else [(m, m._get_fsdp_state()) for m in module.modules() if isinstance(m, kind)]
+
+
+@contextlib.contextmanager
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """Within the block the module's parameters are whole and calls of it communicate nothing, whatever FSDP2 shards.
+
+    FSDP2 has this for modules that are run again in a backward, which has gathered their parameters: in the state
+    PRE_BACKWARD its hooks convert types and do no more.
+    """
+    states = [(m, s, s._training_state, any(map(is_dtensor, m.parameters()))) for m, s in _sharded_states(module)]
+    for m, *_ in states:
+        m.unshard()
+    try:
+        for _, state, now, _ in states:
+            state._training_state = type(now).PRE_BACKWARD
+        yield
+    finally:
+        for m, state, before, sharded in states:
+            state._training_state = before
+            if sharded:
+                m.reshard()
+
+
+def sharded_as(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient of a whole parameter, averaged over ranks and cut as FSDP2 cut the parameter."""
+    if not is_dtensor(parameter):
+        return gradient
+    module = sys.modules["torch.distributed.tensor"]
+    mesh = parameter.device_mesh
+    partial = module.DTensor.from_local(gradient / mesh.size(), mesh, [module.Partial()] * mesh.ndim, run_check=False)
+    return partial.redistribute(placements=parameter.placements)

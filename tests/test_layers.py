@@ -22,6 +22,7 @@ LAYERS = {
     "layers": 0,
     "results": -1,
     "ragged": 0,
+    "encoding": 0,
     "saving": 0,
     "bags": 1,
     "native": 1,
