@@ -226,10 +226,13 @@ def unsharded(module: nn.Module) -> Iterator[None]:
                 m.reshard()
 
 
-def sharded_as(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient of a whole parameter, averaged over ranks and cut as FSDP2 cut the parameter."""
+def sharded_as(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """The gradient of a whole parameter, averaged over ranks and cut as FSDP2 cut the parameter; None is 0, since
+    every rank has to take part."""
     if not is_dtensor(parameter):
         return gradient
+    if gradient is None:
+        gradient = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
     module = sys.modules["torch.distributed.tensor"]
     mesh = parameter.device_mesh
     partial = module.DTensor.from_local(gradient / mesh.size(), mesh, [module.Partial()] * mesh.ndim, run_check=False)

@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from milkernels import _torch
 from milkernels.arguments import DTYPES, check_count
 
-# How far the norm of a patch's features may be from what it was when they are computed again.
-_SAME, _SAME_HALF = 1e-3, 5e-2
-
 
 def encode_in_chunks(
     encoder: nn.Module, load: Callable[[int, int], object], count: int, chunk: int, *, store: torch.dtype | None = None
@@ -260,9 +257,10 @@ class _Encoding:
             raise RuntimeError(f"{_OTHER}: [{start}, {end}) had {self.kind}, and now has {_kind(rows)}")
 
     def _differ(self, before: Tensor, now: Tensor) -> Tensor:
-        narrow = [dtype for _, dtype, enabled in self.autocast if enabled] + [self.kind[0]]
-        half = any(dtype in (torch.float16, torch.bfloat16) for dtype in narrow)
-        return ((before - now).abs() > (_SAME_HALF if half else _SAME) * before).any()
+        """Whether they are other features, and not the same to rounding: kernels may differ where no graph is recorded."""
+        types = [dtype for _, dtype, enabled in self.autocast if enabled] + [self.kind[0]]
+        most = max(torch.finfo(dtype).eps for dtype in types) ** 0.5
+        return ((before - now).abs() > most * before).any()
 
 
 _OTHER = (
@@ -284,8 +282,8 @@ class _EncodeInChunks(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         ctx.encoding.check_unchanged(ctx.parameters)
         gradients = ctx.encoding.gradients(g, ctx.needs_input_grad[1:])
-        pairs = zip(gradients, ctx.parameters, strict=True)
-        return None, *(d if d is None else _torch.sharded_as(d, p) for d, p in pairs)
+        pairs = zip(gradients, ctx.parameters, ctx.needs_input_grad[1:], strict=True)
+        return None, *(_torch.sharded_as(d, p) if needed else None for d, p, needed in pairs)
 
 
 def _kind(rows: Tensor) -> tuple:

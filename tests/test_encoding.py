@@ -153,7 +153,7 @@ def test_autocast_is_that_of_the_forward_and_more_exact():
 
 
 def test_weights_cast_by_autocast_are_not_shared():
-    """Neither does a later call in the block find weights that no graph knows, nor a backward in it those of a chunk."""
+    """A later call in the block finds no weights that no graph knows, and a backward in it none of another chunk."""
     enc, x = encoder(dtype=torch.float32), images(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         in_chunks(enc, x).sum().backward()
