@@ -11,6 +11,7 @@ from milkernels.integrations import accelerate, restore
 from milkernels.layers import Embed
 from milkernels.merging import merge_pooled
 from milkernels.ops import *
+from milkernels.ops.dropout import seed_of_part
 from milkernels.results import (
     DSMILOutput,
     DSMILPooled,
@@ -49,5 +50,6 @@ __all__ = [
     "merge_pooled",
     "restore",
     "saved_bytes",
+    "seed_of_part",
     "use_backend",
 ]

@@ -2,7 +2,7 @@
 
 import itertools
 import operator
-from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -327,6 +327,15 @@ class Bags:
         mask = "" if self.mask is None else ", mask"
         extras = f", extras={list(self.extras)}" if self.extras else ""
         return f"Bags({len(self)} bags, values={shape} {kind} on {device}{mask}{extras})"
+
+
+class Parts:
+    """Bags whose instances are never there at once, such as `StreamedBag`: an op that is given one hands itself to
+    it."""
+
+    def run(self, op: Callable, arguments: dict[str, Any]):
+        """What ``op(**arguments)`` stands for; ``arguments`` has all of them, and this one among them."""
+        raise NotImplementedError
 
 
 def instances_of(

@@ -1,9 +1,20 @@
 """Pooling of bags in parts: a bag that does not fit, or whose instances are read or held in turns, is pooled part by
-part and the results are merged."""
+part and the results are merged.
+
+**The identity.**  Pooling by a softmax is associative, and its backward splits by parts.  With the share of part p in
+its bag, ``share_p = exp(lse_p - lse)``::
+
+    bag   = sum_p share_p bag_p            grad_bag_p = share_p grad_bag
+    lse   = log sum_p exp(lse_p)           grad_lse_p = share_p (grad_lse + <bag_p - bag, grad_bag>)
+
+Scores belong to their own part, and so does their gradient.  So a part needs of the others no more than ``(bag, lse)``
+and ``(grad_bag, grad_lse)``.  A logarithm in float32 has lost digits of its sum, 5e-4 of an lse of 1e4; a `LogSum`
+carries the sum, and what is merged here is computed in float64: it is few numbers.
+"""
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +23,7 @@ from milkernels.arguments import check_dense, check_shape, check_tensor, check_t
 from milkernels.dtypes import result_dtype
 from milkernels.ops.pooling import weighted_pool
 from milkernels.ops.scores import attention_weights
+from milkernels.ops.segments import Segments
 from milkernels.ragged import bag_index, check_offsets
 from milkernels.results import DSMILOutput, DSMILPooled, LossAttentionPooled, Pooled
 
@@ -66,18 +78,76 @@ def merge_pooled(parts: Sequence[Part], offsets: Sequence[Tensor] | None = None)
 
 
 def _pooled(parts: list, offsets: list) -> tuple[Tensor, Tensor]:
-    """``(bag, lse)``, computed in float64: they are few numbers."""
-    lse = torch.stack([part.lse.double() for part in parts])  # [P, B, K]
-    lost = torch.stack([_lost(part, cuts) for part, cuts in zip(parts, offsets, strict=True)])
-    dead, top = lse == -_INF, lse.detach().amax(0)
-    empty = top == -_INF
-    e = lost * (lse - top.masked_fill(empty, 0)).masked_fill(dead, 0).exp().masked_fill(dead, 0)
-    z = e.sum(0).masked_fill(empty, 1)
-    shares = (e / z)[..., None]
-    bag = sum(share * part.bag.double() for share, part in zip(shares, parts, strict=True))
-    lse = torch.where(top.isinf(), top, top + z.log())
+    sums = [log_sum_of(part, cuts) for part, cuts in zip(parts, offsets, strict=True)]
+    bag, total = merge_bags([part.bag for part in parts], sums)
     bag_type, lse_type = (result_dtype(ts[0], ts) for ts in ([p.bag for p in parts], [p.lse for p in parts]))
-    return bag.to(bag_type), lse.to(lse_type)
+    return bag.to(bag_type), total.log().to(lse_type)
+
+
+# The identity
+
+
+class LogSum(NamedTuple):
+    """The sum of ``exp(scores)`` over a part or a whole, ``sum * exp(top)``, both float64 ``[B, K]``; an empty one has
+    a top of -inf."""
+
+    top: Tensor
+    sum: Tensor
+
+    def log(self) -> Tensor:
+        """The lse, float64."""
+        return torch.where(self.top.isinf(), self.top, self.top + self.sum.log())
+
+
+def log_sum_of(part: Part, offsets: Tensor | None = None) -> LogSum:
+    """That of a part, with the digits that its lse lost, if it has its scores.  Differentiable in lse."""
+    return LogSum(part.lse.double(), _lost(part, offsets))
+
+
+def merge_bags(bags: Sequence[Tensor], sums: Sequence[LogSum]) -> tuple[Tensor, LogSum]:
+    """``(bag [B, K, L] float64, its LogSum)`` of parts that have all B bags each; differentiable in all of them."""
+    tops, totals = (torch.stack(field, 1).flatten(0, 1) for field in zip(*sums, strict=True))  # [B * P, K]
+    offsets = torch.arange(len(bags[0]) + 1, device=tops.device) * len(bags)
+    return merge_ragged(torch.stack(tuple(bags), 1).flatten(0, 1), LogSum(tops, totals), offsets)
+
+
+def merge_ragged(bags: Tensor, sums: LogSum, offsets: Tensor) -> tuple[Tensor, LogSum]:
+    """``(bag [B, K, L] float64, its LogSum)`` of parts ``bags [P, K, L]``, ``sums [P, K]``, one behind another: those
+    of bag b are ``offsets[b]`` to ``offsets[b + 1]``.  They are added in their order; differentiable in all of them."""
+    segments = Segments(offsets, bags)
+    top = segments.max(sums.top)
+    masses = share_of(sums, LogSum(segments.to_rows(top), torch.ones_like(sums.top)))
+    total = segments.sum(masses).masked_fill(top == -_INF, 1)
+    shares = masses / segments.to_rows(total)
+    return segments.sum(shares[..., None] * bags.double()), LogSum(top, total)
+
+
+def share_of(part: LogSum, whole: LogSum) -> Tensor:
+    """The sum of the weights that a part has in its bags, ``exp(lse_p - lse)`` ``[B, K]``; 0 of an empty part."""
+    dead = part.top == -_INF
+    below = part.top - whole.top.masked_fill(whole.top == -_INF, 0)
+    return part.sum / whole.sum * below.masked_fill(dead, 0).exp().masked_fill(dead, 0)
+
+
+def split_gradients(
+    share: Tensor, bag: Tensor, whole: Tensor, grad_bag: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """``(grad_bag_p, grad_lse_p)`` of a part, in float64, from the gradients of the whole; None where both are.
+
+    Args:
+        share: ``[B, K]``, of the part, as `share_of` has it.
+        bag, whole: ``[B, K, L]``, what the part pooled and what the whole did, in the type of sums if possible.
+        grad_bag, grad_lse: ``[B, K, L]`` and ``[B, K]``, of the whole; None for 0.
+    """
+    if grad_bag is None and grad_lse is None:
+        return None, None
+    # A part without rows has a bag of 0, which is no mean of anything: its share of 0 leaves nothing of it.
+    through = 0 if grad_bag is None else ((bag.double() - whole.double()) * grad_bag.double()).sum(-1)
+    direct = 0 if grad_lse is None else grad_lse.double()
+    return (
+        None if grad_bag is None else share[..., None] * grad_bag.double(),
+        (share * (direct + through)).masked_fill(share == 0, 0),
+    )
 
 
 def _lost(part, offsets: Tensor | None) -> Tensor:

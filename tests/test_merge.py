@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import milkernels
-from milkernels import Pooled, testing
+from milkernels import Pooled, merging, testing
 
 INF = float("inf")
 L, K = 7, 2
@@ -222,3 +222,42 @@ def test_parts_without_scores_need_no_offsets():
     bare = [part._replace(scores=part.scores[:0]) for part in (ONE, ONE)]
     torch.testing.assert_close(milkernels.merge_pooled(bare).bag, ONE.bag)
     assert isinstance(milkernels.merge_pooled(bare), Pooled)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_gradients_of_a_part_are_those_of_the_whole(dtype, shift):
+    """What a part needs of the others is (bag, lse) and their gradients; the second part has no row of two bags."""
+    x, scores = (draw(N, L) + 1).to(dtype), (3 * draw(N, K, seed=1) + shift).to(dtype)
+    scores[::7, 0] = -INF
+    grads = [draw(B, K, L, seed=2).to(dtype), draw(B, K, seed=3).to(dtype)]
+    leaves = [x.double().requires_grad_(), (scores.double() - shift).requires_grad_()]
+    bag, _, lse = oracle.softmax_pool(*leaves, WHOLE)
+    there = lse.masked_fill(lse.detach().isinf(), 0)
+    exact = torch.autograd.grad([bag, there], leaves, [g.double() for g in grads])
+
+    rows = [[t.requires_grad_() for t in part] for part in zip(cut(x), cut(scores), strict=True)]
+    parts = [milkernels.softmax_pool(*part, cuts) for part, cuts in zip(rows, CUTS, strict=True)]
+    sums = [merging.log_sum_of(part, cuts) for part, cuts in zip(parts, CUTS, strict=True)]
+    with torch.no_grad():
+        whole, total = merging.merge_bags([part.bag for part in parts], sums)
+    found = []
+    for part, mass, leaves in zip(parts, sums, rows, strict=True):
+        share = merging.share_of(mass, total).detach()
+        split = merging.split_gradients(share, part.bag.detach(), whole, *grads)
+        found.append(torch.autograd.grad([part.bag, part.lse], leaves, [g.to(dtype) for g in split]))
+    for i, truth in enumerate(exact):
+        ours = torch.cat([found[p][i].split(LENGTHS[p].tolist())[b] for b in range(B) for p in range(PARTS)])
+        error = (ours.double() - truth).norm() / truth.norm()
+        assert error <= 8 * torch.finfo(dtype).eps, (i, float(error))
+
+
+def test_a_part_of_nothing_has_no_gradient():
+    none = torch.zeros(1, 1, dtype=torch.float64)
+    nothing, whole = merging.LogSum(none - INF, none + 1), merging.LogSum(none, none + 1)
+    for part, of in ((nothing, whole), (nothing, nothing)):
+        share = merging.share_of(part, of)
+        bag = torch.zeros(1, 1, L)
+        split = merging.split_gradients(share, bag, bag + 1, torch.ones(1, 1, L), torch.full((1, 1), INF))
+        assert not any(g.any() for g in (share, *split))
+    assert merging.split_gradients(share, bag, bag, None, None) == (None, None)

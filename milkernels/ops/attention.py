@@ -6,7 +6,7 @@ from torch import Tensor
 
 from milkernels import backends
 from milkernels.arguments import check_choice
-from milkernels.bags import Bags, instances_of
+from milkernels.bags import Bags, Parts, instances_of
 from milkernels.dtypes import compute_dtype_of, converted, product_dtypes, result_dtype, without_autocast
 from milkernels.layers import ACTIVATIONS, Embed, Linear, as_linear
 from milkernels.ops.contract import (
@@ -29,7 +29,7 @@ __all__ = ["attention_pool", "attention_scores", "gated_attention_pool", "gated_
 
 
 def attention_pool(
-    x: Tensor | Bags,
+    x: Tensor | Bags | Parts,
     v: Linear,
     w: Linear,
     offsets: Tensor | None = None,
@@ -71,11 +71,13 @@ def attention_pool(
     >>> pooled.bag.shape, pooled.scores.shape
     (torch.Size([2, 1, 16]), torch.Size([7, 1]))
     """
+    if isinstance(x, Parts):
+        return x.run(attention_pool, locals())
     return _pool(False, x, v, None, w, offsets, activation, dropout_p, seed, embed, mask, backend)
 
 
 def gated_attention_pool(
-    x: Tensor | Bags,
+    x: Tensor | Bags | Parts,
     v: Linear,
     u: Linear,
     w: Linear,
@@ -124,11 +126,13 @@ def gated_attention_pool(
     >>> pooled.bag.shape
     torch.Size([2, 1, 16])
     """
+    if isinstance(x, Parts):
+        return x.run(gated_attention_pool, locals())
     return _pool(True, x, v, u, w, offsets, activation, dropout_p, seed, embed, mask, backend)
 
 
 def attention_scores(
-    x: Tensor | Bags,
+    x: Tensor | Bags | Parts,
     v: Linear,
     w: Linear,
     *,
@@ -164,11 +168,13 @@ def attention_scores(
     >>> attention_scores(torch.randn(7, 16), torch.nn.Linear(16, 8), torch.nn.Linear(8, 2)).shape
     torch.Size([7, 2])
     """
+    if isinstance(x, Parts):
+        return x.run(attention_scores, locals())
     return _scores(False, x, v, None, w, activation, dropout_p, seed, embed, mask, backend)
 
 
 def gated_attention_scores(
-    x: Tensor | Bags,
+    x: Tensor | Bags | Parts,
     v: Linear,
     u: Linear,
     w: Linear,
@@ -207,6 +213,8 @@ def gated_attention_scores(
     >>> gated_attention_scores(torch.randn(7, 16), v, u, w).shape
     torch.Size([7, 1])
     """
+    if isinstance(x, Parts):
+        return x.run(gated_attention_scores, locals())
     return _scores(True, x, v, u, w, activation, dropout_p, seed, embed, mask, backend)
 
 

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from milkernels.arguments import check_number
-from milkernels.bags import Bags, instances_of
+from milkernels.bags import Bags, Parts, instances_of
 from milkernels.ops.pooling import max_pool, mean_pool, weighted_pool
 from milkernels.ragged import bag_index
 
@@ -50,7 +50,7 @@ __all__ = ["generalized_mean_pool", "isr_pool", "log_sum_exp_pool", "noisy_or_po
 
 
 def log_sum_exp_pool(
-    x: Tensor | Bags,
+    x: Tensor | Bags | Parts,
     offsets: Tensor | None = None,
     *,
     r: float = 1.0,
@@ -81,6 +81,8 @@ def log_sum_exp_pool(
     >>> log_sum_exp_pool(torch.tensor([[1.0], [3.0]]), r=100.0)
     tensor([[2.9931]])
     """
+    if isinstance(x, Parts):
+        return x.run(log_sum_exp_pool, locals())
     x, offsets, mask = instances_of(x, offsets, mask)
     check_exponent(r)
     # The result does not depend on what is subtracted, so the maximum needs no gradient.
@@ -92,7 +94,7 @@ def log_sum_exp_pool(
 
 
 def noisy_or_pool(
-    p: Tensor | Bags, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
+    p: Tensor | Bags | Parts, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
     """``1 - prod_i (1 - p_i)``: the probability that any of independent instances is positive (Maron & Lozano-Perez
     1998, "A Framework for Multiple-Instance Learning"; Viola, Platt, Zhang 2006, "Multiple Instance Boosting for
@@ -120,6 +122,8 @@ def noisy_or_pool(
     >>> noisy_or_pool(torch.tensor([[0.5], [0.5], [0.0]]))
     tensor([[0.7500]])
     """
+    if isinstance(p, Parts):
+        return p.run(noisy_or_pool, locals())
     p, offsets, mask = instances_of(p, offsets, mask, "p")
     sure, log_none = _sums(lambda p: torch.log1p(-p), p, offsets, mask, backend)
     none = (1 - sure) * log_none.exp()
@@ -127,7 +131,7 @@ def noisy_or_pool(
 
 
 def isr_pool(
-    p: Tensor | Bags, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
+    p: Tensor | Bags | Parts, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
     """``s / (1 + s)`` with the summed odds ``s = sum_i p_i / (1 - p_i)``: integrated segmentation and recognition
     (Keeler, Rumelhart, Leow 1991, "Integrated Segmentation and Recognition of Hand-Printed Numerals"; Viola et al.
@@ -154,6 +158,8 @@ def isr_pool(
     >>> isr_pool(torch.tensor([[0.5], [0.5], [0.0]]))
     tensor([[0.6667]])
     """
+    if isinstance(p, Parts):
+        return p.run(isr_pool, locals())
     p, offsets, mask = instances_of(p, offsets, mask, "p")
     sure, odds = _sums(lambda p: p / (1 - p), p, offsets, mask, backend)
     none = (1 - sure) / (1 + (1 - sure) * odds)
@@ -161,7 +167,7 @@ def isr_pool(
 
 
 def generalized_mean_pool(
-    x: Tensor | Bags,
+    x: Tensor | Bags | Parts,
     offsets: Tensor | None = None,
     *,
     r: float = 3.0,
@@ -193,6 +199,8 @@ def generalized_mean_pool(
     >>> generalized_mean_pool(torch.tensor([[3.0], [4.0]]), r=2.0)
     tensor([[3.5355]])
     """
+    if isinstance(x, Parts):
+        return x.run(generalized_mean_pool, locals())
     x, offsets, mask = instances_of(x, offsets, mask)
     check_exponent(r)
     if r == 1:

@@ -9,6 +9,48 @@ DROP_ACTIVATION, DROP_SIGMOID, DROP_VALUE, DROP_EMBEDDING = range(4)  # branches
 _LOW = 0xFFFFFFFF
 
 
+def seed_of_part(seed: Tensor | int, first_row: int) -> Tensor | int:
+    """The seed for a call on the part of a batch that begins at row ``first_row``, so that every part drops other units.
+
+    Ops count rows from 0, so parts that share a seed would drop the same units again.  The first part keeps the seed;
+    those of others are its hash with their first row, by the mixing function of SplitMix64 (Steele, Lea, Flood 2014).
+    So what is dropped depends on where parts begin, and not on who holds them, or on the order in which they come.
+
+    Args:
+        seed: as ops take it: an int64 tensor of one element, or an int.
+        first_row: of the part, in the whole; at least 0.
+
+    Returns:
+        What was given: a tensor on its device, without synchronisation, or an int.
+
+    >>> from milkernels import seed_of_part
+    >>> seed_of_part(7, 0), seed_of_part(7, 1) == seed_of_part(7, 2)
+    (7, False)
+    """
+    if isinstance(first_row, bool) or not isinstance(first_row, int):
+        raise TypeError(f"first_row must be an int; got {type(first_row).__name__}")
+    if not 0 <= first_row < 2**63:
+        raise ValueError(f"first_row must be at least 0, and fit into 64 bits; got {first_row}")
+    if first_row == 0:
+        return seed
+    if not isinstance(seed, Tensor):
+        return int(seed_of_part(torch.tensor([seed]), first_row))
+    z = seed + _signed(first_row * 0x9E3779B97F4A7C15)  # int64 wraps around
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ _shifted(z, shift)) * _signed(factor)
+    return z ^ _shifted(z, 31)
+
+
+def _signed(bits: int) -> int:
+    """The int64 that has these lowest 64 bits."""
+    return (bits + 2**63) % 2**64 - 2**63
+
+
+def _shifted(z: Tensor, by: int) -> Tensor:
+    """To the right, with zeros coming in."""
+    return (z >> by) & ((1 << (64 - by)) - 1)
+
+
 def dropout_threshold(p: float) -> int:
     """A unit is dropped when its 16 random bits are below this."""
     return int(p * 65536 + 0.5)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from milkernels import backends
 from milkernels.arguments import check_choice, check_number, check_per_row, check_shape
-from milkernels.bags import Bags, instances_of
+from milkernels.bags import Bags, Parts, instances_of
 from milkernels.dtypes import (
     accumulation_dtype,
     compute_dtype_of,
@@ -39,7 +39,7 @@ __all__ = ["dsmil", "dsmil_pool", "instance_max"]
 
 
 def instance_max(
-    x: Tensor | Bags,
+    x: Tensor | Bags | Parts,
     classifier: Linear,
     offsets: Tensor | None = None,
     *,
@@ -75,6 +75,8 @@ def instance_max(
     >>> instance_max(torch.tensor([[1.0], [3.0], [2.0]]), torch.ones(1, 1)).indices
     tensor([[1]])
     """
+    if isinstance(x, Parts):
+        return x.run(instance_max, locals())
     x, offsets, mask = instances_of(x, offsets, mask)
     embedding, _ = embedding_of(x, embed, seed)
     weights = as_linear("classifier", classifier, embedding.width(x), x)
@@ -87,7 +89,7 @@ def instance_max(
 
 
 def dsmil_pool(
-    x: Tensor | Bags,
+    x: Tensor | Bags | Parts,
     critical: Tensor,
     q: Linear,
     offsets: Tensor | None = None,
@@ -138,6 +140,8 @@ def dsmil_pool(
     >>> dsmil_pool(x, logits, q, torch.tensor([0, 3, 7])).bag.shape
     torch.Size([2, 2, 16])
     """
+    if isinstance(x, Parts):
+        return x.run(dsmil_pool, locals())
     x, offsets, mask = instances_of(x, offsets, mask)
     embedding, weights, options, needs = _second_stream(
         x, q, q2, value, value_activation, value_dropout_p, scale, seed, embed, mask
@@ -157,7 +161,7 @@ def dsmil_pool(
 
 
 def dsmil(
-    x: Tensor | Bags,
+    x: Tensor | Bags | Parts,
     classifier: Linear,
     q: Linear,
     offsets: Tensor | None = None,
@@ -211,6 +215,8 @@ def dsmil(
     >>> out.bag.shape, out.values.shape
     (torch.Size([2, 2, 16]), torch.Size([2, 2]))
     """
+    if isinstance(x, Parts):
+        return x.run(dsmil, locals())
     x, offsets, mask = instances_of(x, offsets, mask)
     embedding, weights, options, needs = _second_stream(
         x, q, q2, value, value_activation, value_dropout_p, scale, seed, embed, mask

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from milkernels import backends
-from milkernels.bags import Bags, instances_of
+from milkernels.bags import Bags, Parts, instances_of
 from milkernels.dtypes import compute_dtype_of, converted, product_dtypes, result_dtype, without_autocast
 from milkernels.layers import Embed, Linear, as_linear
 from milkernels.ops.contract import (
@@ -25,7 +25,7 @@ __all__ = ["loss_attention_pool"]
 
 
 def loss_attention_pool(
-    x: Tensor | Bags,
+    x: Tensor | Bags | Parts,
     classifier: Linear,
     offsets: Tensor | None = None,
     *,
@@ -62,6 +62,8 @@ def loss_attention_pool(
     >>> classifier(pooled.bag[:, 0]).shape  # the logits of the bags
     torch.Size([2, 2])
     """
+    if isinstance(x, Parts):
+        return x.run(loss_attention_pool, locals())
     x, offsets, mask = instances_of(x, offsets, mask)
     embedding, _ = embedding_of(x, embed, seed)
     weights = as_linear("classifier", classifier, embedding.width(x), x)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from milkernels import backends
 from milkernels.arguments import check_per_row
-from milkernels.bags import Bags, instances_of
+from milkernels.bags import Bags, Parts, instances_of
 from milkernels.dtypes import accumulation_dtype, converted, without_autocast
 from milkernels.ops.contract import BAGS, Backward, Forward, call, declare, num_bags, pooled_shapes, pooled_width
 from milkernels.ops.segments import INF, Segments, gather
@@ -17,7 +17,7 @@ __all__ = ["max_pool", "mean_pool", "softmax_pool", "weighted_pool"]
 
 
 def softmax_pool(
-    x: Tensor | Bags,
+    x: Tensor | Bags | Parts,
     scores: Tensor,
     offsets: Tensor | None = None,
     *,
@@ -47,6 +47,8 @@ def softmax_pool(
     >>> softmax_pool(x, torch.randn(7, 1), offsets).bag.shape
     torch.Size([2, 1, 16])
     """
+    if isinstance(x, Parts):
+        return x.run(softmax_pool, locals())
     x, offsets, mask = instances_of(x, offsets, mask)
     check_per_row("scores", scores, x)
     backend = backends.choose("softmax_pool", x, (scores,), backend)
@@ -57,7 +59,7 @@ def softmax_pool(
 
 
 def weighted_pool(
-    x: Tensor | Bags,
+    x: Tensor | Bags | Parts,
     weights: Tensor,
     offsets: Tensor | None = None,
     *,
@@ -85,6 +87,8 @@ def weighted_pool(
     >>> weighted_pool(torch.ones(7, 16), torch.full((7, 1), 0.5), torch.tensor([0, 3, 7]))[:, 0, 0]
     tensor([1.5000, 2.0000])
     """
+    if isinstance(x, Parts):
+        return x.run(weighted_pool, locals())
     x, offsets, mask = instances_of(x, offsets, mask)
     check_per_row("weights", weights, x)
     backend = backends.choose("weighted_pool", x, (weights,), backend)
@@ -94,7 +98,7 @@ def weighted_pool(
 
 
 def mean_pool(
-    x: Tensor | Bags, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
+    x: Tensor | Bags | Parts, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
     """The mean of the instances of each bag.
 
@@ -117,6 +121,8 @@ def mean_pool(
     tensor([[0.],
             [2.]])
     """
+    if isinstance(x, Parts):
+        return x.run(mean_pool, locals())
     x, offsets, mask = instances_of(x, offsets, mask)
     backend = backends.choose("mean_pool", x, (), backend)
     if backend == "reference":
@@ -125,7 +131,7 @@ def mean_pool(
 
 
 def max_pool(
-    x: Tensor | Bags, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
+    x: Tensor | Bags | Parts, offsets: Tensor | None = None, *, mask: Tensor | None = None, backend: str | None = None
 ) -> MaxPooled:
     """The maximum over the instances of each bag, feature by feature, and where it is.
 
@@ -150,6 +156,8 @@ def max_pool(
     tensor([[3.],
             [2.]])
     """
+    if isinstance(x, Parts):
+        return x.run(max_pool, locals())
     x, offsets, mask = instances_of(x, offsets, mask)
     backend = backends.choose("max_pool", x, (), backend)
     if backend == "reference":

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from milkernels import backends
 from milkernels.arguments import check_number, check_shape
-from milkernels.bags import Bags, instances_of
+from milkernels.bags import Bags, Parts, instances_of
 from milkernels.dtypes import accumulation_dtype, converted, result_dtype, without_autocast
 from milkernels.layers import Embed
 from milkernels.ops.contract import (
@@ -27,7 +27,7 @@ __all__ = ["query_pool", "query_scores"]
 
 
 def query_pool(
-    x: Tensor | Bags,
+    x: Tensor | Bags | Parts,
     query: Tensor,
     offsets: Tensor | None = None,
     *,
@@ -64,6 +64,8 @@ def query_pool(
     >>> query_pool(x, torch.randn(4, 16), offsets, scale=16**-0.5).bag.shape
     torch.Size([2, 4, 16])
     """
+    if isinstance(x, Parts):
+        return x.run(query_pool, locals())
     x, offsets, mask, embedding = _prepared(x, query, offsets, scale, seed, embed, mask)
     tensors = (query, *embedding.parameters)
     backend = backends.choose("query_pool", x, tensors, backend, embedding.needs)
@@ -76,7 +78,7 @@ def query_pool(
 
 
 def query_scores(
-    x: Tensor | Bags,
+    x: Tensor | Bags | Parts,
     query: Tensor,
     offsets: Tensor | None = None,
     *,
@@ -111,6 +113,8 @@ def query_scores(
     >>> query_scores(torch.randn(7, 16), torch.randn(4, 16)).shape
     torch.Size([7, 4])
     """
+    if isinstance(x, Parts):
+        return x.run(query_scores, locals())
     x, offsets, mask, embedding = _prepared(x, query, offsets, scale, seed, embed, mask)
     backend = backends.choose("query_scores", x, (query, *embedding.parameters), backend, embedding.needs)
     if backend == "reference":
