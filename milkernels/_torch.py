@@ -188,8 +188,38 @@ def run_by_python(function: Callable) -> None:
 
 def world_size() -> int:
     """Of all processes; 1 where there are no groups."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed else 1
+    return torch.distributed.get_world_size() if has_groups() else 1
+
+
+def has_groups() -> bool:
+    """Whether this process is one of several, or could be."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def group_of(group) -> tuple[str, int, int]:
+    """``(name, size, rank)`` of a ProcessGroup, a DeviceMesh of one dimension, or None, all processes."""
+    if not has_groups():
+        raise RuntimeError("torch.distributed has no process group: call torch.distributed.init_process_group first")
+    distributed = torch.distributed
+    mesh = sys.modules.get("torch.distributed.device_mesh")
+    if mesh is not None and isinstance(group, mesh.DeviceMesh):
+        if group.ndim != 1:
+            names = group.mesh_dim_names or tuple(range(group.ndim))
+            raise ValueError(f"group must be a mesh of one dimension, mesh[name]; got one of {group.ndim}: {names}")
+        group = group.get_group()
+    group = distributed.group.WORLD if group is None else group
+    if group is distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group must have this process in it; got one without it")
+    if not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(f"group must be a ProcessGroup, a DeviceMesh or None; got {type(group).__name__}")
+    return group.group_name, group.size(), group.rank()
+
+
+def all_gather(tensor: Tensor, size: int, name: str) -> Tensor:
+    """``[W, ...]``: that of each rank of a group, all of one shape. It waits, is traced, and has no gradient."""
+    collective = torch.ops._c10d_functional
+    gathered = collective.all_gather_into_tensor(tensor.contiguous().flatten(), size, name)
+    return collective.wait_tensor(gathered).view(size, *tensor.shape)
 
 
 def is_dtensor(tensor: object) -> bool:

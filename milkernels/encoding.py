@@ -257,7 +257,7 @@ class _Encoding:
             raise RuntimeError(f"{_OTHER}: [{start}, {end}) had {self.kind}, and now has {_kind(rows)}")
 
     def _differ(self, before: Tensor, now: Tensor) -> Tensor:
-        """Whether they are other features, and not the same to rounding: kernels may differ where no graph is recorded."""
+        """Whether they are not the same to rounding: kernels may be other ones where no graph is recorded."""
         types = [dtype for _, dtype, enabled in self.autocast if enabled] + [self.kind[0]]
         most = max(torch.finfo(dtype).eps for dtype in types) ** 0.5
         return ((before - now).abs() > most * before).any()

@@ -31,13 +31,14 @@ LAYERS = {
     "ops": 3,
     "merging": 6,
     "visualize": 6,
-    "nn": 7,
-    "integrations": 8,
-    "losses": 8,
-    "": 9,  # milkernels/__init__.py
-    "testing": 10,
-    "bench": 11,
-    "__main__": 12,
+    "distributed": 7,
+    "nn": 8,
+    "integrations": 9,
+    "losses": 9,
+    "": 10,  # milkernels/__init__.py
+    "testing": 11,
+    "bench": 12,
+    "__main__": 13,
 }
 TOOLS = ("testing", "bench", "__main__")
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from milkernels import ops, results
 from milkernels.arguments import check_choice, check_count, check_flag, check_instances, check_number, check_share
 from milkernels.bags import Bags
-from milkernels.layers import ACTIVATIONS, Embed
+from milkernels.distributed import Ranks, all_critical, all_max, all_mean, all_merge, as_ranks, seed_of_rank
+from milkernels.layers import ACTIVATIONS, Embed, as_linear
+from milkernels.ops.segments import rows_at
 
 Instances = Tensor | Bags
 Seed = Tensor | int | None
@@ -55,7 +57,30 @@ def _per_row(name: str, t: Tensor, x: Instances) -> Tensor:
     return Bags.from_nested(t).values if t.is_nested else t.flatten(0, 1)
 
 
-class _Linears(nn.Module):
+class _Spread(nn.Module):
+    """A module whose bags may be spread over the ranks of a group."""
+
+    def __init__(self, group=None):
+        super().__init__()
+        self.group: Ranks | None = None if group is None else as_ranks(group)
+
+    def _merged(self, pooled, offsets: Tensor | None):
+        """What this rank pooled, merged with what the others did."""
+        return pooled if self.group is None else all_merge(pooled, self.group, offsets=offsets)
+
+    def _seed(self, seed: Seed, x: Tensor, p: float, embed: Embed | None) -> Seed:
+        """What the op is given: another seed on every rank where anything is dropped, since it counts rows from 0."""
+        drops = p or (embed is not None and Embed(*embed).dropout_p)
+        if self.group is None or not drops:
+            return seed
+        seed = torch.randint(2**63 - 1, (1,), device=x.device) if seed is None else seed
+        return seed_of_rank(seed, self.group)
+
+    def _describe_group(self) -> str:
+        return "" if self.group is None else f", group={self.group.name!r} of {self.group.size}"
+
+
+class _Linears(_Spread):
     """A module with parameters of linear layers: ``<prefix>weight [out, in]``, ``<prefix>bias [out]`` or None."""
 
     in_dim: int
@@ -101,6 +126,7 @@ class AttentionPool(_Linears):
         dropout: the share of hidden units dropped in training, on both branches independently, in [0, 1].
         bias: whether V and U have biases.
         score_bias: whether w has one; the softmax does not see it, the scores do.
+        group: the ranks over which bags are spread, as in `all_merge`; None: this process has all of them.
 
     Attributes:
         v_weight, u_weight: ``[D, L]``; v_bias, u_bias: ``[D]`` or None.  u_* only if gated.
@@ -118,10 +144,11 @@ class AttentionPool(_Linears):
         dropout: float = 0.0,
         bias: bool = True,
         score_bias: bool = True,
+        group=None,
         device=None,
         dtype=None,
     ):
-        super().__init__()
+        super().__init__(group)
         for name, size in (("in_dim", in_dim), ("hidden_dim", hidden_dim), ("heads", heads)):
             check_count(name, size)
         for name, flag in (("gated", gated), ("bias", bias), ("score_bias", score_bias)):
@@ -148,19 +175,27 @@ class AttentionPool(_Linears):
         """``Pooled(bag [B, K, L], scores [N, K], lse [B, K])``; ``seed`` fixes what dropout drops."""
         values, offsets, mask = ragged(x, offsets, mask, self._width(embed))
         v, w = (self.v_weight, self.v_bias), (self.w_weight, self.w_bias)
-        options = {"activation": self.activation, "dropout_p": self.dropout if self.training else 0.0}
-        options |= {"seed": seed, "embed": embed, "mask": mask}
+        dropout = self.dropout if self.training else 0.0
+        options = {"activation": self.activation, "dropout_p": dropout, "embed": embed, "mask": mask}
+        options |= {"seed": self._seed(seed, values, dropout, embed)}
         if self.gated:
-            return ops.gated_attention_pool(values, v, (self.u_weight, self.u_bias), w, offsets, **options)
-        return ops.attention_pool(values, v, w, offsets, **options)
+            pooled = ops.gated_attention_pool(values, v, (self.u_weight, self.u_bias), w, offsets, **options)
+        else:
+            pooled = ops.attention_pool(values, v, w, offsets, **options)
+        return self._merged(pooled, offsets)
 
     def extra_repr(self) -> str:
         sizes = ("in_dim", "hidden_dim", "heads")
-        return self._describe(*sizes, "gated", "activation", "dropout", "bias", "score_bias")
+        options = ("gated", "activation", "dropout", "bias", "score_bias")
+        return self._describe(*sizes, *options) + self._describe_group()
 
 
-class SoftmaxPool(nn.Module):
-    """Pooling by given scores: `softmax_pool`."""
+class SoftmaxPool(_Spread):
+    """Pooling by given scores: `softmax_pool`.
+
+    Args:
+        group: the ranks over which bags are spread, as in `all_merge`; None: this process has all of them.
+    """
 
     def forward(
         self, x: Instances, scores: Tensor, offsets: Tensor | None = None, mask: Tensor | None = None
@@ -170,7 +205,11 @@ class SoftmaxPool(nn.Module):
         ``scores`` are ``[N, K]``, one row per row of ``x``; beside padded or nested ``x`` also in its form.
         """
         values, offsets, mask = ragged(x, offsets, mask)
-        return ops.softmax_pool(values, _per_row("scores", scores, x), offsets, mask=mask)
+        pooled = ops.softmax_pool(values, _per_row("scores", scores, x), offsets, mask=mask)
+        return self._merged(pooled, offsets)
+
+    def extra_repr(self) -> str:
+        return self._describe_group()[2:]
 
 
 class DSMIL(_Linears):
@@ -191,6 +230,9 @@ class DSMIL(_Linears):
         value_dropout: the share of the value's inputs dropped in training, in [0, 1]; only with a value.
         scale: of the scores.  None is ``Q ** -0.5`` as the authors have it; the paper (v1, eq. 5) has 1.
         bias: whether the classifier, query and value have biases.
+        group: the ranks over which bags are spread, as in `all_merge`; None: this process has all of them.  With one,
+            ``values`` are the maxima over all ranks, ``critical`` rows of this rank, -1 where another one has the
+            critical instance.
 
     Attributes:
         weight: ``[C, L]``; bias: ``[C]`` or None: the instance classifier.
@@ -210,10 +252,11 @@ class DSMIL(_Linears):
         value_dropout: float = 0.0,
         scale: float | None = None,
         bias: bool = True,
+        group=None,
         device=None,
         dtype=None,
     ):
-        super().__init__()
+        super().__init__(group)
         check_choice("value", value, VALUES)
         check_flag("nonlinear_query", nonlinear_query)
         check_flag("bias", bias)
@@ -248,20 +291,41 @@ class DSMIL(_Linears):
         """``DSMILOutput(bag [B, C, Lv], scores [N, C], lse, critical, values [B, C], logits [N, C])``; ``seed`` fixes
         what dropout drops."""
         values, offsets, mask = ragged(x, offsets, mask, self._width(embed))
-        options = {"seed": seed, "embed": embed, "scale": self.scale, "mask": mask}
+        dropout = self.value_dropout if self.value and self.training else 0.0
+        first = {"seed": self._seed(seed, values, dropout, embed), "embed": embed, "mask": mask}
+        second = {"scale": self.scale}
         if self.nonlinear_query:
-            options |= {"q2": (self.q2_weight, self.q2_bias)}
+            second |= {"q2": (self.q2_weight, self.q2_bias)}
         if self.value:
-            options |= {"value": (self.v_weight, self.v_bias)}
-            options |= {"value_activation": None if self.value == "linear" else self.value}
-            options |= {"value_dropout_p": self.value_dropout if self.training else 0.0}
+            second |= {"value": (self.v_weight, self.v_bias), "value_dropout_p": dropout}
+            second |= {"value_activation": None if self.value == "linear" else self.value}
         classifier, q = (self.weight, self.bias), (self.q_weight, self.q_bias)
-        return ops.dsmil(values, classifier, q, offsets, **options)
+        if self.group is None:
+            return ops.dsmil(values, classifier, q, offsets, **first, **second)
+        return self._over_ranks(values, classifier, q, offsets, first, second)
+
+    def _over_ranks(self, x, classifier, q, offsets, first: dict, second: dict) -> results.DSMILOutput:
+        """The critical instances of all ranks first: every rank scores its own rows against them."""
+        values, indices, logits = ops.instance_max(x, classifier, offsets, **first)
+        rows = _critical_rows(x, indices, first["embed"], first["seed"])
+        critical = all_critical(rows, values, self.group)
+        pooled = self._merged(ops.dsmil_pool(x, critical.rows, q, offsets, **first, **second), offsets)
+        here = torch.where(critical.rank == self.group.rank, indices, -1)
+        return results.DSMILOutput(pooled.bag, pooled.scores, pooled.lse, here, critical.values, logits)
 
     def extra_repr(self) -> str:
         value = ("value_dim", "value_dropout") if self.value else ()
         options = self._describe("nonlinear_query", "value", *value, "scale")
-        return f"{self._describe('in_dim', 'num_classes', 'query_dim')}, {options}, bias={self.bias is not None}"
+        return f"{self._describe('in_dim', 'num_classes', 'query_dim')}, {options}, bias={self.bias is not None}{self._describe_group()}"
+
+
+def _critical_rows(x: Tensor, indices: Tensor, embed: Embed | None, seed: Seed) -> Tensor:
+    """``[B, C, L]``, or embedded; zeros for an index of -1."""
+    if embed is None or x.shape[0] == 0:
+        width = x.shape[1] if embed is None else as_linear("embed.linear", embed[0], x.shape[1], x)[0].shape[0]
+        return rows_at(x if embed is None else x.new_zeros(0, width), indices)
+    rows = ops.embed_instances(x, embed, indices.clamp(min=0).flatten(), seed=seed).unflatten(0, indices.shape)
+    return rows.masked_fill((indices < 0)[..., None], 0)
 
 
 class LossAttention(_Linears):
@@ -273,13 +337,14 @@ class LossAttention(_Linears):
         in_dim: L, features of an instance.
         num_classes: C.
         bias: whether there is one.
+        group: the ranks over which bags are spread, as in `all_merge`; None: this process has all of them.
 
     Attributes:
         weight: ``[C, L]``; bias: ``[C]`` or None.
     """
 
-    def __init__(self, in_dim: int, num_classes: int, bias: bool = True, *, device=None, dtype=None):
-        super().__init__()
+    def __init__(self, in_dim: int, num_classes: int, bias: bool = True, *, group=None, device=None, dtype=None):
+        super().__init__(group)
         check_count("in_dim", in_dim)
         check_count("num_classes", num_classes)
         check_flag("bias", bias)
@@ -299,26 +364,47 @@ class LossAttention(_Linears):
         """``LossAttentionPooled(bag [B, 1, L], scores [N, 1], lse [B, 1], logits [N, C])``; ``seed`` fixes what the
         dropout of ``embed`` drops."""
         values, offsets, mask = ragged(x, offsets, mask, self._width(embed))
-        options = {"seed": seed, "embed": embed, "mask": mask}
-        return ops.loss_attention_pool(values, (self.weight, self.bias), offsets, **options)
+        options = {"seed": self._seed(seed, values, 0.0, embed), "embed": embed, "mask": mask}
+        pooled = ops.loss_attention_pool(values, (self.weight, self.bias), offsets, **options)
+        return self._merged(pooled, offsets)
 
     def extra_repr(self) -> str:
-        return f"{self._describe('in_dim', 'num_classes')}, bias={self.bias is not None}"
+        return f"{self._describe('in_dim', 'num_classes')}, bias={self.bias is not None}{self._describe_group()}"
 
 
-class MeanPool(nn.Module):
-    """The mean of each bag: `mean_pool`."""
+class MeanPool(_Spread):
+    """The mean of each bag: `mean_pool`.
+
+    Args:
+        group: the ranks over which bags are spread, as in `all_merge`; None: this process has all of them.
+    """
 
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """``[B, L]``."""
         values, offsets, mask = ragged(x, offsets, mask)
-        return ops.mean_pool(values, offsets, mask=mask)
+        mean = ops.mean_pool(values, offsets, mask=mask)
+        if self.group is None:
+            return mean
+        ones = torch.ones_like(values[:, :1], dtype=torch.float64)
+        return all_mean(mean, ops.weighted_pool(ones, ones, offsets, mask=mask).flatten(), self.group)
+
+    def extra_repr(self) -> str:
+        return self._describe_group()[2:]
 
 
-class MaxPool(nn.Module):
-    """The maximum of each bag, feature by feature: `max_pool`."""
+class MaxPool(_Spread):
+    """The maximum of each bag, feature by feature: `max_pool`.
+
+    Args:
+        group: the ranks over which bags are spread, as in `all_merge`; None: this process has all of them.  With one,
+            ``indices`` are rows of this rank, -1 where another one has the maximum.
+    """
 
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> results.MaxPooled:
         """``MaxPooled(values [B, L], indices [B, L])``."""
         values, offsets, mask = ragged(x, offsets, mask)
-        return ops.max_pool(values, offsets, mask=mask)
+        pooled = ops.max_pool(values, offsets, mask=mask)
+        return pooled if self.group is None else results.MaxPooled(*all_max(*pooled, self.group))
+
+    def extra_repr(self) -> str:
+        return self._describe_group()[2:]
