@@ -124,7 +124,9 @@ def all_mean(mean: Tensor, counts: Tensor, ranks: Ranks) -> Tensor:
     """The mean of bags ``[B, L]``, of every rank's mean ``[B, L]`` of ``counts [B]`` rows."""
     if ranks.size == 1:
         return mean
-    top = torch.zeros_like(counts, dtype=torch.promote_types(mean.dtype, torch.float32)).masked_fill(counts == 0, -torch.inf)
+    top = torch.zeros_like(counts, dtype=torch.promote_types(mean.dtype, torch.float32)).masked_fill(
+        counts == 0, -torch.inf
+    )
     return _Merge.apply(mean[:, None], top[:, None], counts[:, None], ranks)[0][:, 0]
 
 

@@ -1,6 +1,5 @@
 """`encode_in_chunks` on several ranks, which have different numbers of patches: DDP and FSDP2 around it."""
 
-
 import pytest
 import torch
 import torch.distributed as dist
