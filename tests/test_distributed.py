@@ -1,4 +1,4 @@
-"""Bags spread over ranks: what they pool together is what one process pools, and what DDP makes of the gradients too."""
+"""Bags spread over ranks: what they pool together, and what DDP makes of the gradients, is what one process has."""
 
 import copy
 import time
@@ -166,10 +166,10 @@ def spread(rank, ranks, name, dtype, masked):
 def test_exact(ranks):
     """Every module, in float64, with and without a mask, in one set of processes."""
     answers = run(everything, ranks, ranks)
-    for key in answers[0]:
-        for errors, bits, chosen in (answer[key] for answer in answers):
+    for key, (_, bits, chosen) in answers[0].items():
+        for errors, its_bits, _ in (answer[key] for answer in answers):
             assert all(e < 1e-14 * (8 if name in ("x", "weights") else 4) for name, e in errors.items()), (key, errors)
-            assert all(map(torch.equal, bits, answers[0][key][1])), "equal on all ranks"
+            assert all(map(torch.equal, its_bits, bits)), "equal on all ranks"
         if chosen:
             here = torch.stack([answer[key][2]["here"] for answer in answers])
             assert torch.equal(here.amax(0), chosen["all"]) and ((here >= 0).sum(0) <= 1).all(), key

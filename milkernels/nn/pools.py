@@ -70,8 +70,10 @@ class _Spread(nn.Module):
 
     def _seed(self, seed: Seed, x: Tensor, p: float, embed: Embed | None) -> Seed:
         """What the op is given: another seed on every rank where anything is dropped, since it counts rows from 0."""
-        drops = p or (embed is not None and Embed(*embed).dropout_p)
-        if self.group is None or not drops:
+        if self.group is None:
+            return seed
+        drops = p or (isinstance(embed, tuple | list) and Embed(*embed).dropout_p)  # what else it is, the op refuses
+        if not drops:
             return seed
         seed = torch.randint(2**63 - 1, (1,), device=x.device) if seed is None else seed
         return seed_of_rank(seed, self.group)
