@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from milkernels._torch import has_values, pytree, ragged_dimension
 from milkernels.arguments import check_dense, check_instances, check_type, readable
@@ -330,11 +330,24 @@ class Bags:
 
 
 class Parts:
-    """Bags whose instances are never there at once, such as `StreamedBag`: an op that is given one hands itself to
-    it."""
+    """Bags whose instances are never there at once, such as `StreamedBag`: what an op or a model has of them is asked
+    for here."""
 
-    def run(self, op: Callable, arguments: dict[str, Any]):
+    def run(self, op: Callable, arguments: dict[str, Any]) -> Any:
         """What ``op(**arguments)`` stands for; ``arguments`` has all of them, and this one among them."""
+        raise NotImplementedError
+
+    def through(self, layer: Callable[[Tensor, Tensor | None], Tensor], modules: Iterable[nn.Module] = ()) -> "Parts":
+        """The same bags behind one more layer, ``layer(rows [n, L], mask [n] or None)``, whose parameters are those of
+        ``modules``."""
+        raise NotImplementedError
+
+    def expecting(self, width: int | None) -> "Parts":
+        """The same bags, an error if they are not so wide; None: any."""
+        raise NotImplementedError
+
+    def instances(self, mask: Tensor | None = None) -> Tensor:
+        """All rows at once, behind their layers: ``[N, L]``, differentiable in these."""
         raise NotImplementedError
 
 

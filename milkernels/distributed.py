@@ -4,17 +4,17 @@
 first; of some bags it may have none, and it may have none at all.  ``scores``, ``logits`` and indices stay with the
 rank that holds the rows; ``bag``, ``lse`` and what is made of them are the same numbers on every rank, to the last bit.
 
-**Gradients.**  The objective is the mean over ranks of their losses, as DistributedDataParallel and FSDP2 have it: these
-average the gradients of parameters, and that is all that has to be done.  The gradient of a rank's own instances is that
-of the sum over ranks.  The backward communicates too, so that either every rank calls it, or none.
+**Gradients.**  The objective is the mean over ranks of their losses, as DistributedDataParallel and FSDP2 have it.
+These average the gradients of parameters, and nothing else has to be done.  The gradient of a rank's own instances is
+that of the sum over ranks.  The backward communicates too, so either every rank calls it, or none.
 
-**What is sent.**  One all-gather of ``[B, K, L + 2]`` numbers forward and one of ``[B, K, L + 1]`` backward, whatever the
-number of instances; they are added in the order of ranks, so runs repeat to the last bit.  All ops are those of
-functional collectives, which torch.compile traces, over gloo, NCCL or whatever serves the group.
+**What is sent.**  An all-gather of ``[B, K, L + 2]`` numbers forward and one of ``[B, K, L + 1]`` backward, whatever
+the number of instances.  They are added in the order of ranks, so runs repeat to the last bit.  These are functional
+collectives, which torch.compile traces, over gloo, NCCL or whatever serves the group.
 
->>> pooled = gated_attention_pool(x, v, u, w, offsets)          # of this rank's rows        # doctest: +SKIP
->>> pooled = all_merge(pooled, offsets=offsets)                 # of the rows of all ranks   # doctest: +SKIP
->>> pooled = AttentionPool(512, group=dist.group.WORLD)(x, offsets)        # the same        # doctest: +SKIP
+    pooled = gated_attention_pool(x, v, u, w, offsets)                    # of this rank's rows
+    pooled = all_merge(pooled, offsets=offsets)                           # of the rows of all ranks
+    pooled = AttentionPool(512, group=dist.group.WORLD)(x, offsets)       # both in one
 """
 
 from typing import NamedTuple, TypeVar
@@ -69,7 +69,7 @@ def all_merge(pooled: Part, group=None, *, offsets: Tensor | None = None) -> Par
 
     Returns:
         The type of ``pooled``: ``bag`` and ``lse`` are those of all ranks' rows, equal on every rank; ``scores``,
-        ``logits``, and all else are this rank's own, as they came.  `attention_weights` makes this rank's weights of it.
+        ``logits``, and all else are this rank's own, as they came.  `attention_weights` of it are this rank's weights.
 
     - **Gradients** flow through bag, lse, scores and logits.  Once differentiable.
     - **DSMIL**: the part has to be scored against the critical instance of the whole bag, which `all_critical` finds:
@@ -106,8 +106,8 @@ def all_critical(rows: Tensor, values: Tensor, group=None) -> CriticalInstances:
     Returns:
         ``CriticalInstances(rows [B, C, L], values [B, C], rank [B, C])``, equal on every rank: where several have the
         largest value, those of the lowest rank, as the lowest row wins in `instance_max`; NaN is larger than any
-        number.  Where no rank has one, rows are 0, values -inf and rank is -1.  The gradients of rows and values, summed
-        over ranks, go to the rank that had them.
+        number.  Where no rank has one, rows are 0, values -inf and rank is -1.  The gradients of rows and values,
+        summed over ranks, go to the rank that had them.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `all_merge`.

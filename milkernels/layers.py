@@ -50,7 +50,7 @@ def as_linear(name: str, layer: Linear, width: int, x: Tensor, out: int | None =
     elif isinstance(layer, Tensor):
         weight, bias = layer, None
     else:
-        weight, bias = _parameters_of(name, layer)
+        weight, bias = parameters_of(name, layer)
     device = x.device
     if not (
         in_order(weight, device)
@@ -65,7 +65,7 @@ def as_linear(name: str, layer: Linear, width: int, x: Tensor, out: int | None =
     return weight, bias
 
 
-def _parameters_of(name: str, layer) -> tuple[Tensor, Tensor | None]:
+def parameters_of(name: str, layer) -> tuple[Tensor, Tensor | None]:
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"{name} must be an nn.Linear, a weight or a pair (weight, bias); got {type(layer).__name__}")
     if type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__:

@@ -25,10 +25,10 @@ _groups: dict[int, "_Group"] = {}  # by their size: starting processes takes lon
 def run(function: Callable, ranks: int, *args, seconds: float = 120, timeout: float | None = None) -> list:
     """What ``function(rank, *args)`` returns in each of them, in order: numbers, tensors and lists of them.
 
-    The first error of a rank is raised here.  They are the same processes for every call, unless the last one failed;
+    Errors of ranks are raised here.  They are the same processes for every call, unless the last one failed;
     with a ``timeout``, that of the group, they are started for this call alone.
     """
-    group = _Group(ranks, timeout) if timeout else _groups.pop(ranks, None) or _Group(ranks, 60)
+    group = _Group(ranks, timeout) if timeout else _groups.pop(ranks, None) or _Group(ranks, 20)
     try:
         answers = group.call(function, args, time.monotonic() + seconds)
     except BaseException:
@@ -64,9 +64,8 @@ class _Group:
                 answers.append(torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False))
             except EOFError:
                 answers.append("it died")
-        for rank, answer in enumerate(answers):
-            if isinstance(answer, str):
-                raise RuntimeError(f"rank {rank}: {answer}")
+        if errors := [f"rank {rank}: {answer}" for rank, answer in enumerate(answers) if isinstance(answer, str)]:
+            raise RuntimeError("\n".join(errors))  # the others may only have waited for one of them
         return [answer[0] for answer in answers]
 
     def end(self) -> None:

@@ -32,6 +32,7 @@ LAYERS = {
     "merging": 6,
     "visualize": 6,
     "distributed": 7,
+    "streaming": 7,
     "nn": 8,
     "integrations": 9,
     "losses": 9,

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from milkernels import ops, results
 from milkernels._torch import called_hooks, has_global_hooks, has_own, is_traceable_wrapper_subclass
 from milkernels.arguments import DTYPES, check_choice, check_count, check_share, check_type
+from milkernels.bags import Parts
 from milkernels.dtypes import compute_dtype_of
 from milkernels.layers import Embed
 from milkernels.nn.pools import DSMIL, AttentionPool, Instances, LossAttention, ragged
@@ -72,12 +73,8 @@ def _embed(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The bags as `ragged` gives them, embedded; ``then`` is what takes them."""
     values, offsets, mask = ragged(x, offsets, mask, in_dim)
-    if len(embed) == 0:
-        _check_type(values, then)
-        return values, offsets, mask
-    _check_type(values, embed[0])
-    values, mask = _cleared(values, mask)
-    return embed(values), offsets, mask
+    embedded, mask = _through([embed] if len(embed) else [], values, mask, embed[0] if len(embed) else then)
+    return embedded, offsets, mask
 
 
 def _pooled(pool: nn.Module, embed: nn.Module, x, offsets, mask, in_dim: int):
@@ -88,12 +85,22 @@ def _pooled(pool: nn.Module, embed: nn.Module, x, offsets, mask, in_dim: int):
         return pool(*_embed(embed, x, offsets, mask, in_dim, pool))
     values, offsets, mask = ragged(x, offsets, mask, in_dim)
     before = list(embed)[:-3]
-    _check_type(values, before[0] if before else pool)
-    if before:
-        values, mask = _cleared(values, mask)
-    for layer in before:
-        values = layer(values)
+    values, mask = _through(before, values, mask, before[0] if before else pool)
     return pool(values, offsets, mask, embed=last)
+
+
+def _through(
+    layers: Sequence[nn.Module], values: Tensor | Parts, mask: Tensor | None, first: nn.Module
+) -> tuple[Tensor | Parts, Tensor | None]:
+    """``(values behind the layers, mask)``; ``first`` is what takes them."""
+    if isinstance(values, Parts):
+        return values.through(lambda rows, mask: _through(layers, rows, mask, first)[0], layers), mask
+    _check_type(values, first)
+    if layers:
+        values, mask = _cleared(values, mask)
+    for layer in layers:
+        values = layer(values)
+    return values, mask
 
 
 def _check_type(x: Tensor, layer: nn.Module) -> None:
@@ -130,6 +137,21 @@ def _cleared(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None
     is NaN."""
     mask = checked_mask(mask, values)
     return (values if mask is None else values.masked_fill(~mask[:, None], 0)), mask
+
+
+def _instance_logits(model: "_Pooling", values: Tensor | Parts, offsets: Tensor | None, mask: Tensor | None):
+    """``(logits [N, C] of the instances, offsets, mask)``, with their bags on the device of the logits."""
+
+    def classify(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        values, mask = (values, mask) if len(model.embed) else _cleared(values, mask)
+        return model.classifier(values), mask
+
+    if not isinstance(values, Parts):
+        logits, mask = classify(values, mask)
+        return logits, offsets, mask
+    logits = values.through(lambda rows, mask: classify(rows, mask)[0], [model.classifier]).instances(mask)
+    offsets, mask = (None if t is None else t.to(logits.device) for t in (offsets, mask))
+    return logits, offsets, checked_mask(mask, logits)
 
 
 # Models
@@ -377,9 +399,7 @@ class InstancePooling(_Pooling):
 
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> InstancePrediction:
         values, offsets, mask = _embed(self.embed, x, offsets, mask, self.in_dim, self.classifier)
-        if len(self.embed) == 0:
-            values, mask = _cleared(values, mask)
-        instance_logits = self.classifier(values)
+        instance_logits, offsets, mask = _instance_logits(self, values, offsets, mask)
         z = instance_logits.to(torch.promote_types(instance_logits.dtype, torch.float32))
         eps, bags = torch.finfo(z.dtype).eps, (offsets, mask)
         if self.pooling in _LOGITS:

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from milkernels import ops, results
 from milkernels.arguments import check_choice, check_count, check_flag, check_instances, check_number, check_share
-from milkernels.bags import Bags
+from milkernels.bags import Bags, Parts
 from milkernels.distributed import Ranks, all_critical, all_max, all_mean, all_merge, as_ranks, seed_of_rank
 from milkernels.layers import ACTIVATIONS, Embed, as_linear
 from milkernels.ops.segments import rows_at
 
-Instances = Tensor | Bags
+Instances = Tensor | Bags | Parts
 Seed = Tensor | int | None
 VALUES = (None, "linear", "relu")
 
@@ -24,6 +24,8 @@ def ragged(
     x: Instances, offsets: Tensor | None, mask: Tensor | None, width: int | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(values [N, L], offsets, mask [N])`` of bags in any form; ``width`` is the L that is needed."""
+    if isinstance(x, Parts):
+        return x.expecting(width), offsets, mask
     if not isinstance(x, Bags | Tensor):
         hint = "; make one of them by Bags.from_list" if isinstance(x, list | tuple) else ""
         raise TypeError(f"x must be a tensor or Bags; got {type(x).__name__}{hint}")
@@ -66,16 +68,20 @@ class _Spread(nn.Module):
 
     def _merged(self, pooled, offsets: Tensor | None):
         """What this rank pooled, merged with what the others did."""
-        return pooled if self.group is None else all_merge(pooled, self.group, offsets=offsets)
+        if self.group is None:
+            return pooled
+        offsets = None if offsets is None else offsets.to(pooled.bag.device)  # those of a stream may be elsewhere
+        return all_merge(pooled, self.group, offsets=offsets)
 
-    def _seed(self, seed: Seed, x: Tensor, p: float, embed: Embed | None) -> Seed:
+    def _seed(self, seed: Seed, x: Tensor | Parts, p: float, embed: Embed | None) -> Seed:
         """What the op is given: another seed on every rank where anything is dropped, since it counts rows from 0."""
         if self.group is None:
             return seed
         drops = p or (isinstance(embed, tuple | list) and Embed(*embed).dropout_p)  # what else it is, the op refuses
         if not drops:
             return seed
-        seed = torch.randint(2**63 - 1, (1,), device=x.device) if seed is None else seed
+        if seed is None:
+            seed = torch.randint(2**63 - 1, (1,), device=x.device if isinstance(x, Tensor) else None)
         return seed_of_rank(seed, self.group)
 
     def _describe_group(self) -> str:
@@ -308,26 +314,49 @@ class DSMIL(_Linears):
 
     def _over_ranks(self, x, classifier, q, offsets, first: dict, second: dict) -> results.DSMILOutput:
         """The critical instances of all ranks first: every rank scores its own rows against them."""
-        values, indices, logits = ops.instance_max(x, classifier, offsets, **first)
-        rows = _critical_rows(x, indices, first["embed"], first["seed"])
-        critical = all_critical(rows, values, self.group)
+        found = ops.instance_max(x, classifier, offsets, **first)
+        if isinstance(x, Parts):
+            rows = _critical_rows_of_parts(x, found, offsets, first["mask"], first["embed"])
+        else:
+            rows = _critical_rows(x, found.indices, first["embed"], first["seed"])
+        critical = all_critical(rows, found.values, self.group)
         pooled = self._merged(ops.dsmil_pool(x, critical.rows, q, offsets, **first, **second), offsets)
-        here = torch.where(critical.rank == self.group.rank, indices, -1)
-        return results.DSMILOutput(pooled.bag, pooled.scores, pooled.lse, here, critical.values, logits)
+        here = torch.where(critical.rank == self.group.rank, found.indices, -1)
+        return results.DSMILOutput(pooled.bag, pooled.scores, pooled.lse, here, critical.values, found.logits)
 
     def extra_repr(self) -> str:
         value = ("value_dim", "value_dropout") if self.value else ()
         options = self._describe("nonlinear_query", "value", *value, "scale")
-        return f"{self._describe('in_dim', 'num_classes', 'query_dim')}, {options}, bias={self.bias is not None}{self._describe_group()}"
+        sizes = self._describe("in_dim", "num_classes", "query_dim")
+        return f"{sizes}, {options}, bias={self.bias is not None}{self._describe_group()}"
 
 
 def _critical_rows(x: Tensor, indices: Tensor, embed: Embed | None, seed: Seed) -> Tensor:
-    """``[B, C, L]``, or embedded; zeros for an index of -1."""
-    if embed is None or x.shape[0] == 0:
-        width = x.shape[1] if embed is None else as_linear("embed.linear", embed[0], x.shape[1], x)[0].shape[0]
-        return rows_at(x if embed is None else x.new_zeros(0, width), indices)
+    """``x[indices]``, or embedded, ``[B, C, L]``; zeros for an index of -1."""
+    if embed is None:
+        return rows_at(x, indices)
+    if x.shape[0] == 0:
+        return x.new_zeros(*indices.shape, as_linear("embed.linear", embed[0], x.shape[1], x)[0].shape[0])
     rows = ops.embed_instances(x, embed, indices.clamp(min=0).flatten(), seed=seed).unflatten(0, indices.shape)
     return rows.masked_fill((indices < 0)[..., None], 0)
+
+
+def _critical_rows_of_parts(x: Parts, first: results.InstanceMax, offsets, mask, embed: Embed | None) -> Tensor:
+    """The same by one more read: sums of all rows, of which one has a weight that is not 0."""
+    if embed is not None and Embed(*embed).dropout_p:
+        raise ValueError(
+            f"embed must drop nothing where a bag that is read in pieces is spread over ranks too; got dropout_p="
+            f"{Embed(*embed).dropout_p}"
+        )
+    count, num_classes = first.logits.shape
+    at = torch.where(first.indices < 0, count, first.indices)
+    weights = first.logits.new_zeros(count + 1, num_classes).scatter(0, at, 1.0)[:-1]
+    rows = ops.weighted_pool(x, weights, offsets, mask=mask)
+    if embed is None:
+        return rows
+    flat = rows.flatten(0, 1)
+    embedded = ops.embed_instances(flat, embed, torch.arange(flat.shape[0], device=flat.device))
+    return embedded.unflatten(0, rows.shape[:2]).masked_fill((first.indices < 0)[..., None], 0)
 
 
 class LossAttention(_Linears):
@@ -387,11 +416,23 @@ class MeanPool(_Spread):
         mean = ops.mean_pool(values, offsets, mask=mask)
         if self.group is None:
             return mean
-        ones = torch.ones_like(values[:, :1], dtype=torch.float64)
-        return all_mean(mean, ops.weighted_pool(ones, ones, offsets, mask=mask).flatten(), self.group)
+        return all_mean(mean, _counts(values, offsets, mask).to(mean.device), self.group)
 
     def extra_repr(self) -> str:
         return self._describe_group()[2:]
+
+
+def _counts(x: Tensor | Parts, offsets: Tensor | None, mask: Tensor | None) -> Tensor:
+    """How many instances of each bag are real: float64 ``[B]``."""
+    if mask is None and offsets is not None:
+        return offsets.diff().double()
+    if mask is not None:
+        real = (mask != 0).double()[:, None]
+    elif isinstance(x, Parts):  # which knows the number of its rows when it has read them
+        real = x.through(lambda rows, _: rows.new_ones(rows.shape[0], 1, dtype=torch.float64)).instances()
+    else:
+        real = x.new_ones(x.shape[0], 1, dtype=torch.float64)
+    return ops.weighted_pool(real, torch.ones_like(real), offsets).flatten()
 
 
 class MaxPool(_Spread):

@@ -10,7 +10,7 @@ _LOW = 0xFFFFFFFF
 
 
 def seed_of_part(seed: Tensor | int, first_row: int) -> Tensor | int:
-    """The seed for a call on the part of a batch that begins at row ``first_row``, so that every part drops other units.
+    """The seed for a call on the part of a batch that begins at row ``first_row``: every part drops other units.
 
     Ops count rows from 0, so parts that share a seed would drop the same units again.  The first part keeps the seed;
     those of others are its hash with their first row, by the mixing function of SplitMix64 (Steele, Lea, Flood 2014).

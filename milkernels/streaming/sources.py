@@ -1,0 +1,281 @@
+"""Where the pieces of a bag come from, and how they are read again.
+
+A source gives pieces by their *places*.  One that slices finds a piece by its place alone, so some of them can be left
+out; a function's iterator has to be gone through from its beginning.
+"""
+
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milkernels.arguments import check_type
+
+FORMATS = (
+    "an array or tensor that slices, the path of a file (.npy, .pt, .h5), a list of these, or a function that returns "
+    "an iterator of pieces [n, L]"
+)
+
+
+def as_source(source: Any, rows: int) -> "Sliced | Made":
+    """The source of pieces of at most so many rows.
+
+    Raises:
+        TypeError: what is none of these: an iterator, which could be read once, before all.
+        ValueError: an array that is not ``[N, L]``, or a tensor that requires a gradient; an empty list.
+    """
+    if isinstance(source, Tensor | str | os.PathLike) or _slices(source):
+        return Sliced([source], rows)
+    if callable(source):
+        return Made(source, rows)
+    if isinstance(source, list | tuple):
+        if not source:
+            raise ValueError("source must hold at least one array or path; got an empty list")
+        return Sliced(source, rows)
+    hint = "; give a function that returns a new one" if isinstance(source, Iterator) else ""
+    raise TypeError(f"source must be {FORMATS}; got {type(source).__name__}{hint}")
+
+
+def as_rows(piece: Any, name: str) -> Tensor:
+    """What a source gave as a tensor ``[n, L]``; NumPy's memory is taken as it is."""
+    if not isinstance(piece, Tensor):
+        try:
+            piece = torch.from_numpy(piece) if type(piece).__module__ == "numpy" else torch.as_tensor(piece)
+        except (TypeError, ValueError, RuntimeError) as error:
+            got = getattr(piece, "dtype", type(piece).__name__)
+            raise TypeError(f"{name} must be a tensor, or an array of a type that PyTorch has; got {got}") from error
+    if piece.ndim != 2:
+        raise ValueError(f"{name} must be [n, L]; got shape {tuple(piece.shape)}")
+    if piece.requires_grad:
+        raise ValueError(f"{name} must not require a gradient: features in pieces get none; got requires_grad=True")
+    return piece
+
+
+def _slices(source: Any) -> bool:
+    return hasattr(source, "shape") and hasattr(source, "__getitem__") and not isinstance(source, type)
+
+
+class Sliced:
+    """Arrays one behind another, each opened when it is reached if it is a file."""
+
+    def __init__(self, arrays: Sequence, rows: int):
+        self.arrays, self.rows = list(arrays), rows
+        for i, array in enumerate(self.arrays):
+            name = _name(i, self.arrays)
+            if isinstance(array, str | os.PathLike):
+                _opener(array, name)
+            elif not isinstance(array, Tensor) and not _slices(array):
+                raise TypeError(f"{name} must be an array or tensor that slices, or a path; got {type(array).__name__}")
+            else:
+                _check_array(array, name)
+
+    def __len__(self) -> int:
+        """How many rows there are; opens all files."""
+        with contextlib.closing(self._opened()) as opened:
+            return sum(array.shape[0] for _, array in opened)
+
+    def pieces(self, places: Sequence | None = None) -> Iterator[tuple[Any, Tensor]]:
+        """``(place, piece)``: all of them, or those at these places."""
+        if places is None:
+            for i, array in self._opened():
+                for start in range(0, array.shape[0], self.rows):
+                    place = (i, start, min(start + self.rows, array.shape[0]))
+                    yield place, self._piece(array, place)
+                if len(self.arrays) == 1 and array.shape[0] == 0:
+                    yield (0, 0, 0), self._piece(array, (0, 0, 0))
+            return
+        wanted: dict[int, list] = {}
+        for place in places:
+            wanted.setdefault(place[0], []).append(place)
+        for i, array in self._opened(list(wanted)):
+            for place in wanted[i]:
+                yield place, self._piece(array, place)
+
+    def _opened(self, which: Sequence[int] | None = None) -> Iterator[tuple[int, Any]]:
+        for i in range(len(self.arrays)) if which is None else which:
+            array, name = self.arrays[i], _name(i, self.arrays)
+            if not isinstance(array, str | os.PathLike):
+                yield i, array
+                continue
+            with _opener(array, name)(Path(array)) as opened:
+                _check_array(opened, f"{name} ({os.fspath(array)})")
+                yield i, opened
+
+    def _piece(self, array: Any, place: tuple[int, int, int]) -> Tensor:
+        i, start, stop = place
+        piece = array[start:stop]
+        if _is_mapped(piece):
+            piece = piece.copy()  # here, so that who computes does not wait for the pages
+        elif isinstance(piece, Tensor) and not isinstance(self.arrays[i], Tensor):
+            piece = piece.clone()
+        piece = as_rows(piece, _name(i, self.arrays))
+        if piece.shape[0] != stop - start:
+            got = f"{piece.shape[0]} of rows {start} to {stop}"
+            raise ValueError(
+                f"{_name(i, self.arrays)} must have the {array.shape[0]} rows that its shape says; got {got}"
+            )
+        return piece
+
+
+class Made:
+    """What a function's iterator gives; its place is how many came before."""
+
+    def __init__(self, make: Callable[[], Iterable], rows: int):
+        self.make, self.rows = make, rows
+
+    def pieces(self, places: Sequence | None = None) -> Iterator[tuple[int, Tensor]]:
+        made = self.make()
+        check_type("what source returns", made, Iterable, "an iterator of pieces")
+        count, last = 0, None if places is None else max(places, default=-1)
+        wanted = None if places is None else set(places)
+        for i, given in enumerate(made):
+            given = as_rows(given, f"piece {i} of source")
+            for piece in given.split(self.rows) if given.shape[0] else ():
+                if last is not None and count > last:
+                    return
+                if wanted is None or count in wanted:
+                    yield count, piece
+                count += 1
+
+
+def _name(i: int, arrays: Sequence) -> str:
+    return "source" if len(arrays) == 1 else f"source[{i}]"
+
+
+def _check_array(array: Any, name: str) -> None:
+    if len(array.shape) != 2 or array.shape[1] < 1:
+        raise ValueError(f"{name} must be [N, L]; got shape {tuple(array.shape)}")
+    if isinstance(array, Tensor):
+        as_rows(array[:0], name)
+        if array.layout is not torch.strided or array.is_nested:
+            raise TypeError(f"{name} must be a dense tensor; got layout {array.layout}")
+
+
+def _is_mapped(piece: Any) -> bool:
+    """Whether it is a view of a file in NumPy's memory map, whose pages are read when they are looked at."""
+    while piece is not None and type(piece).__module__.startswith("numpy"):
+        if type(piece).__name__ == "memmap":
+            return True
+        piece = getattr(piece, "base", None)
+    return False
+
+
+# Files
+
+
+def _opener(path: str | os.PathLike, name: str) -> Callable:
+    openers = {".npy": _Npy, ".pt": _torch_file, ".pth": _torch_file, ".h5": _h5_file, ".hdf5": _h5_file}
+    suffix = Path(path).suffix
+    if suffix not in openers:
+        raise ValueError(f"{name} must end with one of {', '.join(openers)}; got {os.fspath(path)!r}")
+    return openers[suffix]
+
+
+class _Npy:
+    """A .npy file ``[N, L]``, of which slices are read: a memory map would count as memory, all of it."""
+
+    def __init__(self, path: Path):
+        import numpy as np
+
+        self._file = path.open("rb")
+        try:
+            version = np.lib.format.read_magic(self._file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            self.shape, by_columns, self.dtype = read(self._file)
+            if by_columns and min(self.shape, default=0) > 1:
+                raise ValueError(f"{path} must be stored row by row; got Fortran order")
+            if self.dtype.hasobject:
+                raise ValueError(f"{path} must hold numbers; got {self.dtype}")
+            self._start = self._file.tell()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __getitem__(self, rows: slice) -> Any:
+        import numpy as np
+
+        width = self.shape[1]
+        self._file.seek(self._start + rows.start * width * self.dtype.itemsize)
+        out = np.empty((rows.stop - rows.start, width), self.dtype)
+        size, memory = self._file.readinto(out.data.cast("B") if out.size else bytearray()), out.nbytes
+        if size != memory:
+            raise EOFError(f"{self._file.name} ends before row {rows.stop} of the {self.shape[0]} that its header says")
+        return out
+
+    def __enter__(self) -> "_Npy":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+
+@contextlib.contextmanager
+def _torch_file(path: Path) -> Iterator[Tensor]:
+    loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(loaded, Tensor):
+        raise TypeError(f"{path} must hold a tensor [N, L]; got {type(loaded).__name__}")
+    yield loaded
+
+
+@contextlib.contextmanager
+def _h5_file(path: Path) -> Iterator[Any]:
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        if "features" not in file:
+            raise ValueError(f"{path} must have a dataset 'features'; got {sorted(file)}")
+        yield file["features"]
+
+
+# Reading ahead
+
+
+class Prefetched:
+    """An iterator that a thread of its own reads ahead, so many pieces; what that raises is raised here.
+
+    `close` ends the thread, and waits until it has ended.
+    """
+
+    def __init__(self, pieces: Iterator, ahead: int):
+        self._pieces, self._stop = pieces, threading.Event()
+        self._queue: queue.Queue = queue.Queue(max(ahead - 1, 1))  # and one is in the hand of the thread
+        self._thread = threading.Thread(target=self._work, name="milkernels-stream", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            for piece in self._pieces:
+                self._queue.put((piece, None))
+                del piece  # the queue has it, for as long as nobody took it
+                if self._stop.is_set():
+                    return
+            self._queue.put((None, StopIteration()))
+        except BaseException as error:
+            self._queue.put((None, error))
+        finally:
+            close = getattr(self._pieces, "close", None)
+            if close is not None:
+                close()
+
+    def __iter__(self) -> "Prefetched":
+        return self
+
+    def __next__(self) -> Any:
+        piece, error = self._queue.get()
+        if error is not None:
+            self._queue.put((None, error))  # for who asks once more
+            raise error
+        return piece
+
+    def close(self) -> None:
+        self._stop.set()
+        while self._thread.is_alive():  # which may wait for room in the queue
+            with contextlib.suppress(queue.Empty):
+                self._queue.get(timeout=0.02)
+        self._thread.join()
