@@ -5,9 +5,9 @@
 DIR holds MNIST's four files as published.  A bag has 1,000 digits, and is positive if some of them are a 9; negative
 bags have none.  Both ways have the same small convolutional encoder, drawn from the same seed, and gated attention
 behind it.  *Frozen*, as features of slides usually are: the encoder stays as it is drawn, and attention is trained on
-its features.  *End to end*: every digit of every bag trains the encoder, by `milkernels.encode_in_chunks`, whose memory
-is that of a chunk; the table beside the AUCs says how much a step takes, for bags of several sizes, and what it takes in
-one graph.
+its features.  *End to end*: every digit of every bag trains the encoder, by `milkernels.encode_in_chunks`, whose
+memory is that of a chunk; the table beside the AUCs says how much a step takes, for bags of several sizes, and what it
+takes in one graph.
 """
 
 import argparse
