@@ -156,11 +156,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"Gradients against one graph of the same chunks: {told}\n", flush=True)
     if "memory" in parts:
         print(f"Memory of a step beyond what was held before, chunks of {CHUNK}:\n")
-        print("| patches |", " | ".join(WAYS), "|\n|" + "---:|" * (len(WAYS) + 1))
+        print("| patches |", " | ".join(WAYS), "| features and their gradient |\n|" + "---:|" * (len(WAYS) + 2))
         for count in args.counts:
             ways = [way for way in WAYS if way == "encode_in_chunks" or count <= args.graph]
             cells = {way: _cell(ask("benchmarks.encoder.peak", {"way": way, "count": count}, 3600)) for way in ways}
-            print(f"| {count:,} |", " | ".join(cells.get(way, "not measured") for way in WAYS), "|", flush=True)
+            told = " | ".join(cells.get(way, "not measured") for way in WAYS)
+            print(f"| {count:,} | {told} | {2 * 4 * count * FEATURES / 1e6:.1f} MB |", flush=True)
         print()
     if "time" in parts:
         taken = seconds(args.timed, args.rounds)
