@@ -4,7 +4,9 @@ They look at types, shapes and devices, so they cost microseconds and can be tra
 free: on the CPU, outside of a trace.
 """
 
+import importlib
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -150,6 +152,18 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1; got {value}")
     if value >= _COUNTS:
         raise ValueError(f"{name} must be below 2^31; got {value}")
+
+
+def required(name: str, user: str, install: str) -> ModuleType:
+    """A module that only ``user`` needs; ``install`` is what pip installs it by.
+
+    Raises:
+        ImportError: it is not there.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{user} needs {name.split('.')[0]}: pip install {install}; got: {error}") from error
 
 
 def checked_seed(seed: Tensor | int | None, p_name: str, p: float, x: Tensor) -> Tensor | None:

@@ -11,14 +11,13 @@ NumPy, and matplotlib for `heatmap`, are imported when a function is called: ``p
 >>> figure = visualize.heatmap(second.coords, second.weights[:, 0], title="slide 2")
 """
 
-import importlib
 import os
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from milkernels.arguments import check_choice, check_dense, check_number
+from milkernels.arguments import check_choice, check_dense, check_number, required
 from milkernels.bags import Bags
 from milkernels.ops.scores import attention_weights
 from milkernels.results import DSMILPooled, LossAttentionPooled, Pooled
@@ -143,11 +142,7 @@ def heatmap(
 
 
 def _require(name: str):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        needed = name.split(".")[0]
-        raise ImportError(f"milkernels.visualize needs {needed}: pip install milkernels[viz]; got: {error}") from error
+    return required(name, "milkernels.visualize", "milkernels[viz]")
 
 
 def _array(name: str, values: Any):

@@ -6,6 +6,7 @@ Every ``forward(x, offsets=None, mask=None)`` takes bags in any of these forms, 
 - ``x [N, L]`` with ``offsets [B + 1]``, or without: one bag.  ``mask [N]`` or None.
 - Padded ``x [B, M, L]`` with ``mask [B, M]``, non-zero = real, or None: all are.  ``offsets`` is None.
 - A jagged nested tensor ``[B, ragged, L]``; ``offsets`` and ``mask`` are None.
+- A `StreamedBag`, which is read in pieces, with ``offsets`` and ``mask`` of all rows, or without.
 
 A list of bags becomes one by ``Bags.from_list``.  Results are those of the ops, with their conventions: a field with a
 row per instance has one per row of the flattened batch, padding included.

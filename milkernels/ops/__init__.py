@@ -6,6 +6,8 @@ Conventions of all of them:
   back to back.  ``offsets [B + 1]``, int32 or int64 on the device of ``x``, starts at 0, never decreases and ends at
   N.  Bag b is ``x[offsets[b]:offsets[b + 1]]`` and may be empty.  ``offsets=None`` is one bag.  Offsets on the CPU are
   checked; elsewhere and under tracing wrong offsets give wrong numbers.
+- **Parts.**  A `StreamedBag` in the place of ``x`` is read in pieces; ``offsets``, ``mask`` and what else has a row for
+  each instance are those of the whole.
 - **Mask.**  ``mask [N]``, bool or 0/1 of any type, non-zero = real.  A masked instance has weight 0,
   gradient 0 and scores or logits of -inf, whatever its row holds, NaN included.  A given score of -inf
   means the same for one head.  Other values in a floating-point mask, such as the 0 and -inf of one that

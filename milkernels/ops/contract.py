@@ -15,8 +15,10 @@ Autocast: an op is opaque to autocast (the key falls through).  ``compute_dtype`
 kernels convert operands tile by tile; casting ``x`` as a whole would keep an [N, L] copy for the backward.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -286,8 +288,11 @@ def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            with _torch.below_autograd():
-                result = forward_op(*grouped(inputs))
+            if _here.forwards is None:
+                with _torch.below_autograd():
+                    result = forward_op(*grouped(inputs))
+            else:
+                result = _here.forwards.taken()
             results = result if isinstance(result, tuple) else (result,)
             known = (*inputs, *results)
             ctx.set_materialize_grads(False)
@@ -483,6 +488,8 @@ def call(op: str, backend: str, *inputs, embed: tuple = NO_EMBEDDING):
     overload, entry, apply, declared = _CALLS[op, backend]
     if op in EMBEDDED:
         inputs = (*inputs, *embed)
+    if _here.forwards is not None:
+        return _here.forwards.call(op, backend, inputs)
     differentiated = torch.is_grad_enabled() and _requires_grad(inputs, declared.tensors)
     if keeps := op in KEEPING:
         inputs = (*inputs, saving.limit_of(inputs[0]) if differentiated and not torch.compiler.is_exporting() else 0)
@@ -497,3 +504,77 @@ def call(op: str, backend: str, *inputs, embed: tuple = NO_EMBEDDING):
     if not keeps:
         return results
     return results[:-1] if len(results) > 2 else results[0]
+
+
+# A backward without its forward, for what is read again
+
+
+class _Here(threading.local):
+    forwards: "Forwards | None" = None
+
+
+_here = _Here()
+
+
+class Forwards:
+    """The raw forwards of a block that records them, in turn, for one that resumes them: there the same calls get these
+    results, and a graph to the same backward, and no kernel runs.  So the backward of a piece needs no other forward
+    than the one that was.  The reference has no raw forwards: its calls run again.
+
+    Args:
+        limit: how many bytes these forwards may keep, all together, of what their backward would compute again.
+    """
+
+    def __init__(self, limit: int):
+        self._left, self._results, self._next = limit, [], None
+
+    @property
+    def kept(self) -> int:
+        """The bytes that they keep."""
+        return sum(results[-1].numel() for keeps, results in self._results if keeps)
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """The block in which they run, where no gradients are recorded."""
+        self._results.clear()
+        with self._active(None):
+            yield
+
+    @contextlib.contextmanager
+    def resumed(self) -> Iterator[None]:
+        """A block with the same calls on the same numbers."""
+        if not self._results:
+            yield
+            return
+        with self._active(0):
+            yield
+
+    @contextlib.contextmanager
+    def _active(self, first: int | None) -> Iterator[None]:
+        before, self._next, _here.forwards = _here.forwards, first, self
+        try:
+            yield
+        finally:
+            _here.forwards = before
+
+    def call(self, op: str, backend: str, inputs: Sequence):
+        _, entry, apply, declared = _CALLS[op, backend]
+        if keeps := op in KEEPING:
+            inputs = (*inputs, self._left)
+        if self._next is not None:
+            results = apply(*inputs)
+        else:
+            with _torch.below_autograd():
+                results = entry(*declared.grouped(inputs))
+            self._results.append((keeps, results if isinstance(results, tuple) else (results,)))
+            self._left -= results[-1].numel() if keeps and self._left > 0 else 0
+        if not keeps:
+            return results
+        return results[:-1] if len(results) > 2 else results[0]
+
+    def taken(self):
+        """The results of the next call, as tensors of their own, which a graph may begin at."""
+        _, results = self._results[self._next]
+        self._next += 1
+        results = tuple(t.detach() for t in results)
+        return results if len(results) > 1 else results[0]

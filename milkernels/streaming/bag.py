@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from milkernels.arguments import check_count
+from milkernels import _torch
+from milkernels.arguments import check_count, check_dense
 from milkernels.bags import Parts
 from milkernels.streaming import pooling
 from milkernels.streaming.reading import Layer, Source
@@ -81,7 +82,7 @@ class StreamedBag(Parts):
             raise ValueError(f"prefetch must be at least 0; got {prefetch}")
         if transform is not None and not callable(transform):
             raise TypeError(f"transform must be a function or an nn.Module; got {type(transform).__name__}")
-        device = None if device is None else torch.empty(0, device=device).device  # with its index
+        device = None if device is None else _device(device)
         self.rows, self.prefetch, self.transform, self.device = rows, prefetch, transform, device
         self._reads = _Reads()
         self._source = Source(as_source(source, rows), device, prefetch, (), (), self._reads.add)
@@ -102,6 +103,8 @@ class StreamedBag(Parts):
             raise RuntimeError(
                 "a StreamedBag is read by Python, which is not traced; call the model without a compiler"
             )
+        if _torch.transforming():
+            raise RuntimeError("a StreamedBag is differentiated by autograd alone; torch.func needs the bag in memory")
         return pooling.run(self._source, op, {n: v for n, v in arguments.items() if v is not self})
 
     def through(self, layer: Layer, modules: Iterable[nn.Module] = ()) -> "StreamedBag":
@@ -125,6 +128,23 @@ class StreamedBag(Parts):
         """All rows at once, behind their layers: ``[N, L]``, differentiable in these."""
         return pooling.instances(self._source, mask)
 
+    @torch.no_grad()
+    def take(self, rows: Tensor) -> Tensor:
+        """Some rows ``[n, L]``, behind ``transform``; without gradients.
+
+        Of what slices these are read alone; a function's iterator is gone through.
+
+        Args:
+            rows: int64 ``[n]``, from 0 on; not the -1 by which ops say that there is none.
+
+        Raises:
+            TypeError, ValueError: rows of another type or shape, or outside of ``[0, N)``.
+        """
+        check_dense("rows", rows)
+        if rows.ndim != 1 or rows.dtype != torch.int64:
+            raise ValueError(f"rows must be int64 [n]; got {rows.dtype} {list(rows.shape)}")
+        return pooling.take(self._source, rows)
+
     def _with(self, layer: Layer, modules: tuple[nn.Module, ...]) -> Source:
         source = self._source
         return source._replace(layers=(*source.layers, layer), modules=(*source.modules, *modules))
@@ -133,12 +153,22 @@ class StreamedBag(Parts):
         return f"StreamedBag(rows={self.rows}, device={self.device}, prefetch={self.prefetch})"
 
 
+def _device(device: torch.device | str | int) -> torch.device:
+    """The device, with its index."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(f"device must be one that PyTorch has here; got {device!r}") from error
+
+
 def _layer_of(transform: Callable[[Tensor], Tensor]) -> Layer:
     trained = isinstance(transform, nn.Module)
 
     def layer(rows: Tensor, _: Tensor | None) -> Tensor:
         features = transform(rows)
-        if not trained and isinstance(features, Tensor) and features.requires_grad:
+        if not isinstance(features, Tensor):
+            raise TypeError(f"transform must give a tensor; got {type(features).__name__}")
+        if features.requires_grad and not trained:
             raise ValueError("transform must be the nn.Module itself where its parameters are trained; got a function")
         return features
 

@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milkernels import ops
-from milkernels.dtypes import converted
-from milkernels.layers import as_linear
+from milkernels import ops, saving
+from milkernels.arguments import checked_seed
+from milkernels.dtypes import compute_dtype_of, converted
+from milkernels.layers import as_linear, checked_embed
 from milkernels.merging import LogSum, log_sum_of, merge_ragged
-from milkernels.ops.segments import INF, Segments, gather
+from milkernels.ops.contract import Forwards
+from milkernels.ops.embedding import embedded
+from milkernels.ops.segments import INF, Segments, gather, rows_at
 from milkernels.results import DSMILOutput, DSMILPooled, InstanceMax, LossAttentionPooled, MaxPooled, Pooled
 from milkernels.streaming.reading import Piece, Reading, Source
 from milkernels.streaming.replay import Arguments, Call, Results, Seed
@@ -40,6 +43,19 @@ def instances(source: Source, mask: Tensor | None) -> Tensor:
     return Call(reading, Arguments({}), produce, Seed(None, False)).results()["rows"]
 
 
+def take(source: Source, rows: Tensor) -> Tensor:
+    """Some rows, behind the layers."""
+    wanted = rows.unique().cpu()
+    if len(wanted) and wanted[0] < 0:
+        raise ValueError(f"rows must be at least 0; got {int(wanted[0])}")
+    found = source.source.rows_at(wanted.tolist())
+    if len(found) != len(wanted):
+        raise ValueError(f"rows must be within the source, which has fewer; got {int(wanted[-1])}")
+    chosen = found[torch.searchsorted(wanted, rows.cpu())]
+    chosen = chosen if source.device is None else chosen.to(source.device)
+    return Reading(source, None, None, {}).features(Piece(chosen, 0, len(chosen), None, None, slice(0, 1)))
+
+
 _PER_ROW = ("scores", "weights", "critical")
 _PER_BAG = ("query", "critical")
 
@@ -57,11 +73,31 @@ class _Run:
 
     def __init__(self, op: Callable, reading: Reading, seed: Seed):
         self.op, self.reading, self.seed = op, reading, seed
+        self._forwards: dict[tuple[str, int], Forwards] = {}  # by op and piece, where there will be a backward
+        self._kept = 0
 
     def call(self, arguments: Given, produce: Callable[[Tensor, Piece, Given], Results]) -> Results:
         per_bag = [name for name in _PER_BAG if getattr(arguments.get(name), "ndim", 0) == 3]
         per_row = [name for name in _PER_ROW if name not in per_bag]
-        return Call(self.reading, Arguments(arguments, per_row, per_bag), produce, self.seed).results()
+        call = Call(self.reading, Arguments(arguments, per_row, per_bag), produce, self.seed)
+        self._differentiated = call.is_differentiated()
+        return call.results()
+
+    def of_piece(self, op: Callable, x: Tensor, piece: Piece, given: Given):
+        """The op of a piece; at its second read only what its backward starts from."""
+        given = given | {"offsets": piece.offsets, "mask": piece.mask}
+        if torch.is_grad_enabled():
+            with self._forwards[op.__name__, piece.start].resumed():
+                return op(x, **given)
+        if not self._differentiated:
+            return op(x, **given)
+        limit = saving.limit_of(x)
+        forwards = Forwards(limit if limit == saving.ALL else max(limit - self._kept, 0))
+        with forwards.recorded():
+            result = op(x, **given)
+        self._kept += forwards.kept
+        self._forwards[op.__name__, piece.start] = forwards
+        return result
 
     def segments(self, parts: Tensor) -> Segments:
         """Of what pieces say of their bags."""
@@ -73,7 +109,7 @@ class _Run:
 
 def _pool(run: _Run, arguments: Given) -> Pooled | LossAttentionPooled:
     def produce(x: Tensor, piece: Piece, given: Given) -> Results:
-        return _of_pooled(run.op(x, offsets=piece.offsets, mask=piece.mask, **given), piece)
+        return _of_pooled(run.of_piece(run.op, x, piece, given), piece)
 
     results = run.call(arguments, produce)
     bag, lse = _merged(run, results)
@@ -84,7 +120,7 @@ def _pool(run: _Run, arguments: Given) -> Pooled | LossAttentionPooled:
 
 def _softmax_pool(run: _Run, arguments: Given) -> Pooled:
     def produce(x: Tensor, piece: Piece, given: Given) -> Results:
-        return _of_pooled(ops.softmax_pool(_widened(x), offsets=piece.offsets, mask=piece.mask, **given), piece)
+        return _of_pooled(run.of_piece(ops.softmax_pool, _widened(x), piece, given), piece)
 
     kind, produce = _typed(produce)
     results = run.call(arguments, produce)
@@ -98,7 +134,7 @@ def _mean_pool(run: _Run, arguments: Given) -> Tensor:
     def produce(x: Tensor, piece: Piece, given: Given) -> Results:
         x = _widened(x)
         equal = x.new_zeros(x.shape[0], 1)
-        results = _of_pooled(ops.softmax_pool(x, equal, piece.offsets, mask=piece.mask, **given), piece)
+        results = _of_pooled(run.of_piece(ops.softmax_pool, x, piece, given | {"scores": equal}), piece)
         del results["scores"]
         return results
 
@@ -153,7 +189,7 @@ def _scores(run: _Run, arguments: Given) -> Tensor:
 
 def _weighted_pool(run: _Run, arguments: Given) -> Tensor:
     def produce(x: Tensor, piece: Piece, given: Given) -> Results:
-        return {"bag": ops.weighted_pool(_widened(x), offsets=piece.offsets, mask=piece.mask, **given)}
+        return {"bag": run.of_piece(ops.weighted_pool, _widened(x), piece, given)}
 
     kind, produce = _typed(produce)
     bags = run.call(arguments, produce)["bag"]
@@ -165,7 +201,7 @@ def _weighted_pool(run: _Run, arguments: Given) -> Tensor:
 
 def _max_pool(run: _Run, arguments: Given) -> MaxPooled:
     def produce(x: Tensor, piece: Piece, given: Given) -> Results:
-        found = ops.max_pool(x, piece.offsets, mask=piece.mask, **given)
+        found = run.of_piece(ops.max_pool, x, piece, given)
         return {"values": found.values, "indices": _in_whole(found.indices, piece)}
 
     results = run.call(arguments, produce)
@@ -194,7 +230,7 @@ def _first_stream(run: _Run, arguments: Given, rows: bool = True) -> tuple[Tenso
     plain = rows and not trained and not _drops({"embed": embed})
 
     def produce(x: Tensor, piece: Piece, given: Given) -> Results:
-        found = ops.instance_max(x, offsets=piece.offsets, mask=piece.mask, **given)
+        found = run.of_piece(ops.instance_max, x, piece, given)
         results = {"values": found.values, "indices": _in_whole(found.indices, piece), "logits": found.logits}
         if rows:
             results["rows"] = _rows_at(x, found.indices, None if plain else given.get("embed"), given.get("seed"))
@@ -207,22 +243,25 @@ def _first_stream(run: _Run, arguments: Given, rows: bool = True) -> tuple[Tenso
         return values, indices, None, results["logits"]
     critical = _of_pieces(results["rows"], chosen)
     if plain:  # so few rows are embedded and classified here, which spares a read to hand them their gradients
+        critical = critical.detach()
         if embed is not None:
-            every = torch.arange(critical.shape[0] * critical.shape[1], device=critical.device)
-            embedded = ops.embed_instances(critical.flatten(0, 1), embed, every).view(*critical.shape[:2], -1)
-            critical = embedded.masked_fill((indices < 0)[..., None], 0)
-        values = _with_gradient(values.detach(), _logits_of(critical, arguments["classifier"]))
+            every = torch.arange(indices.numel(), device=critical.device).view(indices.shape)
+            critical = _rows_at(critical.flatten(0, 1), every.masked_fill(indices < 0, -1), embed, None)
+        logits = _logits_of(critical, arguments["classifier"])
+        values = _Valued.apply(values.detach(), logits.masked_fill(indices < 0, -INF))
     return values, indices, critical, results["logits"]
 
 
 def _rows_at(x: Tensor, indices: Tensor, embed, seed) -> Tensor:
     """The instances at these rows, 0 where there is none: ``[b, C, L]``."""
+    rows = rows_at(x, indices)  # 0 before they are embedded too: what a masked row holds reaches no weight
+    if embed is None:
+        return rows
+    weight, bias, activation, p = checked_embed(embed, x)
+    options = checked_seed(seed, "embed.dropout_p", p, x), activation, p, compute_dtype_of(x)
     flat = indices.clamp(min=0).flatten()
-    if x.shape[0] == 0:
-        width = x.shape[1] if embed is None else as_linear("embed.linear", embed[0], x.shape[1], x)[0].shape[0]
-        return x.new_zeros(*indices.shape, width)
-    rows = x.index_select(0, flat) if embed is None else ops.embed_instances(x, embed, flat, seed=seed)
-    return rows.unflatten(0, indices.shape).masked_fill((indices < 0)[..., None], 0)
+    rows = embedded(rows.flatten(0, 1), None, weight, bias, *options, rows=flat).unflatten(0, indices.shape)
+    return rows.masked_fill((indices < 0)[..., None], 0)
 
 
 def _of_pieces(rows: Tensor, chosen: Tensor) -> Tensor:
@@ -239,9 +278,17 @@ def _logits_of(critical: Tensor, classifier) -> Tensor:
     return logits if bias is None else logits + bias.to(kind)
 
 
-def _with_gradient(values: Tensor, of: Tensor) -> Tensor:
-    """The values, with the gradient of ``of``."""
-    return values + torch.where(of.isfinite(), of - of.detach(), 0).to(values.dtype)
+class _Valued(torch.autograd.Function):
+    """The values, with the graph of others that are the same but for rounding."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, others: Tensor) -> Tensor:
+        ctx.dtype = others.dtype
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad.to(ctx.dtype)
 
 
 # DSMIL
@@ -281,7 +328,7 @@ def _second_stream(run: _Run, arguments: Given, critical: Tensor, indices: Tenso
     """``indices`` say which classes of which bags have no critical instance; None: all have one."""
 
     def produce(x: Tensor, piece: Piece, given: Given) -> Results:
-        return _of_pooled(ops.dsmil_pool(x, offsets=piece.offsets, mask=piece.mask, **given), piece)
+        return _of_pooled(run.of_piece(ops.dsmil_pool, x, piece, given), piece)
 
     results = run.call(arguments | {"critical": critical}, produce)
     scores = results["scores"]

@@ -6,6 +6,7 @@ backward reads the pieces again, computes each once more, and hands it the gradi
 gradient is 0 are not read.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +19,7 @@ from milkernels._torch import pytree
 from milkernels.dtypes import accumulation_dtype
 from milkernels.layers import parameters_of
 from milkernels.ops.dropout import seed_of_part
+from milkernels.saving import saved_bytes
 from milkernels.streaming.reading import Piece, Reading
 
 Results = dict[str, Tensor]
@@ -77,7 +79,11 @@ class Call:
         self.reading, self.arguments, self.produce, self.seed = reading, arguments, produce, seed
         self.names: list[str] = []
         self.sizes: list[list[int]] = []  # of what it says of each piece
-        self.backend = _context.current()
+        self.backend, self.limit = _context.current(), _context.current_saved_bytes()
+
+    def is_differentiated(self) -> bool:
+        tensors = (*self.arguments.tensors, *self.reading.parameters)
+        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
     def results(self) -> Results:
         """By name what it says of all pieces, one behind another."""
@@ -116,7 +122,8 @@ class Call:
         ]
         parts = [self._split(grad, [sizes[j] for sizes in self.sizes]) for j, grad in enumerate(grads)]
         wanted = [i for i in range(len(self.sizes)) if any(p is not None and bool(p[i].any()) for p in parts)]
-        with self.reading.some(wanted) as pieces:
+        kept = contextlib.nullcontext() if self.limit is None else saved_bytes(self.limit)
+        with kept, self.reading.some(wanted) as pieces:
             for i, piece in pieces:
                 given = {name: p[i] for name, p in zip(self.names, parts, strict=True) if p is not None}
                 found = self._gradients_of_piece(i, piece, own, needs, given)

@@ -7,6 +7,7 @@ out; a function's iterator has to be gone through from its beginning.
 import contextlib
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milkernels.arguments import check_type
+from milkernels.arguments import check_type, required
 
+_HELD_BY_US = 3  # references to memory: the list's, the loop's, and that of who counts them
 FORMATS = (
     "an array or tensor that slices, the path of a file (.npy, .pt, .h5), a list of these, or a function that returns "
     "an iterator of pieces [n, L]"
@@ -75,11 +77,6 @@ class Sliced:
             else:
                 _check_array(array, name)
 
-    def __len__(self) -> int:
-        """How many rows there are; opens all files."""
-        with contextlib.closing(self._opened()) as opened:
-            return sum(array.shape[0] for _, array in opened)
-
     def pieces(self, places: Sequence | None = None) -> Iterator[tuple[Any, Tensor]]:
         """``(place, piece)``: all of them, or those at these places."""
         if places is None:
@@ -96,6 +93,18 @@ class Sliced:
         for i, array in self._opened(list(wanted)):
             for place in wanted[i]:
                 yield place, self._piece(array, place)
+
+    def rows_at(self, rows: Sequence[int]) -> Tensor:
+        """These rows, which rise; without those beyond the last one."""
+        found, base, left = [], 0, list(rows)
+        with contextlib.closing(self._opened()) as opened:
+            for i, array in opened:
+                here = [row - base for row in left if row < base + array.shape[0]]
+                found += [self._piece(array, (i, 0, 0)), *(self._piece(array, (i, row, row + 1)) for row in here)]
+                base, left = base + array.shape[0], left[len(here) :]
+                if not left:
+                    break
+        return torch.cat(found)
 
     def _opened(self, which: Sequence[int] | None = None) -> Iterator[tuple[int, Any]]:
         for i in range(len(self.arrays)) if which is None else which:
@@ -143,6 +152,18 @@ class Made:
                     yield count, piece
                 count += 1
 
+    def rows_at(self, rows: Sequence[int]) -> Tensor:
+        """These rows, which rise; without those beyond the last one."""
+        found, base, left = [], 0, list(rows)
+        with contextlib.closing(self.pieces()) as pieces:
+            for _, piece in pieces:
+                here = [row - base for row in left if row < base + piece.shape[0]]
+                found.append(piece[here])
+                base, left = base + piece.shape[0], left[len(here) :]
+                if not left:
+                    break
+        return torch.cat(found) if found else torch.empty(0, 1)
+
 
 def _name(i: int, arrays: Sequence) -> str:
     return "source" if len(arrays) == 1 else f"source[{i}]"
@@ -181,9 +202,8 @@ class _Npy:
     """A .npy file ``[N, L]``, of which slices are read: a memory map would count as memory, all of it."""
 
     def __init__(self, path: Path):
-        import numpy as np
-
-        self._file = path.open("rb")
+        np = required("numpy", "a .npy file", "numpy")
+        self._file, self._memory = path.open("rb"), []
         try:
             version = np.lib.format.read_magic(self._file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -198,15 +218,24 @@ class _Npy:
             raise
 
     def __getitem__(self, rows: slice) -> Any:
-        import numpy as np
 
         width = self.shape[1]
         self._file.seek(self._start + rows.start * width * self.dtype.itemsize)
-        out = np.empty((rows.stop - rows.start, width), self.dtype)
+        out = self._room((rows.stop - rows.start) * width).reshape(-1, width)
         size, memory = self._file.readinto(out.data.cast("B") if out.size else bytearray()), out.nbytes
         if size != memory:
             raise EOFError(f"{self._file.name} ends before row {rows.stop} of the {self.shape[0]} that its header says")
         return out
+
+    def _room(self, count: int) -> Any:
+        """For so many numbers: where pieces were that nobody holds any more, since new memory costs as much as the
+        reading."""
+        np = required("numpy", "a .npy file", "numpy")
+        free = next((m for m in self._memory if m.size == count and sys.getrefcount(m) <= _HELD_BY_US), None)
+        if free is None:
+            free = np.empty(count, self.dtype)
+            self._memory.append(free)
+        return free
 
     def __enter__(self) -> "_Npy":
         return self
@@ -225,9 +254,7 @@ def _torch_file(path: Path) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def _h5_file(path: Path) -> Iterator[Any]:
-    import h5py
-
-    with h5py.File(path, "r") as file:
+    with required("h5py", "an .h5 file", "h5py").File(path, "r") as file:
         if "features" not in file:
             raise ValueError(f"{path} must have a dataset 'features'; got {sorted(file)}")
         yield file["features"]
