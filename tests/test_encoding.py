@@ -1,8 +1,13 @@
 """`encode_in_chunks` is one graph of the same chunks, in the memory of one of them."""
 
 import copy
+import doctest
+import importlib
 import math
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +22,7 @@ from milkernels import encode_in_chunks
 from milkernels.bench.memory import allocator_peak
 
 COUNT, CHUNK, WIDTH = 50, 16, 12
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -518,3 +524,17 @@ def test_wrong_arguments(change, error, said):
     arguments = {"encoder": encoder(), "load": lambda a, b: x[a:b], "count": COUNT, "chunk": CHUNK} | change
     with pytest.raises(error, match=said):
         encode_in_chunks(**arguments)
+
+
+def test_the_example_of_the_docstring():
+    done = doctest.testmod(importlib.import_module("milkernels.encoding"))
+    assert done.attempted and not done.failed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["encoder", "ranks"])
+def test_benchmarks_run(command):
+    call = [sys.executable, "-m", f"benchmarks.{command}", "--quick"]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "median of 1 interleaved rounds" in done.stdout
