@@ -150,6 +150,8 @@ def markdown(results: dict) -> str:
     lines = [["encoder", "AUC on test bags", "seconds of a step, median"]]
     for way in WAYS:
         found = [row for row in rows if row["way"] == way and row["repeat"] >= 0]
+        if not found:
+            continue  # a page of a run that goes on
         aucs = [row["auc"] for row in found]
         spread = f" ± {statistics.stdev(aucs):.3f}" if len(aucs) > 1 else ""
         seconds = statistics.median(row["seconds"] for row in found)
