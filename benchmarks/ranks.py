@@ -29,6 +29,7 @@ from milkernels.nn import AttentionPool
 
 _held: dict[str, object] = {}  # of a rank, between calls
 _SECONDS = 600.0
+OTHER_ORDER = 0  # one process with the same rows mixed: what rounding does
 
 
 class Sent(TorchDispatchMode):
@@ -54,8 +55,10 @@ def features(rows: int, dim: int, start: int, end: int, dtype: torch.dtype) -> T
     return torch.cat(made).to(dtype) if made else torch.empty(0, dim, dtype=dtype)
 
 
-def join(emit: Emit, rank: int, ranks: int, folder: str, rows: int, dim: int, hidden: int, dtype: str) -> None:
-    """Makes the process a rank of a group with its share of a bag."""
+def join(
+    emit: Emit, rank: int, ranks: int, folder: str, rows: int, dim: int, hidden: int, dtype: str, mixed: bool = False
+) -> None:
+    """Makes the process a rank of a group with its share of a bag; ``mixed``: in another order."""
     torch.set_num_threads(1)
     kind = getattr(torch, dtype)
     if not dist.is_initialized():
@@ -63,6 +66,8 @@ def join(emit: Emit, rank: int, ranks: int, folder: str, rows: int, dim: int, hi
     torch.manual_seed(0)
     _held["pool"] = AttentionPool(dim, hidden, group=dist.group.WORLD if ranks > 1 else None, dtype=kind)
     _held["x"] = features(rows, dim, rows * rank // ranks, rows * (rank + 1) // ranks, kind)
+    if mixed:
+        _held["x"] = _held["x"][torch.randperm(len(_held["x"]))]
 
 
 def step(emit: Emit) -> None:
@@ -119,20 +124,23 @@ class Group:
 def exactness(sizes: Sequence[int], rows: int, dim: int, hidden: int) -> None:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for ranks in (1, *sizes):
-            group = Group(ranks, folder, rows=rows, dim=dim, hidden=hidden, dtype="float64")
-            paths = [str(Path(folder) / f"{ranks}-{r}.pt") for r in range(ranks)]
+        for ranks in (1, OTHER_ORDER, *sizes):
+            mixed, ranks_of = ranks == OTHER_ORDER, max(1, ranks)
+            where = tempfile.mkdtemp(dir=folder)
+            group = Group(ranks_of, where, rows=rows, dim=dim, hidden=hidden, dtype="float64", mixed=mixed)
+            paths = [str(Path(where) / f"{r}.pt") for r in range(ranks_of)]
             sent = group.call("results", [{"path": path} for path in paths])
             group.end()
             found[ranks] = [torch.load(path) for path in paths], sent[0]
     (whole,), _ = found[1]
     print(f"One bag of {rows:,} x {dim}, float64, against one process, and bytes that a rank sends in a call:\n")
     print("| processes | bag | lse | gradients | equal on all ranks | forward | backward |\n|" + "---:|" * 7)
-    for ranks in sizes:
+    for ranks in (OTHER_ORDER, *sizes):
         answers, sent = found[ranks]
         told = [f"{max(_error(a[key], whole[key]) for a in answers):.1e}" for key in ("bag", "lse", "gradients")]
         equal = all(torch.equal(a[key], answers[0][key]) for a in answers for key in a)
-        print(f"| {ranks} |", " | ".join(told), f"| {'yes' if equal else 'NO'} |", end=" ")
+        name = "1, rows in another order" if ranks == OTHER_ORDER else ranks
+        print(f"| {name} |", " | ".join(told), f"| {'yes' if equal else 'NO'} |", end=" ")
         print(f"{sent['forward']:,} | {sent['backward']:,} |")
     print(flush=True)
 
