@@ -352,6 +352,15 @@ def test_a_stream_is_not_traced():
         torch.func.grad(lambda w: milkernels.attention_scores(stream, w, torch.ones(1, 3)).sum())(torch.ones(3, L))
 
 
+@pytest.mark.slow
+def test_the_benchmark(capfd):
+    from benchmarks import stream
+
+    stream.main(["--fits", "3000", "--gigabytes", "0.02", "--rounds", "1", "--rows", "1024", "--model", "dsmil"])
+    out = capfd.readouterr().out
+    assert "duel: instances 3000" in out and "peak: file_gb 0.02" in out and "gradient_error" in out
+
+
 # The page of the documentation
 
 PAGE = Path(__file__).parent.parent / "docs" / "tutorials" / "large-bags.md"
