@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from benchmarks import calls, cuda, disk, gpu_grid, variants
+from benchmarks import calls, clam, cuda, disk, gpu_grid, variants
 from benchmarks.largest import largest_bag, refused
 from benchmarks.units import Unit
 from milkernels.bench import contenders, gate, harness, memory, report, roofline, run
@@ -156,6 +156,12 @@ def _disk(unit: Unit, emit: Emit) -> None:
         emit({"rows": [_row(mode, **row) for row in disk.rows(unit, mode)]})
 
 
+def _clam(unit: Unit, emit: Emit) -> None:
+    for mode in unit.modes:
+        emit(_doing("", mode))
+        emit({"rows": [_row(mode, **row) for row in clam.rows(unit, mode)]})
+
+
 def _largest(unit: Unit, emit: Emit) -> None:
     for mode, contender in unit.pairs():
         emit(_doing(contender, mode))
@@ -205,7 +211,15 @@ def _limits(unit: Unit, emit: Emit) -> None:
     emit({"rows": [_row("limits", "device", row)]})
 
 
-_KINDS = {"bench": _bench, "alone": _alone, "limits": _limits, "calls": _calls, "largest": _largest, "disk": _disk}
+_KINDS = {
+    "bench": _bench,
+    "alone": _alone,
+    "limits": _limits,
+    "calls": _calls,
+    "largest": _largest,
+    "disk": _disk,
+    "clam": _clam,
+}
 
 
 def compile_units(emit: Emit, units: list[str]) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from benchmarks import grid, pages, results
+from benchmarks import disk, grid, pages, results
 from benchmarks.figures import GATED
-from benchmarks.units import BFLOAT16, FLOAT32, Unit, named, unit
+from benchmarks.units import BFLOAT16, FLOAT16, FLOAT32, Unit, heavy_tailed_lengths, named, unit
 from milkernels.bench import cli
 from milkernels.bench.workload import fast_dtypes
 from milkernels.testing import CASES, even_lengths, skewed_lengths
@@ -37,14 +37,27 @@ _OUT = Path(__file__).parents[1] / "build" / "matrix.json"
 
 def units(dtypes: Sequence[str], threads: int = 0) -> list[Unit]:
     """``dtypes``: those that PyTorch has fast products for."""
+    about = {"device": "cpu", "threads": threads, "part": "matrix", "seconds": 300.0}
 
     def cell(op: str, lengths: Sequence[int], dtype: str = FLOAT32, dim: int = 512, **more) -> Unit:
         rows, learns = sum(lengths), len(CASES[op].tensors) > 1  # something beside the instances
         modes = ("fwd", "step", "frozen") if learns else ("fwd", "step")
         budget = len(modes) * (2.5 if rows > 30_000 else 0.8)
         return unit(
-            op, lengths, dim, "eager native", dtype=dtype, device="cpu", modes=modes, budget=budget, peaks=False,
-            threads=threads, part="matrix", seconds=300.0, **more,
+            op, lengths, dim, "eager native", dtype=dtype, modes=modes, budget=budget, peaks=False, **about, **more,
+        )  # fmt: skip
+
+    def whole(rows: int) -> Unit:
+        return unit(
+            f"{GATED}_embed", (rows,), 1024, "eager native", dtype=FLOAT32, modes=("fwd", "step"), kind="clam",
+            budget=6.0, suffix=": CLAM_SB whole", **about,
+        )  # fmt: skip
+
+    def files(dtype: str) -> Unit:
+        lengths = heavy_tailed_lengths(4, 5_000, 1.0, 200, 20_000)
+        return unit(
+            GATED, lengths, 1024, "eager native", dtype=dtype, modes=tuple(disk.FORMATS), kind="disk",
+            suffix=": an epoch from files", **about,
         )  # fmt: skip
 
     def chosen() -> Iterator[Unit]:
@@ -56,6 +69,10 @@ def units(dtypes: Sequence[str], threads: int = 0) -> list[Unit]:
         for op in (GATED, "dsmil", "softmax_pool"):
             for rows in (10_000, 100_000):
                 yield cell(op, skewed_lengths(32, rows), suffix=": 32 bags")
+        for rows in (500, 3_000, 10_000, 30_000):
+            yield whole(rows)
+        for dtype in (FLOAT32, FLOAT16):
+            yield files(dtype)
         for op in SCORES:
             yield cell(op, (100_000,), dim=1)
             yield cell(op, even_lengths(100, 100_000), dim=1, suffix=": 100 bags")

@@ -19,8 +19,8 @@ class Unit:
 
     ``kind``: "bench" (times, peaks, after the gate), "alone" (the same of every contender in a process of its own),
     "limits" (of the device), "calls" (of small bags; modes are "op bags mode"), "largest" (bag that can be trained
-    within ``memory`` bytes), "disk" (an epoch that begins at files; modes are
-    formats) or "upstream" (a model of another project; the contenders are before and after).
+    within ``memory`` bytes), "disk" (an epoch that begins at files; modes are formats), "clam" (the whole CLAM_SB,
+    before `accelerate` and after it) or "upstream" (a model of another project; the contenders are before and after).
     """
 
     name: str

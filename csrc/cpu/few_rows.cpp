@@ -101,7 +101,8 @@ Tensor product_nt(const Tensor& a, const Tensor& b) {
     scalar_t* const to = out.mutable_data_ptr<scalar_t>();
     for_row_blocks(n, k * m, [&](int64_t first, int64_t count) {
       constexpr int32_t kInOrder[kRowsTogether] = {0, 1, 2, 3};
-      dots<scalar_t>(rows + first * k, k, kInOrder, count, nullptr, vectors, m, k, to + first * m);
+      dots<scalar_t>(rows + first * k, k, kInOrder, count, nullptr, vectors, k, m, k, to + first * m,
+                     /*streamed=*/false);
     });
   });
   return out;

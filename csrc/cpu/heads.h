@@ -1,23 +1,44 @@
 // Rows of a tile against the vectors of several heads: dot products, weighted sums, and rows made of vectors. A row is
-// read once for a block of heads, and what is shared by four rows is read once for them. T: in what rows are stored.
+// read once for a block of heads. T: in what rows are stored.
+//
+// Rows come from memory (`streamed`) or lie in a cache. From memory they are read one after another, since processors
+// guess what is wanted next where one address follows another: four or eight rows at once, which is less work, reached
+// two thirds of the rate of memory, one at a time nine tenths of it, and asking for lines ahead helps neither. From a
+// cache several are read at once, and what they share is read once for them. The numbers are the same.
 #pragma once
 
 #include "rows.h"
 
 namespace milkernels {
 
-// out[r * heads + k] = <x[index[r]] - centre, v[k]>; centre null: <x[index[r]], v[k]>. v is [heads, width]. Subtracting
-// first keeps digits that the difference of two dot products loses when features have a mean.
+// Vectors [count, width] that rows of type T are multiplied with, in the order in which elements of such rows are read
+// quickest: as they are given, or a copy.
+template <typename T>
+class RowVectors {
+ public:
+  using A = acc_t<T>;
+  RowVectors(const A* v, int64_t count, int64_t width);
+  const A* from(int64_t i) const { return (copy_.empty() ? given_ : copy_.data()) + i * ld_; }
+  int64_t ld() const { return ld_; }
+
+ private:
+  const A* given_;
+  int64_t ld_;
+  std::vector<A> copy_;
+};
+
+// out[r * heads + k] = <x[index[r]] - centre, v[k]>; centre null: <x[index[r]], v[k]>. centre is one of RowVectors, v
+// [heads] of them from the first, ld_v apart. Subtracting first keeps digits that the difference of two dot products
+// loses when features have a mean.
 template <typename T>
 void dots(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T>* centre, const acc_t<T>* v,
-          int64_t heads, int64_t width, acc_t<T>* out);
+          int64_t ld_v, int64_t heads, int64_t width, acc_t<T>* out, bool streamed);
 
 // out[k] = scale[k] * out[k] + sum_r weight[r * heads + k] * x[index[r]]; out is [heads, width]. Where scale is 0 `out`
 // is not read. The sum of a call is formed on its own before it is added: long running sums lose digits.
-// `prefetch`: the rows are not in cache yet.
 template <typename T>
 void weighted_sums(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T>* weight, int64_t heads,
-                   const acc_t<T>* scale, int64_t width, acc_t<T>* out, bool prefetch);
+                   const acc_t<T>* scale, int64_t width, acc_t<T>* out, bool streamed);
 
 // y[r] = sum_j coefficient[r * terms + j] * vector[j], for n rows ld_y apart.
 template <typename T>

@@ -43,7 +43,7 @@ class MlpScore final : public Score<T> {
 
   Layer<E> first, second;
   mutable std::optional<typename Layer<E>::Gradients> first_gradients, second_gradients;  // in a backward
-  QueryProducts<T> products;
+  QueryProducts<T, A> products;
 
  private:
   struct Worker : Score<T>::Worker {
@@ -51,7 +51,7 @@ class MlpScore final : public Score<T> {
     MatrixUnits matrix_units;
     Buffer<E> copied, hidden, transposed;
     Buffer<A> z1, z2, query;
-    typename QueryProducts<T>::Worker worker;
+    typename QueryProducts<T, A>::Worker worker;
 
     Worker(const MlpScore& p, int64_t rows)
         : p(p), copied(p.first.planes() * rows * p.first.depth()), hidden(p.first.planes() * rows * p.first.columns()),
@@ -84,7 +84,7 @@ class MlpScore final : public Score<T> {
 
     void scores(const Tile<T>& tile, A* scores) override {
       forward(tile, round_up(tile.rows, kRowMultiple));
-      p.products.scores(tile, query.get(), p.second.columns(), scores);
+      p.products.scores(tile, query.get(), p.second.columns(), scores, /*streamed=*/false);
     }
     void backward(const Tile<T>&, const A*, const InputGradient<T>&, const Place&) override {}
   };

@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor> weighted_pool_bwd(const Tensor& x, const Tensor& weig
     for_tiles(
         in, [] { return 0; },
         [&](const Tile<T>& tile, int) {
-          products.scores(tile, tile.x, tile.ld, out + tile.first * heads);
+          products.scores(tile, tile.x, tile.ld, out + tile.first * heads, /*streamed=*/true);
           for (int64_t r = 0; r < tile.rows; ++r) {
             if (!is_real(tile.mask, r)) std::fill_n(out + (tile.first + r) * heads, heads, A(0));
           }
@@ -146,7 +146,9 @@ Tensor mean_pool_bwd(const Tensor& x, const OptionalTensor& offsets, const Optio
 
 // --- max_pool
 
-// The maximum of each feature over a segment, and its row: the first of equal ones, NaN before any number.
+// The maximum of each feature over a segment, and its row: the first of equal ones, NaN before any number. Rows are taken
+// some at a time. Which of these had a maximum is remembered, and which row of them it was is looked up in the end: in a
+// segment of 256 rows and 32 columns a new maximum is nothing rare.
 template <typename T>
 class FeatureMax {
  public:
@@ -156,75 +158,97 @@ class FeatureMax {
   explicit FeatureMax(const Ragged<T>& in)
       : in_(in), rows_(in.slots(), -1), values_(in.slots() * in.width), places_(in.slots() * in.width) {}
 
-  // Rows of a segment come in order; their places are counted from the first of its chunk, exact in every type.
-  void add(const Tile<T>& rows, int64_t slot, Selection<A>& selected) {
-    selected.select(rows.mask, rows.rows);
-    if (selected.count == 0) return;
-    const int64_t chunk = rows.first / in_.chunk() * in_.chunk();
-    const bool first = std::exchange(rows_[slot], chunk) < 0;
-    A *const best = values_.get() + slot * in_.width, *const place = places_.get() + slot * in_.width;
-    const auto row = [&](int64_t i) { return rows.x + selected.index[i] * rows.ld; };
-    if (first) {
-      convert_row(row(0), best, in_.width);
-      std::fill_n(place, in_.width, static_cast<A>(rows.first + selected.index[0] - chunk));
-    }
-    constexpr int64_t kTogether = 8;
-    for (int64_t i = first; i < selected.count; i += kTogether) {
-      const int64_t end = std::min(i + kTogether, selected.count);
-      for_steps<Pair<T>::width>(in_.width, [&](int64_t l, auto step) {
-        // A new maximum is rare: most often the largest of these rows shows that there is none.
-        auto largest = load_pair(row(i) + l, step);
-        for (int64_t r = i + 1; r < end; ++r) {
-          const auto v = load_pair(row(r) + l, step);
-          largest = {at::vec::maximum(largest.lo, v.lo), at::vec::maximum(largest.hi, v.hi)};
-        }
-        auto b = load_pair(best + l, step);
-        const V stays = (largest.lo <= b.lo) & (largest.hi <= b.hi);
-        if (stays.zero_mask() == 0) return;
-        auto p = load_pair(place + l, step);
-        const auto offer = [](const V& value, const V& here, V& best, V& place) {
-          const V wins = (value > best) | ((value != value) & (best == best));
-          best = V::blendv(best, value, wins);
-          place = V::blendv(place, here, wins);
-        };
-        for (int64_t r = i; r < end; ++r) {
-          const V here(static_cast<A>(rows.first + selected.index[r] - chunk));
-          const auto v = load_pair(row(r) + l, step);
-          offer(v.lo, here, b.lo, p.lo);
-          offer(v.hi, here, b.hi, p.hi);
-        }
-        store_pair(b, best + l, step);
-        store_pair(p, place + l, step);
-      });
+  struct Worker {
+    Selection<A> selected;
+    std::vector<A> largest;  // of some rows, [width]
+  };
+  Worker worker() const { return {{}, std::vector<A>(in_.width)}; }
+
+  // Rows of a segment come in order; places are counted from the first row of its chunk, exact in every type.
+  void add(const Tile<T>& rows, int64_t slot, Worker& w) {
+    w.selected.select(rows.mask, rows.rows);
+    const int64_t width = in_.width, chunk = rows.first / in_.chunk() * in_.chunk();
+    const auto row = [&](int64_t i) { return rows.x + w.selected.index[i] * rows.ld; };
+    A *const best = values_.get() + slot * width, *const place = places_.get() + slot * width;
+    A* const largest = w.largest.data();
+    for (int64_t i = 0; i < w.selected.count; i += kTogether) {
+      convert_row(row(i), largest, width);
+      for (int64_t r = i + 1; r < std::min(i + kTogether, w.selected.count); ++r) raise(largest, row(r));
+      const A here = static_cast<A>(rows.first + w.selected.index[i] - chunk);
+      if (std::exchange(rows_[slot], chunk) < 0) {
+        std::copy_n(largest, width, best);
+        std::fill_n(place, width, here);
+      } else {
+        offer(largest, here, best, place);
+      }
     }
   }
   // values and indices [bags, width]; an empty bag has 0 and -1.
   void finish(T* values, int64_t* indices) const {
-    at::parallel_for(0, in_.bags(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        const int64_t from = in_.offsets[b], to = in_.offsets[b + 1];
-        std::fill_n(values + b * in_.width, in_.width, T(0));
-        std::fill_n(indices + b * in_.width, in_.width, int64_t{-1});
-        std::vector<A> best(in_.width);
-        for (int64_t slot = in_.slot_of(from, b); from < to && slot <= in_.slot_of(to - 1, b); ++slot) {
-          if (rows_[slot] < 0) continue;
-          for (int64_t l = 0; l < in_.width; ++l) {
-            const A value = values_.get()[slot * in_.width + l];
-            int64_t& row = indices[b * in_.width + l];
-            if (row >= 0 && !(value > best[l]) && !(std::isnan(value) && !std::isnan(best[l]))) continue;
-            best[l] = value;
-            row = rows_[slot] + static_cast<int64_t>(places_.get()[slot * in_.width + l]);
-            values[b * in_.width + l] = in_.x[row * in_.ld + l];
-          }
-        }
+    constexpr int64_t kColumns = 64;
+    const int64_t width = in_.width, blocks = ceil_div(width, kColumns);
+    at::parallel_for(0, in_.bags() * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i % blocks * kColumns;
+        finish(i / blocks, first, std::min(first + kColumns, width), values, indices);
       }
     });
   }
 
  private:
+  static constexpr int64_t kTogether = 16;
+
+  void raise(A* largest, const T* row) const {
+    for_steps<Pair<T>::width>(in_.width, [&](int64_t l, auto step) {
+      const auto a = load_pair(largest + l, step);
+      const auto b = load_pair(row + l, step);
+      store_pair(Pair<A>{at::vec::maximum(a.lo, b.lo), at::vec::maximum(a.hi, b.hi)}, largest + l, step);
+    });
+  }
+  void offer(const A* largest, A here, A* best, A* place) const {
+    for_steps<V::size()>(in_.width, [&](int64_t l, auto step) {
+      constexpr bool kWhole = std::is_same_v<decltype(step), WholeStep>;
+      const auto load = [&](const A* p) {
+        if constexpr (kWhole) return V::loadu(p + l);
+        else return V::loadu(p + l, step);
+      };
+      const auto store = [&](const V& v, A* p) {
+        if constexpr (kWhole) v.store(p + l);
+        else v.store(p + l, step);
+      };
+      const V value = load(largest), old = load(best), wins = (value > old) | ((value != value) & (old == old));
+      store(V::blendv(old, value, wins), best);
+      store(V::blendv(load(place), V(here), wins), place);
+    });
+  }
+  void finish(int64_t b, int64_t first, int64_t last, T* values, int64_t* indices) const {
+    const int64_t from = in_.offsets[b], to = in_.offsets[b + 1];
+    values += b * in_.width, indices += b * in_.width;
+    for (int64_t l = first; l < last; ++l) {
+      values[l] = T(0), indices[l] = -1;
+      A best{};
+      int64_t row = -1;
+      for (int64_t slot = in_.slot_of(from, b); from < to && slot <= in_.slot_of(to - 1, b); ++slot) {
+        if (rows_[slot] < 0) continue;
+        const A value = values_.get()[slot * in_.width + l];
+        if (row >= 0 && !(value > best) && !(std::isnan(value) && !std::isnan(best))) continue;
+        best = value;
+        row = rows_[slot] + static_cast<int64_t>(places_.get()[slot * in_.width + l]);
+      }
+      if (row < 0) continue;
+      const auto has_it = [&] {
+        const A value = static_cast<A>(in_.x[row * in_.ld + l]);
+        return is_real(in_.mask, row) && (value == best || (std::isnan(value) && std::isnan(best)));
+      };
+      while (!has_it()) ++row;
+      values[l] = in_.x[row * in_.ld + l];
+      indices[l] = row;
+    }
+  }
+
   const Ragged<T>& in_;
-  std::vector<int64_t> rows_;  // the first row of a slot's chunk, -1 where nothing was seen
-  Buffer<A> values_, places_;
+  std::vector<int64_t> rows_;   // the first row of a slot's chunk, -1 where nothing was seen
+  Buffer<A> values_, places_;  // places: the first of the rows among which the maximum is
 };
 
 std::tuple<Tensor, Tensor> max_pool_fwd(const Tensor& x, const OptionalTensor& offsets, const OptionalTensor& mask) {
@@ -235,10 +259,10 @@ std::tuple<Tensor, Tensor> max_pool_fwd(const Tensor& x, const OptionalTensor& o
     const auto in = call.ragged<T>();
     FeatureMax<T> best(in);
     for_tiles(
-        in, [] { return Selection<acc_t<T>>(); },
-        [&](const Tile<T>& tile, auto& selected) {
+        in, [&] { return best.worker(); },
+        [&](const Tile<T>& tile, auto& worker) {
           in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
-            best.add(tile.part(from - tile.first, to - from), in.slot_of(from, b), selected);
+            best.add(tile.part(from - tile.first, to - from), in.slot_of(from, b), worker);
           });
         });
     best.finish(values.mutable_data_ptr<T>(), indices.mutable_data_ptr<int64_t>());

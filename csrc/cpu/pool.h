@@ -184,6 +184,18 @@ inline void exp_minus(A* x, int64_t n, const A* shift, int64_t heads) {
   }
 }
 
+// Of one head, what slots first .. last [slots, heads] hold together.
+inline SoftmaxState<double> merged(const SoftmaxState<double>* slots, int64_t first, int64_t last, int64_t heads,
+                                   int64_t head) {
+  SoftmaxState<double> total;
+  for (int64_t slot = first; slot <= last; ++slot) total.max = std::max(total.max, slots[slot * heads + head].max);
+  for (int64_t slot = first; slot <= last; ++slot) {
+    const SoftmaxState<double>& s = slots[slot * heads + head];
+    if (s.sum != 0.) total.sum += rescale(s.max, total.max) * s.sum;
+  }
+  return total;
+}
+
 // Sums over segments: of rows weighted by exp(score - max), or plain ones, which have the state {0, 1}.
 template <typename A>
 class Partials {
@@ -194,9 +206,9 @@ class Partials {
   struct Worker {
     Selection<A> selected;
     std::vector<A> weight, max, scale;
-    bool prefetch;  // rows are not in cache yet
-    explicit Worker(int64_t heads, bool prefetch = false)
-        : weight(kChunk * heads), max(heads), scale(heads), prefetch(prefetch) {}
+    bool streamed;  // rows come from memory
+    explicit Worker(int64_t heads, bool streamed = false)
+        : weight(kChunk * heads), max(heads), scale(heads), streamed(streamed) {}
   };
 
   // `scores` [rows, heads of all].
@@ -221,7 +233,7 @@ class Partials {
         s[k] = {w.max[k], s[k].sum * w.scale[k] + sum};
       }
       weighted_sums(x, ld, w.selected.index, n, w.weight.data(), heads, w.scale.data(), width_, sum(slot, first),
-                    w.prefetch);
+                    w.streamed);
     });
   }
 
@@ -231,7 +243,7 @@ class Partials {
     if (n == 0) return;
     SoftmaxState<double>* const s = state_.data() + slot * heads_;
     for (int64_t k = 0; k < heads_; ++k) w.scale[k] = static_cast<A>(s[k].sum);  // 0 at first, then 1
-    weighted_sums(x, ld, index, n, weight, heads_, w.scale.data(), width_, sum(slot, 0), w.prefetch);
+    weighted_sums(x, ld, index, n, weight, heads_, w.scale.data(), width_, sum(slot, 0), w.streamed);
     for (int64_t k = 0; k < heads_; ++k) s[k] = {0., 1.};
   }
 
@@ -251,14 +263,6 @@ class Partials {
     const double divisor = softmax && total.sum != 0. ? total.sum : 1.;
     for (int64_t l = begin; l < end; ++l) out[l] = static_cast<A>(sums[l - begin] / divisor);
     return total;
-  }
-  // f(bag * heads + head, merged state)
-  template <typename T, typename F>
-  void merge_states(const Ragged<T>& in, const F& f) const {
-    for (int64_t i = 0; i < in.bags() * heads_; ++i) {
-      const int64_t b = i / heads_, from = in.offsets[b], to = in.offsets[b + 1];
-      f(i, merge_state(in.slot_of(from, b), from < to ? in.slot_of(to - 1, b) : in.slot_of(from, b) - 1, i % heads_));
-    }
   }
 
   // out [bags, heads, width]; lse [bags, heads] or null.
@@ -292,15 +296,7 @@ class Partials {
  private:
   static constexpr int64_t kMergeColumns = 256;
   SoftmaxState<double> merge_state(int64_t first, int64_t last, int64_t head) const {
-    SoftmaxState<double> total;
-    for (int64_t slot = first; slot <= last; ++slot) {
-      total.max = std::max(total.max, state_[slot * heads_ + head].max);
-    }
-    for (int64_t slot = first; slot <= last; ++slot) {
-      const SoftmaxState<double>& s = state_[slot * heads_ + head];
-      if (s.sum != 0.) total.sum += rescale(s.max, total.max) * s.sum;
-    }
-    return total;
+    return merged(state_.data(), first, last, heads_, head);
   }
   A* sum(int64_t slot, int64_t head) const { return sums_.get() + (slot * heads_ + head) * width_; }
 
@@ -361,7 +357,7 @@ class SoftmaxPool {
   using A = acc_t<T>;
 
   SoftmaxPool(const Ragged<T>& in, const Score<T>& score, const Stage<T>* stage, A* bag, A* lse)
-      : in_(in), prefetch_(!score.reads_rows()), stage_(stage), bag_(bag), lse_(lse),
+      : in_(in), streamed_(!score.reads_rows() && in.source == nullptr), stage_(stage), bag_(bag), lse_(lse),
         partials_(in.slots(), score.heads(), stage ? stage->width() : in.width) {}
 
   struct Worker {
@@ -369,7 +365,7 @@ class SoftmaxPool {
     std::unique_ptr<typename Stage<T>::Worker> stage;
   };
   Worker worker() const {
-    return {typename Partials<A>::Worker(partials_.heads(), prefetch_), stage_ ? stage_->worker(kBlock) : nullptr};
+    return {typename Partials<A>::Worker(partials_.heads(), streamed_), stage_ ? stage_->worker(kBlock) : nullptr};
   }
   void add(const Tile<T>& tile, const A* scores, Worker& w) {
     const int64_t heads = partials_.heads();
@@ -385,7 +381,7 @@ class SoftmaxPool {
 
  private:
   const Ragged<T>& in_;
-  bool prefetch_;
+  bool streamed_;
   const Stage<T>* stage_;
   A *bag_, *lse_;
   Partials<A> partials_;

@@ -89,9 +89,10 @@ class ScoreGradients {
  public:
   using A = acc_t<T>;
 
-  // `width`: of the rows that were pooled.
-  ScoreGradients(const Ragged<T>& in, const PoolGradients<A>& g, int64_t heads, int64_t width)
-      : in_(in), g_(g), heads_(heads), width_(width), centre_(in.bags(), 0), correction_(in.bags() * heads, A(0)) {
+  // `width`: of the rows that were pooled; `streamed`: these come from memory.
+  ScoreGradients(const Ragged<T>& in, const PoolGradients<A>& g, int64_t heads, int64_t width, bool streamed)
+      : in_(in), g_(g), heads_(heads), width_(width), streamed_(streamed), as_rows_(g, of_bag(in, g, heads), width),
+        as_staged_(g, of_bag(in, g, heads), width), centre_(in.bags(), 0), correction_(in.bags() * heads, A(0)) {
     if (g.grad_bag != nullptr || g.grad_lse != nullptr) normalise();
     if (g.grad_bag == nullptr) return;
     // All heads of a bag subtract the same centre, and what a head's own would have given is added to its dot products:
@@ -134,8 +135,9 @@ class ScoreGradients {
         const int64_t n = w.selected.count, bh = b * heads_ + first;
         const bool alone = heads < heads_;  // then a head is its own centre
         if (g_.grad_bag != nullptr) {
-          dots(rows + offset * ld, ld, w.selected.index, n, g_.bag + (alone ? bh : b * heads_ + centre_[b]) * width_,
-               g_.grad_bag + bh * width_, heads, width_, w.dot.data());
+          const auto& [bags, grads] = vectors<R>();
+          dots(rows + offset * ld, ld, w.selected.index, n, bags.from(alone ? bh : b * heads_ + centre_[b]),
+               grads.from(bh), grads.ld(), heads, width_, w.dot.data(), streamed_);
         }
         for (int64_t i = 0; i < n; ++i) {
           std::copy_n(scores + w.selected.index[i] * heads_ + first, heads, w.exp.data() + i * heads);
@@ -159,6 +161,15 @@ class ScoreGradients {
   }
 
  private:
+  static int64_t of_bag(const Ragged<T>& in, const PoolGradients<A>& g, int64_t heads) {
+    return g.grad_bag != nullptr ? in.bags() * heads : 0;
+  }
+  template <typename R>
+  const auto& vectors() const {
+    if constexpr (std::is_same_v<R, T>) return as_rows_;
+    else return as_staged_;
+  }
+
   // The head whose bag vector is the smallest of those that are finite and of some rows: a head that looks at an
   // outlier or at NaN must not take the digits of the others.
   int64_t smallest_bag(int64_t b) const {
@@ -215,6 +226,16 @@ class ScoreGradients {
   const Ragged<T>& in_;
   PoolGradients<A> g_;
   int64_t heads_, width_;
+  bool streamed_;
+  // Bag vectors and their gradients, to multiply rows with.
+  template <typename R>
+  struct BagVectors {
+    RowVectors<R> bags, grads;
+    BagVectors(const PoolGradients<A>& g, int64_t count, int64_t width)
+        : bags(g.bag, count, width), grads(g.grad_bag, count, width) {}
+  };
+  BagVectors<T> as_rows_;
+  BagVectors<A> as_staged_;
   std::vector<A> normal_;  // [bags, heads]
   std::vector<int64_t> centre_;
   std::vector<A> correction_;
@@ -230,7 +251,7 @@ void pool_backward(const Score<T>& score, const Stage<T>* stage, const Ragged<T>
       {score.pass_rows(), stage ? stage->pass_rows() : kAllRows, in.source ? in.source->pass_rows() : kAllRows});
   const int64_t item_rows = stage || in.source || score.whole_chunks() ? in.chunk() : kBlock;
   const int64_t unit_rows = std::min(in.chunk(), stage || in.source ? kChunk : score.backward_rows());
-  const ScoreGradients<T> score_gradients(in, g, heads, pooled_width);
+  const ScoreGradients<T> score_gradients(in, g, heads, pooled_width, !stage && !in.source);
   if (in.grad_x != nullptr) advise_huge_pages(in.grad_x, in.rows * width * int64_t(sizeof(T)));
 
   struct Worker {

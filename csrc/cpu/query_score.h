@@ -69,25 +69,26 @@ struct Queries {
 };
 
 // Scores of rows by the queries of their bags, and what the queries get back. Rows are those of x, or hidden ones made
-// of them: `rows` holds those of the tile, ld apart.
-template <typename T>
+// of them, of type R: `rows` holds those of the tile, ld apart.
+template <typename T, typename R = T>
 class QueryProducts {
  public:
   using A = acc_t<T>;
   using Worker = typename Partials<A>::Worker;
 
   QueryProducts(const Ragged<T>& in, const Queries<A>& queries, int64_t width)
-      : in_(in), queries_(queries), width_(width) {}
+      : in_(in), queries_(queries), width_(width),
+        vectors_(queries.q, queries.bag_stride ? in.bags() * queries.heads : queries.heads, width) {}
   int64_t heads() const { return queries_.heads; }
   Worker worker() const { return Worker(queries_.heads); }
 
-  template <typename R>
-  void scores(const Tile<T>& tile, const R* rows, int64_t ld, A* scores) const {
+  void scores(const Tile<T>& tile, const R* rows, int64_t ld, A* scores, bool streamed) const {
     const auto& q = queries_;
     in_.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
       const int64_t at = from - tile.first, n = to - from;
       A* const out = scores + at * q.heads;
-      dots(rows + at * ld, ld, kEveryRow.data(), n, nullptr, q.q + b * q.bag_stride, q.heads, width_, out);
+      dots(rows + at * ld, ld, kEveryRow.data(), n, nullptr, vectors_.from(q.bag_stride ? b * q.heads : 0),
+           vectors_.ld(), q.heads, width_, out, streamed);
       for (int64_t k = 0; q.shift != nullptr && k < q.heads; ++k) {
         const A shift = q.shift[b * q.shift_stride + k];
         for (int64_t r = 0; r < n; ++r) out[r * q.heads + k] = shift == kDead<A> ? shift : out[r * q.heads + k] + shift;
@@ -101,7 +102,7 @@ class QueryProducts {
     shift_sums_.assign(in_.slots() * queries_.heads, 0.);
   }
   // f(bag, first row in the tile, rows, their queries) for each bag of the unit, after its sums were taken.
-  template <typename R, typename F>
+  template <typename F>
   void backward(const Tile<T>& unit, const R* rows, int64_t ld, const A* grad_scores, Worker& w, const F& f) const {
     in_.for_bags(unit.first, unit.first + unit.rows, [&](int64_t b, int64_t from, int64_t to) {
       const int64_t at = from - unit.first;
@@ -148,7 +149,6 @@ class QueryProducts {
       }
     }
   }
-  template <typename R>
   void add(const Tile<T>& tile, const R* rows, int64_t ld, int64_t slot, const A* grads, Worker& w) const {
     w.selected.select(tile.mask, tile.rows);
     double* const shift = shift_sums_.data() + slot * heads();
@@ -165,6 +165,7 @@ class QueryProducts {
   const Ragged<T>& in_;
   Queries<A> queries_;
   int64_t width_;
+  RowVectors<R> vectors_;
   mutable std::optional<Partials<A>> sums_;  // a slot is written by one thread
   mutable std::vector<double> shift_sums_;
 };
@@ -174,7 +175,8 @@ class QueryScore final : public Score<T> {
  public:
   using A = acc_t<T>;
 
-  QueryScore(const Ragged<T>& in, const Queries<A>& queries) : products(in, queries, in.width) {}
+  QueryScore(const Ragged<T>& in, const Queries<A>& queries)
+      : products(in, queries, in.width), streamed_(in.source == nullptr) {}
   int64_t heads() const override { return products.heads(); }
   std::unique_ptr<typename Score<T>::Worker> forward_worker() const override { return std::make_unique<Worker>(*this); }
   std::unique_ptr<typename Score<T>::Worker> backward_worker() const override {
@@ -187,15 +189,18 @@ class QueryScore final : public Score<T> {
   struct Worker final : Score<T>::Worker {
     const QueryProducts<T>& products;
     typename QueryProducts<T>::Worker worker;
-    explicit Worker(const QueryScore& p) : products(p.products), worker(p.products.worker()) {}
+    bool streamed;
+    explicit Worker(const QueryScore& p) : products(p.products), worker(p.products.worker()), streamed(p.streamed_) {}
 
-    void scores(const Tile<T>& tile, A* scores) override { products.scores(tile, tile.x, tile.ld, scores); }
+    void scores(const Tile<T>& tile, A* scores) override { products.scores(tile, tile.x, tile.ld, scores, streamed); }
     void backward(const Tile<T>& unit, const A* grad_scores, const InputGradient<T>& grad_x, const Place&) override {
       products.backward(unit, unit.x, unit.ld, grad_scores, worker, [&](int64_t at, int64_t n, const A* queries) {
         if (grad_x) grad_x.store_rows(at, n, grad_scores + at * products.heads(), queries, products.heads());
       });
     }
   };
+
+  bool streamed_;  // rows come from memory
 };
 
 template <typename T>

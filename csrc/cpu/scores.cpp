@@ -49,32 +49,100 @@ void weights(const Ragged<A>& in, const A* shift, const A* scale, A* out) {
   });
 }
 
+// f(bag, first row, rows end, slot) for every segment: what a chunk and a bag share.
+template <typename A, typename F>
+void for_slots(const Ragged<A>& in, const F& f) {
+  constexpr int64_t kChunks = 16;  // of one thread, at least
+  at::parallel_for(0, in.chunks(), kChunks, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t first = chunk * in.chunk(), last = std::min(first + in.chunk(), in.rows);
+      in.for_bags(first, last, [&](int64_t b, int64_t from, int64_t to) { f(b, from, to, in.slot_of(from, b)); });
+    }
+  });
+}
+
+// What `update` makes of each head's numbers x [n, heads], one after another, into `result` [heads]; of one head, which
+// most have, as many at once as a processor takes: `join` puts those together.
+template <typename R, typename X, typename Update, typename Join>
+void reduce_by_head(int64_t n, int64_t heads, R neutral, R* result, const X& x, const Update& update,
+                    const Join& join) {
+  std::fill_n(result, heads, neutral);
+  if (heads > 1) {
+    for (int64_t i = 0; i < n * heads; i += heads) {
+      for (int64_t k = 0; k < heads; ++k) result[k] = update(result[k], x(i + k));
+    }
+    return;
+  }
+  constexpr int64_t kLanes = 16;
+  R lanes[kLanes];
+  std::fill_n(lanes, kLanes, neutral);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] = update(lanes[l], x(i + l));
+  }
+  for (; i < n; ++i) result[0] = update(result[0], x(i));
+  for (const R lane : lanes) result[0] = join(result[0], lane);
+}
+
+// out = exp(scores - max) of n rows, 0 where a score does not count; what they sum to, by head.
+template <typename A>
+void exp_of_segment(const A* scores, const bool* mask, int64_t n, int64_t heads, A* max, double* sum,
+                    SoftmaxState<double>* state, A* out) {
+  std::copy_n(scores, n * heads, out);
+  for (int64_t r = 0; mask != nullptr && r < n; ++r) {
+    if (!mask[r]) std::fill_n(out + r * heads, heads, kDead<A>);
+  }
+  const auto at = [&](int64_t i) { return out[i]; };
+  const auto larger = [](A a, A b) { return a < b ? b : a; };  // NaN is not
+  reduce_by_head(n, heads, kDead<A>, max, at, larger, larger);
+  for (int64_t k = 0; k < heads; ++k) {
+    state[k].max = max[k];
+    if (max[k] == kDead<A>) max[k] = A(0);  // the exponential of -inf itself is 0
+  }
+  exp_minus(out, n * heads, max, heads);
+  const auto plus = [](double a, double b) { return a + b; };
+  reduce_by_head(n, heads, 0., sum, at, plus, plus);
+  for (int64_t k = 0; k < heads; ++k) state[k].sum = sum[k];
+}
+
+// Exponentials over the maximum of their segment, and then a factor for each segment: one exponential for each score.
 Tensor segment_softmax_fwd(const Tensor& scores, const OptionalTensor& offsets, const OptionalTensor& mask) {
   const ScoresCall call(scores, offsets, mask);
   const int64_t heads = call.width;
   Tensor out = call.empty({call.rows, heads});
   call.dispatch([&]<typename A>() {
     const auto in = call.ragged<A>();
-    Partials<A> partials(in.slots(), heads, 0);
-    for_tiles(
-        in, [&] { return std::pair(typename Partials<A>::Worker(heads), std::vector<A>(kBlock * heads)); },
-        [&](const Tile<A>& tile, auto& w) {
-          auto& [worker, s] = w;
-          std::copy_n(tile.x, tile.rows * heads, s.data());
-          for (int64_t r = 0; r < tile.rows; ++r) {
-            if (!is_real(tile.mask, r)) std::fill_n(s.data() + r * heads, heads, kDead<A>);
-          }
-          in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
-            const int64_t at = from - tile.first;
-            partials.add_softmax(in.slot_of(from, b), tile.x, 0, to - from, s.data() + at * heads, worker);
-          });
-        });
-    std::vector<A> top(in.bags() * heads), scale(in.bags() * heads);
-    partials.merge_states(in, [&](int64_t i, const SoftmaxState<double>& state) {
-      top[i] = static_cast<A>(state.max);
-      scale[i] = static_cast<A>(1. / state.sum);
+    A* const w = out.mutable_data_ptr<A>();
+    std::vector<SoftmaxState<double>> segments(in.slots() * heads), bags(in.bags() * heads);
+    std::vector<A> max(in.slots() * heads);
+    std::vector<double> sum(in.slots() * heads);
+    for_slots(in, [&](int64_t, int64_t from, int64_t to, int64_t slot) {
+      const int64_t at = slot * heads;
+      exp_of_segment(in.x + from * heads, in.mask ? in.mask + from : nullptr, to - from, heads, &max[at], &sum[at],
+                     &segments[at], w + from * heads);
     });
-    weights(in, top.data(), scale.data(), out.mutable_data_ptr<A>());
+    for (int64_t b = 0; b < in.bags(); ++b) {
+      const int64_t from = in.offsets[b], to = in.offsets[b + 1];
+      for (int64_t k = 0; from < to && k < heads; ++k) {
+        bags[b * heads + k] = merged(segments.data(), in.slot_of(from, b), in.slot_of(to - 1, b), heads, k);
+      }
+    }
+    for_slots(in, [&](int64_t b, int64_t from, int64_t to, int64_t slot) {
+      A* const factor = &max[slot * heads];
+      bool finite = true;
+      for (int64_t k = 0; k < heads; ++k) {
+        const auto &part = segments[slot * heads + k], &whole = bags[b * heads + k];
+        factor[k] = static_cast<A>(rescale(part.max, whole.max) / whole.sum);
+        finite &= std::isfinite(factor[k]);
+      }
+      for (int64_t r = from; r < to; ++r) {
+        const bool real = finite || is_real(in.mask, r);
+        for (int64_t k = 0; k < heads; ++k) {
+          A& weight = w[r * heads + k];
+          weight = finite || (real && in.x[r * heads + k] != kDead<A>) ? weight * factor[k] : A(0);
+        }
+      }
+    });
   });
   return out;
 }
@@ -91,12 +159,13 @@ Tensor segment_softmax_bwd(const Tensor& scores, const OptionalTensor& offsets, 
     const int64_t heads = in.width;
     const A* const from_grad = g.const_data_ptr<A>();
     std::vector<double> sums(in.slots() * heads, 0.), total(in.bags() * heads, 0.);
-    const auto counts = [&](int64_t i) { return in.x[i] != A(0); };  // a weight of 0 hides whatever came back for it
-    for_segments(in, [&](int64_t b, int64_t from, int64_t to) {
-      double* const sum = sums.data() + in.slot_of(from, b) * heads;
-      for (int64_t i = from * heads; i < to * heads; ++i) {
-        if (counts(i)) sum[i % heads] += double(in.x[i]) * from_grad[i];
-      }
+    // A weight of 0 hides whatever came back for it.
+    for_slots(in, [&](int64_t, int64_t from, int64_t to, int64_t slot) {
+      const A *const w = in.x + from * heads, *const dw = from_grad + from * heads;
+      const auto plus = [](double a, double b) { return a + b; };
+      reduce_by_head(
+          to - from, heads, 0., &sums[slot * heads],
+          [&](int64_t i) { return w[i] != A(0) ? double(w[i]) * dw[i] : 0.; }, plus, plus);
     });
     for (int64_t b = 0; b < in.bags(); ++b) {
       const int64_t from = in.offsets[b], to = in.offsets[b + 1];
@@ -105,9 +174,12 @@ Tensor segment_softmax_bwd(const Tensor& scores, const OptionalTensor& offsets, 
       }
     }
     A* const out = grad.mutable_data_ptr<A>();
-    for_segments(in, [&](int64_t b, int64_t from, int64_t to) {
-      for (int64_t i = from * heads; i < to * heads; ++i) {
-        out[i] = counts(i) ? in.x[i] * static_cast<A>(from_grad[i] - total[b * heads + i % heads]) : A(0);
+    for_slots(in, [&](int64_t b, int64_t from, int64_t to, int64_t) {
+      for (int64_t i = from * heads; i < to * heads; i += heads) {
+        for (int64_t k = 0; k < heads; ++k) {
+          const A w = in.x[i + k];
+          out[i + k] = w != A(0) ? w * static_cast<A>(from_grad[i + k] - total[b * heads + k]) : A(0);
+        }
       }
     });
   });
@@ -155,6 +227,83 @@ std::tuple<Tensor, Tensor> attention_weights_bwd(const Tensor& scores, const Ten
 
 // --- topk_instances
 
+constexpr int64_t kPart = 8192;  // rows that one thread looks through
+
+// The k best of rows that are offered in order. The first of equal scores comes first; NaN counts as the largest number
+// there is.
+template <typename A>
+class BestRows {
+ public:
+  BestRows(const A* scores, int64_t stride, int64_t k, bool largest)
+      : scores_(scores), stride_(stride), k_(k), largest_(largest) {}
+
+  void offer(int64_t row) {
+    if (full_ && !better(score(row), bar_)) return;
+    rows_.push_back(row);
+    if (static_cast<int64_t>(rows_.size()) >= 2 * k_ + kSpare) keep_best();
+  }
+  // Rows [from, to) that count. Most are worse than what was found before: of one head, of which scores lie together, it
+  // is found out for many at once.
+  void offer(int64_t from, int64_t to, const bool* mask) {
+    constexpr int64_t kMany = 64;
+    for (int64_t first = from; first < to; first += kMany) {
+      const int64_t last = std::min(first + kMany, to);
+      if (stride_ == 1 && full_ && last - first == kMany && none_better(scores_ + first, kMany)) continue;
+      for (int64_t row = first; row < last; ++row) {
+        if (is_real(mask, row) && score(row) != kDead<A>) offer(row);
+      }
+    }
+  }
+  std::vector<int64_t> take() {
+    keep_best();
+    std::sort(rows_.begin(), rows_.end());
+    return std::move(rows_);
+  }
+  std::vector<int64_t> take_sorted() {
+    keep_best();
+    std::sort(rows_.begin(), rows_.end(), [&](int64_t p, int64_t q) { return before(p, q); });
+    return std::move(rows_);
+  }
+
+ private:
+  static constexpr int64_t kSpare = 64;  // rows above twice those wanted that are held before the worst are let go
+
+  A score(int64_t row) const { return scores_[row * stride_]; }
+  bool better(A a, A b) const {
+    if (largest_) return a > b || (std::isnan(a) && !std::isnan(b));
+    return a < b || (!std::isnan(a) && std::isnan(b));
+  }
+  bool before(int64_t p, int64_t q) const {
+    const A a = score(p), b = score(q);
+    return better(a, b) || (!better(b, a) && p < q);
+  }
+  bool none_better(const A* scores, int64_t n) const {
+    int any = 0;
+    if (std::isnan(bar_)) {
+      for (int64_t i = 0; i < n; ++i) any |= !largest_ & (scores[i] == scores[i]);
+    } else if (largest_) {
+      for (int64_t i = 0; i < n; ++i) any |= !(scores[i] <= bar_);
+    } else {
+      for (int64_t i = 0; i < n; ++i) any |= scores[i] < bar_;
+    }
+    return any == 0;
+  }
+  void keep_best() {
+    if (static_cast<int64_t>(rows_.size()) < k_) return;
+    const auto last = rows_.begin() + (k_ - 1);
+    std::nth_element(rows_.begin(), last, rows_.end(), [&](int64_t p, int64_t q) { return before(p, q); });
+    bar_ = score(*last), full_ = true;
+    rows_.resize(k_);
+  }
+
+  const A* scores_;
+  int64_t stride_, k_;
+  bool largest_;
+  std::vector<int64_t> rows_;
+  bool full_ = false;  // k rows were found; others must be better than `bar_`
+  A bar_{};
+};
+
 std::tuple<Tensor, Tensor> topk_instances_fwd(const Tensor& scores, int64_t k, const OptionalTensor& offsets,
                                               bool largest, const OptionalTensor& mask) {
   TORCH_CHECK_VALUE(k >= 1, "k must be at least 1; got ", k);
@@ -164,28 +313,35 @@ std::tuple<Tensor, Tensor> topk_instances_fwd(const Tensor& scores, int64_t k, c
   Tensor values = call.empty({B, heads, k});
   call.dispatch([&]<typename A>() {
     const auto in = call.ragged<A>();
-    // The first of equal scores comes first; NaN counts as the largest number there is.
-    const auto better = [&](A a, A b) {
-      if (largest) return a > b || (std::isnan(a) && !std::isnan(b));
-      return a < b || (!std::isnan(a) && std::isnan(b));
-    };
-    at::parallel_for(0, B * heads, 1, [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> rows;
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / heads, head = i % heads;
-        const auto score = [&](int64_t row) { return in.x[row * heads + head]; };
-        rows.clear();
-        for (int64_t row = in.offsets[b]; row < in.offsets[b + 1]; ++row) {
-          if (is_real(in.mask, row) && score(row) != kDead<A>) rows.push_back(row);
-        }
-        const int64_t found = std::min<int64_t>(k, rows.size());
-        std::partial_sort(rows.begin(), rows.begin() + found, rows.end(), [&](int64_t p, int64_t q) {
-          const A a = score(p), b = score(q);
-          return better(a, b) || (!better(b, a) && p < q);
+    // Of each bag and head those of its parts, and then those of these.
+    const int64_t parts = ceil_div(call.rows, kPart) + B;
+    std::vector<std::vector<int64_t>> found(parts * heads);
+    const auto best_of = [&](int64_t head) { return BestRows<A>(in.x + head, heads, k, largest); };
+    at::parallel_for(0, ceil_div(call.rows, kPart), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        in.for_bags(part * kPart, std::min((part + 1) * kPart, in.rows), [&](int64_t b, int64_t from, int64_t to) {
+          for (int64_t head = 0; head < heads; ++head) {
+            auto best = best_of(head);
+            best.offer(from, to, in.mask);
+            found[(part + b) * heads + head] = best.take();
+          }
         });
+      }
+    });
+    at::parallel_for(0, B * heads, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / heads, head = i % heads, from = in.offsets[b], to = in.offsets[b + 1];
+        auto best = best_of(head);
+        for (int64_t part = from / kPart; from < to && part <= (to - 1) / kPart; ++part) {
+          for (const int64_t row : found[(part + b) * heads + head]) best.offer(row);
+        }
+        const auto rows = best.take_sorted();
+        const int64_t count = static_cast<int64_t>(rows.size());
         for (int64_t j = 0; j < k; ++j) {
-          indices.mutable_data_ptr<int64_t>()[i * k + j] = j < found ? rows[j] : -1;
-          values.mutable_data_ptr<A>()[i * k + j] = j < found ? score(rows[j]) : largest ? kDead<A> : -kDead<A>;
+          indices.mutable_data_ptr<int64_t>()[i * k + j] = j < count ? rows[j] : -1;
+          values.mutable_data_ptr<A>()[i * k + j] = j < count ? in.x[rows[j] * heads + head]
+                                                    : largest ? kDead<A>
+                                                              : -kDead<A>;
         }
       }
     });

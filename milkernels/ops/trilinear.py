@@ -6,6 +6,7 @@ away, because 0 * NaN is NaN.  Scores, softmax and sums are in the accumulation 
 float64, else float32.
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +18,7 @@ from milkernels.dtypes import without_autocast
 from milkernels.ops.segments import INF, Segments, add_rows, take
 
 _ALL = slice(None)
+_ROWS_OF_A_SUM = 512  # terms that a product may add one after another
 _BLOCK_ELEMENTS = {"cpu": 1 << 19, "gpu": 1 << 24}
 
 
@@ -199,6 +201,25 @@ class ZeroDead(_Formula):
         return ZeroDead.of(grad, *ctx.saved_tensors), None
 
 
+class Layer(_Formula):
+    """A linear layer whose weight's gradient is added up block by block of rows: some processors' libraries add the
+    terms of a narrow product one after another, and of thousands of rows that loses what a loop over bags keeps."""
+
+    @staticmethod
+    def forward(x, weight, bias):
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        grad_weight = None
+        if need_weight:
+            parts = zip(grad.split(_ROWS_OF_A_SUM), x.split(_ROWS_OF_A_SUM), strict=True)
+            grad_weight = functools.reduce(torch.add, (g.t() @ rows for g, rows in parts))
+        return grad @ weight if need_x else None, grad_weight, grad.sum(0) if need_bias else None
+
+
 # Masks, softmax, linear layers
 
 
@@ -241,6 +262,7 @@ def pooled_by_softmax(x: Tensor, scores: Tensor, segments: Segments) -> tuple[Te
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, product: torch.dtype, acc: torch.dtype) -> Tensor:
     """A linear layer: the product in ``product``, the result, and a bias of another type, in the accumulation type."""
     x, weight = x.to(product), weight.to(product)
+    layer = Layer.of if x.ndim == 2 and product.itemsize >= 4 else F.linear  # half types round every sum
     if bias is None or bias.dtype == product:  # rounding once, as PyTorch does
-        return F.linear(x, weight, bias).to(acc)
-    return F.linear(x, weight).to(acc) + bias.to(acc)
+        return layer(x, weight, bias).to(acc)
+    return layer(x, weight, None).to(acc) + bias.to(acc)

@@ -10,16 +10,6 @@ constexpr bool kManyRegisters = Vectorized<float>::size() >= 16;
 constexpr int kHeadBlock = kManyRegisters ? 4 : 2;
 constexpr int kWeightRegisters = kManyRegisters ? 16 : 8;
 
-// Rows that far ahead are asked for: with half types the processor's own guesses come too late.
-constexpr int64_t kAhead = 8;
-template <typename T>
-inline void prefetch(const T* pair) {
-  constexpr int64_t kLine = 64;
-  for (int64_t i = 0; i < Pair<T>::width * int64_t(sizeof(T)); i += kLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(pair) + i, 0, 2);
-  }
-}
-
 // Two vectors from 2 * size() elements in the order that costs least: bfloat16 numbers are the upper halves of float32
 // ones, so those at even places are a shift away, those at odd places a mask. in_order puts a pair back.
 template <typename T, typename Step>
@@ -42,36 +32,30 @@ inline Pair<A> in_order(const Pair<A>& v) {
   }
   return v;
 }
-// Vectors [heads, width] to multiply quick pairs with: as they are, or in their order in `buffer`.
-template <typename T, typename A>
-inline const A* quick_order(const A* v, int64_t heads, int64_t width, int64_t& ld, std::vector<A>& buffer) {
-  ld = width;
-  if constexpr (std::is_same_v<T, at::BFloat16>) {
-    ld = round_up(width, Pair<A>::width);
-    buffer.resize(heads * ld);
-    for (int64_t k = 0; k < heads; ++k) {
-      for_steps<Pair<A>::width>(width, [&](int64_t l, auto step) {
-        const auto p = load_pair(v + k * width + l, step);
-        const auto [even, odd] = at::vec::deinterleave2(p.lo, p.hi);
-        Pair<A>{even, odd}.store(buffer.data() + k * ld + l);
-      });
-    }
-    return buffer.data();
-  }
-  return v;
-}
-
 }  // namespace
 
 template <typename T>
+RowVectors<T>::RowVectors(const A* v, int64_t count, int64_t width) : given_(v), ld_(width) {
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    ld_ = round_up(width, Pair<A>::width);  // what is read past the last is 0
+    copy_.resize(count * ld_);
+    at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        for_steps<Pair<A>::width>(width, [&](int64_t l, auto step) {
+          const auto p = load_pair(v + k * width + l, step);
+          const auto [even, odd] = at::vec::deinterleave2(p.lo, p.hi);
+          Pair<A>{even, odd}.store(copy_.data() + k * ld_ + l);
+        });
+      }
+    });
+  }
+}
+
+template <typename T>
 void dots(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T>* centre, const acc_t<T>* v,
-          int64_t heads, int64_t width, acc_t<T>* out) {
+          int64_t ld_v, int64_t heads, int64_t width, acc_t<T>* out, bool streamed) {
   using A = acc_t<T>;
   using V = Vectorized<A>;
-  std::vector<A> buffers[2];
-  int64_t ld_v, ld_centre;
-  v = quick_order<T>(v, heads, width, ld_v, buffers[0]);
-  if (centre != nullptr) centre = quick_order<T>(centre, 1, width, ld_centre, buffers[1]);
   // Padded vectors are read whole, others as far as they go.
   const auto load_vector = [](const A* p, auto step) {
     if constexpr (std::is_same_v<T, at::BFloat16>) return Pair<A>::load(p);
@@ -90,7 +74,6 @@ void dots(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T
       unroll<H>([&](auto h) { w[h] = load_vector(v + (k + h) * ld_v + l, step); });
       if constexpr (decltype(centred)::value) c = load_vector(centre + l, step);
       unroll<R>([&](auto i) {
-        prefetch<T>(row[i] + kAhead * ld + l);
         auto p = load_quick(row[i] + l, step);
         if constexpr (decltype(centred)::value) p.lo = p.lo - c.lo, p.hi = p.hi - c.hi;
         unroll<H>([&](auto h) { sum[i][h] = fmadd(p.hi, w[h].hi, fmadd(p.lo, w[h].lo, sum[i][h])); });
@@ -98,17 +81,19 @@ void dots(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T
     });
     unroll<R>([&](auto i) { unroll<H>([&](auto h) { out[(r + i) * heads + k + h] = horizontal_sum(sum[i][h]); }); });
   };
-  for_blocks<4>(n, [&](int64_t r, auto rows) {
+  const auto all_heads = [&](int64_t r, auto rows) {
     for_blocks<kHeadBlock>(heads, [&](int64_t k, auto block_heads) {
       if (centre != nullptr) block(r, k, rows, block_heads, std::true_type{});
       else block(r, k, rows, block_heads, std::false_type{});
     });
-  });
+  };
+  if (streamed) for_blocks<1>(n, all_heads);
+  else for_blocks<4>(n, all_heads);
 }
 
 template <typename T>
 void weighted_sums(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T>* weight, int64_t heads,
-                   const acc_t<T>* scale, int64_t width, acc_t<T>* out, bool prefetch) {
+                   const acc_t<T>* scale, int64_t width, acc_t<T>* out, bool streamed) {
   using A = acc_t<T>;
   using V = Vectorized<A>;
   // Rows are read in their order, a few at a time, each as far as the sums of a strip fit into the nearest cache.
@@ -126,7 +111,6 @@ void weighted_sums(const T* x, int64_t ld, const int32_t* index, int64_t n, cons
       Pair<A> sum[H];
       unroll<H>([&](auto h) { sum[h] = first ? Pair<A>{V(A(0)), V(A(0))} : Pair<A>::load(sums + h * kStrip + at); });
       unroll<R>([&](auto i) {
-        if (prefetch && sizeof(T) < sizeof(float)) milkernels::prefetch<T>(row[i] + R * ld + at);
         const auto v = load_quick(row[i] + at, step);
         unroll<H>([&](auto h) { sum[h] = {fmadd(w[i][h], v.lo, sum[h].lo), fmadd(w[i][h], v.hi, sum[h].hi)}; });
       });
@@ -137,9 +121,9 @@ void weighted_sums(const T* x, int64_t ld, const int32_t* index, int64_t n, cons
     constexpr int H = decltype(block_heads)::value;
     for (int64_t l = 0; l < width; l += kStrip) {
       const int64_t wide = std::min(kStrip, width - l);
-      for_blocks<kWeightRegisters / H>(n, [&](int64_t r, auto rows) {
-        add_rows(k, l, wide, r, r == 0, block_heads, rows);
-      });
+      const auto add = [&](int64_t r, auto rows) { add_rows(k, l, wide, r, r == 0, block_heads, rows); };
+      if (streamed) for_blocks<1>(n, add);
+      else for_blocks<kWeightRegisters / H>(n, add);
       unroll<H>([&](auto h) {
         const V s(scale[k + h]);
         A* const to = out + (k + h) * width + l;
@@ -179,8 +163,9 @@ void combine(const acc_t<T>* coefficient, const acc_t<T>* const* vector, int64_t
   });
 }
 
+template class RowVectors<MILKERNELS_TYPE>;
 template void dots(const MILKERNELS_TYPE*, int64_t, const int32_t*, int64_t, const acc_t<MILKERNELS_TYPE>*,
-                   const acc_t<MILKERNELS_TYPE>*, int64_t, int64_t, acc_t<MILKERNELS_TYPE>*);
+                   const acc_t<MILKERNELS_TYPE>*, int64_t, int64_t, int64_t, acc_t<MILKERNELS_TYPE>*, bool);
 template void weighted_sums(const MILKERNELS_TYPE*, int64_t, const int32_t*, int64_t, const acc_t<MILKERNELS_TYPE>*,
                             int64_t, const acc_t<MILKERNELS_TYPE>*, int64_t, acc_t<MILKERNELS_TYPE>*, bool);
 template void combine(const acc_t<MILKERNELS_TYPE>*, const acc_t<MILKERNELS_TYPE>* const*, int64_t, int64_t, int64_t,
