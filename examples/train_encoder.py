@@ -162,11 +162,12 @@ def markdown(results: dict) -> str:
         by_size = {row["digits"]: row["bytes"] for row in rows if row["way"] == way and row["digits"]}
         cells = ["not measured" if by_size.get(s) is None else f"{by_size[s] / 1e6:,.0f} MB" for s in sizes]
         held.append([way, *cells])
+    repeats = arguments["repeats"]
+    about = "One repetition." if repeats == 1 else f"Mean ± standard deviation of {repeats} repetitions."
     return f"""# An encoder trained through every instance
 
 Bags of {arguments["digits"]:,} MNIST digits; in positive ones {arguments["nines"]} are a 9, in negative ones none.
-{arguments["train"]} training bags, {arguments["epochs"]} epochs, one bag a step; {arguments["test"]} test bags; mean ±
-standard deviation of {arguments["repeats"]} repetitions, each with new bags and a new encoder.
+{arguments["train"]} training bags, {arguments["epochs"]} epochs, one bag a step; {arguments["test"]} test bags. {about}
 
 {report.table(lines)}
 
