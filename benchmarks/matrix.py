@@ -37,14 +37,14 @@ _OUT = Path(__file__).parents[1] / "build" / "matrix.json"
 
 def units(dtypes: Sequence[str], threads: int = 0) -> list[Unit]:
     """``dtypes``: those that PyTorch has fast products for."""
-    about = {"device": "cpu", "threads": threads, "part": "matrix", "seconds": 300.0}
+    about = {"device": "cpu", "threads": threads, "part": "matrix", "seconds": 300.0, "peaks": False}
 
     def cell(op: str, lengths: Sequence[int], dtype: str = FLOAT32, dim: int = 512, **more) -> Unit:
         rows, learns = sum(lengths), len(CASES[op].tensors) > 1  # something beside the instances
         modes = ("fwd", "step", "frozen") if learns else ("fwd", "step")
         budget = len(modes) * (2.5 if rows > 30_000 else 0.8)
         return unit(
-            op, lengths, dim, "eager native", dtype=dtype, modes=modes, budget=budget, peaks=False, **about, **more,
+            op, lengths, dim, "eager native", dtype=dtype, modes=modes, budget=budget, **about, **more,
         )  # fmt: skip
 
     def whole(rows: int) -> Unit:

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("pandas")
 pytest.importorskip("tabulate")
 
-from benchmarks import cpu_grid, disk, figures, grid, kinds, largest, matrix, pages, plots, results, runner, units
+from benchmarks import clam, cpu_grid, disk, figures, grid, kinds, largest, matrix, pages, plots, results, runner, units
 from milkernels.bench import contenders, memory, report
 from milkernels.testing import CASES, Shape
 
@@ -431,13 +431,23 @@ def test_the_matrix(tmp_path):
     chosen = matrix.units(["float32", "bfloat16"], 2)
     assert all(u.contenders == ("eager", "native") and u.threads == 2 and not u.peaks for u in chosen)
     assert sum(u.budget for u in chosen) < 300, "checking takes the rest of fifteen minutes"
-    assert {u.dtype for u in matrix.units(["float32"])} == {"float32"}
+    assert {u.dtype for u in matrix.units(["float32"]) if u.kind != "disk"} == {"float32"}
+    assert {u.kind for u in chosen} == {"bench", "clam", "disk"}
     wins, loses = unit((60,), "eager native", modes=("fwd", "step")), unit((50,), "eager native", modes=("fwd",))
     rows = [row_of(wins, "fwd", c, s) for c, s in (("eager", 0.4), ("native", 0.2))]
     rows += [row_of(wins, "step", "eager"), row_of(wins, "step", "native", status="error", reason="x", median=None)]
     other = [row_of(loses, "fwd", c, s) for c, s in (("eager", 0.1), ("native", 0.4))]
     table = matrix.cells(content_of(tmp_path / "c.json", (wins, rows), (loses, other)))
     assert list(table["x eager"]) == [0.25, 2.0] and list(table["milkernels, ms"]) == ["400", "200"]
+
+
+@pytest.mark.parametrize("mode", ["fwd", "step"])
+def test_the_whole_clam(monkeypatch, mode):
+    one = unit((30,), "eager native", modes=(mode,), kind="clam", budget=0.05)
+    found = {row["contender"]: row for row in clam.rows(one, mode)}
+    assert set(found) == {"eager", "native"} and all(row["median"] > 0 for row in found.values())
+    monkeypatch.setattr(clam, "_TOLERANCE", -1.0)
+    assert [row["status"] for row in clam.rows(one, mode)] == ["FAIL"]
 
 
 def test_the_readmes_table(tmp_path):

@@ -290,7 +290,7 @@ def test_a_backward_drops_what_its_forward_dropped(name, dims):
     slope = sum((p.grad * d).sum() for p, d in zip(model.parameters(), along, strict=True))
     step = 1e-6
     up, down = (loss(*[p + s * d for p, d in zip(start, along, strict=True)]) for s in (step, -step))
-    torch.testing.assert_close(float(slope), float((up - down) / (2 * step)), rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(slope.item(), ((up - down) / (2 * step)).item(), rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -2,113 +2,12 @@
 and what those return are those of the published code, the rest is our own, and sizes are arguments.  Models over padded
 batches are in upstream_padded.py, those that only look like one of these in upstream_lookalikes.py."""
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.clam import ClamSB, dense
 
-def dense(*sizes: int, activation: type[nn.Module], dropout: float | None = None) -> nn.Sequential:
-    """``Linear, activation[, Dropout]``."""
-    layers = [nn.Linear(*sizes), activation()]
-    return nn.Sequential(*layers, *([] if dropout is None else [nn.Dropout(dropout)]))
-
-
-# CLAM
-
-
-class AttnNet(nn.Module):
-    """CLAM's Attn_Net: ``(scores [N, K], x)``."""
-
-    def __init__(self, L=1024, D=256, dropout=False, n_classes=1):
-        super().__init__()
-        p = 0.25 if dropout else None
-        self.module = nn.Sequential(*dense(L, D, activation=nn.Tanh, dropout=p), nn.Linear(D, n_classes))
-
-    def forward(self, x):
-        return self.module(x), x
-
-
-class AttnNetGated(nn.Module):
-    """CLAM's Attn_Net_Gated: ``(scores [N, K], x)``."""
-
-    def __init__(self, L=1024, D=256, dropout=False, n_classes=1):
-        super().__init__()
-        p = 0.25 if dropout else None
-        self.attention_a = dense(L, D, activation=nn.Tanh, dropout=p)
-        self.attention_b = dense(L, D, activation=nn.Sigmoid, dropout=p)
-        self.attention_c = nn.Linear(D, n_classes)
-
-    def forward(self, x):
-        gate = self.attention_a(x) * self.attention_b(x)
-        return self.attention_c(gate), x
-
-
-class ClamSB(nn.Module):
-    """CLAM_SB.  Older checkpoints have no Dropout in the embedding, so that the network is at index 2, not 3."""
-
-    branches = 1
-
-    def __init__(
-        self, gate=True, dropout=0.0, k_sample=8, n_classes=2, subtyping=False, sizes=(1024, 512, 256), old=False
-    ):
-        super().__init__()
-        width, embedded, hidden = sizes
-        branches = n_classes if self.branches is None else self.branches
-        network = (AttnNetGated if gate else AttnNet)(embedded, hidden, dropout > 0, branches)
-        embedding = dense(width, embedded, activation=nn.ReLU, dropout=None if old else dropout)
-        self.attention_net = nn.Sequential(*embedding, network)
-        if self.branches is None:
-            self.classifiers = nn.ModuleList([nn.Linear(embedded, 1) for _ in range(n_classes)])
-        else:
-            self.classifiers = nn.Linear(embedded, n_classes)
-        self.instance_classifiers = nn.ModuleList([nn.Linear(embedded, 2) for _ in range(n_classes)])
-        self.instance_loss_fn = nn.CrossEntropyLoss()
-        self.k_sample, self.n_classes, self.subtyping = k_sample, n_classes, subtyping
-
-    def inst_eval(self, A, h, classifier):
-        """Of the class of the bag: most attended are positive, least attended negative."""
-        A = A.reshape(1, -1) if A.ndim == 1 else A
-        chosen = [torch.topk(sign * A, self.k_sample, dim=1).indices[-1] for sign in (1, -1)]
-        targets = torch.arange(2, device=h.device).flip(0).repeat_interleave(self.k_sample)
-        return self._evaluated(classifier(h[torch.cat(chosen)]), targets)
-
-    def inst_eval_out(self, A, h, classifier):
-        """Of another class: most attended are negative."""
-        A = A.reshape(1, -1) if A.ndim == 1 else A
-        chosen = torch.topk(A, self.k_sample, dim=1).indices[-1]
-        return self._evaluated(classifier(h[chosen]), torch.zeros_like(chosen))
-
-    def _evaluated(self, logits, targets):
-        return self.instance_loss_fn(logits, targets), logits.topk(1, dim=1).indices[:, 0], targets
-
-    def _classified(self, bag):
-        return self.classifiers(bag)
-
-    def forward(self, h, label=None, instance_eval=False, return_features=False, attention_only=False):
-        scores, h = self.attention_net(h)
-        scores = scores.T
-        if attention_only:
-            return scores
-        weights, results = scores.softmax(1), {}
-        if instance_eval:
-            loss, labels, predictions = 0.0, [], []
-            for c, classifier in enumerate(self.instance_classifiers):
-                inside = int(label) == c
-                if not (inside or self.subtyping):
-                    continue
-                attention = weights if self.branches == 1 else weights[c]
-                one, predicted, target = (self.inst_eval if inside else self.inst_eval_out)(attention, h, classifier)
-                predictions.extend(predicted.cpu().numpy())
-                labels.extend(target.cpu().numpy())
-                loss = loss + one
-            if self.subtyping:
-                loss = loss / len(self.instance_classifiers)
-            results = {"instance_loss": loss, "inst_labels": np.array(labels), "inst_preds": np.array(predictions)}
-        bag = weights @ h
-        logits = self._classified(bag)
-        if return_features:
-            results["features"] = bag
-        return logits, logits.softmax(1), logits.topk(1, dim=1).indices, scores, results
+# CLAM; the single branch is what the benchmarks measure too
 
 
 class ClamMB(ClamSB):
