@@ -5,6 +5,8 @@ from importlib import metadata
 from milkernels import nn as nn  # not in __all__: a star would put it over torch's
 from milkernels.backends import BackendUnavailable, use_backend
 from milkernels.bags import Bags, collate_bags
+from milkernels.distributed import all_critical, all_merge
+from milkernels.encoding import encode_in_chunks
 from milkernels.integrations import accelerate, restore
 from milkernels.layers import Embed
 from milkernels.merging import merge_pooled
@@ -18,6 +20,7 @@ from milkernels.ops.pooling import max_pool, mean_pool, softmax_pool, weighted_p
 from milkernels.ops.query import query_pool, query_scores
 from milkernels.ops.scores import attention_weights, segment_softmax, topk_instances
 from milkernels.results import (
+    CriticalInstances,
     DSMILOutput,
     DSMILPooled,
     InstanceMax,
@@ -39,6 +42,7 @@ __all__ = [
     "BackendUnavailable",
     "BagAttention",
     "Bags",
+    "CriticalInstances",
     "DSMILOutput",
     "DSMILPooled",
     "Embed",
@@ -48,6 +52,8 @@ __all__ = [
     "Pooled",
     "TopInstances",
     "accelerate",
+    "all_critical",
+    "all_merge",
     "attention_arrays",
     "attention_pool",
     "attention_scores",
@@ -56,6 +62,7 @@ __all__ = [
     "dsmil",
     "dsmil_pool",
     "embed_instances",
+    "encode_in_chunks",
     "gated_attention_pool",
     "gated_attention_scores",
     "generalized_mean_pool",

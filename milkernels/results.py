@@ -107,3 +107,17 @@ class TopInstances(NamedTuple):
 
     values: Tensor
     indices: Tensor
+
+
+class CriticalInstances(NamedTuple):
+    """The critical instances of bags that are spread over ranks.
+
+    Attributes:
+        rows: ``[B, C, L]``, the instances.
+        values: ``[B, C]``, their logits.
+        rank: ``[B, C]``, the rank that holds each; -1: none does.
+    """
+
+    rows: Tensor
+    values: Tensor
+    rank: Tensor
