@@ -6,12 +6,15 @@ from milkernels import nn as nn  # not in __all__: a star would put it over torc
 from milkernels import ops
 from milkernels.backends import BackendUnavailable, use_backend
 from milkernels.bags import Bags, collate_bags
+from milkernels.distributed import all_critical, all_merge
+from milkernels.encoding import encode_in_chunks
 from milkernels.integrations import accelerate, restore
 from milkernels.layers import Embed
 from milkernels.merging import merge_pooled
 from milkernels.ops import *
 from milkernels.ops.dropout import seed_of_part
 from milkernels.results import (
+    CriticalInstances,
     DSMILOutput,
     DSMILPooled,
     InstanceMax,
@@ -33,6 +36,7 @@ __all__ = [
     "BackendUnavailable",
     "BagAttention",
     "Bags",
+    "CriticalInstances",
     "DSMILOutput",
     "DSMILPooled",
     "Embed",
@@ -42,8 +46,11 @@ __all__ = [
     "Pooled",
     "TopInstances",
     "accelerate",
+    "all_critical",
+    "all_merge",
     "attention_arrays",
     "collate_bags",
+    "encode_in_chunks",
     "heatmap",
     "merge_pooled",
     "restore",

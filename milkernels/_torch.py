@@ -3,7 +3,9 @@
 `eager`, `transforming` and `exporting` are asked on every call, so they read flags; all can be traced by torch.compile.
 """
 
-from collections.abc import Callable
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from contextvars import Context
 
 import torch
@@ -165,3 +167,103 @@ def has_own(module: nn.Module, *names: str) -> bool:
 def ragged_dimension(nested: Tensor) -> int:
     """The dimension of a jagged nested tensor whose size differs."""
     return nested._ragged_idx
+
+
+# Tensors
+
+
+def version(tensor: Tensor) -> int:
+    """How often it was written to in place."""
+    return tensor._version
+
+
+def run_by_python(function: Callable) -> None:
+    """A compiler does not look into the function, as by torch.compiler.disable, whose import of the compiler is not
+    needed here."""
+    function._torchdynamo_disable = True
+
+
+# Processes
+
+
+def world_size() -> int:
+    """Of all processes; 1 where there are no groups."""
+    return torch.distributed.get_world_size() if has_groups() else 1
+
+
+def has_groups() -> bool:
+    """Whether this process is one of several, or could be."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def group_of(group) -> tuple[str, int, int]:
+    """``(name, size, rank)`` of a ProcessGroup, a DeviceMesh of one dimension, or None, all processes."""
+    if not has_groups():
+        raise RuntimeError("torch.distributed has no process group: call torch.distributed.init_process_group first")
+    distributed = torch.distributed
+    mesh = sys.modules.get("torch.distributed.device_mesh")
+    if mesh is not None and isinstance(group, mesh.DeviceMesh):
+        if group.ndim != 1:
+            names = group.mesh_dim_names or tuple(range(group.ndim))
+            raise ValueError(f"group must be a mesh of one dimension, mesh[name]; got one of {group.ndim}: {names}")
+        group = group.get_group()
+    group = distributed.group.WORLD if group is None else group
+    if group is distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group must have this process in it; got one without it")
+    if not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(f"group must be a ProcessGroup, a DeviceMesh or None; got {type(group).__name__}")
+    return group.group_name, group.size(), group.rank()
+
+
+def all_gather(tensor: Tensor, size: int, name: str) -> Tensor:
+    """``[W, ...]``: that of each rank of a group, all of one shape. It waits, is traced, and has no gradient."""
+    collective = torch.ops._c10d_functional
+    gathered = collective.all_gather_into_tensor(tensor.contiguous().flatten(), size, name)
+    return collective.wait_tensor(gathered).view(size, *tensor.shape)
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is a DTensor. Where their module was not loaded there are none, and loading it takes a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _sharded_states(module: nn.Module) -> list[tuple[nn.Module, object]]:
+    """``(module, state)`` of each that FSDP2 shards."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", None)
+    return [] if kind is None else [(m, m._get_fsdp_state()) for m in module.modules() if isinstance(m, kind)]
+
+
+@contextlib.contextmanager
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """Within the block the module's parameters are whole and calls of it communicate nothing, whatever FSDP2 shards.
+
+    FSDP2 has this for modules that are run again in a backward, which has gathered their parameters: in the state
+    PRE_BACKWARD its hooks convert types and do no more.
+    """
+    states = [(m, s, s._training_state, any(map(is_dtensor, m.parameters()))) for m, s in _sharded_states(module)]
+    for m, *_ in states:
+        m.unshard()
+    try:
+        for _, state, now, _ in states:
+            state._training_state = type(now).PRE_BACKWARD
+        yield
+    finally:
+        for m, state, before, sharded in states:
+            state._training_state = before
+            if sharded:
+                m.reshard()
+
+
+def sharded_as(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """The gradient of a whole parameter, averaged over ranks and cut as FSDP2 cut the parameter; None is 0, since
+    every rank has to take part."""
+    if not is_dtensor(parameter):
+        return gradient
+    if gradient is None:
+        gradient = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    module = sys.modules["torch.distributed.tensor"]
+    mesh = parameter.device_mesh
+    partial = module.DTensor.from_local(gradient / mesh.size(), mesh, [module.Partial()] * mesh.ndim, run_check=False)
+    return partial.redistribute(placements=parameter.placements)

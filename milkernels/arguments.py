@@ -11,9 +11,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from milkernels._torch import has_values
+from milkernels._torch import has_values, is_dtensor
 
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+_PLAIN = (Tensor, torch.nn.Parameter)
 _INTEGER, _REAL = (int, torch.SymInt), (int, float, torch.SymInt, torch.SymFloat)  # a union takes time to make
 _INT64 = (-(2**63), 2**63 - 1)
 _COUNTS = 2**31  # what is counted in 64 bits stays far from their end, whatever it is multiplied by
@@ -31,17 +32,18 @@ def in_order(t: Tensor, device: torch.device) -> bool:
     what is wrong, are not called.
     """
     return (
-        isinstance(t, Tensor)
-        and not t.is_nested
-        and t.dtype in DTYPES
-        and t.layout is torch.strided
-        and t.device == device
+        type(t) in _PLAIN and not t.is_nested and t.dtype in DTYPES and t.layout is torch.strided and t.device == device
     )
 
 
 def check_dense(name: str, t: Tensor) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
+    if type(t) not in _PLAIN and is_dtensor(t):
+        raise TypeError(
+            f"{name} must be a plain tensor; got a DTensor: take .to_local() of instances that are spread over ranks, "
+            "and have milkernels.all_merge put together what these pool, and .full_tensor() of a parameter"
+        )
     if t.layout is not torch.strided or t.is_nested:
         got = "a nested tensor" if t.is_nested else f"layout {t.layout}"
         raise TypeError(f"{name} must be a dense tensor; got {got}")

@@ -311,7 +311,7 @@ def dsmil_loss(
     if streams != "instance":
         losses.append(F.binary_cross_entropy_with_logits(of_bag, labels, pos_weight=pos_weight))
     if streams != "bag":
-        there = prediction.pooled.critical >= 0
+        there = prediction.pooled.values != -torch.inf
         logits = of_instance.masked_fill(~there, 0)
         weights = {"weight": there.to(labels.dtype), "pos_weight": pos_weight}
         terms = F.binary_cross_entropy_with_logits(logits, labels, **weights, reduction="sum")

@@ -50,3 +50,11 @@ class MaxPooled(NamedTuple):
 class TopInstances(NamedTuple):
     values: Tensor  # [B, K, k]
     indices: Tensor  # [B, K, k]
+
+
+class CriticalInstances(NamedTuple):
+    """The critical instances of bags that are spread over ranks."""
+
+    rows: Tensor  # [B, C, L]
+    values: Tensor  # [B, C]  their logits
+    rank: Tensor  # [B, C]  that holds them; -1: none does

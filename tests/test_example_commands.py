@@ -26,6 +26,7 @@ from examples import (  # noqa: E402
     side_by_side,
     slide_bag,
     train_classic,
+    train_encoder,
     train_mnist_bags,
     training,
 )
@@ -97,6 +98,19 @@ def test_train_mnist_bags_quick(mnist_data, tmp_path):
     assert all(0 <= value <= 1 for row in rows for value in row["auc"].values())
     assert "| gated-attention |" in printed
     assert (out / "train_mnist_bags.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_train_encoder_quick(mnist_data, tmp_path):
+    printed = command("train_encoder", "--data", mnist_data, "--quick", "--out", tmp_path, "--jobs", 1)
+    rows = json.loads((tmp_path / "train_encoder.json").read_text())["rows"]
+    assert {(row["way"], row["repeat"], row["digits"]) for row in rows} == {
+        ("frozen", 0, 0),
+        ("end to end", 0, 0),
+        ("end to end", -1, 1000),
+        ("one graph", -1, 1000),
+    }
+    assert all(0 <= row["auc"] <= 1 for row in rows if "auc" in row) and "| one graph |" in printed
 
 
 def test_slide_bag_quick(tmp_path):
@@ -212,6 +226,8 @@ def test_commands_are_shown_without_folders(argv, shown):
         (train_classic, ["--data", "x", "--sets", "musk3"], "invalid choice: 'musk3'"),
         (train_classic, [], "required: --data"),
         (train_mnist_bags, ["--data", "x", "--train", "1"], "must be at least 2; got 1"),
+        (train_encoder, ["--data", "x", "--chunk", "0"], "must be at least 1; got 0"),
+        (train_encoder, ["--data", "x", "--nines", "1001"], "--nines must be at most --digits, 1000; got 1001"),
         (slide_bag, ["--width", "32"], "must be at least 48; got 32"),
         (slide_bag, ["--patches", "10"], "must be at least 200; got 10"),
         (side_by_side, ["--rounds", "0"], "must be at least 1; got 0"),
@@ -225,7 +241,7 @@ def test_bad_options(example, argv, said, capsys):
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["train_classic", "train_mnist_bags", "side_by_side"])
+@pytest.mark.parametrize("name", ["train_classic", "train_encoder", "train_mnist_bags", "side_by_side"])
 def test_data_are_looked_for_before_any_work(name, tmp_path, monkeypatch):
     monkeypatch.setattr(report.Report, "run", lambda *args, **options: pytest.fail("work"))
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
@@ -239,8 +255,8 @@ def _square(task):
 # Results in the repository, and real data
 
 
-PAGES = {module.__name__.split(".")[1]: module for module in (train_classic, train_mnist_bags, slide_bag, side_by_side)}
-PAGES["self_attention"] = self_attention
+WITH_PAGES = (train_classic, train_encoder, train_mnist_bags, slide_bag, side_by_side, self_attention)
+PAGES = {module.__name__.split(".")[1]: module for module in WITH_PAGES}
 
 
 @pytest.mark.parametrize("name", PAGES)

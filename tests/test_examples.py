@@ -24,6 +24,7 @@ from examples import (  # noqa: E402
     self_attention,
     slide_bag,
     train_classic,
+    train_encoder,
     train_mnist_bags,
     training,
 )
@@ -539,3 +540,19 @@ def test_padded_steps_are_those_of_the_bags_alone(graphs, request):
     for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
         if not name.endswith("w_bias"):  # whose gradient is 0 but for rounding, which Adam follows
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_digits_train_the_encoder_through_chunks_as_in_one_graph():
+    images = data.Digits(torch.randn(30, 784), torch.arange(30) % 10)
+    bags, labels = train_encoder.bags_of(images, 4, 12, 2, 0)
+    assert labels.tolist() == [1, 0, 1, 0] and [len(bag) for bag in bags] == [12] * 4
+    assert [int((images.labels[bag] == data.DIGIT).sum()) for bag in bags] == [2, 0, 2, 0]
+    found = []
+    for kind in (train_encoder.OfDigits, train_encoder.OfOneGraph):
+        torch.manual_seed(0)
+        model = kind(False, 5)
+        model(train_encoder.loader(images, bags[0], "cpu"), 12).backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (found[0] - found[1]).norm() < 1e-5 * found[1].norm()
+    frozen = train_encoder.OfDigits(True, 5)
+    assert not any(p.requires_grad for p in frozen.encoder.parameters())

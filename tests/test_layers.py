@@ -22,6 +22,7 @@ LAYERS = {
     "layers": 0,
     "results": -1,
     "ragged": 0,
+    "encoding": 0,
     "saving": 0,
     "bags": 1,
     "native": 1,
@@ -30,14 +31,15 @@ LAYERS = {
     "ops": 3,
     "merging": 6,
     "visualize": 6,
+    "distributed": 7,
     "streaming": 7,
-    "nn": 7,
-    "integrations": 8,
-    "losses": 8,
-    "": 9,  # milkernels/__init__.py
-    "testing": 10,
-    "bench": 11,
-    "__main__": 12,
+    "nn": 8,
+    "integrations": 9,
+    "losses": 9,
+    "": 10,  # milkernels/__init__.py
+    "testing": 11,
+    "bench": 12,
+    "__main__": 13,
 }
 TOOLS = ("testing", "bench", "__main__")
 FILES = sorted(PACKAGE.rglob("*.py"))

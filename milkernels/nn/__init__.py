@@ -25,6 +25,9 @@ torch.Size([2, 3])
 the layer in front of them, whose width is their ``in_dim`` then and whose ``dropout_p`` acts as given.  The models hand
 the last Linear, ReLU and Dropout of their ``embed`` over so; where one of these was replaced or has hooks they call it.
 
+**Ranks.**  The poolings, `ABMIL`, `DSMILModel` and `LossAttentionModel` take ``group``, the processes of
+``torch.distributed`` over which the instances of each bag are spread: see `milkernels.distributed`.
+
 **Parameters** are created and initialised as those of ``torch.nn.Linear``, and ``device`` and ``dtype`` mean the same.
 **Dropout** acts in training mode only; its seeds come from PyTorch's default generator, so ``manual_seed`` repeats it.
 **Errors** are TypeError and ValueError that name the argument and the value got.  Constructors raise them for a size

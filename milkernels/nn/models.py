@@ -169,6 +169,7 @@ class ABMIL(nn.Module):
             they are.  The last one is handed to the pooling as its ``embed``: compiled kernels do not store its output.
         hidden_dim, heads, gated, activation: as in `AttentionPool`; the bag vectors of all heads are concatenated.
         dropout: of the embedding and of the attention's hidden units, as in CLAM, in [0, 1].
+        group: the ranks over which bags are spread, as in `AttentionPool`.
 
     ``forward`` returns ``Prediction(logits [B, C], pooled)``.  An empty bag is a bag vector of 0.
     """
@@ -184,6 +185,7 @@ class ABMIL(nn.Module):
         gated: bool = True,
         activation: str = "tanh",
         dropout: float = 0.0,
+        group=None,
         device=None,
         dtype=None,
     ):
@@ -192,7 +194,7 @@ class ABMIL(nn.Module):
         check_count("num_classes", num_classes)
         self.in_dim = in_dim
         self.embed, width = _embedding("embed_dim", in_dim, embed_dim, dropout, **factory)
-        options = {"gated": gated, "activation": activation, "dropout": dropout}
+        options = {"gated": gated, "activation": activation, "dropout": dropout, "group": group}
         self.attention = AttentionPool(width, hidden_dim, heads, **options, **factory)
         self.classifier = nn.Linear(heads * width, num_classes, **factory)
 
@@ -211,7 +213,8 @@ class DSMILModel(nn.Module):
         in_dim: features of an instance.
         num_classes: C.
         embed_dim: of an embedding, as in `ABMIL`; None takes the instances as they are, as the authors do.
-        query_dim, options: as in `DSMIL`, by name: nonlinear_query, value, value_dim, value_dropout, scale, bias.
+        query_dim, options: as in `DSMIL`, by name: nonlinear_query, value, value_dim, value_dropout, scale, bias,
+            group.
         dropout: of the embedding, in [0, 1]; only with one.
         lambda_: the share of the first stream, in [0, 1]; the final version of the paper has 1/2.
 
@@ -247,7 +250,7 @@ class DSMILModel(nn.Module):
         pooled = _pooled(self.streams, self.embed, x, offsets, mask, self.in_dim)
         bag_logits = self.classifier(pooled.bag).squeeze(2)
         logits = self.lambda_ * pooled.values + (1 - self.lambda_) * bag_logits
-        logits = torch.where(pooled.critical < 0, bag_logits, logits)
+        logits = torch.where(pooled.values == -torch.inf, bag_logits, logits)  # critical has a -1 also for other ranks
         return DSMILPrediction(logits, bag_logits, pooled.values, pooled)
 
     def extra_repr(self) -> str:
@@ -265,18 +268,26 @@ class LossAttentionModel(nn.Module):
         hidden_dims: of the embedding, a linear layer and ReLU each; empty takes the instances as they are.  The last
             one is handed to the pooling, as in `ABMIL`.
         dropout: after each layer of the embedding, in [0, 1]; only with one.
+        group: the ranks over which bags are spread, as in `LossAttention`.
         factory: device and dtype.
 
     ``forward`` returns ``Prediction(logits [B, C], pooled)``.  An empty bag is a bag vector of 0.
     """
 
     def __init__(
-        self, in_dim: int, num_classes: int, hidden_dims: Sequence[int] = (256, 128, 64), *, dropout=0.0, **factory
+        self,
+        in_dim: int,
+        num_classes: int,
+        hidden_dims: Sequence[int] = (256, 128, 64),
+        *,
+        dropout: float = 0.0,
+        group=None,
+        **factory,
     ):
         super().__init__()
         self.in_dim = in_dim
         self.embed, width = _hidden_embedding(in_dim, hidden_dims, dropout, **factory)
-        self.attention = LossAttention(width, num_classes, **factory)
+        self.attention = LossAttention(width, num_classes, group=group, **factory)
 
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> Prediction:
         pooled = _pooled(self.attention, self.embed, x, offsets, mask, self.in_dim)

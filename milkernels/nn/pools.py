@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from milkernels import ops, results
 from milkernels.arguments import check_choice, check_count, check_flag, check_instances, check_number, check_share
 from milkernels.bags import Bags, Parts
-from milkernels.layers import ACTIVATIONS, Embed
+from milkernels.distributed import Ranks, all_critical, all_max, all_mean, all_merge, as_ranks, seed_of_rank
+from milkernels.layers import ACTIVATIONS, Embed, as_linear
+from milkernels.ops.segments import rows_at
 
 Instances = Tensor | Bags | Parts
 Seed = Tensor | int | None
@@ -57,7 +59,36 @@ def _per_row(name: str, t: Tensor, x: Instances) -> Tensor:
     return Bags.from_nested(t).values if t.is_nested else t.flatten(0, 1)
 
 
-class _Linears(nn.Module):
+class _Spread(nn.Module):
+    """A module whose bags may be spread over the ranks of a group."""
+
+    def __init__(self, group=None):
+        super().__init__()
+        self.group: Ranks | None = None if group is None else as_ranks(group)
+
+    def _merged(self, pooled, offsets: Tensor | None):
+        """What this rank pooled, merged with what the others did."""
+        if self.group is None:
+            return pooled
+        offsets = None if offsets is None else offsets.to(pooled.bag.device)  # those of a stream may be elsewhere
+        return all_merge(pooled, self.group, offsets=offsets)
+
+    def _seed(self, seed: Seed, x: Tensor | Parts, p: float, embed: Embed | None) -> Seed:
+        """What the op is given: another seed on every rank where anything is dropped, since it counts rows from 0."""
+        if self.group is None:
+            return seed
+        drops = p or (isinstance(embed, tuple | list) and Embed(*embed).dropout_p)  # what else it is, the op refuses
+        if not drops:
+            return seed
+        if seed is None:
+            seed = torch.randint(2**63 - 1, (1,), device=x.device if isinstance(x, Tensor) else None)
+        return seed_of_rank(seed, self.group)
+
+    def _describe_group(self) -> str:
+        return "" if self.group is None else f", group={self.group.name!r} of {self.group.size}"
+
+
+class _Linears(_Spread):
     """A module with parameters of linear layers: ``<prefix>weight [out, in]``, ``<prefix>bias [out]`` or None."""
 
     in_dim: int
@@ -103,6 +134,7 @@ class AttentionPool(_Linears):
         dropout: the share of hidden units dropped in training, on both branches independently, in [0, 1].
         bias: whether V and U have biases.
         score_bias: whether w has one; the softmax does not see it, the scores do.
+        group: the ranks over which bags are spread, as in `all_merge`; None: this process has all of them.
 
     Attributes:
         v_weight, u_weight: ``[D, L]``; v_bias, u_bias: ``[D]`` or None.  u_* only if gated.
@@ -120,10 +152,11 @@ class AttentionPool(_Linears):
         dropout: float = 0.0,
         bias: bool = True,
         score_bias: bool = True,
+        group=None,
         device=None,
         dtype=None,
     ):
-        super().__init__()
+        super().__init__(group)
         for name, size in (("in_dim", in_dim), ("hidden_dim", hidden_dim), ("heads", heads)):
             check_count(name, size)
         for name, flag in (("gated", gated), ("bias", bias), ("score_bias", score_bias)):
@@ -150,19 +183,27 @@ class AttentionPool(_Linears):
         """``Pooled(bag [B, K, L], scores [N, K], lse [B, K])``; ``seed`` fixes what dropout drops."""
         values, offsets, mask = ragged(x, offsets, mask, self._width(embed))
         v, w = (self.v_weight, self.v_bias), (self.w_weight, self.w_bias)
-        options = {"activation": self.activation, "dropout_p": self.dropout if self.training else 0.0}
-        options |= {"seed": seed, "embed": embed, "mask": mask}
+        dropout = self.dropout if self.training else 0.0
+        options = {"activation": self.activation, "dropout_p": dropout, "embed": embed, "mask": mask}
+        options |= {"seed": self._seed(seed, values, dropout, embed)}
         if self.gated:
-            return ops.gated_attention_pool(values, v, (self.u_weight, self.u_bias), w, offsets, **options)
-        return ops.attention_pool(values, v, w, offsets, **options)
+            pooled = ops.gated_attention_pool(values, v, (self.u_weight, self.u_bias), w, offsets, **options)
+        else:
+            pooled = ops.attention_pool(values, v, w, offsets, **options)
+        return self._merged(pooled, offsets)
 
     def extra_repr(self) -> str:
         sizes = ("in_dim", "hidden_dim", "heads")
-        return self._describe(*sizes, "gated", "activation", "dropout", "bias", "score_bias")
+        options = ("gated", "activation", "dropout", "bias", "score_bias")
+        return self._describe(*sizes, *options) + self._describe_group()
 
 
-class SoftmaxPool(nn.Module):
-    """Pooling by given scores: `softmax_pool`."""
+class SoftmaxPool(_Spread):
+    """Pooling by given scores: `softmax_pool`.
+
+    Args:
+        group: the ranks over which bags are spread, as in `all_merge`; None: this process has all of them.
+    """
 
     def forward(
         self, x: Instances, scores: Tensor, offsets: Tensor | None = None, mask: Tensor | None = None
@@ -172,7 +213,11 @@ class SoftmaxPool(nn.Module):
         ``scores`` are ``[N, K]``, one row per row of ``x``; beside padded or nested ``x`` also in its form.
         """
         values, offsets, mask = ragged(x, offsets, mask)
-        return ops.softmax_pool(values, _per_row("scores", scores, x), offsets, mask=mask)
+        pooled = ops.softmax_pool(values, _per_row("scores", scores, x), offsets, mask=mask)
+        return self._merged(pooled, offsets)
+
+    def extra_repr(self) -> str:
+        return self._describe_group()[2:]
 
 
 class DSMIL(_Linears):
@@ -193,6 +238,9 @@ class DSMIL(_Linears):
         value_dropout: the share of the value's inputs dropped in training, in [0, 1]; only with a value.
         scale: of the scores.  None is ``Q ** -0.5`` as the authors have it; the paper (v1, eq. 5) has 1.
         bias: whether the classifier, query and value have biases.
+        group: the ranks over which bags are spread, as in `all_merge`; None: this process has all of them.  With one,
+            ``values`` are the maxima over all ranks, ``critical`` rows of this rank, -1 where another one has the
+            critical instance.
 
     Attributes:
         weight: ``[C, L]``; bias: ``[C]`` or None: the instance classifier.
@@ -212,10 +260,11 @@ class DSMIL(_Linears):
         value_dropout: float = 0.0,
         scale: float | None = None,
         bias: bool = True,
+        group=None,
         device=None,
         dtype=None,
     ):
-        super().__init__()
+        super().__init__(group)
         check_choice("value", value, VALUES)
         check_flag("nonlinear_query", nonlinear_query)
         check_flag("bias", bias)
@@ -250,20 +299,64 @@ class DSMIL(_Linears):
         """``DSMILOutput(bag [B, C, Lv], scores [N, C], lse, critical, values [B, C], logits [N, C])``; ``seed`` fixes
         what dropout drops."""
         values, offsets, mask = ragged(x, offsets, mask, self._width(embed))
-        options = {"seed": seed, "embed": embed, "scale": self.scale, "mask": mask}
+        dropout = self.value_dropout if self.value and self.training else 0.0
+        first = {"seed": self._seed(seed, values, dropout, embed), "embed": embed, "mask": mask}
+        second = {"scale": self.scale}
         if self.nonlinear_query:
-            options |= {"q2": (self.q2_weight, self.q2_bias)}
+            second |= {"q2": (self.q2_weight, self.q2_bias)}
         if self.value:
-            options |= {"value": (self.v_weight, self.v_bias)}
-            options |= {"value_activation": None if self.value == "linear" else self.value}
-            options |= {"value_dropout_p": self.value_dropout if self.training else 0.0}
+            second |= {"value": (self.v_weight, self.v_bias), "value_dropout_p": dropout}
+            second |= {"value_activation": None if self.value == "linear" else self.value}
         classifier, q = (self.weight, self.bias), (self.q_weight, self.q_bias)
-        return ops.dsmil(values, classifier, q, offsets, **options)
+        if self.group is None:
+            return ops.dsmil(values, classifier, q, offsets, **first, **second)
+        return self._over_ranks(values, classifier, q, offsets, first, second)
+
+    def _over_ranks(self, x, classifier, q, offsets, first: dict, second: dict) -> results.DSMILOutput:
+        """The critical instances of all ranks first: every rank scores its own rows against them."""
+        found = ops.instance_max(x, classifier, offsets, **first)
+        if isinstance(x, Parts):
+            rows = _critical_rows_of_parts(x, found, offsets, first["mask"], first["embed"])
+        else:
+            rows = _critical_rows(x, found.indices, first["embed"], first["seed"])
+        critical = all_critical(rows, found.values, self.group)
+        pooled = self._merged(ops.dsmil_pool(x, critical.rows, q, offsets, **first, **second), offsets)
+        here = torch.where(critical.rank == self.group.rank, found.indices, -1)
+        return results.DSMILOutput(pooled.bag, pooled.scores, pooled.lse, here, critical.values, found.logits)
 
     def extra_repr(self) -> str:
         value = ("value_dim", "value_dropout") if self.value else ()
         options = self._describe("nonlinear_query", "value", *value, "scale")
-        return f"{self._describe('in_dim', 'num_classes', 'query_dim')}, {options}, bias={self.bias is not None}"
+        sizes = self._describe("in_dim", "num_classes", "query_dim")
+        return f"{sizes}, {options}, bias={self.bias is not None}{self._describe_group()}"
+
+
+def _critical_rows(x: Tensor, indices: Tensor, embed: Embed | None, seed: Seed) -> Tensor:
+    """``x[indices]``, or embedded, ``[B, C, L]``; zeros for an index of -1."""
+    if embed is None:
+        return rows_at(x, indices)
+    if x.shape[0] == 0:
+        return x.new_zeros(*indices.shape, as_linear("embed.linear", embed[0], x.shape[1], x)[0].shape[0])
+    rows = ops.embed_instances(x, embed, indices.clamp(min=0).flatten(), seed=seed).unflatten(0, indices.shape)
+    return rows.masked_fill((indices < 0)[..., None], 0)
+
+
+def _critical_rows_of_parts(x: Parts, first: results.InstanceMax, offsets, mask, embed: Embed | None) -> Tensor:
+    """The same by one more read: sums of all rows, of which one has a weight that is not 0."""
+    if embed is not None and Embed(*embed).dropout_p:
+        raise ValueError(
+            f"embed must drop nothing where a bag that is read in pieces is spread over ranks too; got dropout_p="
+            f"{Embed(*embed).dropout_p}"
+        )
+    count, num_classes = first.logits.shape
+    at = torch.where(first.indices < 0, count, first.indices)
+    weights = first.logits.new_zeros(count + 1, num_classes).scatter(0, at, 1.0)[:-1]
+    rows = ops.weighted_pool(x, weights, offsets, mask=mask)
+    if embed is None:
+        return rows
+    flat = rows.flatten(0, 1)
+    embedded = ops.embed_instances(flat, embed, torch.arange(flat.shape[0], device=flat.device))
+    return embedded.unflatten(0, rows.shape[:2]).masked_fill((first.indices < 0)[..., None], 0)
 
 
 class LossAttention(_Linears):
@@ -275,13 +368,14 @@ class LossAttention(_Linears):
         in_dim: L, features of an instance.
         num_classes: C.
         bias: whether there is one.
+        group: the ranks over which bags are spread, as in `all_merge`; None: this process has all of them.
 
     Attributes:
         weight: ``[C, L]``; bias: ``[C]`` or None.
     """
 
-    def __init__(self, in_dim: int, num_classes: int, bias: bool = True, *, device=None, dtype=None):
-        super().__init__()
+    def __init__(self, in_dim: int, num_classes: int, bias: bool = True, *, group=None, device=None, dtype=None):
+        super().__init__(group)
         check_count("in_dim", in_dim)
         check_count("num_classes", num_classes)
         check_flag("bias", bias)
@@ -301,26 +395,59 @@ class LossAttention(_Linears):
         """``LossAttentionPooled(bag [B, 1, L], scores [N, 1], lse [B, 1], logits [N, C])``; ``seed`` fixes what the
         dropout of ``embed`` drops."""
         values, offsets, mask = ragged(x, offsets, mask, self._width(embed))
-        options = {"seed": seed, "embed": embed, "mask": mask}
-        return ops.loss_attention_pool(values, (self.weight, self.bias), offsets, **options)
+        options = {"seed": self._seed(seed, values, 0.0, embed), "embed": embed, "mask": mask}
+        pooled = ops.loss_attention_pool(values, (self.weight, self.bias), offsets, **options)
+        return self._merged(pooled, offsets)
 
     def extra_repr(self) -> str:
-        return f"{self._describe('in_dim', 'num_classes')}, bias={self.bias is not None}"
+        return f"{self._describe('in_dim', 'num_classes')}, bias={self.bias is not None}{self._describe_group()}"
 
 
-class MeanPool(nn.Module):
-    """The mean of each bag: `mean_pool`."""
+class MeanPool(_Spread):
+    """The mean of each bag: `mean_pool`.
+
+    Args:
+        group: the ranks over which bags are spread, as in `all_merge`; None: this process has all of them.
+    """
 
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """``[B, L]``."""
         values, offsets, mask = ragged(x, offsets, mask)
-        return ops.mean_pool(values, offsets, mask=mask)
+        mean = ops.mean_pool(values, offsets, mask=mask)
+        if self.group is None:
+            return mean
+        return all_mean(mean, _counts(values, offsets, mask).to(mean.device), self.group)
+
+    def extra_repr(self) -> str:
+        return self._describe_group()[2:]
 
 
-class MaxPool(nn.Module):
-    """The maximum of each bag, feature by feature: `max_pool`."""
+def _counts(x: Tensor | Parts, offsets: Tensor | None, mask: Tensor | None) -> Tensor:
+    """How many instances of each bag are real: float64 ``[B]``."""
+    if mask is None and offsets is not None:
+        return offsets.diff().double()
+    if mask is not None:
+        real = (mask != 0).double()[:, None]
+    elif isinstance(x, Parts):  # which knows the number of its rows when it has read them
+        real = x.through(lambda rows, _: rows.new_ones(rows.shape[0], 1, dtype=torch.float64)).instances()
+    else:
+        real = x.new_ones(x.shape[0], 1, dtype=torch.float64)
+    return ops.weighted_pool(real, torch.ones_like(real), offsets).flatten()
+
+
+class MaxPool(_Spread):
+    """The maximum of each bag, feature by feature: `max_pool`.
+
+    Args:
+        group: the ranks over which bags are spread, as in `all_merge`; None: this process has all of them.  With one,
+            ``indices`` are rows of this rank, -1 where another one has the maximum.
+    """
 
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> results.MaxPooled:
         """``MaxPooled(values [B, L], indices [B, L])``."""
         values, offsets, mask = ragged(x, offsets, mask)
-        return ops.max_pool(values, offsets, mask=mask)
+        pooled = ops.max_pool(values, offsets, mask=mask)
+        return pooled if self.group is None else results.MaxPooled(*all_max(*pooled, self.group))
+
+    def extra_repr(self) -> str:
+        return self._describe_group()[2:]
