@@ -5,6 +5,7 @@
 #   make figures                    measures the README's rows, in ten minutes on two cores, and writes them there
 #   make matrix                     ours beside eager from 10 instances to 100,000, where we lose first
 #   make example ARGS="slide_bag"   one of examples/, with its options; see examples/README.md
+#   make notebook                   examples/quick_start.ipynb, made of its script and executed
 #   make test  ARGS="-k bags"       the tests of everything, grids thinned: some minutes (tests/conftest.py says how)
 #   make test-all                   every test, grids whole; ARGS="--tier rest": those that make test leaves out
 #   make gpu [QUICK=1] [OUT=dir]    tests and benchmarks on an NVIDIA GPU, with what $(PYTHON) has; needs no network
@@ -65,7 +66,7 @@ PRELOADED_asan := libasan.so libubsan.so libstdc++.so.6
 PRELOADED_tsan := libtsan.so libstdc++.so.6
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install build bench figures matrix example test test-all gpu aot cuda-test cuda-check host-time fuzz sanitize lint format info clean
+.PHONY: install build bench figures matrix example notebook test test-all gpu aot cuda-test cuda-check host-time fuzz sanitize lint format info clean
 
 install: build
 
@@ -82,13 +83,17 @@ matrix: build
 	$(PY) -m benchmarks.matrix $(ARGS)
 
 example: build
-	@$(PY) -c "import numpy, rich, matplotlib, psutil, sklearn" 2>/dev/null || $(PIP) install "milkernels[examples]"
+	@$(PY) -c "import numpy, rich, matplotlib, psutil, sklearn, h5py" 2>/dev/null || $(PIP) install "milkernels[examples]"
 	$(PY) -m examples.$(ARGS)
+
+notebook: build
+	@$(PY) -c "import nbclient, ipykernel, matplotlib" 2>/dev/null || $(PIP) install "milkernels[viz]" nbclient ipykernel
+	$(PY) -m tools.notebook examples/quick_start.py
 
 test: TIER := quick
 test-all: TIER := all
 test test-all: build
-	@$(PY) -c "import pytest, pytest_benchmark, xdist, numpy, rich, matplotlib, psutil, pandas, tabulate, sklearn, triton, pytorch_lightning, torchmil" 2>/dev/null || $(PIP) install "milkernels[test]"
+	@$(PY) -c "import pytest, pytest_benchmark, xdist, numpy, rich, matplotlib, psutil, pandas, tabulate, sklearn, h5py, triton, pytorch_lightning, torchmil" 2>/dev/null || $(PIP) install "milkernels[test]"
 	$(PY) -m pytest -ra --durations=15 -n logical --maxprocesses 8 --dist worksteal --tier $(TIER) $(ARGS)
 
 # Not in .venv, which may have to be filled from the network.

@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.quick:
-        args.bags, args.width, args.batches, args.epochs = 8, 32, 4, 1
+        args.bags, args.width, args.batches, args.epochs = 16, 32, 16, 4
     torch.manual_seed(args.seed)
     results = report.Report("cuda_graphs", markdown, args, argv)
     results.save(measure(args))

@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.quick:
-        args.instances, args.width, args.rounds = [200, 400], 32, 1
+        args.instances, args.width, args.rounds = [200, 800], 32, 5
     torch.manual_seed(args.seed)
     results = report.Report("self_attention", markdown, args, argv)
     results.save(measure(args.instances, args.width, args.rounds, args.device))

@@ -145,7 +145,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m examples.side_by_side", description=__doc__, formatter_class=about)
     parser.add_argument("--data", type=Path, help="folder with classic sets; without it slides only")
     parser.add_argument("--sets", nargs="+", choices=data.CLASSIC, default=["tiger", "musk2"])
-    parser.add_argument("--models", nargs="+", choices=CLASSIC, default=list(CLASSIC))
+    parser.add_argument("--models", nargs="+", choices=CLASSIC, help="default: all; if --quick one of them")
     parser.add_argument("--epochs", type=report.at_least(1), default=20, help="on the classic sets")
     parser.add_argument("--slides", type=report.at_least(2), default=16)
     parser.add_argument("--patches", type=report.at_least(800), default=80_000, help="of the largest slide")
@@ -153,9 +153,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=report.at_least(1), default=3)
     report.add_options(parser)
     args = parser.parse_args(argv)
+    args.models = args.models or (["gated-attention"] if args.quick else list(CLASSIC))
     if args.quick:
-        args.sets, args.epochs, args.rounds = args.sets[:1], 1, 1
-        args.slides, args.patches, args.slide_epochs = 4, 800, 1
+        args.sets, args.epochs, args.rounds = args.sets[:1], 5, 1
+        args.slides, args.patches, args.slide_epochs = 32, 1600, 20
     return args
 
 

@@ -163,7 +163,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     report.add_options(parser)
     args = parser.parse_args(argv)
     if args.quick:
-        args.patches, args.slides, args.width, args.epochs = 2000, 4, 64, 2
+        args.patches, args.slides, args.width, args.epochs = 2000, 32, 64, 20
     return args
 
 

@@ -17,18 +17,27 @@ from milkernels import ops
 from milkernels.arguments import (
     DTYPES,
     check_choice,
+    check_count,
     check_dense,
     check_device,
+    check_flag,
     check_instances,
     check_number,
+    check_per_row,
+    check_share,
     check_type,
     checked_indices,
 )
-from milkernels.nn import DSMILPrediction, Prediction
+from milkernels.bags import Bags, instances_of
+from milkernels.layers import Embed, Linear, as_linear, checked_embed
+from milkernels.nn import CLAMPrediction, DSMILPrediction, Prediction
+from milkernels.nn.models import logits_of_rows, most_and_least
 from milkernels.ragged import bag_index, bag_lengths, check_offsets, checked_mask
 
 __all__ = [
     "WeightEnsemble",
+    "clam_instance_loss",
+    "clam_loss",
     "consistency",
     "dsmil_loss",
     "instance_cross_entropy",
@@ -272,6 +281,139 @@ def loss_attention_loss(
     if omega:
         loss = loss + omega * consistency(weights, targets, offsets, mask=mask)
     return loss.mean()
+
+
+def _clam_terms(
+    logits: Tensor, rows: Tensor, labels: Tensor, exclusive: bool, margin: float, temperature: float
+) -> Tensor:
+    """The instance loss of each bag ``[B]``, of ``logits [B, C, 2, k, 2]`` of instances ``rows [B, K, 2, k]``."""
+    (logits,) = _widened(logits)
+    there = (rows >= 0).to(logits.dtype)
+    side = logits[..., 1] - logits[..., 0]  # [B, C, 2, k]
+    of_positive, of_negative = (temperature * F.softplus((margin + s * side) / temperature) for s in (-1, 1))
+    most, least = there[:, :, 0], there[:, :, 1]
+    inside = (most * of_positive[:, :, 0] + least * of_negative[:, :, 1]).sum(2) / (most + least).sum(2).clamp(min=1)
+    of_class = F.one_hot(labels, logits.shape[1]).bool()
+    if not exclusive:
+        return inside.masked_fill(~of_class, 0).sum(1)
+    outside = (most * of_negative[:, :, 0]).sum(2) / most.sum(2).clamp(min=1)
+    return torch.where(of_class, inside, outside).mean(1)
+
+
+def _check_clam(exclusive: bool, margin: float, temperature: float) -> None:
+    check_flag("exclusive", exclusive)
+    check_number("margin", margin)
+    check_number("temperature", temperature)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be more than 0; got {temperature}")
+
+
+def clam_instance_loss(
+    x: Tensor | Bags,
+    scores: Tensor,
+    classifier: Linear,
+    labels: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    k: int = 8,
+    exclusive: bool = False,
+    margin: float = 1.0,
+    temperature: float = 1.0,
+    embed: Embed | None = None,
+    seed: Tensor | int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The loss of CLAM's instance-level clustering (Lu et al. 2021, Methods), for a model of one's own.
+
+    Of the class of a bag the k instances attended most should be positive, and the k attended least negative; if
+    classes exclude each other, those that another class attends to most should be negative for it.  An instance costs
+    ``t softplus((margin - s) / t)``, s the logit of its side less that of the other: the smooth top-1 SVM loss of two
+    classes (Berrada et al. 2018), which the paper has with margin 1 and t = 1.  Margin 0 and t = 1 are the
+    cross-entropy, which the authors' code has without ``--inst_loss svm``.
+
+    Args:
+        x: instances, ``[N, L]`` or Bags: what the attention pooled, or with ``embed`` what it was made of.
+        scores: of the attention, ``[N, 1]``, or ``[N, C]`` with a branch for each class.
+        classifier: of the instances, a linear layer ``[2 C, L]``: negative and positive logit of the first class, then
+            of the next.
+        labels: of the bags, int64 ``[B]``.
+        offsets, mask: as in the ops.
+        k: instances on each side; B in the paper, 8.
+        exclusive: whether classes exclude each other: "subtyping" in the authors' code.
+        margin, temperature: of the surrogate, t above 0.
+        embed, seed: the layer in front of the pooling, and the seed that it was called with; only the instances
+            looked at are embedded again.
+
+    Returns:
+        ``[B]``, float32 at least: the mean over the instances of a class and, if ``exclusive``, over classes, as in the
+        authors' code.  Of a bag with fewer than k instances all are on both sides.  0 for a bag without instances.
+
+    Raises:
+        TypeError, ValueError: arguments of another type or shape, labels that are no classes.  A label on a GPU, which
+            is not read, makes its bag's loss NaN instead.
+
+    >>> import torch
+    >>> from milkernels import Bags, gated_attention_pool, losses
+    >>> bags = Bags.from_list([torch.randn(n, 16) for n in (40, 25)])
+    >>> v, u, w, classifier = (torch.nn.Linear(i, o) for i, o in ((16, 8), (16, 8), (8, 1), (16, 6)))
+    >>> pooled = gated_attention_pool(bags, v, u, w)
+    >>> losses.clam_instance_loss(bags, pooled.scores, classifier, torch.tensor([2, 0])).shape
+    torch.Size([2])
+    """
+    x, offsets, mask = instances_of(x, offsets, mask)
+    check_per_row("scores", scores, x)
+    check_count("k", k)
+    _check_clam(exclusive, margin, temperature)
+    width = x.shape[1] if embed is None else checked_embed(embed, x)[0].shape[0]
+    weight, bias = as_linear("classifier", classifier, width, x)
+    classes = weight.shape[0] // 2
+    if weight.shape[0] % 2 or scores.shape[1] not in (1, classes):
+        got = f"{weight.shape[0]} rows, {scores.shape[1]} columns of scores"
+        raise ValueError(f"classifier must be [2 C, L], and scores [N, 1] or [N, C]; got {got}")
+    rows = most_and_least(scores, k, offsets, mask)
+    logits = logits_of_rows(x, rows, weight, bias, embed, seed)
+    labels, wrong = _checked_labels(labels, len(rows), logits)
+    return _visible(_clam_terms(logits, rows, labels, exclusive, margin, temperature), wrong)
+
+
+def clam_loss(
+    prediction: CLAMPrediction,
+    labels: Tensor,
+    *,
+    bag_weight: float = 0.7,
+    exclusive: bool = False,
+    margin: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The loss of CLAM (Lu et al. 2021): ``c1 L_bag + c2 L_instance``, the mean over bags.
+
+    Args:
+        prediction: what `milkernels.nn.CLAM` returned.
+        labels: of the bags, int64 ``[B]``.
+        bag_weight: c1, in [0, 1], and c2 is the rest; the authors have 0.7.
+        exclusive, margin, temperature: as in `clam_instance_loss`.
+
+    Returns:
+        A scalar, float32 at least; the bag's loss is the cross-entropy.
+
+    Raises:
+        TypeError, ValueError: as `clam_instance_loss`.
+
+    >>> import torch
+    >>> from milkernels import losses, nn
+    >>> prediction = nn.CLAM(16, num_classes=2)(torch.randn(40, 16))
+    >>> losses.clam_loss(prediction, torch.tensor([1]), exclusive=True).shape
+    torch.Size([])
+    """
+    _check_fields("prediction", prediction, CLAMPrediction)
+    labels, wrong = _checked_labels(labels, len(prediction.logits), prediction.logits)
+    check_share("bag_weight", bag_weight)
+    _check_clam(exclusive, margin, temperature)
+    (logits,) = _widened(prediction.logits)
+    of_bag = F.cross_entropy(logits, labels, reduction="none")
+    options = (labels, exclusive, margin, temperature)
+    of_instances = _clam_terms(prediction.instance_logits, prediction.instances, *options)
+    return _visible(bag_weight * of_bag + (1 - bag_weight) * of_instances, wrong).mean()
 
 
 def dsmil_loss(

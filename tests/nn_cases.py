@@ -53,6 +53,9 @@ MAKERS = {
     "max": lambda **f: nn.MaxPool(),
     "abmil": lambda **f: nn.ABMIL(L, C, 8, D, K, **f),
     "abmil-no-embedding": lambda **f: nn.ABMIL(L, C, None, D, gated=False, **f),
+    "clam": lambda **f: nn.CLAM(L, C, 8, D, k=3, dropout=0.0, **f),
+    "clam-branches": lambda **f: nn.CLAM(L, C, (8, 7), D, multi_branch=True, k=2, dropout=0.0, **f),
+    "clam-no-embedding": lambda **f: nn.CLAM(L, C, None, D, gated=False, k=9, dropout=0.0, **f),
     "dsmil-model": lambda **f: nn.DSMILModel(L, C, 8, Q, lambda_=0.25, **VALUE, **f),
     "dsmil-model-no-embedding": lambda **f: nn.DSMILModel(L, C, **f),
     "abmil-deep": lambda **f: nn.ABMIL(L, C, (8, 7), D, **f),
@@ -68,7 +71,7 @@ MAKERS |= {
     f"embedding-model-{pooling}": lambda pooling=pooling, **f: nn.EmbeddingPooling(L, C, (8, 7), pooling, **f)
     for pooling in nn.EmbeddingPooling.POOLINGS
 }
-LAYERS = [name for name in MAKERS if "model" not in name and "abmil" not in name]
+LAYERS = [name for name in MAKERS if not any(word in name for word in ("model", "abmil", "clam"))]
 MODELS = [name for name in MAKERS if name not in LAYERS]
 every_module = pytest.mark.parametrize("name", MAKERS)
 
@@ -103,7 +106,7 @@ def forms(bags):
 
 FORMS = list(forms(make_bags()))
 # Fields with a row per instance, of what a model returns; of what a layer does, "scores" and "logits".
-PER_ROW = {"Prediction": (), "DSMILPrediction": (), "InstancePrediction": ("instance_logits",)}
+PER_ROW = {"Prediction": (), "CLAMPrediction": (), "DSMILPrediction": (), "InstancePrediction": ("instance_logits",)}
 
 
 def fields(result, rows, prefix="") -> dict[str, torch.Tensor]:

@@ -89,6 +89,7 @@ for op, (_, good) in CALLS.items():
 X, P, EMBED = randn(N, L), randn(N, L).sigmoid(), mk.Embed((randn(4, L), randn(4)), "relu", 0.5)
 POOLED = mk.softmax_pool(X, randn(N, 2), OFFSETS)
 PREDICTION = nn.LossAttentionModel(L, 3, (8,))(X, OFFSETS)
+CLAM = nn.CLAM(L, 3, 8)(X, OFFSETS)
 STREAMS = nn.DSMILModel(L, 3)(X, OFFSETS)
 ROWS = torch.tensor([1, 2])
 OF_BAGS = {"offsets": OFFSETS, "mask": MASK}
@@ -130,6 +131,16 @@ CALLS |= {
         one_by_one(losses.dsmil_loss, prediction=STREAMS),
         {"labels": torch.ones(3, 3), "streams": "both", "pos_weight": torch.ones(3)},
     ),
+    "clam_loss": (
+        one_by_one(losses.clam_loss, prediction=CLAM),
+        {"labels": LABELS, "bag_weight": 0.5, "exclusive": True, "margin": 1.0, "temperature": 2.0},
+    ),
+    "clam_instance_loss": (
+        one_by_one(losses.clam_instance_loss, embed=EMBED),
+        {"x": X, "scores": randn(N, 1), "classifier": randn(6, 4), "labels": LABELS, **OF_BAGS}
+        | {"k": 2, "exclusive": True, "margin": 0.5, "temperature": 2.0, "seed": 1},
+    ),
+    "clam of": (one_by_one(losses.clam_loss, labels=LABELS), {"prediction": ()}),
     "loss of": (one_by_one(losses.loss_attention_loss, labels=LABELS), {"prediction": ()}),
     "losses of": (one_by_one(losses.dsmil_loss, labels=LABELS), {"prediction": ()}),
     "heatmap": (visualize.heatmap, PATCHES | {"patch_size": 2.0, "scale": "log", "cmap": "inferno", "dpi": 50.0}),
@@ -158,6 +169,8 @@ MODULES = {
     nn.DSMIL: {"num_classes": 2, "query_dim": 4, "value": "relu", "value_dim": 3, "value_dropout": 0.5, "scale": 0.5},
     nn.LossAttention: {"num_classes": 2, "bias": True},
     nn.ABMIL: {"num_classes": 2, "embed_dim": (4,), "hidden_dim": 3, "heads": 2, "activation": "tanh", "dropout": 0.5},
+    nn.CLAM: {"num_classes": 2, "embed_dim": (4,), "hidden_dim": 3, "multi_branch": True, "gated": True, "k": 2}
+    | {"dropout": 0.5},
     nn.DSMILModel: {"num_classes": 2, "embed_dim": (4,), "dropout": 0.5, "lambda_": 0.5},
     nn.LossAttentionModel: {"num_classes": 2, "hidden_dims": (4,), "dropout": 0.5},
     nn.InstancePooling: {"num_classes": 2, "hidden_dims": (4,), "pooling": "log_sum_exp", "dropout": 0.5, "r": 2.0},
@@ -232,6 +245,8 @@ MODELS = [
     lambda **d: nn.ABMIL(L, 2, 8, **d),
     lambda **d: nn.ABMIL(L, 2, None, **d),
     lambda **d: nn.ABMIL(L, 2, (8, 4), **d),
+    lambda **d: nn.CLAM(L, 2, 8, **d),
+    lambda **d: nn.CLAM(L, 2, None, multi_branch=True, **d),
     lambda **d: nn.DSMILModel(L, 2, 8, **d),
     lambda **d: nn.DSMILModel(L, 2, **d),
     lambda **d: nn.LossAttentionModel(L, 2, (8,), **d),

@@ -80,6 +80,8 @@ def test_train_classic_quick(classic_data, tmp_path):
     results = json.loads((out / "train_classic.json").read_text())
     assert len(results["rows"]) == 4 * 2 and all(set(row) >= {"accuracy", "authors"} for row in results["rows"])
     assert (out / "train_classic.md").read_text() in printed and "looks at the test folds" in printed
+    assert "nothing to compare" in printed and "**below**" not in printed
+    assert "python -m examples.train_classic --data sets --quick" in printed
     assert "dsmil, instance classifier alone" in printed and str(tmp_path) not in json.dumps(results)
     # Another call adds to the file, and does nothing again.
     before = results["rows"]
@@ -94,9 +96,9 @@ def test_train_mnist_bags_quick(mnist_data, tmp_path):
     out = tmp_path / "out"
     printed = command("train_mnist_bags", "--data", mnist_data, "--quick", "--out", out, "--jobs", 1)
     rows = json.loads((out / "train_mnist_bags.json").read_text())["rows"]
-    assert {row["model"] for row in rows} == set(train_mnist_bags.RECIPES)
+    assert {row["model"] for row in rows} == {"attention", "instance+max", "embedding+max"}
     assert all(0 <= value <= 1 for row in rows for value in row["auc"].values())
-    assert "| gated-attention |" in printed
+    assert "| instance+max |" in printed and "after 6 epochs" in printed and "papers" not in printed
     assert (out / "train_mnist_bags.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -116,7 +118,8 @@ def test_train_encoder_quick(mnist_data, tmp_path):
 def test_slide_bag_quick(tmp_path):
     command("slide_bag", "--quick", "--out", tmp_path)
     (row,) = json.loads((tmp_path / "slide_bag.json").read_text())["rows"]
-    assert 0 <= row["attention_auc"] <= 1 and row["patches"] > 1900 and len(row["losses"]) == 2
+    assert row["patches"] > 1900 and row["losses"][-1] < row["losses"][0]
+    assert row["accuracy"] > 0.6 and row["attention_auc"] > 0.6, "it learns something"
     for name in re.findall(r"\((\S+png)\)", (tmp_path / "slide_bag.md").read_text()):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -127,6 +130,7 @@ def test_side_by_side_quick(classic_data, tmp_path):
     rows = json.loads((tmp_path / "side_by_side.json").read_text())["rows"]
     assert [(row["part"], row["way"]) for row in rows] == [(p, w) for p in ("tiger", "slides") for w in training.WAYS]
     assert all(row["seconds"] > 0 for row in rows) and printed.count("| loop |") == 2
+    assert side_by_side.parse(["--quick"]).models == ["gated-attention"]
 
 
 def test_side_by_side_compares_what_is_compared():
@@ -142,7 +146,7 @@ def test_side_by_side_compares_what_is_compared():
 def test_self_attention_quick(tmp_path):
     command("self_attention", "--quick", "--out", tmp_path)
     rows = json.loads((tmp_path / "self_attention.json").read_text())["rows"]
-    assert [row["instances"] for row in rows] == [200, 400] and all(row["attention"] > 0 for row in rows)
+    assert [row["instances"] for row in rows] == [200, 800] and all(row["attention"] > 0 for row in rows)
 
 
 def test_cuda_graphs_quick(tmp_path):
@@ -150,7 +154,8 @@ def test_cuda_graphs_quick(tmp_path):
     plain, padded = json.loads((tmp_path / "cuda_graphs.json").read_text())["rows"]
     assert "no CUDA device" in padded["way"] and padded["way"] in printed and padded["buckets"] >= 1
     for name in ("first", "last"):
-        assert padded[name] == pytest.approx(plain[name], rel=1e-4)
+        assert padded[name] == pytest.approx(plain[name], rel=1e-3)
+    assert plain["last"] < plain["first"]
 
 
 def test_quick_runs_leave_no_results():

@@ -29,6 +29,7 @@ LAYERS = {
     "triton": 1,
     "backends": 2,
     "ops": 3,
+    "data": 6,
     "merging": 6,
     "visualize": 6,
     "distributed": 7,
@@ -206,12 +207,13 @@ def test_importing_needs_nothing_but_torch():
 
         class Refuse:
             def find_spec(self, name, path=None, target=None):
-                if name.split(".")[0] in ("numpy", "rich", "matplotlib", "triton", "psutil", "pytest"):
+                if name.split(".")[0] in ("numpy", "h5py", "zarr", "rich", "matplotlib", "triton", "psutil", "pytest"):
                     raise ModuleNotFoundError(f"{name} is not there", name=name)
 
         sys.meta_path.insert(0, Refuse())
         import torch
         import milkernels
+        import milkernels.data
         import milkernels.nn
         import milkernels.visualize
 

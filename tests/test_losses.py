@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from upstream_models import ClamMB, ClamSB
 
-from milkernels import attention_weights, losses
-from milkernels.nn import DSMILModel, LossAttentionModel
+from milkernels import Bags, Embed, attention_weights, losses
+from milkernels.nn import ABMIL, CLAM, DSMILModel, LossAttentionModel
 
 LENGTHS = (3, 0, 1, 6)
 OFFSETS = torch.tensor([0, 3, 3, 4, 10])
@@ -287,3 +288,159 @@ def test_labels_that_are_no_classes(wrong):
     traced = graph(rows(10, 4), rows(10), labels, OFFSETS)  # which reads no values
     assert traced[2].isnan()
     torch.testing.assert_close(traced[3:], losses.instance_cross_entropy(rows(10, 4)[4:], rows(10)[4:], LABELS[3:]))
+
+
+# CLAM
+
+CLAM_OFFSETS = torch.tensor([0, 30, 30, 33, 57])
+CLAM_LENGTHS = (30, 0, 3, 24)
+CLAM_LABELS = torch.tensor([2, 0, 1, 0])
+
+
+def surrogate(logits, target, margin, temperature):
+    """The smooth top-1 SVM of two classes, as Berrada et al. have it: a log-sum-exp over the classes."""
+    wrong = torch.arange(2) != target
+    return temperature * ((logits + margin * wrong) / temperature).logsumexp(-1) - logits[target]
+
+
+def clam_by_hand(h, scores, weight, bias, k, exclusive, margin, temperature):
+    """The equations of the Methods of Lu et al., bag by bag and instance by instance."""
+    losses_of_bags = []
+    for bag, a, label in zip(h.split(CLAM_LENGTHS), scores.split(CLAM_LENGTHS), CLAM_LABELS.tolist(), strict=True):
+        of_classes = []
+        for c in range(3):
+            order = a[:, c % a.shape[1]].argsort(descending=True).tolist()
+            pairs = [(i, 1 if c == label else 0) for i in order[:k]]
+            pairs += [(i, 0) for i in order[-k:]] if c == label else []
+            logits = [bag[i] @ weight[2 * c : 2 * c + 2].T + bias[2 * c : 2 * c + 2] for i, _ in pairs]
+            terms = [surrogate(z, t, margin, temperature) for z, (_, t) in zip(logits, pairs, strict=True)]
+            of_classes.append(sum(terms) / max(1, len(terms)) if terms else bag.sum())
+        losses_of_bags.append(sum(of_classes) / 3 if exclusive else of_classes[label])
+    return torch.stack(losses_of_bags)
+
+
+@pytest.mark.parametrize(("margin", "temperature"), [(1.0, 1.0), (0.0, 1.0), (0.5, 2.0)])
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_clam_against_the_equations(heads, exclusive, margin, temperature):
+    h, scores = rows(57, 5).requires_grad_(), rows(57, heads, seed=1)
+    weight, bias = rows(6, 5, seed=2).requires_grad_(), rows(6, seed=3).requires_grad_()
+    options = {"k": 4, "exclusive": exclusive, "margin": margin, "temperature": temperature}
+    ours = losses.clam_instance_loss(h, scores, (weight, bias), CLAM_LABELS, CLAM_OFFSETS, **options)
+    theirs = clam_by_hand(h, scores, weight, bias, **options)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    assert ours[1] == 0
+    cotangent = rows(4, seed=4)
+    ours, theirs = (torch.autograd.grad(loss, (h, weight, bias), cotangent) for loss in (ours, theirs))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_cross_entropy_is_the_surrogate_without_a_margin():
+    logits = rows(2)
+    for target in (0, 1):
+        torch.testing.assert_close(surrogate(logits, target, 0.0, 1.0), F.cross_entropy(logits, torch.tensor(target)))
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("branches", [False, True])
+def test_clam_as_its_code_has_it(branches, exclusive):
+    """Against a stand-in for CLAM_SB and CLAM_MB, with its cross-entropy, on bags of at least k instances."""
+    theirs = (ClamMB if branches else ClamSB)(n_classes=3, k_sample=4, sizes=(6, 5, 4), subtyping=exclusive).double()
+    model = CLAM(6, 3, 5, 4, multi_branch=branches, k=4, dropout=0.25, dtype=torch.float64).eval()
+    theirs.eval()
+    embed, _, _, network = theirs.attention_net
+    network = [layer for layer in network.modules() if isinstance(layer, torch.nn.Linear)]
+    attention = model.attention
+    pairs = [(model.embed[0].weight, embed.weight), (model.embed[0].bias, embed.bias)]
+    for prefix, layer in zip("vuw", network, strict=True):
+        pairs += [(getattr(attention, f"{prefix}_{name}"), getattr(layer, name)) for name in ("weight", "bias")]
+    lasts = theirs.classifiers if branches else [theirs.classifiers]
+    pairs += [(getattr(model.classifier, n), torch.cat([getattr(c, n) for c in lasts])) for n in ("weight", "bias")]
+    instance = theirs.instance_classifiers
+    pairs += [
+        (getattr(model.instance_classifier, n), torch.cat([getattr(c, n) for c in instance]))
+        for n in ("weight", "bias")
+    ]
+    with torch.no_grad():
+        for ours, other in pairs:
+            ours.copy_(other)
+    x, offsets, labels = rows(40, 6), torch.tensor([0, 9, 40]), torch.tensor([1, 2])
+    prediction = model(x, offsets)
+    loss = losses.clam_loss(prediction, labels, bag_weight=0.6, exclusive=exclusive, margin=0.0)
+    expected = []
+    for b, label in enumerate(labels):
+        logits, _, _, scores, results = theirs(x[offsets[b] : offsets[b + 1]], label, instance_eval=True)
+        torch.testing.assert_close(prediction.logits[b : b + 1], logits.to(torch.float64), rtol=1e-6, atol=1e-6)
+        bag = F.cross_entropy(prediction.logits[b], label)
+        expected.append(0.6 * bag + 0.4 * results["instance_loss"])
+    torch.testing.assert_close(loss, torch.stack(expected).mean(), rtol=1e-12, atol=0)
+    own = losses.clam_instance_loss(
+        model.embed[0](x).relu(), prediction.pooled.scores, model.instance_classifier, labels, offsets, k=4,
+        exclusive=exclusive, margin=0.0,
+    )  # fmt: skip
+    behind = losses.clam_instance_loss(
+        Bags(x, offsets), prediction.pooled.scores, model.instance_classifier, labels, k=4,
+        exclusive=exclusive, margin=0.0, embed=Embed(model.embed[0]),
+    )  # fmt: skip
+    torch.testing.assert_close(own, behind, rtol=1e-12, atol=0)
+    of_bag = F.cross_entropy(prediction.logits, labels)
+    torch.testing.assert_close(0.6 * of_bag + 0.4 * own.mean(), loss, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("embed", [False, True])
+def test_masked_instances_are_not_classified(embed):
+    mask = torch.rand(57, generator=torch.Generator().manual_seed(0)) > 0.4
+    mask[0], mask[30:33] = False, False
+    x, scores, classifier = rows(57, 5), rows(57, 1, seed=1), rows(6, 5 - embed, seed=2).requires_grad_()
+    layer = rows(4, 5, seed=5).requires_grad_()
+    options = {"k": 3, "exclusive": True, "embed": Embed(layer) if embed else None}
+    counts = torch.stack([m.sum() for m in mask.split(CLAM_LENGTHS)])
+    offsets = F.pad(counts.cumsum(0), (1, 0))
+    wanted = losses.clam_instance_loss(x[mask], scores[mask], classifier, CLAM_LABELS, offsets, **options)
+    spoilt = torch.where(mask[:, None], x, math.nan)
+    got = losses.clam_instance_loss(spoilt, scores, classifier, CLAM_LABELS, CLAM_OFFSETS, mask=mask, **options)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
+    leaves = (classifier, layer) if embed else (classifier,)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(got.sum(), leaves))
+    nothing = losses.clam_instance_loss(
+        spoilt, scores, classifier, CLAM_LABELS, CLAM_OFFSETS, mask=torch.zeros_like(mask), **options
+    )
+    assert (nothing == 0).all() and all(g.isfinite().all() for g in torch.autograd.grad(nothing.sum(), leaves))
+    none = losses.clam_instance_loss(x[:0], scores[:0], classifier, CLAM_LABELS[:1], **options)
+    assert none.tolist() == [0]
+
+
+def test_clam_drops_the_same_units_in_both_places():
+    """A bag of one instance: its bag vector is that instance as it was embedded, and so are its logits made of it."""
+    torch.manual_seed(0)
+    model = CLAM(6, 3, 40, 4, k=2, dropout=0.5, dtype=torch.float64)
+    prediction = model(rows(1, 6))
+    assert (prediction.pooled.bag == 0).double().mean() > 0.3
+    expected = model.instance_classifier(prediction.pooled.bag[0]).view(3, 2)
+    torch.testing.assert_close(prediction.instance_logits[0, :, 0, 0], expected)
+    torch.testing.assert_close(prediction.instance_logits[0, :, 1, 0], expected)
+    assert prediction.instances.tolist() == [[[[0, -1], [0, -1]]]] and not prediction.instance_logits[..., 1, :].any()
+
+
+def test_clam_refuses():
+    x, scores, classifier = rows(57, 5), rows(57, 1), rows(6, 5)
+    good = {"x": x, "scores": scores, "classifier": classifier, "labels": CLAM_LABELS, "offsets": CLAM_OFFSETS}
+    for change, said in [
+        ({"k": 0}, "k must be at least 1; got 0"),
+        ({"margin": "1"}, "margin must be a number"),
+        ({"temperature": 0.0}, "temperature must be more than 0; got 0.0"),
+        ({"exclusive": 1}, "exclusive must be True or False"),
+        ({"labels": CLAM_LABELS + 1}, r"labels must be in \[0, 3\)"),
+        ({"labels": CLAM_LABELS[:2]}, r"labels must be int64 \[4\]"),
+        ({"scores": scores[:5]}, r"scores must be \[57, any\]"),
+        ({"scores": rows(57, 2)}, r"scores \[N, 1\] or \[N, C\]; got 6 rows, 2 columns"),
+        ({"classifier": classifier[:5]}, r"classifier must be \[2 C, L\].*got 5 rows"),
+        ({"classifier": rows(6, 4)}, "classifier.weight must be"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=said):
+            losses.clam_instance_loss(**(good | change))
+    with pytest.raises(TypeError, match="prediction must be a CLAMPrediction"):
+        losses.clam_loss(ABMIL(5, 3)(torch.randn(4, 5)), CLAM_LABELS[:1])
+    prediction = CLAM(5, 3, k=1)(torch.randn(4, 5))
+    with pytest.raises(ValueError, match="bag_weight must be between 0 and 1; got 2"):
+        losses.clam_loss(prediction, CLAM_LABELS[:1], bag_weight=2)

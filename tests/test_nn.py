@@ -69,6 +69,26 @@ def abmil(m, x, offsets):
     return nn.Prediction(bag @ m.classifier.weight.T + m.classifier.bias, pooled)
 
 
+def clam(m, x, offsets):
+    h = embedded(m, x)
+    pooled = attention(m.attention, h, offsets)
+    layer, heads = m.classifier, pooled.bag.shape[1]
+    logits = torch.stack([pooled.bag[:, c % heads] @ layer.weight[c] + layer.bias[c] for c in range(C)], 1)
+    rows = torch.full((B, heads, 2, m.k), -1)
+    found = torch.zeros(B, C, 2, m.k, 2, dtype=x.dtype)
+    for b, (start, n) in enumerate(zip(offsets.tolist(), LENGTHS, strict=False)):
+        for head in range(heads):
+            order = pooled.scores[start : start + n, head].argsort(descending=True) + start
+            for side, chosen in enumerate((order, order.flip(0))):
+                rows[b, head, side, : len(chosen[: m.k])] = chosen[: m.k]
+        for c in range(C):
+            weight, bias = (p[2 * c : 2 * c + 2] for p in (m.instance_classifier.weight, m.instance_classifier.bias))
+            for place in (rows[b, c % heads] >= 0).nonzero().tolist():
+                at = rows[b, c % heads][tuple(place)]
+                found[b, c][tuple(place)] = h[at] @ weight.T + bias
+    return nn.CLAMPrediction(logits, pooled, rows, found)
+
+
 def dsmil_model(m, x, offsets):
     pooled = dsmil(m.streams, embedded(m, x), offsets)
     bag_logits = torch.einsum("bjl,cjl->bc", pooled.bag, m.classifier.weight) + m.classifier.bias
@@ -127,6 +147,7 @@ EXPECTED = {
     "mean": lambda m, x, offsets: milkernels.mean_pool(x, offsets, backend="reference"),
     "max": lambda m, x, offsets: milkernels.max_pool(x, offsets, backend="reference"),
     "abmil": abmil,
+    "clam": clam,
     "dsmil-model": dsmil_model,
     "loss-attention-model": loss_attention_model,
     "instance-model": instance_model,

@@ -37,6 +37,8 @@ of these forms or of another width, and for what the ops check.
 
 from milkernels.nn.models import (
     ABMIL,
+    CLAM,
+    CLAMPrediction,
     DSMILModel,
     DSMILPrediction,
     EmbeddingPooling,
@@ -49,8 +51,10 @@ from milkernels.nn.pools import DSMIL, AttentionPool, LossAttention, MaxPool, Me
 
 __all__ = [
     "ABMIL",
+    "CLAM",
     "DSMIL",
     "AttentionPool",
+    "CLAMPrediction",
     "DSMILModel",
     "DSMILPrediction",
     "EmbeddingPooling",

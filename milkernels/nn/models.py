@@ -9,12 +9,13 @@ from torch.nn import functional as F
 
 from milkernels import ops, results
 from milkernels._torch import called_hooks, has_global_hooks, has_own, is_traceable_wrapper_subclass
-from milkernels.arguments import DTYPES, check_choice, check_count, check_share, check_type
+from milkernels.arguments import DTYPES, check_choice, check_count, check_flag, check_share, check_type
 from milkernels.bags import Parts
 from milkernels.dtypes import compute_dtype_of
 from milkernels.layers import Embed
 from milkernels.nn.pools import DSMIL, AttentionPool, Instances, LossAttention, ragged
 from milkernels.ops.classical import check_exponent
+from milkernels.ops.embedding import embedded, embedding_of
 from milkernels.ragged import checked_mask
 
 Dims = int | Sequence[int] | None
@@ -32,6 +33,23 @@ class InstancePrediction(NamedTuple):
 
     logits: Tensor  # [B, C]
     instance_logits: Tensor  # [N, C]  -inf in masked rows
+
+
+class CLAMPrediction(NamedTuple):
+    """What `CLAM` returns; K is 1, or C with a branch for each class.
+
+    Attributes:
+        logits: ``[B, C]``.
+        pooled: what the pooling of the embedded instances returned.
+        instances: ``[B, K, 2, k]`` rows of ``x``: the k attended most, then the k attended least, the most extreme
+            first; -1 past the end of a bag.
+        instance_logits: ``[B, C, 2, k, 2]`` of these, by each class: negative and positive; 0 where there is none.
+    """
+
+    logits: Tensor
+    pooled: results.Pooled
+    instances: Tensor
+    instance_logits: Tensor
 
 
 class DSMILPrediction(NamedTuple):
@@ -160,7 +178,7 @@ def _instance_logits(model: "_Pooling", values: Tensor | Parts, offsets: Tensor 
 class ABMIL(nn.Module):
     """Attention-based MIL (Ilse et al. 2018): embed each instance, pool by attention, classify the bag.
 
-    With ``gated=True`` and one head this is also CLAM's backbone (Lu et al. 2021), without its instance loss.
+    With ``gated=True`` and one head this is also the backbone of `CLAM`, without its instance loss.
 
     Args:
         in_dim: features of an instance.
@@ -201,6 +219,116 @@ class ABMIL(nn.Module):
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> Prediction:
         pooled = _pooled(self.attention, self.embed, x, offsets, mask, self.in_dim)
         return Prediction(self.classifier(pooled.bag.flatten(1)), pooled)
+
+
+# CLAM, whose instances attended most and least are classified too
+
+
+def most_and_least(scores: Tensor, k: int, offsets: Tensor | None, mask: Tensor | None) -> Tensor:
+    """``[B, K, 2, k]``: rows of the k largest and the k smallest scores of each bag and head; -1 past a bag's end."""
+    scores = scores.detach()
+    chosen = (ops.topk_instances(scores, k, offsets, largest=largest, mask=mask) for largest in (True, False))
+    return torch.stack([top.indices for top in chosen], 2)
+
+
+def logits_of_rows(
+    x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, embed: Embed | None, seed: Tensor | int | None
+) -> Tensor:
+    """``[B, C, 2, k, 2]`` of instances ``rows [B, K, 2, k]``, embedded: each class has two rows of ``weight [2 C, E]``,
+    and looks at its own head, or at the only one.  0 where a row is -1."""
+    if len(x) == 0:
+        x = F.pad(x, (0, 0, 0, 1))
+    there, flat = rows >= 0, rows.clamp(min=0).flatten()
+    embedding, _ = embedding_of(x, embed, seed)
+    h = x.index_select(0, flat)
+    if embedding.parameters:
+        h = embedded(h, there.flatten(), *embedding.arguments, rows=flat)
+    else:
+        h = h.masked_fill(~there.flatten()[:, None], 0)  # a row that is not there may hold NaN
+    h = h.to(weight.dtype).unflatten(0, rows.shape).flatten(2, 3)  # [B, K, 2 k, E]
+    logits = h @ weight.unflatten(0, (-1, 2)).transpose(1, 2)  # [B, C, 2 k, 2]
+    if bias is not None:
+        logits = logits + bias.unflatten(0, (-1, 1, 2))
+    return logits.unflatten(2, rows.shape[2:]).masked_fill(~there[..., None], 0)
+
+
+class CLAM(nn.Module):
+    """CLAM (Lu et al. 2021): embed each instance, pool by gated attention, classify the bag, and the instances attended
+    most and least, on which `milkernels.losses.clam_loss` trains too.
+
+    Args:
+        in_dim: features of an instance.
+        num_classes: C.
+        embed_dim: of the embedding, as in `ABMIL`.
+        hidden_dim, gated: of the attention, as in `AttentionPool`.
+        multi_branch: an attention branch and a bag vector for each class, as in the paper (CLAM_MB); otherwise one for
+            all of them (CLAM_SB).
+        k: instances attended most, and as many attended least, that are classified: B in the paper, which has 8.
+        dropout: of the embedding and of the attention's hidden units, in [0, 1]; the paper has 0.25.
+
+    ``forward`` returns ``CLAMPrediction(logits [B, C], pooled, instances, instance_logits)``.  The instances are chosen
+    by their scores, without the labels, and embedded again, all others never outside of the pooling.  A bag of fewer
+    than 2 k instances has some on both sides, as in the authors' code, and one of fewer than k has -1 among them.
+
+    >>> import torch
+    >>> from milkernels import Bags
+    >>> from milkernels.nn import CLAM
+    >>> bags = Bags.from_list([torch.randn(n, 32) for n in (40, 25)])
+    >>> prediction = CLAM(32, num_classes=3, embed_dim=16, hidden_dim=16, multi_branch=True, k=4)(bags)
+    >>> prediction.logits.shape, prediction.instance_logits.shape
+    (torch.Size([2, 3]), torch.Size([2, 3, 2, 4, 2]))
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_classes: int,
+        embed_dim: Dims = 512,
+        hidden_dim: int = 256,
+        *,
+        multi_branch: bool = False,
+        gated: bool = True,
+        k: int = 8,
+        dropout: float = 0.25,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        check_count("num_classes", num_classes)
+        check_count("k", k)
+        check_flag("multi_branch", multi_branch)
+        self.in_dim, self.multi_branch, self.k = in_dim, multi_branch, k
+        self.embed, width = _embedding("embed_dim", in_dim, embed_dim, dropout, **factory)
+        heads = num_classes if multi_branch else 1
+        self.attention = AttentionPool(width, hidden_dim, heads, gated=gated, dropout=dropout, **factory)
+        self.classifier = nn.Linear(width, num_classes, **factory)
+        self.instance_classifier = nn.Linear(width, 2 * num_classes, **factory)
+
+    def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> CLAMPrediction:
+        # As in `_pooled`, but the last layer is needed again, for the instances that are classified.
+        last = _last_layer(self.embed) if _is_plain(self.attention, AttentionPool) else None
+        before = self.embed if last is None else self.embed[:-3]
+        values, offsets, mask = _embed(before, x, offsets, mask, self.in_dim, self.attention)
+        if not isinstance(values, Tensor):
+            raise TypeError(f"x must have its instances at hand, some are classified; got {type(values).__name__}")
+        options, seed = {}, None
+        if last is not None:
+            # The same seed drops the same units of an instance, pooled or classified.
+            drops = max(last.dropout_p, self.attention.dropout if self.training else 0.0) > 0
+            seed = torch.randint(2**63 - 1, (1,), device=values.device) if drops else None
+            options = {"embed": last, "seed": seed}
+        pooled = self.attention(values, offsets, mask, **options)
+        if self.multi_branch:
+            logits = (pooled.bag * self.classifier.weight).sum(2) + self.classifier.bias
+        else:
+            logits = self.classifier(pooled.bag[:, 0])
+        rows, classify = most_and_least(pooled.scores, self.k, offsets, mask), self.instance_classifier
+        instance_logits = logits_of_rows(values, rows, classify.weight, classify.bias, last, seed)
+        return CLAMPrediction(logits, pooled, rows, instance_logits)
+
+    def extra_repr(self) -> str:
+        return f"multi_branch={self.multi_branch}, k={self.k}"
 
 
 class DSMILModel(nn.Module):
