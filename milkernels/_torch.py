@@ -162,6 +162,20 @@ def has_own(module: nn.Module, *names: str) -> bool:
     return module._parameters.keys() >= set(names)
 
 
+def registered(module: nn.Module, path: str, name: str) -> Tensor:
+    """The parameter or buffer of that name of a submodule."""
+    for part in path.split(".") if path else ():
+        module = module._modules[part]
+    return module._parameters[name] if name in module._parameters else module._buffers[name]
+
+
+def in_python(expression) -> str:
+    """An expression of symbolic sizes as Python has it.  What prints it takes a second to import."""
+    from torch.utils._sympy.printers import PythonPrinter
+
+    return PythonPrinter().doprint(expression)
+
+
 def ragged_dimension(nested: Tensor) -> int:
     """The dimension of a jagged nested tensor whose size differs."""
     return nested._ragged_idx

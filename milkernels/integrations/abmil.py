@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from milkernels import ops
 from milkernels._torch import submodules
-from milkernels.integrations.engine import Structure, has, register, structure_of
+from milkernels.integrations.engine import SOFTMAX, Structure, has, register, structure_of
 from milkernels.integrations.layers import (
     Branch,
     Embedding,
@@ -344,6 +344,9 @@ class WeightsLayer(Structure):
 
     def parts(self, module: nn.Module) -> Gate:
         return _read_layer(module)
+
+    def share(self, parts: Gate) -> str:
+        return SOFTMAX
 
     def forward(self, module, gate, x, isNorm=True):
         if x.ndim != 2:

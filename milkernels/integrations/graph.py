@@ -1,0 +1,287 @@
+"""Finding attention pooling in the graph of a model: scores of the rows, a softmax over them, their weighted sum.
+
+The graph is the one that ``torch.export`` makes, so it does not matter what the attributes of a module are called or in
+which of them a layer stands.  Nothing here is proven: sizes say which dimension is which, and `traced` compares the
+numbers before anything is swapped.  What is found is fused by `program`.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from milkernels.integrations.layers import Unfusable, refuse
+
+Node = fx.Node
+
+_ACTIVATIONS = {"tanh": "tanh", "relu": "relu", "gelu": "gelu"}
+# They keep every number of their input, or are refused by their sizes (`_is_view`).
+_VIEWS = "transpose permute t numpy_T mT movedim view reshape _unsafe_view flatten unflatten squeeze unsqueeze alias"
+_VIEWS = {*_VIEWS.split(), "contiguous", "clone", "expand", "select", "slice"}
+# What a model may do to scores, element by element, before the softmax.
+_OF_SCORES = {"div", "mul", "add", "sub", "rsub", "neg", "where", "masked_fill", "to", "_to_copy", "type_as", "clamp"}
+_PRODUCTS = {"mm", "bmm", "matmul", "einsum"}
+MOST_HEADS = 32  # more outputs than this are a classifier's
+
+
+def op(node: Node) -> str:
+    """The operator's name without its overload, ``linear``; that of the kind of node where it calls none."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet.__name__ if packet is not None else node.op
+
+
+def sizes(node: Node) -> tuple:
+    """Its shape: numbers, and symbols where a dimension may have any size."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return ()
+    return tuple(map(size_of, value.shape))
+
+
+def size_of(size: int | torch.SymInt) -> Any:
+    """A number, or a symbol or an expression of symbols."""
+    expression = size if isinstance(size, int) else size.node.expr
+    return int(expression) if isinstance(size, int) or expression.is_number else expression
+
+
+def longer(node: Node) -> list:
+    """The sizes other than 1, in order."""
+    return [s for s in sizes(node) if s != 1]
+
+
+def is_off(node: Node) -> bool:
+    """A dropout that drops nothing."""
+    return op(node) == "dropout" and (not node.args[2] or node.args[1] == 0)
+
+
+def _is_view(node: Node) -> bool:
+    if op(node) in ("expand", "select", "slice"):
+        return longer(node) == longer(node.args[0])
+    if op(node) in ("clone", "contiguous") or op(node) in _VIEWS:
+        return True
+    return is_off(node)
+
+
+def root(node: Node) -> Node:
+    """What it is a view of."""
+    while _is_view(node):
+        node = node.args[0]
+    return node
+
+
+def uses(node: Node) -> Iterator[Node]:
+    """What is done with a tensor and with views of it."""
+    for user in node.users:
+        if _is_view(user):
+            yield from uses(user)
+        else:
+            yield user
+
+
+class Gate(NamedTuple):
+    """``w(drop(act(v rows)) [* drop(sigmoid(u rows))])``: nodes that call linear layers."""
+
+    v: Node
+    u: Node | None
+    w: Node
+    activation: str
+    dropout_p: float
+
+
+class Front(NamedTuple):
+    """The layer in front: ``drop(act(linear))``."""
+
+    linear: Node
+    activation: str
+    dropout_p: float
+
+
+class Match(NamedTuple):
+    """One attention pooling.  Letters name the dimensions of its nodes: b bags, n instances, k heads, l features, and 1."""
+
+    gate: Gate
+    rows: Node  # [(b,) n, l]: what is scored and pooled
+    scored: Node  # what the softmax takes
+    weights: Node  # what it returns
+    bag: Node
+    front: Front | None
+    letters: dict[Node, str]
+
+    @property
+    def direct(self) -> bool:
+        """Whether the softmax takes the scores as they are."""
+        return root(self.scored) is self.gate.w
+
+
+def find(graph: fx.Graph) -> list[Match]:
+    """Every attention pooling in it whose parts nothing else interferes with."""
+    return [match for node in graph.nodes if op(node) == "softmax" and (match := _match(node))]
+
+
+def _match(weights: Node) -> Match | None:
+    gates = [gate for node in _sources(weights.args[0]) if (gate := _gate(node))]
+    if len(gates) != 1:
+        return None
+    (gate,) = gates
+    rows, width = gate.v.args[0], sizes(gate.v.args[0])[-1]
+    bag = _weighted_sum(weights, rows)
+    if bag is None or not 2 <= len(longer(rows)) <= 3:
+        return None
+    instances = longer(rows)[-2]
+    if sizes(weights)[weights.args[1]] != instances or isinstance(instances, int):
+        return None
+    names = {instances: "n", width: "l"}
+    names |= {longer(rows)[0]: "b"} if len(longer(rows)) == 3 else {}
+    heads = sizes(gate.w)[-1]
+    if heads in names or len(names) != len(longer(rows)):  # sizes that do not tell dimensions apart
+        return None
+    names |= {heads: "k"}
+    want = {rows: "bnl", gate.w: "bnk", weights.args[0]: "bnk", weights: "bnk", bag: "bkl"}
+    letters = {node: "".join("1" if s == 1 else names.get(s, "?") for s in sizes(node)) for node in want}
+    absent = {"1"} | ({"b"} - set(names.values())) | ({"k"} if heads == 1 else set())
+    if any(sorted(letters[n].replace("1", "")) != sorted(set(w) - absent) for n, w in want.items()):
+        return None
+    match = Match(gate, rows, weights.args[0], weights, bag, None, letters)
+    return match._replace(front=_front(match)) if match.direct else match
+
+
+def _sources(node: Node) -> Iterator[Node]:
+    """The linear layers whose outputs scores are made of, element by element."""
+    node = root(node)
+    if op(node) == "linear":
+        yield node
+    elif op(node) in _OF_SCORES:
+        for before in node.all_input_nodes:
+            yield from _sources(before)
+
+
+def _gate(w: Node) -> Gate | None:
+    if op(w) != "linear" or not isinstance(sizes(w)[-1], int) or sizes(w)[-1] > MOST_HEADS:
+        return None
+    hidden, p = _undropped(w.args[0])
+    if op(hidden) != "mul" or len(hidden.all_input_nodes) != 2:
+        branch = _branch(hidden)
+        return Gate(branch[0], None, w, branch[1], p) if branch and branch[1] != "sigmoid" else None
+    sides = [_undropped(side) for side in hidden.args[:2]]
+    branches = [_branch(side) for side, _ in sides]
+    if p or sides[0][1] != sides[1][1] or None in branches:
+        return None
+    second, first = sorted(branches, key=lambda branch: branch[1] != "sigmoid")
+    if second[1] != "sigmoid" or first[1] == "sigmoid" or root(first[0].args[0]) is not root(second[0].args[0]):
+        return None
+    return Gate(first[0], second[0], w, first[1], sides[0][1])
+
+
+def _undropped(node: Node) -> tuple[Node, float]:
+    """What a dropout takes, and the share that it drops."""
+    node = root(node)
+    return (root(node.args[0]), node.args[1]) if op(node) == "dropout" else (node, 0.0)
+
+
+def _branch(node: Node) -> tuple[Node, str] | None:
+    """The linear layer and the activation behind it."""
+    act = _activation(node)
+    layer = root(node.args[0]) if act else node
+    return (layer, act) if act and op(layer) == "linear" else None
+
+
+def _activation(node: Node) -> str | None:
+    if op(node) == "gelu" and node.kwargs.get("approximate", "none") != "none":
+        return None
+    return "sigmoid" if op(node) == "sigmoid" else _ACTIVATIONS.get(op(node))
+
+
+def _weighted_sum(weights: Node, rows: Node) -> Node | None:
+    """The one sum of the rows by the weights: a product of matrices, or of elements and their sum."""
+    found = []
+    for user in dict.fromkeys(uses(weights)):
+        others = {root(node) for node in user.all_input_nodes} - {weights}
+        if op(user) in _PRODUCTS:
+            found.append(user if others == {root(rows)} else None)
+        elif op(user) == "mul" and others == {root(rows)}:
+            sums = dict.fromkeys(uses(user))
+            found += [node if op(node) == "sum" and len(sums) == 1 else None for node in sums]
+    return found[0] if len(found) == 1 else None
+
+
+def _front(match: Match) -> Front | None:
+    """The layer that makes the rows, if nothing but the pooling reads them."""
+    taken = {match.gate.v, match.gate.u, match.bag}
+    rows = root(match.rows)
+    readers = set(uses(rows)) - taken
+    if any(op(node) != "mul" or set(uses(node)) != {match.bag} for node in readers):
+        return None
+    node, p = _undropped(rows)
+    act = _activation(node) or "identity"
+    if act == "sigmoid":
+        return None
+    layer = root(node.args[0]) if act != "identity" else node
+    if act == "relu" and not p:
+        layer, p = _undropped(layer)  # a dropout commutes with a ReLU
+    chain = [*_between(rows, layer)]
+    if op(layer) != "linear" or any(len(set(n.users)) != 1 for n in chain[1:]) or longer(layer)[-1:] != longer(rows)[-1:]:
+        return None
+    return Front(layer, act, p)
+
+
+def _between(last: Node, first: Node) -> Iterator[Node]:
+    """From a node back to what it was made of, both included, by first arguments."""
+    while last is not first:
+        yield last
+        last = last.args[0]
+    yield first
+
+
+# Before anything is looked for
+
+
+def without_writes(graph: fx.Graph, buffers: Collection[Node] = ()) -> None:
+    """Replaces operators that write into their input, where nothing else reads it; refuses the others.
+
+    A buffer that is only counted up stays what it is.
+    """
+    for node in list(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            continue
+        target = node.args[0] if node.args else None
+        alone = isinstance(target, Node) and len(target.users) == 1
+        if alone and target in buffers and not node.users:
+            continue
+        plain = _functional(node)
+        if plain is None or not alone or target.op != "call_function" or op(target) in _VIEWS:
+            refuse(f"its forward writes into a tensor that is used again ({op(node)})")
+        node.target = plain
+
+
+def _functional(node: Node) -> Callable | None:
+    """``aten.relu`` of ``aten.relu_``."""
+    name = op(node)
+    if not name.endswith("_") or not hasattr(torch.ops.aten, name[:-1]):
+        return None
+    return getattr(getattr(torch.ops.aten, name[:-1]), node.target._overloadname, None)
+
+
+def has_fixed_types(graph: fx.Graph) -> bool:
+    """Whether it names types or devices, which are those of the model that the graph was made of."""
+
+    def named(value) -> bool:
+        return isinstance(value, torch.dtype | torch.device)
+
+    return any(any(map(named, [*n.args, *n.kwargs.values()])) for n in graph.nodes if n.op == "call_function")
+
+
+def why_none(graph: fx.Graph) -> Unfusable:
+    """Why nothing was found."""
+    softmaxes = [node for node in graph.nodes if op(node) == "softmax"]
+    over_instances = [node for node in softmaxes if not isinstance(sizes(node)[node.args[1]], int)]
+    if not over_instances:
+        return NoPooling("no softmax is over instances" if softmaxes else "it takes no softmax")
+    if not any(_gate(w) for node in over_instances for w in _sources(node.args[0])):
+        return Unfusable("its scores are not Linear(activation(Linear(rows))), plain or gated")
+    return Unfusable("what is summed by its weights is not, once, the rows that are scored")
+
+
+class NoPooling(Unfusable):
+    """It takes no softmax over instances."""
