@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from milkernels.integrations.layers import Unfusable
 
 INSTANCES, BAGS = 23, 2  # of the bags that are traced
+FEW = 8  # instances of an example
 OTHER_SIZES = ((7, 3), (41, 2), (29, 4))  # those of the bags on which programs are proven
 _MASKS = ("mask", "attn_mask", "attention_mask", "padding_mask", "key_padding_mask", "pad_mask")
 _LENGTHS = ("lens", "lengths", "bag_sizes")

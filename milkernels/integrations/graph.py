@@ -97,6 +97,16 @@ class Front(NamedTuple):
     dropout_p: float
 
 
+class Fold(NamedTuple):
+    """What is done to scores before the softmax, if an op can do it: a scale, and a mask then."""
+
+    scale: float = 1.0
+    by: Node | None = None  # a tensor of one number, by which they are multiplied,
+    divided: bool = False  # or divided
+    mask: Node | None = None
+    keeps: bool = False  # whether the mask says which instances are kept, not which are not
+
+
 class Match(NamedTuple):
     """One attention pooling.  Letters name the dimensions of its nodes: b bags, n instances, k heads, l features, and 1."""
 
@@ -105,18 +115,22 @@ class Match(NamedTuple):
     scored: Node  # what the softmax takes
     weights: Node  # what it returns
     bag: Node
-    front: Front | None
     letters: dict[Node, str]
+    fold: "Fold | None" = None  # None: what is done to the scores before the softmax is done as it was
+    front: Front | None = None  # where there is a fold
 
     @property
-    def direct(self) -> bool:
-        """Whether the softmax takes the scores as they are."""
-        return root(self.scored) is self.gate.w
+    def nodes(self) -> list[Node]:
+        gate = self.gate
+        inner = [layer.args[0] for layer in (gate.v, gate.u, gate.w) if layer is not None]
+        return [*inner, gate.w, self.rows, self.scored, self.weights, self.bag]
 
 
-def find(graph: fx.Graph) -> list[Match]:
-    """Every attention pooling in it whose parts nothing else interferes with."""
-    return [match for node in graph.nodes if op(node) == "softmax" and (match := _match(node))]
+def find(graph: fx.Graph, written: Collection[Node] = ()) -> list[Match]:
+    """Every attention pooling in it whose parts nothing else interferes with, or writes into."""
+    matches = [match for node in graph.nodes if op(node) == "softmax" and (match := _match(node))]
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    return [_folded(match, order) for match in matches if not {root(node) for node in match.nodes} & set(written)]
 
 
 def _match(weights: Node) -> Match | None:
@@ -142,8 +156,7 @@ def _match(weights: Node) -> Match | None:
     absent = {"1"} | ({"b"} - set(names.values())) | ({"k"} if heads == 1 else set())
     if any(sorted(letters[n].replace("1", "")) != sorted(set(w) - absent) for n, w in want.items()):
         return None
-    match = Match(gate, rows, weights.args[0], weights, bag, None, letters)
-    return match._replace(front=_front(match)) if match.direct else match
+    return Match(gate, rows, weights.args[0], weights, bag, letters)
 
 
 def _sources(node: Node) -> Iterator[Node]:
@@ -205,6 +218,82 @@ def _weighted_sum(weights: Node, rows: Node) -> Node | None:
     return found[0] if len(found) == 1 else None
 
 
+def _folded(match: Match, order: dict[Node, int]) -> Match:
+    """With what the op can do beside scoring and pooling."""
+    fold = _fold(match)
+    if fold is None:
+        return match
+    alone = _is_only_read_by(match.gate.w, match.scored)
+    late = [node for node in (fold.by, fold.mask) if node is not None and order[node] > order[match.gate.w]]
+    if (late or fold.mask is not None) and not alone:  # somebody wants the scores as they were before
+        return match
+    if fold.mask is not None:
+        names = dict(zip(sizes(match.rows), match.letters[match.rows], strict=True))
+        letters = "".join("1" if s == 1 else names.get(s, "?") for s in sizes(fold.mask))
+        if sorted(letters.replace("1", "")) != sorted(set(match.letters[match.rows]) - {"1", "l"}):
+            return match
+        match.letters[fold.mask] = letters
+    match = match._replace(fold=fold)
+    return match._replace(front=_front(match))
+
+
+def _fold(match: Match) -> Fold | None:
+    node, fold = root(match.scored), Fold()
+    while node is not match.gate.w:
+        before, name = node.all_input_nodes[0], op(node)
+        if name in ("mul", "div") and fold.by is None and len(node.args) == 2 and not node.kwargs:
+            by = node.args[1]
+            if isinstance(by, Node) and name == "mul" and all(s == 1 for s in sizes(node.args[0])):
+                before, by = by, node.args[0]
+            if not isinstance(by, Node) and by:
+                fold = fold._replace(scale=fold.scale / by if name == "div" else fold.scale * by)
+            elif isinstance(by, Node) and all(s == 1 for s in sizes(by)):
+                fold = fold._replace(by=by, divided=name == "div")
+            else:
+                return None
+        elif name in ("masked_fill", "where") and fold == Fold():
+            masked = _masked(node)
+            if masked is None:
+                return None
+            before, mask, keeps = masked
+            fold = fold._replace(mask=mask, keeps=keeps)
+        else:
+            return None
+        node = root(before)
+    return fold
+
+
+def _masked(node: Node) -> tuple[Node, Node, bool] | None:
+    """The scores, the mask, and whether it keeps them; None where what is filled in is not as good as -inf."""
+    if op(node) == "masked_fill":
+        scores, mask, value = node.args
+        keeps = False
+    else:
+        mask, scores, value = node.args
+        keeps = True
+    if isinstance(value, Node) and op(value) in ("full_like", "full", "scalar_tensor", "new_full"):
+        value = next((a for a in value.args[::-1] if isinstance(a, int | float)), None)
+    small = isinstance(value, int | float) and value <= -1e4
+    is_mask = isinstance(mask, Node) and mask.meta["val"].dtype == torch.bool
+    return (scores, mask, keeps) if small and is_mask and isinstance(scores, Node) else None
+
+
+def _is_only_read_by(first: Node, last: Node) -> bool:
+    """Whether all that reads the one, at any remove, is on the way to the other."""
+    path = {root(last)}
+    for node in _between_scores(last, first):
+        path.add(node)
+    return all(user in path for node in path - {root(last)} for user in uses(node))
+
+
+def _between_scores(last: Node, first: Node) -> Iterator[Node]:
+    node = root(last)
+    while node is not first:
+        yield node
+        node = root(next(before for before in node.all_input_nodes if first in set(_sources(before))))
+    yield first
+
+
 def _front(match: Match) -> Front | None:
     """The layer that makes the rows, if nothing but the pooling reads them."""
     taken = {match.gate.v, match.gate.u, match.bag}
@@ -236,23 +325,37 @@ def _between(last: Node, first: Node) -> Iterator[Node]:
 # Before anything is looked for
 
 
-def without_writes(graph: fx.Graph, buffers: Collection[Node] = ()) -> None:
-    """Replaces operators that write into their input, where nothing else reads it; refuses the others.
+def without_writes(graph: fx.Graph, buffers: Collection[Node] = ()) -> set[Node]:
+    """Replaces operators that write into their input where nothing else reads it.
 
-    A buffer that is only counted up stays what it is.
+    Returns the tensors that others write into, which stay as they are: nothing of a pooling may be among them.  Writing
+    into an argument or a parameter is refused, into a buffer unless it is only counted up.
     """
+    written = set()
     for node in list(graph.nodes):
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable:
             continue
         target = node.args[0] if node.args else None
-        alone = isinstance(target, Node) and len(target.users) == 1
-        if alone and target in buffers and not node.users:
-            continue
+        if not isinstance(target, Node):
+            refuse(f"its forward calls {op(node)}, which writes")
         plain = _functional(node)
-        if plain is None or not alone or target.op != "call_function" or op(target) in _VIEWS:
-            refuse(f"its forward writes into a tensor that is used again ({op(node)})")
-        node.target = plain
+        if target in buffers and len(target.users) == 1 and not node.users:
+            continue
+        if plain is not None and target.op == "call_function" and len(target.users) == 1 and not _shares(target):
+            node.target = plain
+            continue
+        while _shares(target) or _is_view(target):
+            target = target.args[0]
+        if target.op == "placeholder":
+            refuse("its forward writes into what it is given, or a parameter")
+        written |= {target, node}
+    return written
+
+
+def _shares(node: Node) -> bool:
+    """Whether it may be a view of a part."""
+    return op(node) in _VIEWS or op(node) in ("unbind", "split", "chunk", "diagonal", "getitem")
 
 
 def _functional(node: Node) -> Callable | None:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from milkernels import ops
-from milkernels._torch import pytree
-from milkernels.integrations.graph import Match, Node, op, root
+from milkernels.integrations.graph import Match, Node
 from milkernels.integrations.layers import padded, refuse, their_dtype
 from milkernels.layers import Embed
 from milkernels.results import Pooled
@@ -40,22 +39,27 @@ def _ragged(x: Tensor, batched: bool) -> tuple[Tensor, Tensor | None]:
     return x.reshape(-1, x.shape[-1]), None
 
 
-def attend(x, gate, front=None, *, batched, activation, dropout_p=0.0, dropping=True) -> Attended:
+def attend(x, gate, front=None, *, batched, activation, dropout_p=0.0, scale=1.0, mask=None, keeps=True, dropping=True):
     """Scores of the rows of ``x``, their softmax and the weighted sum of the rows, in one op.
 
     ``gate``: weights and biases of v, u (or None) and w; ``front``: those of the layer in front, its activation and the
-    share of its units that is dropped.
+    share of its units that is dropped; ``scale``: by which scores are multiplied; ``mask [B, N]``: which instances there
+    are, or which not, of a softmax that is taken of the rest.
     """
     v, u, w = gate
     embed = None if front is None else Embed(*front[:2], front[2] if dropping else 0.0)
     options = {"activation": activation, "dropout_p": dropout_p if dropping else 0.0, "embed": embed}
     dtype = their_dtype(x, *v, *(u or ()), *w, *(front[0] if front else ()))
     rows, offsets = _ragged(x, batched)
+    if mask is not None:
+        options["mask"] = (mask if keeps else ~mask).flatten()
+    if not isinstance(scale, float) or scale != 1.0:
+        w = (w[0] * scale, w[1] if w[1] is None else w[1] * scale)
     if u is None:
         pooled = ops.attention_pool(rows, v, w, offsets, **options)
     else:
         pooled = ops.gated_attention_pool(rows, v, u, w, offsets, **options)
-    scores = pooled.scores.to(dtype).reshape(pooled.bag.shape[0], -1, pooled.scores.shape[1])
+    scores = (pooled.scores / scale).to(dtype).reshape(pooled.bag.shape[0], -1, pooled.scores.shape[1])
     return Attended(pooled.bag.to(dtype), scores, pooled, offsets)
 
 
@@ -122,13 +126,19 @@ def _fuse(graph: fx.Graph, match: Match) -> None:
         with graph.inserting_before(before):
             return graph.call_function(function, args, kwargs)
 
-    if match.direct:
+    if match.fold is not None:
         front = match.front and (_parameters(match.front.linear), match.front.activation, match.front.dropout_p)
         x = match.front.linear.args[0] if front else match.rows
-        # Right behind what it takes, before everything that reads scores, weights or the bag.
-        at = _last(graph, [x, *_flat(layers), *_flat(front)]).next
-        while at.op == "placeholder":
-            at = at.next
+        fold, at = match.fold, gate.w if match.fold.mask is None else match.weights
+        scale, mask = fold.scale, fold.mask
+        if fold.by is not None:
+            at = match.weights if fold.by.op != "placeholder" else at
+            scale = call(at, operator.truediv if fold.divided else operator.mul, scale, call(at, torch.squeeze, fold.by))
+        if mask is not None:
+            mask = call(at, arrange, mask, letters[mask], "bn")
+            batched |= {"mask": mask, "keeps": fold.keeps}
+        if scale != 1.0:
+            batched |= {"scale": scale}
         done = call(at, attend, x, layers, front, **batched, **options)
         scores = call(at, arrange, call(at, operator.getitem, done, 1), "bnk", letters[gate.w])
         gate.w.replace_all_uses_with(scores)
@@ -144,15 +154,6 @@ def _fuse(graph: fx.Graph, match: Match) -> None:
 
 def _parameters(layer: Node) -> tuple[Node, Node | None]:
     return layer.args[1], layer.args[2] if len(layer.args) > 2 else None
-
-
-def _flat(values: Any) -> list[Node]:
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, fx.Node)]
-
-
-def _last(graph: fx.Graph, nodes: Sequence[Node]) -> Node:
-    wanted = set(nodes)
-    return [node for node in graph.nodes if node in wanted][-1]
 
 
 def source(graph: fx.Graph) -> str:

@@ -72,8 +72,7 @@ def trace(module: nn.Module, example: Call) -> Variant:
     for node in graph.nodes:
         if node.op not in ("placeholder", "call_function", "output"):
             refuse("its forward switches gradients or other modes, or checkpoints")
-    graphs.without_writes(graph, buffers)
-    matches = graphs.find(graph)
+    matches = graphs.find(graph, graphs.without_writes(graph, buffers))
     if not matches:
         raise graphs.why_none(graph)
     values = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"][len(tensors) :]
@@ -267,12 +266,15 @@ def _accepted(own: nn.Module, guesses: Iterable[list[Call]]) -> list[Call]:
 
 
 class _Softmax(TorchDispatchMode):
-    """Whether one is called."""
+    """Whether one is called over instances: over a dimension of many, of which there is only one."""
 
     called = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.called |= function.overloadpacket in (torch.ops.aten._softmax, torch.ops.aten._safe_softmax)
+        if function.overloadpacket in (torch.ops.aten._softmax, torch.ops.aten._safe_softmax):
+            scores, dim = args[:2]
+            many = scores.shape[dim] if scores.ndim else 0
+            self.called |= many >= calls.FEW and scores.numel() <= many * calls.BAGS * graphs.MOST_HEADS
         return function(*args, **(kwargs or {}))
 
 
@@ -290,6 +292,8 @@ def _variants(own: nn.Module, accepted: list[Call]) -> tuple[list[Variant], list
                     served.add(kind)
                 except Unfusable as reason:
                     reasons.append(reason)
+                    if not training:
+                        break
     return variants, reasons
 
 
