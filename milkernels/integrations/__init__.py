@@ -75,10 +75,13 @@ def _search(model: nn.Module, report: Report, minimum: int | None, examples: dic
     found = search.Search(minimum, examples)
     found.within("", model)
     inside = tuple(f"{entry.name}." if entry.name else "" for entry in found.changed)
-    said = {entry.name for entry in report.left}
-    report.left = [e for e in report.left if not e.name.startswith(inside)] if inside else report.left
+    fused = {entry.name for entry in found.changed}
+    by_graph = {entry.name: entry for entry in found.left}
+    left = [e for e in report.left if e.name not in fused and not (inside and e.name.startswith(inside))]
+    known = {entry.name for entry in left if entry.structure}
     report.changed += found.changed
-    report.left += [entry for entry in found.left if entry.name not in said]
+    report.left = [entry for entry in left if entry.structure or entry.name not in by_graph]
+    report.left += [entry for name, entry in by_graph.items() if name not in known]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     for entries in (report.changed, report.left):
         entries.sort(key=lambda entry: order[entry.name])

@@ -38,6 +38,7 @@ class Structure:
     methods: ClassVar[dict[str, tuple[str, ...]]]  # each replaced method, and the arguments it must take
     opaque: ClassVar[tuple[str, ...]] = ()  # submodules that are called as they are: nothing is asked of them
     embedding: ClassVar[str] = ""  # a submodule in front, of which only the last layer is more than called
+    pools: ClassVar[bool] = True  # whether it sums the instances; a model around others sums them itself
     note: ClassVar[str] = ""  # where what is returned differs from the original on purpose
     # Below so many instances eager is faster: in a forward alone, and where gradients are recorded.
     min_instances: ClassVar[tuple[int, int]] = (1000, 200)
@@ -248,21 +249,25 @@ def _check_method(module: nn.Module, name: str, arguments: tuple[str, ...]) -> N
     method = getattr(type(module), name, None)
     if not inspect.isfunction(method):
         refuse(f"it has no method {name}")
+    if not _takes(method, arguments):
+        takes = list(inspect.signature(method).parameters)[1:]
+        refuse(f"its {name} takes {', '.join(takes)}, not {', '.join(arguments)}")
+
+
+def _takes(method: Callable, arguments: tuple[str, ...]) -> bool:
+    """Whether it takes these, and nothing more that has no default."""
     takes = list(inspect.signature(method).parameters.values())[1:]
     more = takes[len(arguments) :]
     optional = all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in more)
-    if tuple(p.name for p in takes[: len(arguments)]) != arguments or not optional:
-        refuse(f"its {name} takes {', '.join(p.name for p in takes)}, not {', '.join(arguments)}")
+    return tuple(p.name for p in takes[: len(arguments)]) == arguments and optional
 
 
 def has_its_methods(module: nn.Module, structure: Structure) -> bool:
-    """Whether the module has the structure's methods, with their arguments, whatever they return."""
-    try:
-        for name, arguments in structure.methods.items():
-            _check_method(module, name, arguments)
-    except Unfusable:
+    """Whether its class has the structure's methods, with their arguments, whatever they return."""
+    methods = {name: getattr(original_class(module), name, None) for name in structure.methods}
+    if not all(map(inspect.isfunction, methods.values())):
         return False
-    return True
+    return all(_takes(methods[name], arguments) for name, arguments in structure.methods.items())
 
 
 def share(module: nn.Module) -> str:

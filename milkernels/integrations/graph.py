@@ -21,6 +21,7 @@ _VIEWS = "transpose permute t numpy_T mT movedim view reshape _unsafe_view flatt
 _VIEWS = {*_VIEWS.split(), "contiguous", "clone", "expand", "select", "slice"}
 # What a model may do to scores, element by element, before the softmax.
 _OF_SCORES = {"div", "mul", "add", "sub", "rsub", "neg", "where", "masked_fill", "to", "_to_copy", "type_as", "clamp"}
+_LIKE = {"full_like", "zeros_like", "ones_like", "empty_like"}  # they read the shape
 _PRODUCTS = {"mm", "bmm", "matmul", "einsum"}
 MOST_HEADS = 32  # more outputs than this are a classifier's
 
@@ -129,8 +130,8 @@ class Match(NamedTuple):
 def find(graph: fx.Graph, written: Collection[Node] = ()) -> list[Match]:
     """Every attention pooling in it whose parts nothing else interferes with, or writes into."""
     matches = [match for node in graph.nodes if op(node) == "softmax" and (match := _match(node))]
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    return [_folded(match, order) for match in matches if not {root(node) for node in match.nodes} & set(written)]
+    matches = [match for match in matches if not {root(node) for node in match.nodes} & set(written)]
+    return matches if written else [_folded(match) for match in matches]  # folding changes the order of operators
 
 
 def _match(weights: Node) -> Match | None:
@@ -218,15 +219,16 @@ def _weighted_sum(weights: Node, rows: Node) -> Node | None:
     return found[0] if len(found) == 1 else None
 
 
-def _folded(match: Match, order: dict[Node, int]) -> Match:
+def _folded(match: Match) -> Match:
     """With what the op can do beside scoring and pooling."""
     fold = _fold(match)
     if fold is None:
         return match
-    alone = _is_only_read_by(match.gate.w, match.scored)
-    late = [node for node in (fold.by, fold.mask) if node is not None and order[node] > order[match.gate.w]]
-    if (late or fold.mask is not None) and not alone:  # somebody wants the scores as they were before
+    given = [node for node in (fold.by, fold.mask) if node is not None]
+    if any(_depends(node, match.gate.w) for node in given):
         return match
+    if fold.mask is not None and not _is_only_read_by(match.gate.w, match.scored):
+        return match  # somebody wants the scores as they were before the mask
     if fold.mask is not None:
         names = dict(zip(sizes(match.rows), match.letters[match.rows], strict=True))
         letters = "".join("1" if s == 1 else names.get(s, "?") for s in sizes(fold.mask))
@@ -278,12 +280,23 @@ def _masked(node: Node) -> tuple[Node, Node, bool] | None:
     return (scores, mask, keeps) if small and is_mask and isinstance(scores, Node) else None
 
 
+def _depends(node: Node, other: Node) -> bool:
+    seen, waiting = set(), [node]
+    while waiting:
+        node = waiting.pop()
+        if node is other:
+            return True
+        if node not in seen:
+            seen.add(node)
+            waiting += node.all_input_nodes
+    return False
+
+
 def _is_only_read_by(first: Node, last: Node) -> bool:
     """Whether all that reads the one, at any remove, is on the way to the other."""
-    path = {root(last)}
-    for node in _between_scores(last, first):
-        path.add(node)
-    return all(user in path for node in path - {root(last)} for user in uses(node))
+    path = {root(last), *_between_scores(last, first)}
+    readers = {user for node in path - {root(last)} for user in uses(node)} - path
+    return all(op(user) in _LIKE and set(uses(user)) <= path for user in readers)
 
 
 def _between_scores(last: Node, first: Node) -> Iterator[Node]:

@@ -114,6 +114,31 @@ def fuse(graph: fx.Graph, matches: Sequence[Match]) -> None:
         pure = node.op == "call_function" and not getattr(getattr(node.target, "_schema", None), "is_mutable", False)
         if pure and not node.users:
             graph.erase_node(node)
+    if any(match.fold is not None for match in matches):
+        _put_in_order(graph)
+
+
+def _put_in_order(graph: fx.Graph) -> None:
+    """Every node behind those that it reads: what was folded into an op may be known only after the scores were."""
+    last = None
+    placed: set[Node] = set()
+
+    def place(node: Node) -> None:
+        nonlocal last
+        waiting = [node]
+        while waiting:
+            if missing := [n for n in waiting[-1].all_input_nodes if n not in placed]:
+                waiting += missing
+                continue
+            found = waiting.pop()
+            if found not in placed:
+                placed.add(found)
+                if last is not None:
+                    last.append(found)
+                last = found
+
+    for node in list(graph.nodes):
+        place(node)
 
 
 def _fuse(graph: fx.Graph, match: Match) -> None:
@@ -129,10 +154,9 @@ def _fuse(graph: fx.Graph, match: Match) -> None:
     if match.fold is not None:
         front = match.front and (_parameters(match.front.linear), match.front.activation, match.front.dropout_p)
         x = match.front.linear.args[0] if front else match.rows
-        fold, at = match.fold, gate.w if match.fold.mask is None else match.weights
+        fold, at = match.fold, gate.w
         scale, mask = fold.scale, fold.mask
         if fold.by is not None:
-            at = match.weights if fold.by.op != "placeholder" else at
             scale = call(at, operator.truediv if fold.divided else operator.mul, scale, call(at, torch.squeeze, fold.by))
         if mask is not None:
             mask = call(at, arrange, mask, letters[mask], "bn")

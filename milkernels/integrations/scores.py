@@ -31,6 +31,8 @@ def eager_scores(gate: Gate, x: Tensor) -> Tensor:
 class ScoreNetwork(Structure):
     """A module that maps instances ``x [..., L]`` to scores ``[..., K]``, and may return ``x`` beside them."""
 
+    pools = False
+
     def __init__(
         self, name: str, looks: Callable[[nn.Module], bool], read: Callable, returns_x: bool, takes: str = "x"
     ):

@@ -13,7 +13,6 @@ from milkernels.integrations.calls import Call, Unknown
 from milkernels.integrations.graph import MOST_HEADS, NoPooling
 from milkernels.integrations.layers import Unfusable, original_class
 from milkernels.integrations.report import EXAMPLE, THREE_LINES, Entry
-from milkernels.integrations.scores import ScoreNetwork
 from milkernels.integrations.traced import Traced, arguments, parameters_of
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -44,9 +43,9 @@ class Search:
             if inner is not None
         ]
         if reason is not None and not any(inside):
-            scores = _scores_are_fused(module)
-            step = EXAMPLE if isinstance(reason, Unknown) else THREE_LINES
-            if not isinstance(reason, Unknown) or scores:
+            unknown = isinstance(reason, Unknown)
+            step = EXAMPLE if unknown else THREE_LINES
+            if not unknown or any(engine.structure_of(m) is not None for m in module.modules()):
                 self.left.insert(0, Entry(name, original_class(module).__name__, "", str(reason), "", step))
         return any(inside)
 
@@ -92,14 +91,10 @@ def _may_pool(module: nn.Module) -> bool:
     if isinstance(module, _CONTAINERS) or engine.is_lazy(module):
         return False
     inner = [engine.structure_of(m) for m in module.modules() if m is not module]
-    if any(s is not None and not isinstance(s, ScoreNetwork) for s in inner):
+    if any(s is not None and s.pools for s in inner):
         return False
     linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
     return len(linear) >= 2 and any(m.out_features <= MOST_HEADS for m in linear)
-
-
-def _scores_are_fused(module: nn.Module) -> bool:
-    return any(isinstance(engine.structure_of(m), ScoreNetwork) for m in module.modules())
 
 
 # Examples

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from milkernels._torch import called_hooks, registered, submodules
+from milkernels._torch import called_hooks, registered, submodules, tensors_of, version
 from milkernels.dtypes import autocast_dtype
 from milkernels.integrations import program
 from milkernels.integrations.engine import EMBEDDING, POOLING, Structure
@@ -42,8 +42,7 @@ def state_of(module: nn.Module, tensors: bool = False, depth: int = 0) -> State:
         refuse("its submodules contain each other")
     own = {name: value for name, value in vars(module).items() if name not in _STANDARD}
     attributes = tuple((name, _frozen(name, value, tensors)) for name, value in own.items())
-    registered = {**module._parameters, **module._buffers}
-    parameters = tuple((name, tensor is None) for name, tensor in registered.items())
+    parameters = tuple((name, tensor is None) for name, tensor in tensors_of(module).items())
     children = tuple(
         (name, None if child is None else state_of(child, tensors, depth + 1))
         for name, child in submodules(module).items()
@@ -56,7 +55,7 @@ def _frozen(name: str, value: Any, tensors: bool = False, depth: int = 0) -> Any
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, Tensor):
-        return ("tensor", id(value), value._version) if tensors else "tensor"
+        return ("tensor", id(value), version(value)) if tensors else "tensor"
     if isinstance(value, list | tuple | set | frozenset):
         values = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
         return (type(value), *(_frozen(name, v, tensors, depth + 1) for v in values))
@@ -94,8 +93,8 @@ def _check_attributes(name: str, module: nn.Module, state: State) -> None:
         now = own.get(attribute, own)
         if now is not value and _frozen(attribute, now) != value:
             refuse(f"{attribute} of {name or 'it'} has changed")
+    tensors = tensors_of(module)
     for parameter, absent in state.parameters:
-        tensors = module._parameters if parameter in module._parameters else module._buffers
         if parameter not in tensors or (tensors[parameter] is None) is not absent:
             refuse(f"{parameter} of {name or 'it'} is computed")
     for child, inner in state.children:

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from milkernels._torch import in_python, pytree
+from milkernels._torch import TorchDispatchMode, in_python, pytree
 from milkernels.integrations import calls, program, proof
 from milkernels.integrations import graph as graphs
 from milkernels.integrations.calls import Call
@@ -72,7 +71,8 @@ def trace(module: nn.Module, example: Call) -> Variant:
     for node in graph.nodes:
         if node.op not in ("placeholder", "call_function", "output"):
             refuse("its forward switches gradients or other modes, or checkpoints")
-    matches = graphs.find(graph, graphs.without_writes(graph, buffers))
+    written = graphs.without_writes(graph, buffers)
+    matches = graphs.find(graph, written)
     if not matches:
         raise graphs.why_none(graph)
     values = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"][len(tensors) :]
@@ -165,7 +165,10 @@ def prove(subject: nn.Module, variant: Variant, example: Call, values: bool) -> 
             proof.seed(subject)
             theirs = subject(**given)
             proof.seed(subject)
-            ours = variant.run(subject, given, dropping=False)
+            try:
+                ours = variant.run(subject, given, dropping=False)
+            except Exception as error:
+                refuse(f"fused, its forward raised {proof.line(error)}")
         kind = "in training" if variant.training else "in eval mode"
         if found := proof.differ(ours, theirs, None, values):
             refuse(f"fused, its forward returns other results {kind}: its own are {found}")
@@ -220,7 +223,7 @@ def _gradients_differ(module: nn.Module, given: Call, ours: Any, theirs: Any) ->
 def fused_by_graph(module: nn.Module, example: Call | None) -> Traced:
     """The structure that serves this one module.  Raises ``Unfusable`` with the reason where there is none."""
     if "forward" in vars(module) or not inspect.isfunction(getattr(original_class(module), "forward", None)):
-        refuse("its forward is not a method of its class")
+        raise graphs.NoPooling("its forward is not a method of its class")
     if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
         refuse("it has submodules that are compiled by TorchScript")
     takes, state = parameters_of(module), state_of(module)
@@ -271,7 +274,7 @@ class _Softmax(TorchDispatchMode):
     called = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket in (torch.ops.aten._softmax, torch.ops.aten._safe_softmax):
+        if function.__name__.partition(".")[0] in ("_softmax", "_safe_softmax"):
             scores, dim = args[:2]
             many = scores.shape[dim] if scores.ndim else 0
             self.called |= many >= calls.FEW and scores.numel() <= many * calls.BAGS * graphs.MOST_HEADS
