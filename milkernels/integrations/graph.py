@@ -17,7 +17,7 @@ Node = fx.Node
 
 _ACTIVATIONS = {"tanh": "tanh", "relu": "relu", "gelu": "gelu"}
 # They keep every number of their input, or are refused by their sizes (`_is_view`).
-_VIEWS = "transpose permute t numpy_T mT movedim view reshape _unsafe_view flatten unflatten squeeze unsqueeze alias"
+_VIEWS = "transpose permute t numpy_T mT swapaxes swapdims movedim moveaxis view reshape _unsafe_view flatten unflatten squeeze unsqueeze alias"
 _VIEWS = {*_VIEWS.split(), "contiguous", "clone", "expand", "select", "slice"}
 # What a model may do to scores, element by element, before the softmax.
 _OF_SCORES = {"div", "mul", "add", "sub", "rsub", "neg", "where", "masked_fill", "to", "_to_copy", "type_as", "clamp"}
@@ -131,7 +131,7 @@ def find(graph: fx.Graph, written: Collection[Node] = ()) -> list[Match]:
     """Every attention pooling in it whose parts nothing else interferes with, or writes into."""
     matches = [match for node in graph.nodes if op(node) == "softmax" and (match := _match(node))]
     matches = [match for match in matches if not {root(node) for node in match.nodes} & set(written)]
-    return matches if written else [_folded(match) for match in matches]  # folding changes the order of operators
+    return [_folded(match, bool(written)) for match in matches]
 
 
 def _match(weights: Node) -> Match | None:
@@ -219,10 +219,10 @@ def _weighted_sum(weights: Node, rows: Node) -> Node | None:
     return found[0] if len(found) == 1 else None
 
 
-def _folded(match: Match) -> Match:
-    """With what the op can do beside scoring and pooling."""
+def _folded(match: Match, in_order: bool) -> Match:
+    """With what the op can do beside scoring and pooling; ``in_order``: unless operators would change places."""
     fold = _fold(match)
-    if fold is None:
+    if fold is None or (in_order and (fold.by is not None or fold.mask is not None)):
         return match
     given = [node for node in (fold.by, fold.mask) if node is not None]
     if any(_depends(node, match.gate.w) for node in given):

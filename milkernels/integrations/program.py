@@ -114,7 +114,7 @@ def fuse(graph: fx.Graph, matches: Sequence[Match]) -> None:
         pure = node.op == "call_function" and not getattr(getattr(node.target, "_schema", None), "is_mutable", False)
         if pure and not node.users:
             graph.erase_node(node)
-    if any(match.fold is not None for match in matches):
+    if any(match.fold is not None and (match.fold.by or match.fold.mask) for match in matches):
         _put_in_order(graph)
 
 

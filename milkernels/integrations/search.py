@@ -102,7 +102,9 @@ def _may_pool(module: nn.Module) -> bool:
 
 def calls_of(model: nn.Module, example: Any) -> dict[int, Call]:
     """The call of the model that the example is, and those of its submodules in it, by the module's id."""
-    takes, found = parameters_of(model), {}
+    if not isinstance(example, Tensor | tuple | list | Mapping):
+        raise TypeError(f"example must be a tensor, a tuple or a dict; got {type(example).__name__}")
+    found: dict[int, Call] = {}
     args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (example, {})
     args = (args,) if isinstance(args, Tensor) else tuple(args)
     own = tracing.unfused(model)

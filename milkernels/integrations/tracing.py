@@ -5,9 +5,11 @@ import contextlib
 import copy
 import inspect
 import io
+import logging
 import random
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -38,14 +40,29 @@ class _Call(nn.Module):
         return self.module(**dict(zip(self.names, tensors, strict=True)), **self.constants)
 
 
-def _exported(module: nn.Module, example: Call):
+def exported(module: nn.Module, example: Call) -> torch.export.ExportedProgram:
+    """The call as a graph, with symbols for the sizes that nothing in the module fixes."""
     call = _Call(module, example)
     tensors = tuple(example[name] for name in call.names)
     shapes = tuple({i: torch.export.Dim.AUTO for i, size in enumerate(t.shape) if size > 1} for t in tensors)
     try:
-        return torch.export.export(call, tensors, dynamic_shapes=(shapes,), strict=False)
+        with _quiet():
+            return torch.export.export(call, tensors, dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         refuse(f"it cannot be traced: {_told(error)}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what export says of a graph that it cannot make: the report says it."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 def _told(error: BaseException) -> str:
@@ -58,10 +75,10 @@ def _told(error: BaseException) -> str:
 
 def trace(module: nn.Module, example: Call) -> Variant:
     """The program for calls like the example, in the mode that the module is in."""
-    exported = _exported(module, example)
-    graph = exported.graph
+    traced = exported(module, example)
+    graph = traced.graph
     tensors, buffers = [], set()
-    for spec, node in zip(exported.graph_signature.input_specs, graph.nodes, strict=False):
+    for spec, node in zip(traced.graph_signature.input_specs, graph.nodes, strict=False):
         if spec.kind.name in ("PARAMETER", "BUFFER"):
             path = spec.target.removeprefix("module.")
             tensors.append((path.rpartition(".")[0], path.rpartition(".")[2]))
@@ -78,7 +95,7 @@ def trace(module: nn.Module, example: Call) -> Variant:
     values = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"][len(tensors) :]
     fits = _fits(values)
     program.fuse(graph, matches)
-    _nest_output(graph, exported.call_spec.out_spec)
+    _nest_output(graph, traced.call_spec.out_spec)
     given = tuple((name, Tensor if isinstance(value, Tensor) else value) for name, value in example.items())
     inputs = [value for value in example.values() if isinstance(value, Tensor)]
     first = next(p for p in module.parameters() if p.is_floating_point())
@@ -227,10 +244,12 @@ def fused_by_graph(module: nn.Module, example: Call | None) -> Traced:
     if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
         refuse("it has submodules that are compiled by TorchScript")
     takes, state = parameters_of(module), state_of(module)
-    with proof.isolated(module):
+    with proof.isolated(module), contextlib.redirect_stdout(io.StringIO()) as printed:
         own = unfused(module)
         accepted = _accepted(own, [[example]] if example is not None else calls.guesses(own, takes))
         _check_effects(own, accepted[0])
+        if printed.getvalue():
+            refuse("its forward prints")
         variants, reasons = _variants(own, accepted)
     if not any(not variant.training for variant in variants):
         raise next((reason for reason in reasons if not isinstance(reason, graphs.NoPooling)), reasons[0])
@@ -330,7 +349,7 @@ def _aliases(module: nn.Module) -> tuple[tuple[tuple[str, str], ...], ...]:
 def _check_effects(own: nn.Module, call: Call) -> None:
     """A graph would leave it out, or make it once and for all."""
     for training in (False, True):
-        with proof.mode(own, training), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()) as printed:
+        with proof.mode(own, training), torch.no_grad():
             before, drawn, seen = state_of(own, tensors=True), _python_random(), _globals(own)
             try:
                 own(**call)
@@ -338,8 +357,6 @@ def _check_effects(own: nn.Module, call: Call) -> None:
                 if not training:
                     refuse(f"its forward raised {proof.line(error)}")
                 continue  # BatchNorm of one bag, say: there will be no variant for it
-        if printed.getvalue():
-            refuse("its forward prints")
         if state_of(own, tensors=True) != before or _globals(own) != seen:
             refuse("its forward sets attributes or variables, which a graph would not")
         if _python_random() != drawn:
