@@ -5,6 +5,7 @@ import copy
 import functools
 import io
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -87,11 +88,11 @@ def same(got, expected, tolerance=1e-9):
 
 
 def fused(model, kind, x, monkeypatch):
-    """How many ops a call makes."""
+    """How many poolings of a call are fused: scores may be where its own forward runs."""
     with monkeypatch.context() as patch:
         calls = counted(patch)
         kind.call(model, x)
-    return len(calls)
+    return sum(call.endswith("pool") for call in calls)
 
 
 # Coverage
@@ -215,12 +216,12 @@ def test_more_arguments_than_the_structure_knows(monkeypatch):
 def test_look_alikes_are_left_alone(name):
     torch.manual_seed(0)
     model, x = LOOK_ALIKES[name]().double().eval(), draw(KINDS["plain, one bag"])
-    original, random = copy.deepcopy(model), torch.get_rng_state()
+    original, state = copy.deepcopy(model), torch.get_rng_state()
     values = {key: t.clone() for key, t in model.state_dict().items()}
     seen = len(graph_lookalikes.SEEN)
     report = milkernels.accelerate(model, min_instances=0)
     assert not report.changed and type(model) is LOOK_ALIKES[name]
-    assert torch.equal(torch.get_rng_state(), random) and vars(model).keys() == vars(original).keys()
+    assert torch.equal(torch.get_rng_state(), state) and vars(model).keys() == vars(original).keys()
     assert all(torch.equal(t, values[key]) for key, t in model.state_dict().items())
     assert model.calls == 0 and model.keep == [] and seen <= len(graph_lookalikes.SEEN)
     for entry in report.left:
@@ -228,6 +229,7 @@ def test_look_alikes_are_left_alone(name):
     found = []
     for m in (model, original):
         torch.manual_seed(1)
+        random.seed(1)
         found.append(m(x.clone()))
     if isinstance(found[0], torch.Tensor | tuple):
         same(*found, 0)

@@ -220,7 +220,7 @@ class ByLengths(nn.Module):
     def forward(self, bags, lens):
         h = self.encoder(bags)
         scores = self.attention(h)
-        index = torch.arange(h.shape[1]).repeat(len(h), 1).to(scores.device)
+        index = torch.arange(h.shape[1]).repeat(h.shape[0], 1).to(scores.device)
         real = (index < lens.unsqueeze(-1)).unsqueeze(-1)
         weights = torch.softmax(torch.where(real, scores, torch.full_like(scores, -1e10)), dim=1)
         return self.head((weights * h).sum(-2))

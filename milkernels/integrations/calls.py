@@ -12,7 +12,6 @@ from milkernels.integrations.layers import Unfusable
 
 INSTANCES, BAGS = 23, 2  # of the bags that are traced
 FEW = 8  # instances of an example
-OTHER_SIZES = ((7, 3), (41, 2), (29, 4))  # those of the bags on which programs are proven
 _MASKS = ("mask", "attn_mask", "attention_mask", "padding_mask", "key_padding_mask", "pad_mask")
 _LENGTHS = ("lens", "lengths", "bag_sizes")
 _MOST_WIDTHS = 4
@@ -59,6 +58,24 @@ def _masks(names: list[str], x: Tensor) -> Iterator[Call]:
     lengths = torch.arange(x.shape[-2], x.shape[-2] - shape[:-1].numel(), -1, device=x.device).reshape(shape[:-1])
     for mask in (keep, keep.unsqueeze(-1), keep.to(x.dtype)):
         yield {name: lengths if name in _LENGTHS else mask for name in names}
+
+
+def sizes(example: Call) -> Iterator[dict[str, tuple[int, ...]]]:
+    """The shapes of the example's tensors, and those of more or fewer instances and bags."""
+    x = next(value for value in example.values() if isinstance(value, Tensor) and value.ndim >= 2)
+    n, b = x.shape[-2], x.shape[0]
+    for instances, bags in ((n, b), (7, 3), (n + 18, 2), (n + 6, 4)):
+        other = {n: instances} | ({b: bags} if x.ndim == 3 and b > 1 else {})
+        yield {
+            name: tuple(other.get(s, s) if _may_differ(value, i) else s for i, s in enumerate(value.shape))
+            for name, value in example.items()
+            if isinstance(value, Tensor)
+        }
+
+
+def _may_differ(value: Tensor, dim: int) -> bool:
+    """Not the width of features."""
+    return not (value.is_floating_point() and value.ndim >= 2 and dim == value.ndim - 1)
 
 
 def resized(example: Call, sizes: Mapping[str, tuple[int, ...]], generator: torch.Generator) -> Call:

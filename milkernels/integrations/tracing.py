@@ -170,8 +170,7 @@ def prove(subject: nn.Module, variant: Variant, example: Call, values: bool) -> 
     """Runs the module's own forward and the program on bags of several sizes and compares what they return; and all
     gradients, where ``values`` are to be compared exactly."""
     generator, compared = torch.Generator().manual_seed(2), 0
-    for n, b in ((calls.INSTANCES, calls.BAGS), *calls.OTHER_SIZES):
-        sizes = _other_sizes(example, n, b)
+    for sizes in calls.sizes(example):
         given = calls.resized(example, sizes, generator)
         if not variant.serves(given):
             continue  # its forward goes another way there
@@ -193,23 +192,6 @@ def prove(subject: nn.Module, variant: Variant, example: Call, values: bool) -> 
             refuse(f"fused, it has other gradients {kind}: {found}")
     if compared < 2:
         refuse("its graph serves bags of one size alone")
-
-
-def _other_sizes(example: Call, n: int, b: int) -> dict[str, tuple[int, ...]]:
-    """With as many instances, and bags where there are several."""
-    x = next(v for v in example.values() if isinstance(v, Tensor) and v.ndim >= 2)
-    sizes = {x.shape[-2]: n}
-    if x.ndim == 3 and x.shape[0] > 1:
-        sizes[x.shape[0]] = b
-    return {
-        name: tuple(sizes.get(s, s) if _may_differ(value, i) else s for i, s in enumerate(value.shape))
-        for name, value in example.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _may_differ(value: Tensor, dim: int) -> bool:
-    return not (value.is_floating_point() and value.ndim >= 2 and dim == value.ndim - 1)
 
 
 def _differentiable(value: Any) -> bool:
