@@ -141,6 +141,25 @@ class Branches(nn.Module):
         return torch.stack([head(bags[i]) for i, head in enumerate(self.heads)]), scores.unsqueeze(0)
 
 
+class BranchesAndMean(Branches):
+    """The sum by the mean of the heads' weights as well; in training some of the best attended are left out."""
+
+    def __init__(self, left_out=0):
+        super().__init__()
+        self.whole, self.left_out = nn.Linear(E, C), left_out
+
+    def forward(self, x):
+        h = self.reduce(x[0])
+        scores = self.gate(h)[0].T
+        if self.left_out and self.training:
+            best = torch.topk(scores, self.left_out, dim=-1).indices
+            kept = torch.ones_like(scores).scatter_(-1, best, 0)
+            scores = scores.masked_fill(kept == 0, -1e9)
+        bags = torch.mm(F.softmax(scores, dim=1), h)
+        bag = torch.mm(F.softmax(scores, dim=1).mean(0, keepdim=True), h)
+        return torch.stack([head(bags[i]) for i, head in enumerate(self.heads)]), self.whole(bag), scores[None]
+
+
 class Survival(nn.Module):
     """Keyword arguments without names in the signature; CLAM's network, pooled here; another tensor beside."""
 
@@ -329,6 +348,8 @@ KINDS = {
     "nested": Kind(lambda: Nested(0.25), (40, IN), EMBEDDED),
     "temperature": Kind(Temperature, (40, IN), EMBEDDED),
     "branches": Kind(Branches, (1, 40, IN), EMBEDDED),
+    "branches and mean": Kind(BranchesAndMean, (1, 40, IN), EMBEDDED),
+    "branches, best left out": Kind(lambda: BranchesAndMean(3), (1, 40, IN), EMBEDDED),
     "survival": Kind(lambda: Survival(0.25), (40, IN), EMBEDDED, lambda m, x: m(**survival(x)), survival),
     "with a stage": Kind(WithStage, (40, IN), EMBEDDED, lambda m, x: m(*staged(x)), staged),
     "more of clam": Kind(lambda: MoreOfClam(dropout=0.25), (1, 40, IN), EMBEDDED),

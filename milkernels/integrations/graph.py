@@ -116,6 +116,7 @@ class Match(NamedTuple):
     scored: Node  # what the softmax takes
     weights: Node  # what it returns
     bag: Node
+    averages: tuple[Node, ...]  # sums of the rows by the mean of the heads' weights
     letters: dict[Node, str]
     fold: "Fold | None" = None  # None: what is done to the scores before the softmax is done as it was
     front: Front | None = None  # where there is a fold
@@ -124,14 +125,26 @@ class Match(NamedTuple):
     def nodes(self) -> list[Node]:
         gate = self.gate
         inner = [layer.args[0] for layer in (gate.v, gate.u, gate.w) if layer is not None]
-        return [*inner, gate.w, self.rows, self.scored, self.weights, self.bag]
+        return [*inner, gate.w, self.rows, self.scored, self.weights, self.bag, *self.averages]
 
 
 def find(graph: fx.Graph, written: Collection[Node] = ()) -> list[Match]:
     """Every attention pooling in it whose parts nothing else interferes with, or writes into."""
+    _merge_softmaxes(graph)
     matches = [match for node in graph.nodes if op(node) == "softmax" and (match := _match(node))]
     matches = [match for match in matches if not {root(node) for node in match.nodes} & set(written)]
     return [_folded(match, bool(written)) for match in matches]
+
+
+def _merge_softmaxes(graph: fx.Graph) -> None:
+    """Of the same scores there need be only one."""
+    known: dict[tuple, Node] = {}
+    for node in list(graph.nodes):
+        if op(node) == "softmax" and not node.kwargs:
+            first = known.setdefault(tuple(node.args), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
 
 
 def _match(weights: Node) -> Match | None:
@@ -140,7 +153,7 @@ def _match(weights: Node) -> Match | None:
         return None
     (gate,) = gates
     rows, width = gate.v.args[0], sizes(gate.v.args[0])[-1]
-    bag = _weighted_sum(weights, rows)
+    bag, averages = _weighted_sums(weights, rows)
     if bag is None or not 2 <= len(longer(rows)) <= 3:
         return None
     instances = longer(rows)[-2]
@@ -152,12 +165,15 @@ def _match(weights: Node) -> Match | None:
     if heads in names or len(names) != len(longer(rows)):  # sizes that do not tell dimensions apart
         return None
     names |= {heads: "k"}
+    if None in averages:
+        return None
     want = {rows: "bnl", gate.w: "bnk", weights.args[0]: "bnk", weights: "bnk", bag: "bkl"}
+    want |= dict.fromkeys(averages, "bl")
     letters = {node: "".join("1" if s == 1 else names.get(s, "?") for s in sizes(node)) for node in want}
     absent = {"1"} | ({"b"} - set(names.values())) | ({"k"} if heads == 1 else set())
     if any(sorted(letters[n].replace("1", "")) != sorted(set(w) - absent) for n, w in want.items()):
         return None
-    return Match(gate, rows, weights.args[0], weights, bag, letters)
+    return Match(gate, rows, weights.args[0], weights, bag, averages, letters)
 
 
 def _sources(node: Node) -> Iterator[Node]:
@@ -206,17 +222,27 @@ def _activation(node: Node) -> str | None:
     return "sigmoid" if op(node) == "sigmoid" else _ACTIVATIONS.get(op(node))
 
 
-def _weighted_sum(weights: Node, rows: Node) -> Node | None:
-    """The one sum of the rows by the weights: a product of matrices, or of elements and their sum."""
-    found = []
+def _weighted_sums(weights: Node, rows: Node) -> tuple[Node | None, tuple[Node, ...]]:
+    """The one sum of the rows by the weights, and those by weights that are averaged over heads before."""
+    found, averages = [], []
     for user in dict.fromkeys(uses(weights)):
-        others = {root(node) for node in user.all_input_nodes} - {weights}
-        if op(user) in _PRODUCTS:
-            found.append(user if others == {root(rows)} else None)
-        elif op(user) == "mul" and others == {root(rows)}:
-            sums = dict.fromkeys(uses(user))
-            found += [node if op(node) == "sum" and len(sums) == 1 else None for node in sums]
-    return found[0] if len(found) == 1 else None
+        if op(user) == "mean" and longer(user) == longer(rows)[:-1]:
+            averages += [node for node in dict.fromkeys(uses(user)) if _sums(node, user, rows)]
+        else:
+            found += _sums(user, weights, rows)
+    bag = found[0] if len(found) == 1 else None
+    return bag, tuple(averages)
+
+
+def _sums(user: Node, weights: Node, rows: Node) -> list[Node | None]:
+    """The sum that a use of weights is: a product of matrices, or of elements and their sum.  None: another sum."""
+    others = {root(node) for node in user.all_input_nodes} - {weights}
+    if op(user) in _PRODUCTS:
+        return [user if others == {root(rows)} else None]
+    if op(user) == "mul" and others == {root(rows)}:
+        sums = dict.fromkeys(uses(user))
+        return [node if op(node) == "sum" and len(sums) == 1 else None for node in sums]
+    return []
 
 
 def _folded(match: Match, in_order: bool) -> Match:
@@ -309,7 +335,7 @@ def _between_scores(last: Node, first: Node) -> Iterator[Node]:
 
 def _front(match: Match) -> Front | None:
     """The layer that makes the rows, if nothing but the pooling reads them."""
-    taken = {match.gate.v, match.gate.u, match.bag}
+    taken = {match.gate.v, match.gate.u, match.bag, *match.averages}
     rows = root(match.rows)
     readers = set(uses(rows)) - taken
     if any(op(node) != "mul" or set(uses(node)) != {match.bag} for node in readers):

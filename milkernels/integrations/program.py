@@ -170,6 +170,9 @@ def _fuse(graph: fx.Graph, match: Match) -> None:
         gate.w.replace_all_uses_with(call(gate.w, score, match.rows, layers, **options))
         scores = call(match.weights, arrange, match.scored, letters[match.scored], "bnk")
         done = call(match.weights, pool, match.rows, scores, **batched)
+    for node in match.averages:
+        average = call(node, torch.mean, call(node, operator.getitem, done, 0), 1)
+        node.replace_all_uses_with(call(node, arrange, average, "bl", letters[node]))
     bag = call(match.bag, arrange, call(match.bag, operator.getitem, done, 0), "bkl", letters[match.bag])
     match.bag.replace_all_uses_with(bag)
     returned = call(match.weights, arrange, call(match.weights, weights, done), "bnk", letters[match.weights])
