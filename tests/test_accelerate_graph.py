@@ -6,6 +6,7 @@ import functools
 import io
 import pickle
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -502,8 +503,15 @@ def test_types_that_the_graph_names_are_kept(monkeypatch):
 @pytest.mark.slow
 def test_compiled(monkeypatch):
     model, x = accelerated("plain"), draw(KINDS["plain"])
-    got = torch.compile(model, fullgraph=True, backend="eager")(x)
+    graphs = []
+
+    def backend(compiled, inputs):
+        graphs.append(str(compiled.graph))
+        return compiled.forward
+
+    got = torch.compile(model, fullgraph=True, backend=backend)(x)
     same(got, own("plain")(x))
+    assert "milkernels.attention_pool" in "".join(graphs)
 
 
 def test_exported_and_transformed_it_is_what_it_was():
@@ -540,3 +548,17 @@ def test_no_foreign_names():
             return super().forward(bag) * other
 
     assert "DTFD" not in str(milkernels.accelerate(Mine(), min_instances=0))
+
+
+def test_the_tutorial(capsys):
+    """Its Python runs, in order, and prints what stands under it."""
+    text = (Path(milkernels.__file__).parents[1] / "docs" / "tutorials" / "accelerate.md").read_text()
+    fences = re.findall(r"^```(\w+)\n(.*?)^```", text, re.M | re.S)
+    names = {"__name__": "tutorial"}
+    for (language, code), (after, expected) in zip(fences, [*fences[1:], ("", "")], strict=True):
+        if language != "python":
+            continue
+        exec(code, names)
+        printed = capsys.readouterr().out
+        if after == "text" and "print(report)" in code:
+            assert printed == expected

@@ -7,7 +7,7 @@ took for granted has changed: a submodule, an attribute, a hook.
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,8 @@ from milkernels.integrations.layers import original_class, refuse
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _DEPTH = 40
-_STANDARD = frozenset(vars(nn.Module()))  # what every module has
+# What every module has, and what torch.compile adds to it.
+_STANDARD = frozenset(vars(nn.Module())) | {"_is_torch_compile", "_compiled_call_impl"}
 
 
 # What a graph takes for granted
@@ -87,7 +88,8 @@ def check_unchanged(name: str, module: nn.Module, state: State, training: bool) 
 
 def _check_attributes(name: str, module: nn.Module, state: State) -> None:
     own = module.__dict__
-    if len(own) != len(_STANDARD) + len(state.attributes) or len(submodules(module)) != len(state.children):
+    more = sum(attribute not in _STANDARD for attribute in own)
+    if more != len(state.attributes) or len(submodules(module)) != len(state.children):
         refuse(f"{name or 'it'} has other attributes than before")
     for attribute, value in state.attributes:
         now = own.get(attribute, own)
@@ -118,6 +120,14 @@ class Variant:
     fixed: tuple[torch.dtype, str] | None  # the type and device that it names
     embedding: bool  # whether the layer in front is fused
 
+    def __post_init__(self):
+        # Made here, since torch.compile traces no exec.
+        object.__setattr__(self, "_fits", program.compiled(self.fits))
+        object.__setattr__(self, "_forward", program.compiled(self.text))
+
+    def __reduce__(self):
+        return Variant, tuple(getattr(self, field.name) for field in fields(self))
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, value in self.given if value is Tensor)
@@ -136,11 +146,12 @@ class Variant:
             x = tensors[0]
             if autocast_dtype(x) is not None or x.dtype != self.fixed[0] or str(x.device) != self.fixed[1]:
                 return False
-        return program.compiled(self.fits)(*(tensor.shape for tensor in tensors))
+        return self._fits(*(tensor.shape for tensor in tensors))
 
     def run(self, module: nn.Module, given: Mapping[str, Any], dropping: bool = True) -> Any:
         tensors = [registered(module, *name) for name in self.tensors]
-        return program.compiled(self.text, dropping)(None, *tensors, *(given[name] for name in self.names))
+        forward = self._forward if dropping else program.compiled(self.text, False)
+        return forward(None, *tensors, *(given[name] for name in self.names))
 
 
 @dataclass(frozen=True)
