@@ -165,7 +165,9 @@ class Survival(nn.Module):
 
     def __init__(self, dropout=0.0):
         super().__init__()
-        self.attention_net = nn.Sequential(nn.Linear(IN, E), nn.ReLU(), nn.Dropout(dropout), AttnNetGated(E, D, dropout > 0))
+        self.attention_net = nn.Sequential(
+            nn.Linear(IN, E), nn.ReLU(), nn.Dropout(dropout), AttnNetGated(E, D, dropout > 0)
+        )
         self.rho = dense(E, E, activation=nn.ReLU)
         self.omic, self.classifier = dense(5, E, activation=nn.ELU), nn.Linear(2 * E, C)
 

@@ -12,13 +12,16 @@ from milkernels.integrations.traced import Traced
 
 
 def accelerate(model: nn.Module, *, example: Any = None, min_instances: int | None = None) -> Report:
-    """Swaps the methods of modules that are recognised by structure, in place, for fused ones.
+    """Swaps the methods of modules that pool by attention, in place, for fused ones.
 
-    A module is swapped only if its own methods and the fused ones return the same, in type, shape, order and value, on
-    small random bags.  Parameters, keys of the state dict, attributes and ``isinstance`` stay; nothing outside of the
-    model is touched.  Whenever a layer that is passed over has hooks, a computed weight (pruning, weight_norm,
-    parametrizations), another type than was proven, or dropout that no op has, the module's own method runs; and so it
-    does under torch.func and forward mode, in a jit trace and in an export to ONNX.
+    They are recognised by structure, as published models are, or found by the graph that `torch.export` makes of them:
+    scores of instances, a softmax over them, and the sum of the same instances by these weights.  A module is swapped
+    only if its own methods and the fused ones return the same, in type, shape, order and value, on small random bags of
+    several sizes; where the graph was used also the same gradients, in eval mode and in training.  Parameters, keys of
+    the state dict, attributes and ``isinstance`` stay; nothing outside of the model is touched.  Whenever a layer that
+    is passed over has hooks, a computed weight (pruning, weight_norm, parametrizations), another type than was proven,
+    or dropout that no op has, the module's own method runs; and so it does for calls that were not proven, under
+    torch.func and forward mode, in a jit trace and in an export to ONNX.
 
     The last ``Linear[, activation][, Dropout]`` of an embedding in front goes into the op, so that embedded instances
     are not stored, and features may be stored in half.  Layers before it, an embedding that is anything else or whose
@@ -26,17 +29,24 @@ def accelerate(model: nn.Module, *, example: Any = None, min_instances: int | No
 
     Args:
         model: any module; the recognised ones among it and its submodules are changed.
+        example: the arguments of one call of the model, of any size: a tensor, a tuple, or a dict by name.  Without it
+            bags ``[N, D]``, ``[1, N, D]`` and ``[B, N, D]`` are tried, which models of several inputs do not take.
         min_instances: calls with fewer, and no mask, take the module's own methods, which are faster for a few
             instances on a CPU.  None: 1000, and 200 where gradients are recorded (DSMIL and Loss-Attention: 200 and
             1000); 0 always takes the fused ones, as other devices and masked batches do.
 
     Returns:
-        `Report`: what was changed, what waits for lazily built parameters, what was left alone and why.  Scores that
-        are returned for padded rows are -inf, and weights 0.
+        `Report`: what was changed and what share of its pooling is fused, what waits for lazily built parameters, what
+        was left alone, why, and the next step.  Scores that are returned for padded rows are -inf, and weights 0.
 
     Raises:
-        TypeError: ``model`` is no module, or ``min_instances`` no int.
-        ValueError: ``min_instances`` is negative.
+        TypeError: ``model`` is no module, ``example`` no arguments, or ``min_instances`` no int.
+        ValueError: ``min_instances`` is negative, or the model raised for ``example``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 1))
+        >>> print(accelerate(model))
+        changed: (the model): Sequential as attention network, sequential: scores fused
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")

@@ -348,7 +348,11 @@ def _front(match: Match) -> Front | None:
     if act == "relu" and not p:
         layer, p = _undropped(layer)  # a dropout commutes with a ReLU
     chain = [*_between(rows, layer)]
-    if op(layer) != "linear" or any(len(set(n.users)) != 1 for n in chain[1:]) or longer(layer)[-1:] != longer(rows)[-1:]:
+    if (
+        op(layer) != "linear"
+        or any(len(set(n.users)) != 1 for n in chain[1:])
+        or longer(layer)[-1:] != longer(rows)[-1:]
+    ):
         return None
     return Front(layer, act, p)
 

@@ -157,7 +157,9 @@ def _fuse(graph: fx.Graph, match: Match) -> None:
         fold, at = match.fold, gate.w
         scale, mask = fold.scale, fold.mask
         if fold.by is not None:
-            scale = call(at, operator.truediv if fold.divided else operator.mul, scale, call(at, torch.squeeze, fold.by))
+            scale = call(
+                at, operator.truediv if fold.divided else operator.mul, scale, call(at, torch.squeeze, fold.by)
+            )
         if mask is not None:
             mask = call(at, arrange, mask, letters[mask], "bn")
             batched |= {"mask": mask, "keeps": fold.keeps}

@@ -136,7 +136,9 @@ class Variant:
         if given.keys() != dict(self.given).keys():
             return False
         for name, value in self.given:
-            if isinstance(given[name], Tensor) is not (value is Tensor) or (value is not Tensor and given[name] != value):
+            if isinstance(given[name], Tensor) is not (value is Tensor) or (
+                value is not Tensor and given[name] != value
+            ):
                 return False
         tensors = [given[name] for name in self.names]
         for tensor, dtype in zip(tensors, self.types, strict=True):
@@ -199,7 +201,11 @@ class Traced(Structure):
 def parameters_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     """What forward takes by name, with defaults."""
     signature = inspect.signature(original_class(module).forward)
-    by_name = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    by_name = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    )
     taken = [p for p in list(signature.parameters.values())[1:] if p.kind in by_name]
     return tuple((p.name, _default(p.default)) for p in taken)
 

@@ -150,7 +150,13 @@ def _fits(values: list[Tensor]) -> str:
         if expression.free_symbols:
             conditions.append(f"({in_python(expression)})")
     names = ", ".join(f"s{i}_" for i in range(len(values)))
-    lines = [f"def forward({names}):", "    return (", *(f"        {c} and" for c in conditions), "        True", "    )"]
+    lines = [
+        f"def forward({names}):",
+        "    return (",
+        *(f"        {c} and" for c in conditions),
+        "        True",
+        "    )",
+    ]
     return "\n".join(lines) + "\n"
 
 
