@@ -1,8 +1,9 @@
-"""How much of other people's models `milkernels.accelerate` fuses: ``python -m benchmarks.upstream --coverage DIR ...``.
+"""How much of other models `milkernels.accelerate` fuses: ``python -m benchmarks.upstream --coverage DIR ...``.
 
 Every DIR is a checkout, known by the name of its folder.  Each model in it that the table names is built as its authors
 build it, and accelerated: what share is fused, whether outputs and all gradients are what they were, and what the
-largest number of bytes is that a training step allocates, before and after (with `milkernels.saved_bytes(0)`).  Nothing of these projects is kept here.
+largest number of bytes is that a training step allocates, gradients included, before and after; nothing is saved then
+that can be computed again.  Nothing of these projects is kept here.
 """
 
 import contextlib
@@ -49,7 +50,7 @@ def of_sizes(**sizes: Any) -> Callable[[type], nn.Module]:
 
 def with_settings(*args: Any, **options: Any) -> Callable[[type], nn.Module]:
     """Some take all sizes in one object."""
-    settings = types.SimpleNamespace(D_feat=1024, D_inner=512, n_class=2, n_shot=0, pretrain="")
+    settings = types.SimpleNamespace(D_feat=1024, D_inner=512, n_class=2, n_token=5, c_path="")
     return lambda cls: cls(settings, *args, **options)
 
 
@@ -79,7 +80,6 @@ MODELS = (
     Model("ACMIL", "architecture.transformer", "ACMIL_GA", with_settings(n_token=5)),
     Model("ACMIL", "architecture.ibmil", "IBMIL", with_settings()),
     Model("ACMIL", "architecture.attmil", "AttentionGated", of_sizes(input_dim=1024)),
-    Model("ACMIL", "architecture.clam", "CLAM_SB", with_settings()),
     Model("AEM", "architecture.transformer", "ABMIL", with_settings()),
     Model("RRT-MIL", "modules.attmil", "DAttention", of_sizes(input_dim=1024, n_classes=2, dropout=0.25, act="relu")),
     Model("RRT-MIL", "modules.attmil", "AttentionGated", of_sizes(input_dim=1024)),
@@ -236,7 +236,7 @@ def measured(model: Model, folder: str) -> Row:
         worst = _differ(model, before, exact)
     x = _bag(model, _ROWS // (model.shape[0] or 1), torch.float32)
     with milkernels.saved_bytes(0):  # nothing is kept to save time
-        peaks = [memory.allocator_peak(lambda m=module.train(): _step(model, m, x)) for module in (before, after)]
+        peaks = [memory.allocator_peak(lambda m=m: _step(model, m, x)) for m in (before.train(), after.train())]
     return Row(name, share, "yes" if worst <= _TOLERANCE else f"no: {worst:.1e}", *(p / 2**20 for p in peaks))
 
 

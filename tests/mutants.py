@@ -89,8 +89,8 @@ MUTANTS = {
     ),
     "graph-detached": Mutant(
         "milkernels/integrations/graph.py",
-        '_VIEWS = {*_VIEWS.split(), "contiguous",',
-        '_VIEWS = {*_VIEWS.split(), "detach", "contiguous",',
+        '_VIEWS = {*_VIEWS.split(), "unflatten",',
+        '_VIEWS = {*_VIEWS.split(), "detach", "unflatten",',
         *(GRAPH, "matcher or look_alikes or share"),
     ),
     "graph-writes": Mutant(

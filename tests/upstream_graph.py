@@ -1,5 +1,5 @@
-"""Stand-ins for the long tail: models that people have and no structure is the name of, in our own words.  What they are
-called with, how they score, what they return and how they are put together is as in published code."""
+"""Stand-ins for models that people have and no structure is the name of, in our own words.  What they are called with,
+how they score, what they return and how they are put together is as in published code."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

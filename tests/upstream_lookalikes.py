@@ -324,7 +324,7 @@ LOOK_ALIKES = {
     ),
 }
 
-# These pool by attention all the same: their structure leaves them alone, and their graph serves what it was proven for.
+# These pool by attention all the same: their structure leaves them alone, their graph serves what it was proven for.
 SERVED_BY_THE_GRAPH = {
     "clam, scores before the softmax",
     "clam, one more result",

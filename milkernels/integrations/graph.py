@@ -17,8 +17,19 @@ Node = fx.Node
 
 _ACTIVATIONS = {"tanh": "tanh", "relu": "relu", "gelu": "gelu"}
 # They keep every number of their input, or are refused by their sizes (`_is_view`).
-_VIEWS = "transpose permute t numpy_T mT swapaxes swapdims movedim moveaxis view reshape _unsafe_view flatten unflatten squeeze unsqueeze alias"
-_VIEWS = {*_VIEWS.split(), "contiguous", "clone", "expand", "select", "slice"}
+_VIEWS = "transpose permute t numpy_T mT swapaxes swapdims movedim moveaxis view reshape _unsafe_view flatten"
+_VIEWS = {
+    *_VIEWS.split(),
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "alias",
+    "contiguous",
+    "clone",
+    "expand",
+    "select",
+    "slice",
+}
 # What a model may do to scores, element by element, before the softmax.
 _OF_SCORES = {"div", "mul", "add", "sub", "rsub", "neg", "where", "masked_fill", "to", "_to_copy", "type_as", "clamp"}
 _LIKE = {"full_like", "zeros_like", "ones_like", "empty_like"}  # they read the shape
@@ -109,7 +120,7 @@ class Fold(NamedTuple):
 
 
 class Match(NamedTuple):
-    """One attention pooling.  Letters name the dimensions of its nodes: b bags, n instances, k heads, l features, and 1."""
+    """One attention pooling.  Letters name the dimensions of its nodes: b bags, n instances, k heads, l features, 1."""
 
     gate: Gate
     rows: Node  # [(b,) n, l]: what is scored and pooled

@@ -1,4 +1,4 @@
-"""The fused forward of a model, as a few lines of Python: its graph, with one op in the place of each attention pooling.
+"""The fused forward of a model, as a few lines of Python: its graph, with an op in the place of each attention pooling.
 
 A program is text, so that it is compared, pickled and read.  It takes the parameters and buffers, then the arguments
 of the call, and names nothing but PyTorch's operators and the functions of this file.
@@ -9,7 +9,7 @@ import linecache
 import operator
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -43,8 +43,8 @@ def attend(x, gate, front=None, *, batched, activation, dropout_p=0.0, scale=1.0
     """Scores of the rows of ``x``, their softmax and the weighted sum of the rows, in one op.
 
     ``gate``: weights and biases of v, u (or None) and w; ``front``: those of the layer in front, its activation and the
-    share of its units that is dropped; ``scale``: by which scores are multiplied; ``mask [B, N]``: which instances there
-    are, or which not, of a softmax that is taken of the rest.
+    share of its units that is dropped; ``scale``: by which scores are multiplied; ``mask [B, N]``: which instances
+    there are, or which not.
     """
     v, u, w = gate
     embed = None if front is None else Embed(*front[:2], front[2] if dropping else 0.0)

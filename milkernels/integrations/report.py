@@ -13,8 +13,8 @@ EXAMPLE = "accelerate(model, example=...) with the arguments of one call, by whi
 
 class Entry(NamedTuple):
     """A module that was recognised: its name in the model ("" is the model itself), its class, the structure it was
-    taken for ("" where it is none that has a name), and what there is to say: why it was left alone, or where it returns
-    something else on purpose."""
+    taken for ("" where it is none that has a name), and what there is to say: why it was left alone, or where it
+    returns something else on purpose."""
 
     name: str
     kind: str

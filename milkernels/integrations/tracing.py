@@ -23,7 +23,6 @@ from milkernels.integrations.calls import Call
 from milkernels.integrations.layers import Unfusable, original_class, refuse
 from milkernels.integrations.traced import PLAIN, Traced, Variant, parameters_of, state_of
 
-
 # Tracing
 
 
@@ -167,7 +166,8 @@ class _WithoutDropout(TorchFunctionMode):
     """Dropout drops nothing: what is left of a training step can be compared."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") in ("dropout", "dropout.default", "dropout_", "alpha_dropout"):
+        name = getattr(function, "__name__", "").partition(".")[0].rstrip("_")
+        if name in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"):
             return args[0] if args else kwargs["input"]
         return function(*args, **(kwargs or {}))
 
