@@ -71,10 +71,9 @@ MODELS = (
     Model(_MODULES, "modules.GATE_AB_MIL.gate_ab_mil", "GATE_AB_MIL", of_sizes(**_IN, dropout=0.25)),
     Model(_MODULES, "modules.AEM_MIL.aem_mil", "AEM_MIL", of_sizes(**_IN)),
     Model(_MODULES, "modules.CLAM_SB_MIL.clam_sb_mil", "CLAM_SB_MIL", of_sizes(**_IN)),
-    Model(_MODULES, "modules.CLAM_MB_MIL.clam_mb_mil", "CLAM_MB_MIL", of_sizes(**_IN)),
+    Model(_MODULES, "modules.CLAM_MB_MIL.clam_mb_mil", "CLAM_MB_MIL", of_sizes()),
     Model(_MODULES, "modules.IB_MIL.ib_mil", "IB_MIL", of_sizes(**_IN)),
     Model(_MODULES, "modules.DG_MIL.dg_mil", "DG_MIL", of_sizes(**_IN)),
-    Model(_MODULES, "modules.AC_MIL.ac_mil", "AC_MIL", of_sizes(**_IN)),
     Model(_MODULES, "modules.RANKMIX_MIL.rankmix_mil", "RANKMIX_MIL", of_sizes(**_IN)),
     Model("ACMIL", "architecture.transformer", "ABMIL", with_settings()),
     Model("ACMIL", "architecture.transformer", "ACMIL_GA", with_settings(n_token=5)),
@@ -95,20 +94,23 @@ MODELS = (
     Model("MCAT", "models.model_set_mil", "MIL_Attention_FC_surv",
           of_sizes(omic_input_dim=80, fusion="concat"), BAG, survival("x_path", 80), True),
     Model("PORPOISE", "models.model_porpoise", "PorpoiseAMIL", of_sizes(), BAG, survival("x_path"), True),
-    Model("SurvPath", "models.model_DeepMISL", "MIL_Attention_FC_surv", of_sizes(), BAG, survival("data_WSI"), True),
-    Model("SurvPath", "models.model_ABMIL", "ABMIL", of_sizes(), BAG, survival("data_WSI"), True),
+    Model("SurvPath", "models.model_DeepMISL", "MIL_Attention_FC_surv", of_sizes(), BAG, survival("x_path"), True),
     Model("MIREL", "model.deepmil", "DeepMIL", of_sizes(pooling="gated_attention")),
     Model("MIREL", "model.deepmil", "DeepMIL", of_sizes(pooling="attention")),
     Model("HistoSSLscaling", "rl_benchmarks.models.slide_models.abmil", "ABMIL",
           of_sizes(in_features=1024, tiles_mlp_hidden=[512], mlp_hidden=[64], metadata_cols=0), (2, 0, 1024)),
-    Model("CLAM", "models.model_clam", "CLAM_SB", of_sizes(dropout=0.25), BAG),
-    Model("CLAM", "models.model_clam", "CLAM_MB", of_sizes(dropout=0.25), BAG),
+    Model("CLAM", "models.model_clam", "CLAM_SB", of_sizes(), BAG),
+    Model("CLAM", "models.model_clam", "CLAM_MB", of_sizes(), BAG),
     Model("DTFD-MIL", "Model.Attention", "Attention_with_Classifier", of_sizes(L=1024), BAG),
     Model("MADELEINE", "madeleine.models.Model", "ABMILEmbedder", lambda cls: cls(), (2, 0, 512)),
 )  # fmt: skip
 
 
 # Importing what needs packages that are not here
+
+
+_SELDOM_HERE = """cv2 einops fastai h5py huggingface_hub lifelines loguru matplotlib nystrom_attention omegaconf openslide
+PIL seaborn sklearn sksurv tensorboardX thop timm topk torch_geometric torchmetrics torchvision tqdm transformers wandb"""
 
 
 class _StandIns:
@@ -120,8 +122,7 @@ class _StandIns:
     def find_spec(self, name: str, path: object = None, target: object = None):
         top = name.partition(".")[0]
         own = (self._root / top).exists() or (self._root / f"{top}.py").exists()
-        known = top in sys.stdlib_module_names or (top in sys.modules and not isinstance(sys.modules[top], _StandIn))
-        return None if own or known or path else importlib.machinery.ModuleSpec(name, self)
+        return importlib.machinery.ModuleSpec(name, self) if top in _SELDOM_HERE.split() and not own else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         module = _StandIn(spec.name)
@@ -152,10 +153,15 @@ def _importing(folder: str) -> Iterator[None]:
     finally:
         sys.path[:], sys.dont_write_bytecode = path, written
         sys.meta_path.remove(finder)
+        importlib.invalidate_caches()
         for name in set(sys.modules) - set(modules):
-            found = sys.modules[name]
-            if isinstance(found, _StandIn) or str(getattr(found, "__file__", "") or "").startswith(folder):
+            if isinstance(sys.modules[name], _StandIn) or _is_of(name, folder):
                 del sys.modules[name]
+
+
+def _is_of(name: str, folder: str) -> bool:
+    top = Path(folder) / name.partition(".")[0]
+    return top.exists() or top.with_suffix(".py").exists()
 
 
 def _built(model: Model, folder: str) -> nn.Module:
