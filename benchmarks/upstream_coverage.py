@@ -81,11 +81,11 @@ MODELS = (
     Model("ACMIL", "architecture.attmil", "AttentionGated", of_sizes(input_dim=1024)),
     Model("AEM", "architecture.transformer", "ABMIL", with_settings()),
     Model("RRT-MIL", "modules.attmil", "DAttention", of_sizes(input_dim=1024, n_classes=2, dropout=0.25, act="relu")),
-    Model("RRT-MIL", "modules.attmil", "AttentionGated", of_sizes(input_dim=1024)),
+    Model("RRT-MIL", "modules.attmil", "AttentionGated", of_sizes(input_dim=512), (1, 0, 512)),
     Model("RRT-MIL", "modules.datten", "DAttention", of_sizes(input_dim=1024)),
     Model("WSI-finetuning", "models.ABMIL", "ABMIL", of_sizes(input_size=1024), BAG),
     Model("WSI-finetuning", "models.model_clam", "CLAM_MB", of_sizes(n_classes=2), BAG),
-    Model("nnMIL", "nnMIL.network_architecture.models.ab_mil", "AB_MIL", of_sizes(**_IN)),
+    Model("nnMIL", "network_architecture.models.ab_mil", "AB_MIL", of_sizes(**_IN)),
     Model("marugoto", "marugoto.mil.model", "MILModel", of_sizes(n_feats=1024, n_out=2), (4, 0, 1024),
           lambda x: (x, torch.full((len(x),), x.shape[1]))),
     Model("HECTOR", "im4MEC", "Im4MEC", of_sizes(), BAG),
@@ -109,8 +109,9 @@ MODELS = (
 # Importing what needs packages that are not here
 
 
-_SELDOM_HERE = """cv2 einops fastai h5py huggingface_hub lifelines loguru matplotlib nystrom_attention omegaconf openslide
-PIL seaborn sklearn sksurv tensorboardX thop timm topk torch_geometric torchmetrics torchvision tqdm transformers wandb"""
+_SELDOM_HERE = """cv2 einops fastai h5py huggingface_hub lifelines loguru matplotlib nystrom_attention omegaconf
+openslide PIL seaborn sklearn sksurv tensorboardX thop timm topk torch_geometric torchmetrics torchvision tqdm
+transformers wandb"""
 
 
 class _StandIns:
