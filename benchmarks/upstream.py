@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import pages, results
+from benchmarks import pages, results, upstream_coverage
 from benchmarks.upstream_models import MODELS, PROJECTS, Missing, Source
 from benchmarks.upstream_run import (
     ERROR,
@@ -209,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", type=Path, metavar="FILE")
     p.add_argument("--save", action="store_true", help="in benchmarks/results/<device>.json")
     p.add_argument("--list", action="store_true", help="what --models chooses from")
+    p.add_argument("--coverage", nargs="+", metavar="DIR", help="only say what share of the models in these is fused")
     p.add_argument("--torchmil-tests", action="store_true", help="only run torchmil's own tests, models accelerated")
     return p
 
@@ -233,6 +234,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         print("\n".join(f"{model.key} {workload}" for model in MODELS for workload in model.workloads))
         return 0
+    if arguments.coverage:
+        for folder in arguments.coverage:
+            if not Path(folder).is_dir():
+                p.error(f"--coverage: there is no folder {folder!r}")
+        return upstream_coverage.show(arguments.coverage, Console(width=130))
     given = {option: getattr(arguments, option.replace("-", "_")) for option in PROJECTS}
     for option, path in given.items():
         if path is not None and not (Path(path).is_dir() if path else PROJECTS[option].package):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as _global_hooks
 from torch.utils import _pytree as pytree  # noqa: F401
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass  # noqa: F401
 
 _functorch = torch._C._functorch
 _TRACING_MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # fake, proxy, functional
@@ -170,6 +170,25 @@ def submodules(module: nn.Module) -> dict[str, nn.Module | None]:
 def has_own(module: nn.Module, *names: str) -> bool:
     """Whether these are parameters (or None) that the module registered, not tensors that something computes."""
     return module._parameters.keys() >= set(names)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The parameters and buffers that the module itself registered, by name."""
+    return module._parameters | module._buffers
+
+
+def registered(module: nn.Module, path: str, name: str) -> Tensor:
+    """The parameter or buffer of that name of a submodule."""
+    for part in path.split(".") if path else ():
+        module = module._modules[part]
+    return module._parameters[name] if name in module._parameters else module._buffers[name]
+
+
+def in_python(expression) -> str:
+    """An expression of symbolic sizes as Python has it.  What prints it takes a second to import."""
+    from torch.utils._sympy.printers import PythonPrinter
+
+    return PythonPrinter().doprint(expression)
 
 
 def ragged_dimension(nested: Tensor) -> int:

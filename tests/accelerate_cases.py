@@ -327,7 +327,7 @@ CASES = {
         lambda: up.AttentionWithClassifier(L, D),
         BAG,
         {"plain": plain},
-        {"attention": "attention weights (DTFD-MIL)"},
+        {"": "attention pooling, found by its graph", "attention": "attention weights (DTFD-MIL)"},
         layer="attention.attention_U.1",
     ),
     "hi-ml": Case(

@@ -19,6 +19,7 @@ COPY = ROOT / "build" / "mutants"
 NATIVE = ("tests/test_numbers.py", "tests/test_native.py", "tests/test_attention.py", "--legs", "native")
 EMULATED = ("tests/test_numbers.py", "tests/test_cuda.py", "--legs", "emulated")
 REFERENCE = ("tests/test_numbers.py", "tests/test_reference.py", "--legs", "reference")
+GRAPH = ("tests/test_accelerate_graph.py",)
 INTERPRETED = ("tests/test_numbers.py", "tests/test_triton.py", "--legs", "interpreted")
 
 
@@ -32,6 +33,78 @@ class Mutant:
 
 
 MUTANTS = {
+    "graph-any-dimension": Mutant(
+        "milkernels/integrations/graph.py",
+        "if sizes(weights)[weights.args[1]] != instances or isinstance(instances, int):",
+        "if isinstance(instances, int):",
+        *(GRAPH, "matcher or look_alikes or share"),
+    ),
+    "graph-other-rows": Mutant(
+        "milkernels/integrations/graph.py",
+        "        return [user if others == {root(rows)} else None]",
+        "        return [user]",
+        *(GRAPH, "matcher or look_alikes or share"),
+    ),
+    "graph-two-sums": Mutant(
+        "milkernels/integrations/graph.py",
+        "    bag = found[0] if len(found) == 1 else None",
+        "    bag = found[0] if found else None",
+        *(GRAPH, "matcher or look_alikes or share"),
+    ),
+    "graph-mean-for-sum": Mutant(
+        "milkernels/integrations/graph.py",
+        'node if op(node) == "sum" and len(sums) == 1 else None',
+        'node if op(node) in ("sum", "mean") and len(sums) == 1 else None',
+        *(GRAPH, "matcher or look_alikes or share"),
+    ),
+    "graph-summands-read": Mutant(
+        "milkernels/integrations/graph.py",
+        'node if op(node) == "sum" and len(sums) == 1 else None',
+        'node if op(node) == "sum" else None',
+        *(GRAPH, "matcher or look_alikes or share"),
+    ),
+    "graph-two-tensors": Mutant(
+        "milkernels/integrations/graph.py",
+        " or root(first[0].args[0]) is not root(second[0].args[0])",
+        "",
+        *(GRAPH, "matcher or look_alikes or share"),
+    ),
+    "graph-any-gelu": Mutant(
+        "milkernels/integrations/graph.py",
+        'if op(node) == "gelu" and node.kwargs.get("approximate", "none") != "none":',
+        "if False:",
+        *(GRAPH, "matcher or look_alikes or share"),
+    ),
+    "graph-dropped-weights": Mutant(
+        "milkernels/integrations/graph.py",
+        'return op(node) == "dropout" and (not node.args[2] or node.args[1] == 0)',
+        'return op(node) == "dropout"',
+        *(GRAPH, "matcher or look_alikes or share"),
+    ),
+    "graph-part-as-whole": Mutant(
+        "milkernels/integrations/graph.py",
+        "        return longer(node) == longer(node.args[0])",
+        "        return True",
+        *(GRAPH, "matcher or look_alikes or share"),
+    ),
+    "graph-detached": Mutant(
+        "milkernels/integrations/graph.py",
+        '_VIEWS = {*_VIEWS.split(), "unflatten",',
+        '_VIEWS = {*_VIEWS.split(), "detach", "unflatten",',
+        *(GRAPH, "matcher or look_alikes or share"),
+    ),
+    "graph-writes": Mutant(
+        "milkernels/integrations/graph.py",
+        "    matches = [match for match in matches if not {root(node) for node in match.nodes} & set(written)]\n",
+        "",
+        *(GRAPH, "matcher or look_alikes or share"),
+    ),
+    "graph-product-for-gate": Mutant(
+        "milkernels/integrations/graph.py",
+        'if op(hidden) != "mul" or',
+        'if op(hidden) not in ("mul", "add") or',
+        *(GRAPH, "matcher or look_alikes or share"),
+    ),
     "reference-mask-missing": Mutant(
         "milkernels/ops/trilinear.py",
         "return scores if mask is None else scores.masked_fill(~mask[:, None], -INF)",

@@ -38,9 +38,9 @@ def with_layer(model: nn.Module, path: str, change: Callable[[nn.Module], nn.Mod
     return model
 
 
-class TakesMore(up.AttnNetGated):
-    def forward(self, x, temperature=1.0):
-        return super().forward(x)
+class TakesAnother(up.AttnNetGated):
+    def forward(self, bag, temperature=1.0):
+        return super().forward(bag)
 
 
 class Unequal(up.AttnNetGated):
@@ -220,7 +220,7 @@ LOOK_ALIKES = {
         lambda: with_layer(gated(), "attention_a", lambda m: nn.Sequential(*m, nn.LayerNorm(D))), "has 4 layers"
     ),
     "more outputs than scores": LookAlike(lambda: gated(heads=40), "40 outputs, more than 32"),
-    "other arguments": LookAlike(lambda: gated(TakesMore), "forward takes x, temperature, not x"),
+    "other arguments": LookAlike(lambda: gated(TakesAnother), "forward takes bag, temperature, not x"),
     "raises": LookAlike(lambda: gated(Unequal), "forward raised IndexError: one bag at a time"),
     "hooks": LookAlike(lambda: hooked(gated()), r"attention_b\[0\] has hooks"),
     "pruned": LookAlike(lambda: pruned(gated()), r"attention_a\[0\] has hooks"),
@@ -322,4 +322,17 @@ LOOK_ALIKES = {
         BATCH,
         lambda m, t: m(t["x"], LENS),
     ),
+}
+
+# These pool by attention all the same: their structure leaves them alone, their graph serves what it was proven for.
+SERVED_BY_THE_GRAPH = {
+    "clam, scores before the softmax",
+    "clam, one more result",
+    "clam, another instance loss",
+    "clam, instance losses of other instances",
+    "pooling, another order",
+    "torchmil, no mask",
+    "millab, weights",
+    "trident, mean of scores",
+    "slideflow, a longer bag",
 }

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from milkernels import ops
 from milkernels._torch import submodules
-from milkernels.integrations.engine import Structure, has, register, structure_of
+from milkernels.integrations.engine import SOFTMAX, Structure, has, register, structure_of
 from milkernels.integrations.layers import (
     Branch,
     Embedding,
@@ -334,10 +334,13 @@ def _read_layer(module: nn.Module) -> Gate:
 
 
 class WeightsLayer(Structure):
-    """DTFD-MIL's: one bag to its weights, or scores, ``[K, N]``."""
+    """DTFD-MIL's and its copies': one bag to its weights, or scores, ``[K, N]``.  What asks for scores differs."""
 
-    name = "attention weights (DTFD-MIL)"
-    methods = {"forward": ("x", "isNorm")}
+    pools = False
+
+    def __init__(self, name: str, option: str = "", scores_if: bool = False):
+        self.name, self._option, self._scores_if = name, option, scores_if
+        self.methods = {"forward": ("x", option) if option else ("x",)}
 
     def looks_like(self, module: nn.Module) -> bool:
         return _is_layer(module)
@@ -345,15 +348,21 @@ class WeightsLayer(Structure):
     def parts(self, module: nn.Module) -> Gate:
         return _read_layer(module)
 
-    def forward(self, module, gate, x, isNorm=True):
+    def share(self, parts: Gate) -> str:
+        return SOFTMAX
+
+    def forward(self, module, gate, x, *option, **options):
         if x.ndim != 2:
             return NotImplemented
+        given = option[0] if option else options.get(self._option, not self._scores_if)
         scores = gate.scores(x)
-        return (ops.segment_softmax(scores) if isNorm else scores).to(gate.dtype(x)).T
+        softmax = not self._option or bool(given) is not self._scores_if
+        return (ops.segment_softmax(scores) if softmax else scores).to(gate.dtype(x)).T
 
     def examples(self, module: nn.Module, gate: Gate, inputs: Inputs) -> Iterable[Example]:
         yield Example("forward", (inputs.bag(gate.in_dim),))
-        yield Example("forward", (inputs.bag(gate.in_dim),), {"isNorm": False})
+        if self._option:
+            yield Example("forward", (inputs.bag(gate.in_dim),), {self._option: self._scores_if})
 
 
 class PoolingLayer(Structure):
@@ -379,5 +388,10 @@ class PoolingLayer(Structure):
 
 
 TORCHMIL_POOL, MULTI_HEAD = TorchmilPool(), MultiHeadABMIL()
-register(WeightsLayer(), PoolingLayer(), AttentionDeepMIL(), MILLabABMIL(), MULTI_HEAD, SlideEncoder())
+register(
+    WeightsLayer("attention weights (DTFD-MIL)", "isNorm", False),
+    WeightsLayer("attention weights, without norm if asked", "no_norm", True),
+    WeightsLayer("attention weights"),
+)
+register(PoolingLayer(), AttentionDeepMIL(), MILLabABMIL(), MULTI_HEAD, SlideEncoder())
 register(TORCHMIL_POOL, TorchmilABMIL(), CAMILPool())

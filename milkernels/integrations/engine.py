@@ -22,6 +22,8 @@ from milkernels.dtypes import autocast_dtype
 from milkernels.integrations import proof
 from milkernels.integrations.layers import Unfusable, check_global_hooks, check_tensors, original_class, refuse
 
+# What of an attention pooling is fused.
+SCORES, SOFTMAX, POOLING, EMBEDDING = "scores", "scores + softmax", "scores + softmax + sum", " + embedding"
 _MASKS = ("mask", "attn_mask", "lens")  # arguments that say what is padding
 
 
@@ -36,6 +38,7 @@ class Structure:
     methods: ClassVar[dict[str, tuple[str, ...]]]  # each replaced method, and the arguments it must take
     opaque: ClassVar[tuple[str, ...]] = ()  # submodules that are called as they are: nothing is asked of them
     embedding: ClassVar[str] = ""  # a submodule in front, of which only the last layer is more than called
+    pools: ClassVar[bool] = True  # whether it sums the instances; a model around others sums them itself
     note: ClassVar[str] = ""  # where what is returned differs from the original on purpose
     # Below so many instances eager is faster: in a forward alone, and where gradients are recorded.
     min_instances: ClassVar[tuple[int, int]] = (1000, 200)
@@ -51,6 +54,16 @@ class Structure:
     def bags(self, name: str, given: Mapping[str, Any]) -> Any:
         """The instances among the arguments of a method; what is no tensor is never too few."""
         return given.get(self.methods[name][0])
+
+    def serves(self, name: str, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call gives nothing but what the fused method takes: a model of one's own may take more."""
+        takes = self.methods[name]
+        return len(args) <= len(takes) and all(key in takes for key in kwargs)
+
+    def share(self, parts: Any) -> str:
+        """What of an attention pooling is fused."""
+        front = getattr(parts, "embedding", None)
+        return POOLING + (EMBEDDING if getattr(front, "embed", None) is not None else "")
 
     def instances(self, x: Tensor) -> int:
         """How many there are in the bags."""
@@ -116,7 +129,9 @@ def _fused_method(structure: Structure, name: str, original: Callable) -> Callab
     @functools.wraps(original)
     def method(self, *args, **kwargs):
         # A transform or an export sees the model that it was before, in PyTorch's own operators.
-        if _torch.transforming() or _torch.exporting() or _original_is_faster(structure, name, self, args, kwargs):
+        if _torch.transforming() or _torch.exporting() or not structure.serves(name, args, kwargs):
+            return original(self, *args, **kwargs)
+        if _original_is_faster(structure, name, self, args, kwargs):
             return original(self, *args, **kwargs)
         try:
             check_global_hooks()
@@ -144,17 +159,19 @@ def _method_before_fusing(candidates: tuple[Structure, ...], original: Callable)
 
 
 def _reduce_ex(self, protocol):
-    """Copied and pickled by its original class and the names of structures: the subclass can not be imported."""
+    """Copied and pickled by its original class and the names of structures (those made for one module: as they are):
+    the subclass can not be imported."""
     rebuild, arguments, *rest = original_class(self).__reduce_ex__(self, max(protocol, 2))
     if rebuild is not copyreg.__newobj__:
         raise TypeError(f"{type(self).__name__} is pickled in its own way, which does not keep the fused methods")
-    names = tuple(s.name for s in type(self)._milkernels_candidates)
+    names = tuple(s.name if s in _STRUCTURES else s for s in type(self)._milkernels_candidates)
     how = (names, type(self)._milkernels_minimum, is_waiting(self))
     return (_rebuild, (original_class(self), *how, *arguments[1:]), *rest)
 
 
-def _rebuild(original: type, names: tuple[str, ...], minimum: int | None, waiting: bool, *arguments) -> nn.Module:
-    candidates = tuple(s for name in names for s in _STRUCTURES if s.name == name)
+def _rebuild(original: type, names: tuple, minimum: int | None, waiting: bool, *arguments) -> nn.Module:
+    by_name = {s.name: s for s in _STRUCTURES}
+    candidates = tuple(by_name[s] if isinstance(s, str) else s for s in names if s in by_name or not isinstance(s, str))
     cls = _subclass(original, candidates, minimum, waiting)
     return cls.__new__(cls, *arguments)
 
@@ -199,6 +216,11 @@ def fuse_if_proven(module: nn.Module, candidates: Iterable[Structure], minimum: 
     return "; or ".join(dict.fromkeys(reasons))
 
 
+def fuse_as(module: nn.Module, structure: Structure, minimum: int | None) -> None:
+    """Fuses the module by a structure that was made for it and proven."""
+    module.__class__ = _subclass(original_class(module), (structure,), minimum, False)
+
+
 def fuse_after_first_call(module: nn.Module, candidates: Iterable[Structure], minimum: int | None) -> None:
     """Has the module fused, if a structure proves right, after the first call that initialised its parameters."""
     module.__class__ = _subclass(original_class(module), tuple(candidates), minimum, True)
@@ -227,9 +249,32 @@ def _check_method(module: nn.Module, name: str, arguments: tuple[str, ...]) -> N
     method = getattr(type(module), name, None)
     if not inspect.isfunction(method):
         refuse(f"it has no method {name}")
-    takes = tuple(inspect.signature(method).parameters)[1:]
-    if takes != arguments:
+    if not _takes(method, arguments):
+        takes = list(inspect.signature(method).parameters)[1:]
         refuse(f"its {name} takes {', '.join(takes)}, not {', '.join(arguments)}")
+
+
+def _takes(method: Callable, arguments: tuple[str, ...]) -> bool:
+    """Whether it takes these, and nothing more that has no default."""
+    takes = list(inspect.signature(method).parameters.values())[1:]
+    more = takes[len(arguments) :]
+    optional = all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in more)
+    return tuple(p.name for p in takes[: len(arguments)]) == arguments and optional
+
+
+def has_its_methods(module: nn.Module, structure: Structure) -> bool:
+    """Whether its class has the structure's methods, with their arguments, whatever they return."""
+    methods = {name: getattr(original_class(module), name, None) for name in structure.methods}
+    if not all(map(inspect.isfunction, methods.values())):
+        return False
+    return all(_takes(methods[name], arguments) for name, arguments in structure.methods.items())
+
+
+def share(module: nn.Module) -> str:
+    """What of its pooling is fused."""
+    structure = structure_of(module)
+    with proof.mode(module, False):
+        return structure.share(structure.parts(module))
 
 
 def training_reason(module: nn.Module) -> str | None:

@@ -49,25 +49,34 @@ def difference(module: nn.Module, structure: Any) -> str | None:
     In eval mode, without gradients; the module and the state of random numbers are as they were.  Types and shapes are
     compared in the module's own type, values in float64, where rounding cannot decide which instance is chosen.
     """
-    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if parameter is None or parameter.is_meta:
-        refuse("it has no floating parameters with values")
-    devices = [parameter.device] if parameter.is_cuda else []
-    has_float64 = parameter.device.type in ("cpu", "cuda")
-    rng, device = torch.random.fork_rng(devices), _device_with_values()
-    with rng, device, torch.no_grad(), mode(module, False), _without(module, structure):
+    with isolated(module), torch.no_grad(), mode(module, False), _without(module, structure):
         structure.parts(module)  # why it cannot be fused says more than why it cannot be copied
-        try:
-            wide = copy.deepcopy(module).to(parameter.device if has_float64 else "cpu", torch.float64)
-        except Exception as error:
-            refuse(f"it cannot be copied: {_line(error)}")
-        for subject, values in ((module, False), (wide, True)):
+        for subject, values in ((module, False), (widened(module), True)):
             first = next(p for p in subject.parameters() if p.is_floating_point())
             inputs = Inputs(first.dtype, first.device)
             for example in structure.examples(subject, structure.parts(subject), inputs):
                 if found := _compare(subject, structure, example, values):
                     return found
     return None
+
+
+@contextlib.contextmanager
+def isolated(module: nn.Module) -> Iterator[None]:
+    """The state of random numbers is as it was after the block, within it new tensors have values."""
+    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if parameter is None or parameter.is_meta:
+        refuse("it has no floating parameters with values")
+    with torch.random.fork_rng([parameter.device] if parameter.is_cuda else []), _device_with_values():
+        yield
+
+
+def widened(module: nn.Module) -> nn.Module:
+    """A copy in float64, on the CPU if its device has no such type."""
+    device = next(p for p in module.parameters() if p.is_floating_point()).device
+    try:
+        return copy.deepcopy(module).to(device if device.type in ("cpu", "cuda") else "cpu", torch.float64)
+    except Exception as error:
+        refuse(f"it cannot be copied: {line(error)}")
 
 
 def _device_with_values() -> contextlib.AbstractContextManager:
@@ -78,25 +87,25 @@ def _device_with_values() -> contextlib.AbstractContextManager:
 def _compare(module: nn.Module, structure: Any, example: Example, values: bool) -> str | None:
     name, args, kwargs, mask = example
     call = f"{name}({', '.join(kwargs)})" if kwargs else name
-    _seed(module)
+    seed(module)
     try:
         theirs = getattr(module, name)(*args, **kwargs)
     except Exception as error:
-        return f"its {call} raised {_line(error)}"
-    _seed(module)
+        return f"its {call} raised {line(error)}"
+    seed(module)
     try:
         ours = getattr(structure, name)(module, structure.parts(module), *args, **kwargs)
     except Unfusable:
         raise
     except Exception as error:
-        return f"{call}, fused, raised {_line(error)}"
+        return f"{call}, fused, raised {line(error)}"
     if ours is NotImplemented:
         return f"{call} is not fused"
-    found = _differ(ours, theirs, mask, values)
+    found = differ(ours, theirs, mask, values)
     return found and f"its {call} returns {found}"
 
 
-def _seed(module: nn.Module) -> None:
+def seed(module: nn.Module) -> None:
     """Seeds the generators that were put aside: ``torch.manual_seed`` would seed those of all devices."""
     torch.default_generator.manual_seed(0)
     parameter = next(module.parameters())
@@ -105,7 +114,7 @@ def _seed(module: nn.Module) -> None:
             torch.cuda.manual_seed(0)
 
 
-def _differ(ours: Any, theirs: Any, mask: Tensor | None, values: bool) -> str | None:
+def differ(ours: Any, theirs: Any, mask: Tensor | None, values: bool) -> str | None:
     """What ``theirs`` is, in contrast to ``ours``."""
     if isinstance(theirs, Tensor) and isinstance(ours, Tensor):
         return _differ_tensors(ours, theirs, mask, values)
@@ -118,7 +127,7 @@ def _differ(ours: Any, theirs: Any, mask: Tensor | None, values: bool) -> str | 
     if isinstance(theirs, Sequence) and not isinstance(theirs, str):
         if len(ours) != len(theirs):
             return f"{len(theirs)} values, not {len(ours)}"
-        found = (_differ(o, t, mask, values) for o, t in zip(ours, theirs, strict=True))
+        found = (differ(o, t, mask, values) for o, t in zip(ours, theirs, strict=True))
         return next(filter(None, found), None)
     if hasattr(theirs, "__array__"):  # NumPy, which need not be there
         return _differ_tensors(torch.as_tensor(ours), torch.as_tensor(theirs), None, values)
@@ -158,7 +167,7 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
-def _line(error: BaseException) -> str:
+def line(error: BaseException) -> str:
     first = str(error).strip().splitlines()[:1]
     return ": ".join([type(error).__name__, *first])
 

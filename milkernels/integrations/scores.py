@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from milkernels.integrations.engine import Structure, has, register, structure_of
+from milkernels.integrations.engine import SCORES, Structure, has, register, structure_of
 from milkernels.integrations.layers import (
     Gate,
     branch,
@@ -31,6 +31,8 @@ def eager_scores(gate: Gate, x: Tensor) -> Tensor:
 class ScoreNetwork(Structure):
     """A module that maps instances ``x [..., L]`` to scores ``[..., K]``, and may return ``x`` beside them."""
 
+    pools = False
+
     def __init__(
         self, name: str, looks: Callable[[nn.Module], bool], read: Callable, returns_x: bool, takes: str = "x"
     ):
@@ -43,6 +45,9 @@ class ScoreNetwork(Structure):
     def parts(self, module: nn.Module) -> Gate:
         gate = self._read(module)
         return gate if gate.heads <= _MOST_HEADS else refuse(f"it has {gate.heads} outputs, more than {_MOST_HEADS}")
+
+    def share(self, parts: Gate) -> str:
+        return SCORES
 
     def forward(self, module: nn.Module, gate: Gate, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if not isinstance(x, Tensor) or x.ndim < 2 or x.layout != torch.strided:
