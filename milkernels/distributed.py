@@ -17,7 +17,7 @@ collectives, which torch.compile traces, over gloo, NCCL or whatever serves the 
     pooled = AttentionPool(512, group=dist.group.WORLD)(x, offsets)       # both in one
 """
 
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def as_ranks(group) -> Ranks:
     return Ranks(*_torch.group_of(group))
 
 
-def all_merge(pooled: Part, group=None, *, offsets: Tensor | None = None) -> Part:
+def all_merge(pooled: Part, group: Any = None, *, offsets: Tensor | None = None) -> Part:
     """Merges what every rank pooled of its own rows: what one process pools of all of them, to rounding.
 
     Args:
@@ -95,7 +95,7 @@ def all_merge(pooled: Part, group=None, *, offsets: Tensor | None = None) -> Par
     return pooled._replace(bag=bag, lse=lse)
 
 
-def all_critical(rows: Tensor, values: Tensor, group=None) -> CriticalInstances:
+def all_critical(rows: Tensor, values: Tensor, group: Any = None) -> CriticalInstances:
     """The critical instances of bags whose rows are spread over ranks: those with the largest values of all ranks.
 
     Args:

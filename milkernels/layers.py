@@ -24,11 +24,16 @@ class Embed(NamedTuple):
     """The layer in front of an aggregator, ``h_i = drop(act(W x_i + b))``, which ops take as ``embed``.
 
     CLAM, MIL-Lab, TRIDENT and slideflow call it fc, patch_embed, pre_attention_layers, encoder.
+
+    Attributes:
+        linear: W ``[E, L]`` and b ``[E]``: an ``nn.Linear``, (weight, bias), (weight, None) or a weight.
+        activation: tanh, relu, gelu (exact) or identity.
+        dropout_p: the share of the E units that is dropped, in [0, 1].
     """
 
-    linear: Linear  # W [E, L] and b [E]: an nn.Linear, (weight, bias), (weight, None) or a weight
-    activation: str = "relu"  # tanh, relu, gelu (exact) or identity
-    dropout_p: float = 0.0  # the share of the E units that is dropped, in [0, 1]
+    linear: Linear
+    activation: str = "relu"
+    dropout_p: float = 0.0
 
 
 def as_linear(name: str, layer: Linear, width: int, x: Tensor, out: int | None = None) -> tuple[Tensor, Tensor | None]:

@@ -128,7 +128,7 @@ def build_info(device: str = "cpu") -> dict[str, str]:
 
 def release_workspace() -> None:
     """Frees the workspace that this thread keeps from call to call, so that what a call needs can be measured."""
-    if hasattr(_extension, "release_workspace"):  # CUDA's kernels keep none
+    if _extension is not None and hasattr(_extension, "release_workspace"):  # CUDA's kernels keep none
         _extension.release_workspace()
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from milkernels import _torch
-from milkernels._torch import has_values
+from milkernels._torch import has_values, to_list
 from milkernels.arguments import check_dense, check_device, readable
 
 INT_TYPES = (torch.int32, torch.int64)
@@ -80,15 +80,15 @@ def check_offsets(offsets: Tensor, num_rows: int, device: torch.device) -> None:
 def check_offset_values(offsets: Tensor, num_rows: int) -> None:
     if offsets.shape[0] > 256 and bool((offsets[1:] >= offsets[:-1]).all()):
         offsets = offsets[:: offsets.shape[0] - 1]  # in order: reading the ends is enough
-    offsets = offsets.tolist()  # the cheapest way to look at a few
-    if offsets[0] != 0:
-        raise ValueError(f"offsets must start at 0; got {offsets[0]}")
-    if offsets != sorted(offsets):
-        at = next(i for i in range(1, len(offsets)) if offsets[i] < offsets[i - 1])
-        got = f"{offsets[at]} after {offsets[at - 1]} at position {at}"
+    bounds = to_list(offsets)  # the cheapest way to look at a few
+    if bounds[0] != 0:
+        raise ValueError(f"offsets must start at 0; got {bounds[0]}")
+    if bounds != sorted(bounds):
+        at = next(i for i in range(1, len(bounds)) if bounds[i] < bounds[i - 1])
+        got = f"{bounds[at]} after {bounds[at - 1]} at position {at}"
         raise ValueError(f"offsets must not decrease; got {got}")
-    if offsets[-1] != num_rows:
-        raise ValueError(f"offsets must end at the number of instances, {num_rows}; got {offsets[-1]}")
+    if bounds[-1] != num_rows:
+        raise ValueError(f"offsets must end at the number of instances, {num_rows}; got {bounds[-1]}")
 
 
 def for_kernels(x: Tensor) -> Tensor:

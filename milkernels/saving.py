@@ -7,6 +7,7 @@ grow with N, they spare a third of a training step on bags that fit, and a bag o
 import math
 import os
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,7 @@ class saved_bytes:  # noqa: N801, as torch.no_grad
     def __init__(self, limit: Limit):
         global _traced
         limit = _checked(limit, "limit")
+        self._before: Any  # what was set, of another kind while a graph is traced
         self._tracing = torch.compiler.is_compiling()  # which follows the assignment, not a ContextVar
         if self._tracing:
             self._before, _traced = _traced, (*_traced, limit)

@@ -27,11 +27,17 @@ INCHES = 8.0  # the longer side of a slide, with its labels
 
 
 class BagAttention(NamedTuple):
-    """The attention of one bag: NumPy arrays in float32, without masked instances."""
+    """The attention of one bag: NumPy arrays in float32, without masked instances.
 
-    scores: Any  # [n, K]
-    weights: Any  # [n, K]  sum to 1 over the bag
-    coords: Any  # [n, 2] or None
+    Attributes:
+        scores: ``[n, K]``, before the softmax.
+        weights: ``[n, K]``, which sum to 1 over the bag.
+        coords: ``[n, 2]``, or None.
+    """
+
+    scores: Any
+    weights: Any
+    coords: Any
 
 
 def attention_arrays(
@@ -78,7 +84,7 @@ def attention_arrays(
 def heatmap(
     coords: Any,
     weights: Any,
-    path: str | os.PathLike | None = None,
+    path: str | os.PathLike[str] | None = None,
     *,
     patch_size: float | None = None,
     scale: str = "percentile",
@@ -86,7 +92,7 @@ def heatmap(
     title: str | None = None,
     label: str | None = None,
     dpi: int = 150,
-):
+) -> Any:
     """Draws each patch of a slide as a square in the colour of its weight: x to the right, y down, equal scales.
 
     Args:
@@ -131,7 +137,8 @@ def heatmap(
     figure = figures.Figure(figsize=(width + 1.6, height + 1.0), dpi=dpi, layout="compressed")
     agg.FigureCanvasAgg(figure)
     axes = figure.add_subplot(facecolor="0.92")
-    drawn = _draw(axes, coords, size, int(0.75 * INCHES * dpi) + 1, *_colours(weights, scale), cmap)
+    colours, norm = _colours(weights, scale)
+    drawn = _draw(axes, coords, size, int(0.75 * INCHES * dpi) + 1, colours, norm, cmap)
     axes.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), aspect="equal", xlabel="x", ylabel="y", title=title)
     axes.ticklabel_format(style="plain", useOffset=False)
     axes.locator_params(nbins=6)

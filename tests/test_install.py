@@ -1,4 +1,4 @@
-"""What a user meets first: how it is installed, what it says where something is missing, and the README's snippets."""
+"""What a user meets first: how it is installed, and what it says where something is missing."""
 
 import os
 import re
@@ -105,31 +105,3 @@ def test_an_installation_without_a_compiler_has_a_version_of_its_own(tmp_path):
 def test_the_oldest_pytorch_is_said_alike():
     said = set(re.findall(r"torch>=([\d.]+)", (ROOT / "pyproject.toml").read_text() + README.read_text()))
     assert said == {"2.9"}
-
-
-# The snippets
-
-SNIPPETS = re.findall(r"^```(python|sh)\n(.*?)^```$", README.read_text(), re.M | re.S) if README.exists() else []
-
-
-@needs_tree
-@pytest.mark.filterwarnings("ignore")
-def test_the_readmes_snippets_run_as_they_are(tmp_path):
-    """From the first to the last, as a reader would."""
-    pytest.importorskip("matplotlib")
-    snippets = [text for language, text in SNIPPETS if language == "python"]
-    assert len(snippets) > 5
-    (tmp_path / "snippets.py").write_text("\n".join(snippets))
-    result = run(tmp_path, "snippets.py", PYTHONPATH=str(ROOT), MPLBACKEND="agg")
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "slide.png").exists()
-
-
-@needs_tree
-def test_the_readmes_commands_are_there():
-    """Targets of make, and what pip is asked for by extras."""
-    commands = " ".join(text for language, text in SNIPPETS if language == "sh")
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
-    assert set(re.findall(r"^make ([\w-]+)", commands, re.M)) <= set(targets)
-    extras = re.findall(r"milkernels\[(\w+)\]", README.read_text())
-    assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras)

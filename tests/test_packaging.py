@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -90,8 +91,9 @@ def test_the_version_is_written_once():
         installed = importlib.metadata.version("milkernels")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("not installed")
-    assert milkernels.__version__ == installed == version
+    assert milkernels.__version__ == installed and installed.partition("+")[0] == version
     assert version in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @needs_tree
@@ -283,6 +285,71 @@ def test_the_source_distribution_has_every_kernel(tmp_path):
     assert sources | {"tests/cuda/faults.cu"} <= packed
 
 
+@needs_tree
+def test_a_version_names_the_pytorch_of_its_modules(monkeypatch):
+    """But for a source distribution, which whoever unpacks it may build for another one."""
+
+    def version(*argv, **settings):
+        given = {}
+        monkeypatch.setattr(setuptools, "setup", given.update)
+        monkeypatch.setattr(sys, "argv", ["setup.py", *argv])
+        monkeypatch.chdir(ROOT)
+        for name, value in ({"MILKERNELS_BUILD_CUDA": "0", "MILKERNELS_BUILD_EXT": ""} | settings).items():
+            monkeypatch.setenv(name, value)
+        runpy.run_path("setup.py", run_name="__main__")
+        return given["options"]["egg_info"]["tag_build"]
+
+    of_torch = "+torch" + ".".join(torch.__version__.split(".")[:2])
+    assert version("bdist_wheel", CXX="no-compiler") == "+reference"
+    assert version("bdist_wheel", MILKERNELS_BUILD_EXT="0") == ""
+    assert version("sdist", CXX="no-compiler") == ""
+    if shutil.which("c++"):
+        assert version("bdist_wheel", CXX="c++") == of_torch
+        assert version("sdist", CXX="c++") == ""
+
+
+@needs_tree
+def test_what_is_wrong_with_a_wheel_is_said(tmp_path):
+    from tools import wheel
+
+    good = ["milkernels/py.typed", "milkernels-0.1.0.dist-info/METADATA"]
+    good += [f"milkernels/_C_{name}_torch2_13.cpython-311-x86_64-linux-gnu.so" for name in wheel.SETS]
+
+    def said(name, names, sets=wheel.SETS):
+        path = tmp_path / name
+        with zipfile.ZipFile(path, "w") as archive:
+            for each in names:
+                archive.writestr(each, "")
+        return wheel.faults(path, sets)
+
+    compiled = "milkernels-0.1.0+torch2.13-cp311-cp311-manylinux_2_28_x86_64.whl"
+    pure = "milkernels-0.1.0+reference-py3-none-any.whl"
+    assert said(compiled, good) == [] and said(pure, good[:2], ()) == []
+    assert said(compiled, good[1:]) == ["no py.typed: its types would not count"]
+    assert said(compiled, good[:-1]) == ["no module for default"]
+    [alien] = said(compiled, [*good, "milkernels.libs/libgomp-abc.so.1"])[:1]
+    assert "somebody else" in alien
+    assert said(compiled, [*good, "tests/test_a.py"]) == ["not of the package: tests/test_a.py"]
+    assert "another name" in said("milkernels-0.1.0-cp311-cp311-linux_x86_64.whl", good)[0]
+    assert said(pure, good, ())[0].startswith("a module for ")
+
+
+@needs_tree
+def test_the_releases_are_repaired_alike():
+    """By `make wheel` and by the workflow."""
+    from tools import wheel
+
+    workflow = ROOT / ".github" / "workflows" / "release.yml"
+    if not workflow.exists():
+        pytest.skip("needs the repository")
+    assert set(re.findall(r"--exclude (\S+)", workflow.read_text())) == set(wheel.EXCLUDED)
+    newest, oldest = "3.14", re.search(r'requires-python = ">=([\d.]+)"', PYPROJECT.read_text())[1]
+    ci = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert {f'python: "{oldest}", torch: "torch==2.9.', f'python: "{newest}", torch: "torch"'} <= set(
+        re.findall(r'python: "[\d.]+", torch: "torch(?:==2\.9\.|")', ci)
+    )
+
+
 def test_the_loaded_module_is_the_one_for_this_machine():
     if native.load_error() is not None:
         # Where the extension had to be built, skipping every kernel test must not pass for success.
@@ -320,7 +387,8 @@ def command(*arguments):
 def test_info():
     result = command("info")
     assert result.returncode == 0, result.stderr
-    for expected in (milkernels.__version__, torch.__version__, "attention_pool", "served by native"):
+    server = "native" if native.load_error() is None else "reference"
+    for expected in (milkernels.__version__, torch.__version__, "attention_pool", f"served by {server}"):
         assert expected in result.stdout
     assert "Compiled kernels for CUDA tensors" in result.stdout
 

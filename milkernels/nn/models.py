@@ -1,7 +1,7 @@
 """Small whole models: an embedding of the instances, a pooling, a classifier."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +22,27 @@ Dims = int | Sequence[int] | None
 
 
 class Prediction(NamedTuple):
-    """What a model returns."""
+    """What a model returns.
 
-    logits: Tensor  # [B, C]
-    pooled: results.Pooled | results.LossAttentionPooled | Tensor  # of the embedded instances; a tensor is [B, L]
+    Attributes:
+        logits: ``[B, C]``.
+        pooled: what the pooling of the embedded instances returned; a tensor is ``[B, L]``.
+    """
+
+    logits: Tensor
+    pooled: results.Pooled | results.LossAttentionPooled | Tensor
 
 
 class InstancePrediction(NamedTuple):
-    """What `InstancePooling` returns."""
+    """What `InstancePooling` returns.
 
-    logits: Tensor  # [B, C]
-    instance_logits: Tensor  # [N, C]  -inf in masked rows
+    Attributes:
+        logits: ``[B, C]``.
+        instance_logits: ``[N, C]``, -inf in masked rows.
+    """
+
+    logits: Tensor
+    instance_logits: Tensor
 
 
 class CLAMPrediction(NamedTuple):
@@ -53,11 +63,18 @@ class CLAMPrediction(NamedTuple):
 
 
 class DSMILPrediction(NamedTuple):
-    """What `DSMILModel` returns; its authors train on the losses of both streams."""
+    """What `DSMILModel` returns; its authors train on the losses of both streams.
 
-    logits: Tensor  # [B, C]  both streams, weighted
-    bag_logits: Tensor  # [B, C]  the second stream
-    instance_logits: Tensor  # [B, C]  the first stream: each bag's maximum, -inf for an empty bag
+    Attributes:
+        logits: ``[B, C]``, both streams, weighted.
+        bag_logits: ``[B, C]``, the second stream.
+        instance_logits: ``[B, C]``, the first stream: the maximum of each bag, -inf for an empty one.
+        pooled: what `DSMIL` returned.
+    """
+
+    logits: Tensor
+    bag_logits: Tensor
+    instance_logits: Tensor
     pooled: results.DSMILOutput
 
 
@@ -203,9 +220,9 @@ class ABMIL(nn.Module):
         gated: bool = True,
         activation: str = "tanh",
         dropout: float = 0.0,
-        group=None,
-        device=None,
-        dtype=None,
+        group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
@@ -360,9 +377,9 @@ class DSMILModel(nn.Module):
         *,
         dropout: float = 0.0,
         lambda_: float = 0.5,
-        device=None,
-        dtype=None,
-        **options,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
@@ -409,8 +426,8 @@ class LossAttentionModel(nn.Module):
         hidden_dims: Sequence[int] = (256, 128, 64),
         *,
         dropout: float = 0.0,
-        group=None,
-        **factory,
+        group: Any = None,
+        **factory: Any,
     ):
         super().__init__()
         self.in_dim = in_dim
@@ -485,7 +502,7 @@ class _Pooling(nn.Module):
         *,
         dropout: float = 0.0,
         r: float | None = None,
-        **factory,
+        **factory: Any,
     ):
         super().__init__()
         check_choice("pooling", pooling, self.POOLINGS)
@@ -562,7 +579,7 @@ class EmbeddingPooling(_Pooling):
         num_classes: int = 1,
         hidden_dims: Sequence[int] = (256, 128, 64),
         pooling: str = "max",
-        **options,
+        **options: Any,
     ):
         super().__init__(in_dim, num_classes, hidden_dims, pooling, **options)
         if pooling == "generalized_mean" and not hidden_dims:

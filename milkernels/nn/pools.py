@@ -1,6 +1,7 @@
 """Poolings with their parameters, and bags in any form as the ops take them."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def _per_row(name: str, t: Tensor, x: Instances) -> Tensor:
 class _Spread(nn.Module):
     """A module whose bags may be spread over the ranks of a group."""
 
-    def __init__(self, group=None):
+    def __init__(self, group: Any = None):
         super().__init__()
         self.group: Ranks | None = None if group is None else as_ranks(group)
 
@@ -152,9 +153,9 @@ class AttentionPool(_Linears):
         dropout: float = 0.0,
         bias: bool = True,
         score_bias: bool = True,
-        group=None,
-        device=None,
-        dtype=None,
+        group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(group)
         for name, size in (("in_dim", in_dim), ("hidden_dim", hidden_dim), ("heads", heads)):
@@ -260,9 +261,9 @@ class DSMIL(_Linears):
         value_dropout: float = 0.0,
         scale: float | None = None,
         bias: bool = True,
-        group=None,
-        device=None,
-        dtype=None,
+        group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(group)
         check_choice("value", value, VALUES)
@@ -374,7 +375,16 @@ class LossAttention(_Linears):
         weight: ``[C, L]``; bias: ``[C]`` or None.
     """
 
-    def __init__(self, in_dim: int, num_classes: int, bias: bool = True, *, group=None, device=None, dtype=None):
+    def __init__(
+        self,
+        in_dim: int,
+        num_classes: int,
+        bias: bool = True,
+        *,
+        group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(group)
         check_count("in_dim", in_dim)
         check_count("num_classes", num_classes)
