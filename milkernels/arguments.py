@@ -51,7 +51,7 @@ def check_dense(name: str, t: Tensor) -> None:
 
 def check_type(name: str, value, kinds: type | tuple[type, ...], words: str) -> None:
     """What is of these kinds by accident is refused: a bool as an int, text as a sequence, a tensor of one number."""
-    if not isinstance(value, kinds) or isinstance(value, bool | str | bytes) or getattr(value, "ndim", 1) == 0:
+    if not isinstance(value, kinds) or isinstance(value, (bool, str, bytes)) or getattr(value, "ndim", 1) == 0:
         raise TypeError(f"{name} must be {words}; got {type(value).__name__}")
 
 
@@ -115,7 +115,7 @@ def checked_indices(name: str, indices: Tensor, size: int) -> tuple[Tensor, Tens
 
 
 def check_choice(name: str, value, choices) -> None:
-    if not isinstance(value, str | None) or value not in choices:
+    if not isinstance(value, (str, type(None))) or value not in choices:
         got = "a tensor" if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {got}")
 

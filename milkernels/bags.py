@@ -435,7 +435,7 @@ def collate_bags(
         batch, features = [dict(enumerate(sample)) for sample in batch], 0
     if not isinstance(features, Hashable):
         raise TypeError(f"features must be a key of the samples; got {type(features).__name__}")
-    if isinstance(per_instance, str | int) and not isinstance(per_instance, bool):
+    if isinstance(per_instance, (str, int)) and not isinstance(per_instance, bool):
         per_instance = (per_instance,)
     check_type("per_instance", per_instance, (Sequence, Set, Mapping), "keys or positions")
     if not isinstance(per_instance, Mapping):
@@ -451,7 +451,7 @@ def _kind(sample) -> type | None:
     """What a sample of `collate_bags` is: a mapping, a tuple, or features alone, as a tensor; None: none of them."""
     if isinstance(sample, Mapping):
         return Mapping
-    if isinstance(sample, tuple | list):
+    if isinstance(sample, (tuple, list)):
         return tuple
     return Tensor if isinstance(sample, Tensor) or hasattr(sample, "__array__") else None
 

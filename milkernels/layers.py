@@ -82,8 +82,8 @@ def parameters_of(name: str, layer) -> tuple[Tensor, Tensor | None]:
 
 def checked_embed(embed: Embed | tuple, x: Tensor) -> tuple[Tensor, Tensor | None, str, float]:
     """``(weight, bias, activation, dropout_p)`` of the layer in front, checked."""
-    if not isinstance(embed, tuple | list) or not 1 <= len(embed) <= len(Embed._fields):
-        got = f"{len(embed)} values" if isinstance(embed, tuple | list) else type(embed).__name__
+    if not isinstance(embed, (tuple, list)) or not 1 <= len(embed) <= len(Embed._fields):
+        got = f"{len(embed)} values" if isinstance(embed, (tuple, list)) else type(embed).__name__
         raise TypeError(f"embed must be Embed({', '.join(Embed._fields)}); got {got}")
     linear, activation, dropout_p = embed = Embed(*embed)
     weight, bias = as_linear("embed.linear", linear, x.shape[1], x)

@@ -127,7 +127,7 @@ def heatmap(
         check_number(name, number)
         if number <= 0:
             raise ValueError(f"{name} must be positive and finite; got {number}")
-    if path is not None and not isinstance(path, str | os.PathLike):
+    if path is not None and not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be a path; got {type(path).__name__}")
     size = _spacing(coords) if patch_size is None else float(patch_size)
     order = np.argsort(weights, kind="stable")  # what is drawn last stays on top

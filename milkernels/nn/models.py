@@ -142,7 +142,7 @@ def _check_type(x: Tensor, layer: nn.Module) -> None:
     """A layer of PyTorch takes features of its own type, outside of autocast; a pool of the ops also narrower ones, and
     of wider ones makes what the classifier behind it does not take."""
     weight = next(layer.parameters(), x)
-    pools = isinstance(layer, AttentionPool | DSMIL | LossAttention)
+    pools = isinstance(layer, (AttentionPool, DSMIL, LossAttention))
     taken = torch.promote_types(x.dtype, weight.dtype) if pools else x.dtype
     cast = compute_dtype_of(x) is not None and weight.dtype != torch.float64
     if taken != weight.dtype and weight.dtype in DTYPES and not cast:

@@ -27,8 +27,8 @@ def ragged(
     """``(values [N, L], offsets, mask [N])`` of bags in any form; ``width`` is the L that is needed."""
     if isinstance(x, Parts):
         return x.expecting(width), offsets, mask
-    if not isinstance(x, Bags | Tensor):
-        hint = "; make one of them by Bags.from_list" if isinstance(x, list | tuple) else ""
+    if not isinstance(x, (Bags, Tensor)):
+        hint = "; make one of them by Bags.from_list" if isinstance(x, (list, tuple)) else ""
         raise TypeError(f"x must be a tensor or Bags; got {type(x).__name__}{hint}")
     if isinstance(x, Bags) or x.is_nested:
         if offsets is not None or mask is not None:
@@ -78,7 +78,7 @@ class _Spread(nn.Module):
         """What the op is given: another seed on every rank where anything is dropped, since it counts rows from 0."""
         if self.group is None:
             return seed
-        drops = p or (isinstance(embed, tuple | list) and Embed(*embed).dropout_p)  # what else it is, the op refuses
+        drops = p or (isinstance(embed, (tuple, list)) and Embed(*embed).dropout_p)  # what else it is, the op refuses
         if not drops:
             return seed
         if seed is None:

@@ -64,8 +64,8 @@ def _drops(arguments: Given) -> bool:
     """Whether dropout may be asked for; what is no number the op itself complains about."""
     embed = arguments.get("embed")
     shares = [arguments.get("dropout_p"), arguments.get("value_dropout_p")]
-    shares += [embed[2]] if isinstance(embed, tuple | list) and len(embed) > 2 else []
-    return any(isinstance(share, int | float) and share != 0 for share in shares)
+    shares += [embed[2]] if isinstance(embed, (tuple, list)) and len(embed) > 2 else []
+    return any(isinstance(share, (int, float)) and share != 0 for share in shares)
 
 
 class _Run:

@@ -66,7 +66,7 @@ def _with_parameters(name: str, value: Any) -> Any:
     """The value with linear layers as pairs of their parameters."""
     if isinstance(value, nn.Linear):
         return parameters_of(name, value)
-    if isinstance(value, tuple | list):
+    if isinstance(value, (tuple, list)):
         inner = [_with_parameters(f"{name}.linear", v) if isinstance(v, nn.Linear) else v for v in value]
         return type(value)(*inner) if hasattr(value, "_fields") else type(value)(inner)
     return value
