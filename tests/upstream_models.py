@@ -5,7 +5,7 @@ batches are in upstream_padded.py, those that only look like one of these in ups
 import torch
 from torch import Tensor, nn
 
-from benchmarks.clam import ClamSB, dense
+from benchmarks.clam import AttnNet, AttnNetGated, ClamSB, dense  # noqa: F401, stand-ins too
 
 # CLAM; the single branch is what the benchmarks measure too
 
