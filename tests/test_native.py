@@ -12,6 +12,8 @@ import torch
 from op_cases import compiled, needs_extension, of_the_cpu, offsets_of, same_bits, step, threads
 from test_numbers import FIVE, RAGGED
 
+from milkernels import segment_softmax
+
 pytestmark = needs_extension
 
 _POISON = """
@@ -64,3 +66,23 @@ def test_products_without_the_librarys_micro_kernels(case):
             with threads(count):
                 runs.append(step(case.ours("native"), tensors, offsets, None))
         same_bits(*runs)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_softmax_of_scores_beside_dead_ones(heads, dtype):
+    """Of as many rows as vectors take, and of more and fewer: a compiler once lost what was added beside zeros."""
+    generator = torch.Generator().manual_seed(heads)
+    for rows in (1, 15, 16, 17, 32, 130, 3000):
+        scores = torch.randn(rows, heads, dtype=torch.float64, generator=generator)
+        scores[1:][torch.rand(rows - 1, heads, generator=generator) < 0.3] = -torch.inf
+        scores, grad = scores.to(dtype), torch.randn(rows, heads, dtype=dtype, generator=generator)
+        found = {}
+        for name, given in (("native", scores), ("exact", scores.double())):
+            given = given.clone().requires_grad_()
+            weights = segment_softmax(given, backend=name) if name == "native" else given.softmax(0)
+            found[name] = weights, *torch.autograd.grad(weights, given, grad.to(given.dtype))
+        for ours, exact in zip(found["native"], found["exact"], strict=True):
+            tolerance = 8 * torch.finfo(dtype).eps
+            torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance)

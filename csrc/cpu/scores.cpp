@@ -159,13 +159,16 @@ Tensor segment_softmax_bwd(const Tensor& scores, const OptionalTensor& offsets, 
     const int64_t heads = in.width;
     const A* const from_grad = g.const_data_ptr<A>();
     std::vector<double> sums(in.slots() * heads, 0.), total(in.bags() * heads, 0.);
-    // A weight of 0 hides whatever came back for it.
+    A* const out = grad.mutable_data_ptr<A>();
+    // A weight of 0 hides whatever came back for it. What it leaves is written first and added up then: in one loop GCC 12
+    // turns selecting and adding into a masked addition that loses sums of float64.
     for_slots(in, [&](int64_t, int64_t from, int64_t to, int64_t slot) {
       const A *const w = in.x + from * heads, *const dw = from_grad + from * heads;
+      A* const seen = out + from * heads;
+      for (int64_t i = 0; i < (to - from) * heads; ++i) seen[i] = w[i] != A(0) ? dw[i] : A(0);
       const auto plus = [](double a, double b) { return a + b; };
       reduce_by_head(
-          to - from, heads, 0., &sums[slot * heads],
-          [&](int64_t i) { return w[i] != A(0) ? double(w[i]) * dw[i] : 0.; }, plus, plus);
+          to - from, heads, 0., &sums[slot * heads], [&](int64_t i) { return double(w[i]) * seen[i]; }, plus, plus);
     });
     for (int64_t b = 0; b < in.bags(); ++b) {
       const int64_t from = in.offsets[b], to = in.offsets[b + 1];
@@ -173,7 +176,6 @@ Tensor segment_softmax_bwd(const Tensor& scores, const OptionalTensor& offsets, 
         for (int64_t k = 0; k < heads; ++k) total[b * heads + k] += sums[slot * heads + k];
       }
     }
-    A* const out = grad.mutable_data_ptr<A>();
     for_slots(in, [&](int64_t b, int64_t from, int64_t to, int64_t) {
       for (int64_t i = from * heads; i < to * heads; i += heads) {
         for (int64_t k = 0; k < heads; ++k) {
