@@ -10,6 +10,22 @@ constexpr bool kManyRegisters = Vectorized<float>::size() >= 16;
 constexpr int kHeadBlock = kManyRegisters ? 4 : 2;
 constexpr int kWeightRegisters = kManyRegisters ? 16 : 8;
 
+// Whether rows from memory are read one after another, see heads.h.
+template <typename T>
+constexpr bool one_by_one(int64_t heads) {
+  return heads == 1 && sizeof(T) >= sizeof(float);
+}
+
+// Rows that far ahead are asked for: with half types the processor's own guesses come too late.
+constexpr int64_t kAhead = 8;
+template <typename T>
+inline void prefetch(const T* pair) {
+  constexpr int64_t kLine = 64;
+  for (int64_t i = 0; i < Pair<T>::width * int64_t(sizeof(T)); i += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(pair) + i, 0, 2);
+  }
+}
+
 // Two vectors from 2 * size() elements in the order that costs least: bfloat16 numbers are the upper halves of float32
 // ones, so those at even places are a shift away, those at odd places a mask. in_order puts a pair back.
 template <typename T, typename Step>
@@ -74,6 +90,7 @@ void dots(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T
       unroll<H>([&](auto h) { w[h] = load_vector(v + (k + h) * ld_v + l, step); });
       if constexpr (decltype(centred)::value) c = load_vector(centre + l, step);
       unroll<R>([&](auto i) {
+        if constexpr (R > 1) prefetch<T>(row[i] + kAhead * ld + l);
         auto p = load_quick(row[i] + l, step);
         if constexpr (decltype(centred)::value) p.lo = p.lo - c.lo, p.hi = p.hi - c.hi;
         unroll<H>([&](auto h) { sum[i][h] = fmadd(p.hi, w[h].hi, fmadd(p.lo, w[h].lo, sum[i][h])); });
@@ -87,7 +104,7 @@ void dots(const T* x, int64_t ld, const int32_t* index, int64_t n, const acc_t<T
       else block(r, k, rows, block_heads, std::false_type{});
     });
   };
-  if (streamed) for_blocks<1>(n, all_heads);
+  if (streamed && one_by_one<T>(heads)) for_blocks<1>(n, all_heads);
   else for_blocks<4>(n, all_heads);
 }
 
@@ -111,6 +128,7 @@ void weighted_sums(const T* x, int64_t ld, const int32_t* index, int64_t n, cons
       Pair<A> sum[H];
       unroll<H>([&](auto h) { sum[h] = first ? Pair<A>{V(A(0)), V(A(0))} : Pair<A>::load(sums + h * kStrip + at); });
       unroll<R>([&](auto i) {
+        if (streamed && sizeof(T) < sizeof(float)) prefetch<T>(row[i] + R * ld + at);
         const auto v = load_quick(row[i] + at, step);
         unroll<H>([&](auto h) { sum[h] = {fmadd(w[i][h], v.lo, sum[h].lo), fmadd(w[i][h], v.hi, sum[h].hi)}; });
       });
@@ -122,7 +140,7 @@ void weighted_sums(const T* x, int64_t ld, const int32_t* index, int64_t n, cons
     for (int64_t l = 0; l < width; l += kStrip) {
       const int64_t wide = std::min(kStrip, width - l);
       const auto add = [&](int64_t r, auto rows) { add_rows(k, l, wide, r, r == 0, block_heads, rows); };
-      if (streamed) for_blocks<1>(n, add);
+      if (streamed && one_by_one<T>(heads)) for_blocks<1>(n, add);
       else for_blocks<kWeightRegisters / H>(n, add);
       unroll<H>([&](auto h) {
         const V s(scale[k + h]);
