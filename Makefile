@@ -98,7 +98,7 @@ notebook: build
 test: TIER := quick
 test-all: TIER := all
 test test-all: build
-	@$(PY) -c "import pytest, pytest_benchmark, xdist, numpy, rich, matplotlib, psutil, pandas, tabulate, sklearn, h5py, triton, pytorch_lightning, torchmil" 2>/dev/null || $(PIP) install "milkernels[test]"
+	@$(PY) -c "import pytest, pytest_benchmark, xdist, numpy, rich, matplotlib, psutil, pandas, tabulate, sklearn, h5py, triton, pytorch_lightning, torchmil, torchsurv" 2>/dev/null || $(PIP) install "milkernels[test]"
 	$(PY) -m pytest -ra --durations=15 -n logical --maxprocesses 8 --dist worksteal --tier $(TIER) $(ARGS)
 
 # Not in .venv, which may have to be filled from the network.
