@@ -32,14 +32,14 @@ __device__ inline void find_centre(const A* bag, const A* lse, int heads, int wi
   __syncthreads();
 }
 
-// <bag[k] - centre, grad[k]>, by a warp.
+// <bag[k] - centre, grad[k]>, by a warp, in float64: all rows of a bag share its error, which adds up over them.
 template <typename A>
 __device__ inline A centre_shift(const A* bag, const A* grad, const A* centre, int k, int width) {
-  A sum = 0;
+  double sum = 0;
   for (int c = lane_index(); c < width; c += kWarp) {
-    sum += (bag[int64_t{k} * width + c] - centre[c]) * grad[int64_t{k} * width + c];
+    sum += (double(bag[int64_t{k} * width + c]) - centre[c]) * grad[int64_t{k} * width + c];
   }
-  return warp_sum(sum);
+  return static_cast<A>(warp_sum(sum));
 }
 
 }  // namespace milkernels

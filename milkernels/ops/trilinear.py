@@ -256,7 +256,9 @@ def exponentials(scores: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Te
 def pooled_by_softmax(x: Tensor, scores: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """``(bag, lse)`` in the accumulation type, in which ``scores`` come."""
     dead, e, z, lse = exponentials(scores, segments)
-    return Pool.of(x, e, dead, segments.index, segments.num_bags) / z[:, :, None], lse
+    # Divided before they are pooled: the gradients of a bag's scores then sum to 0 but for their own roundings.
+    weights = (e / segments.to_rows(z)).masked_fill(dead, 0)
+    return Pool.of(x, weights, dead, segments.index, segments.num_bags), lse
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, product: torch.dtype, acc: torch.dtype) -> Tensor:

@@ -203,7 +203,8 @@ def bag_centres(
     BAG, TOTAL, GRAD, CENTRE, SHIFT, L, K, BK: tl.constexpr, BL: tl.constexpr
 ):  # fmt: skip
     """CENTRE [B, L] is the shortest bag vector among a bag's heads that have a row which is not dead (TOTAL is finite
-    and not 0) and only finite numbers. SHIFT[b, k] = <bag[b, k] - centre[b], grad[b, k]>."""
+    and not 0) and only finite numbers. SHIFT[b, k] = <bag[b, k] - centre[b], grad[b, k]>, in float64: its error is one
+    that all rows of a bag share, so that it adds up over them."""
     A: tl.constexpr = CENTRE.dtype.element_ty
     bag = tl.cast(tl.program_id(0), tl.int64)
     shortest = tl.cast(float("inf"), A)
@@ -229,14 +230,14 @@ def bag_centres(
         tl.store(CENTRE + bag * L + c, tl.where(tl.abs(centre) < float("inf"), centre, 0.0), mask=c < L)
     for first in tl.range(0, K, BK):
         k = first + tl.arange(0, BK)
-        shift = tl.zeros([BK], A)
+        shift = tl.zeros([BK], tl.float64)
         for column in tl.range(0, L, BL):
             c = column + tl.arange(0, BL)
             inside = (k < K)[:, None] & (c < L)[None, :]
             at = (bag * K + k)[:, None] * L + c[None, :]
             centre = tl.load(BAG + head * L + c, mask=c < L, other=0.0)
             centre = tl.where(tl.abs(centre) < float("inf"), centre, 0.0)
-            v = tl.load(BAG + at, mask=inside, other=0.0) - centre[None, :]
+            v = tl.load(BAG + at, mask=inside, other=0.0).to(tl.float64) - centre[None, :]
             shift += tl.sum(v * tl.load(GRAD + at, mask=inside, other=0.0), axis=1)
         tl.store(SHIFT + bag * K + k, shift, mask=k < K)
 
