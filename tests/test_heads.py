@@ -10,6 +10,8 @@ from legs import every_backend, every_kernels_backend
 from op_cases import CASES, NAN, close, offsets_of, step
 from oracle import INF
 
+from milkernels import saved_bytes
+
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what Triton's interpreter selects away
 
 # Bags that are a block of threads each, and one of several segments.
@@ -18,10 +20,8 @@ SIZES = {"L": 24, "D": 18, "K": 3, "C": 3, "Q2": 9, "V": 13}
 ROW = 7  # of the first bag
 
 
-def cases(*names: str, marks=()):
-    """Parametrises over those; ``marks`` are for the last two."""
-    last = [pytest.param(CASES[name], marks=marks) for name in names[-2:]]
-    return pytest.mark.parametrize("case", [*(CASES[name] for name in names[:-2]), *last], ids=names)
+def cases(*names: str):
+    return pytest.mark.parametrize("case", [CASES[name] for name in names], ids=names)
 
 
 class OtherHeads(op_cases.Case):
@@ -77,14 +77,12 @@ def _aim(vectors, row) -> None:
 @cases(
     *("softmax_pool", "query_pool", "query_pool-shared", "attention_pool", "gated_attention_pool"),
     *("dsmil_pool", "dsmil_pool-linear-v", "dsmil_pool-mlp-q", "dsmil_pool-relu-v"),
-    # What rounding leaves of the sum of its score gradients is taken off the query's where rows themselves are pooled
-    # and scored; of an MLP query in bfloat16 not where its hidden units are kept, without matrix units.
-    marks=pytest.mark.xfail(strict=False, reason="3 to 5 times eager's error of q_weight beside some libraries"),
 )
 @every_kernels_backend  # the reference rounds as eager PyTorch does
 def test_a_row_that_one_head_looks_at_costs_the_others_no_digit(backend, case, lengths, dtype):
     case = other_heads_of(case, _seen_by_the_first_head_alone)
-    kept = op_cases.promise(case, backend, dtype, lengths=lengths, seeds=3, **SIZES)
+    with saved_bytes(0):  # hidden units that are kept in bfloat16 have eager's error, which is another for each seed
+        kept = op_cases.promise(case, backend, dtype, lengths=lengths, seeds=3, **SIZES)
     assert kept.ok, kept.broken()
 
 
