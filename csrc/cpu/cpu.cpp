@@ -11,6 +11,7 @@
 #include <mutex>
 
 #include "kept.h"
+#include "matmul.h"
 
 namespace milkernels {
 
@@ -176,14 +177,14 @@ std::vector<int64_t> checked_offsets(const std::optional<at::Tensor>& offsets, i
 }
 
 int bf16_planes(ScalarType x, std::optional<ScalarType> compute) {
-  const bool available = emulated || at::native::cpublas::could_pack(at::kBFloat16);
-  if (!available || x == at::kDouble) return 0;
+  const bool one = emulated || has_bf16_products(), three = emulated || has_matrix_units();  // products of planes
+  if (x == at::kDouble) return 0;
   const ScalarType type = compute.value_or(x);
-  if (type == at::kBFloat16) return 1;
-  if (type == at::kHalf) return 2;
+  if (type == at::kBFloat16) return one ? 1 : 0;
+  if (type == at::kHalf) return three ? 2 : 0;
   switch (at::globalContext().float32MatmulPrecision()) {
-    case at::Float32MatmulPrecision::MEDIUM: return 1;
-    case at::Float32MatmulPrecision::HIGH: return 2;
+    case at::Float32MatmulPrecision::MEDIUM: return one ? 1 : 0;
+    case at::Float32MatmulPrecision::HIGH: return three ? 2 : 0;
     default: return 0;
   }
 }

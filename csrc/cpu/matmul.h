@@ -2,7 +2,8 @@
 // laid out for it, and the call. Three kinds of element:
 //   float     brgemm in float32, PyTorch's micro-kernels of oneDNN; half types are converted tile by tile
 //   double    for float64, the vectors of this page
-//   BFloat16  brgemm on the matrix units (AMX). A number is the sum of `planes` bfloat16 numbers: one plane is bfloat16
+//   BFloat16  brgemm on the matrix units (AMX), or with AVX-512's instructions for bfloat16, which multiply twice as many
+//             numbers as those for float32. A number is the sum of `planes` bfloat16 numbers: one plane is bfloat16
 //             itself, two hold a float16 exactly, and hi*hi + hi*lo + lo*hi is then the float16 product.
 #pragma once
 
@@ -36,10 +37,20 @@ inline bool has_matrix_units() {
   return value;
 }
 
-// Without matrix units a BFloat16 product is reached by tests only: the layouts are then provable on any machine.
+// Whether the machine multiplies bfloat16 faster than float32.
+inline bool has_bf16_products() {
+#if defined(__x86_64__) && AT_MKLDNN_ENABLED()
+  static const bool instructions = __builtin_cpu_supports("avx512bf16");
+  return has_matrix_units() || (instructions && at::globalContext().userEnabledMkldnn());
+#else
+  return has_matrix_units();
+#endif
+}
+
+// On other machines a BFloat16 product is reached by tests only: the layouts are then provable on any.
 inline void bf16_product(int64_t M, int64_t N, int64_t K, Matrix<BFloat16> a, Matrix<BFloat16> b, float* c, int64_t ldc,
                          bool add) {
-  if (has_matrix_units()) {
+  if (has_bf16_products()) {
     at::native::cpublas::brgemm(M, N, K, a.ld, b.ld, ldc, add, a.data, b.data, c, /*is_vnni=*/true);
     return;
   }
