@@ -33,6 +33,14 @@ for name, case in COMPILED.items():
 torch.save(out, sys.argv[1])
 """
 
+_HALF = """
+import op_cases
+import torch
+for dtype in (torch.bfloat16, torch.float16):
+    kept = op_cases.promise(op_cases.CASES["gated_attention_pool"], "native", dtype, lengths=(70, 5, 130), seeds=3)
+    assert kept.ok, kept.broken()
+"""
+
 
 @of_the_cpu
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="MALLOC_PERTURB_ is glibc's")
@@ -66,6 +74,15 @@ def test_products_without_the_librarys_micro_kernels(case):
             with threads(count):
                 runs.append(step(case.ours("native"), tensors, offsets, None))
         same_bits(*runs)
+
+
+@of_the_cpu
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE"])
+def test_half_types_where_the_library_is_told_to_use_less(instructions):
+    """Than the machine has: its micro-kernels for bfloat16 then raise."""
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    env = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions, "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", _HALF], env=env, check=True)
 
 
 @needs_extension

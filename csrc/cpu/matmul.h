@@ -37,15 +37,28 @@ inline bool has_matrix_units() {
   return value;
 }
 
-// Whether the machine multiplies bfloat16 faster than float32.
-inline bool has_bf16_products() {
+// Whether PyTorch has micro-kernels of AVX-512's instructions for bfloat16 here: oneDNN may be told to use less.
+inline bool has_bf16_instructions() {
 #if defined(__x86_64__) && AT_MKLDNN_ENABLED()
-  static const bool instructions = __builtin_cpu_supports("avx512bf16");
-  return has_matrix_units() || (instructions && at::globalContext().userEnabledMkldnn());
+  static const bool value = [] {
+    if (!__builtin_cpu_supports("avx512bf16")) return false;
+    const std::vector<BFloat16> a(16 * 64, BFloat16(0)), b(64 * 64, BFloat16(0));
+    std::vector<float> c(16 * 64);
+    try {
+      at::native::cpublas::brgemm(16, 64, 64, 64, 64, 64, false, a.data(), b.data(), c.data(), /*is_vnni=*/true);
+      return true;
+    } catch (const std::exception&) {
+      return false;
+    }
+  }();
+  return value && at::globalContext().userEnabledMkldnn();
 #else
-  return has_matrix_units();
+  return false;
 #endif
 }
+
+// Whether bfloat16 is multiplied faster than float32.
+inline bool has_bf16_products() { return has_matrix_units() || has_bf16_instructions(); }
 
 // On other machines a BFloat16 product is reached by tests only: the layouts are then provable on any.
 inline void bf16_product(int64_t M, int64_t N, int64_t K, Matrix<BFloat16> a, Matrix<BFloat16> b, float* c, int64_t ldc,
@@ -164,9 +177,9 @@ inline void write_elements(const S* x, E* y, int64_t n, int planes, int64_t plan
   convert_row(x, y, n);
 }
 
-// to[c][r] = from[r][c]
+// to[c][r] = from[r][c]; not inline, where the compiler would warn of tiles that known sizes do not have.
 template <typename E>
-inline void transpose(const E* from, int64_t ld_from, int64_t rows, int64_t columns, E* to, int64_t ld_to) {
+C10_NOINLINE void transpose(const E* from, int64_t ld_from, int64_t rows, int64_t columns, E* to, int64_t ld_to) {
   constexpr int64_t kTile = 16;
   for (int64_t c = 0; c < columns; c += kTile) {
     for (int64_t r = 0; r < rows; r += kTile) {
@@ -189,13 +202,13 @@ class Packed {
   using A = acc_t<E>;
 
   Packed(int64_t rows, int64_t columns, int planes)
-      : rows_(rows), columns_(columns), depth_(depth_of(rows)), planes_(planes),
-        plane_stride_(round_up(columns, kBlock) * depth_), buffer_(planes * plane_stride_) {}
+      : columns_(columns), depth_(depth_of(rows)), plane_stride_(round_up(columns, kBlock) * depth_),
+        buffer_(planes * plane_stride_) {}
 
   // Element (k, n) is column(n)[k]; a null column is zeros.
   template <typename Column>
   static Packed from_columns(int64_t rows, int64_t columns, int planes, const Column& column) {
-    constexpr int64_t kPiece = 16;  // of a column at a time, so that the lines written to stay in the nearest cache
+    constexpr int64_t kPiece = kPair == 1 ? 16 : 64;  // of a column at a time, so that it stays in the nearest cache
     Packed packed(rows, columns, planes);
     packed.for_blocks([&](int64_t n, E* block) {
       if constexpr (kPair == 1) {  // columns that lie one after the other are a matrix to transpose
@@ -205,17 +218,23 @@ class Packed {
           return;
         }
       }
-      E piece[3 * kPiece];
+      // Pairs of rows lie together and are moved as one.
+      using Pairs = std::conditional_t<kPair == 1, E, float>;
+      constexpr int64_t kPlane = kBlock * kPiece;
+      alignas(64) Pairs pairs[(kPair == 1 ? 1 : 3) * kPlane / kPair] = {};
+      E* const piece = reinterpret_cast<E*>(pairs);
       for (int64_t k = 0; k < rows; k += kPiece) {
         const int64_t count = std::min(kPiece, rows - k);
-        for (int64_t j = 0; j < kBlock; ++j) {
-          const A* const from = n + j < columns ? column(n + j) : nullptr;
-          if (from != nullptr) write_elements(from + k, piece, count, planes, kPiece);
-          else std::fill_n(piece, 3 * kPiece, E(0));
-          for (int p = 0; p < planes; ++p) {
-            E* const to = block + p * packed.plane_stride_ + k * kBlock + j * kPair;
-            for (int64_t i = 0; i < count; ++i) to[i / kPair * kPair * kBlock + i % kPair] = piece[p * kPiece + i];
-          }
+        for (int64_t j = 0; j < std::min(kBlock, columns - n); ++j) {
+          const A* const from = column(n + j);
+          E* const to = piece + j * kPiece;
+          const int64_t given = from == nullptr ? 0 : count;
+          if (given != 0) write_elements(from + k, to, count, planes, kPlane);
+          for (int p = 0; p < planes; ++p) std::memset(to + p * kPlane + given, 0, (kPiece - given) * sizeof(E));
+        }
+        for (int p = 0; p < planes; ++p) {
+          transpose(pairs + p * kPlane / kPair, kPiece / kPair, kBlock, ceil_div(count, kPair),
+                    reinterpret_cast<Pairs*>(block + p * packed.plane_stride_ + k * kBlock), kBlock);
         }
       }
     });
@@ -227,14 +246,19 @@ class Packed {
   static Packed from_rows(int64_t rows, int64_t columns, int planes, const Row& row) {
     Packed packed(rows, columns, planes);
     packed.for_blocks([&](int64_t n, E* block) {
-      E piece[3 * kBlock];
+      E piece[kPair][3 * kBlock];
       const int64_t count = std::min(kBlock, columns - n);
-      for (int64_t k = 0; k < rows; ++k) {
-        std::fill_n(piece, 3 * kBlock, E(0));
-        if (const A* const from = row(k)) write_elements(from + n, piece, count, planes, kBlock);
+      for (int64_t k = 0; k < rows; k += kPair) {
+        for (int64_t i = 0; i < kPair; ++i) {
+          std::fill_n(piece[i], 3 * kBlock, E(0));
+          const A* const from = k + i < rows ? row(k + i) : nullptr;
+          if (from != nullptr) write_elements(from + n, piece[i], count, planes, kBlock);
+        }
         for (int p = 0; p < planes; ++p) {
-          E* const to = block + p * packed.plane_stride_ + k / kPair * kPair * kBlock + k % kPair;
-          for (int64_t j = 0; j < kBlock; ++j) to[j * kPair] = piece[p * kBlock + j];
+          E* const to = block + p * packed.plane_stride_ + k * kBlock;
+          for (int64_t j = 0; j < kBlock; ++j) {
+            for (int64_t i = 0; i < kPair; ++i) to[j * kPair + i] = piece[i][p * kBlock + j];
+          }
         }
       }
     });
@@ -262,19 +286,11 @@ class Packed {
   template <typename F>
   void for_blocks(const F& fill) {
     at::parallel_for(0, ceil_div(columns_, kBlock), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        E* const block = buffer_.get() + b * kBlock * depth_;
-        for (int p = 0; depth_ != rows_ && p < planes_; ++p) {  // the row that makes an odd number even
-          std::fill_n(block + p * plane_stride_ + (depth_ - kPair) * kBlock, kPair * kBlock, E(0));
-        }
-        fill(b * kBlock, block);
-      }
+      for (int64_t b = begin; b < end; ++b) fill(b * kBlock, buffer_.get() + b * kBlock * depth_);
     });
   }
 
-  int64_t rows_, columns_, depth_;
-  int planes_;
-  int64_t plane_stride_;
+  int64_t columns_, depth_, plane_stride_;
   Buffer<E> buffer_;
 };
 
