@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 from milkernels.arguments import DTYPES, check_type, required
 from milkernels.bags import collate_bags
 
-Path_ = str | os.PathLike
 _SUFFIXES = (".pt", ".pth", ".h5", ".hdf5", ".npy", ".npz", ".zarr")
 
 
@@ -105,7 +104,9 @@ def _tensor(arrays: Mapping[str, Any], key: str) -> Tensor:
     return item.detach().reshape(shape)
 
 
-def read_bag(path: Path_, *, features: str = "features", extras: Sequence[str] | None = None) -> dict[str, Tensor]:
+def read_bag(
+    path: str | os.PathLike, *, features: str = "features", extras: Sequence[str] | None = None
+) -> dict[str, Tensor]:
     """The bag in a feature file, ``{"features": [n, L], "coords": [n, 2]}``.
 
     Args:
@@ -179,7 +180,7 @@ class FeatureFolder(Dataset):
 
     def __init__(
         self,
-        root: Path_,
+        root: str | os.PathLike,
         labels: Mapping[str, Any] | None = None,
         *,
         features: str = "features",
