@@ -28,7 +28,7 @@ SUFFIX = "_torch" + "_".join(torch.__version__.split(".")[:2])  # of those that 
 _BUILD = (
     "in the source tree, with a C++ compiler (and CUDA's for kernels for CUDA tensors), this builds it: "
     '`pip install "setuptools>=77" ninja`, then '
-    "`pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall .`; "
+    "`pip install --no-build-isolation --no-deps -e .`; "
     "where make installed it, `make MILKERNELS_CPU=all` (the default is the best instruction set alone)"
 )
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import sys
 import warnings
 from collections import Counter
 
@@ -188,11 +189,13 @@ def test_code_in_a_file_does_not_run(new, tmp_path):
     assert not evil.path.exists()
 
 
-def test_h5py_is_asked_for(tmp_path, monkeypatch):
+def test_what_is_missing_is_asked_for(tmp_path, monkeypatch):
     write_h5(tmp_path / "a.h5", {"features": features()})
-    monkeypatch.setitem(__import__("sys").modules, "h5py", None)
-    with pytest.raises(ImportError, match=r"pip install milkernels\[data\]"):
-        read_bag(tmp_path / "a.h5")
+    (tmp_path / "a.zarr").mkdir()
+    for name, installed_by in (("h5py", r"milkernels\[data\]"), ("zarr", "zarr")):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ImportError, match=f"needs {name}: pip install {installed_by};"):
+            read_bag(tmp_path / f"a.{name.replace('5py', '5')}")
 
 
 # Folders
@@ -469,10 +472,10 @@ def test_bad_arguments(arguments, said):
 def test_examples_in_the_docstrings():
     import doctest
 
-    from milkernels import data, losses
+    from milkernels import losses
     from milkernels.data import batches, files
     from milkernels.nn import models
 
-    for module in (data, batches, files, losses, models):
+    for module in (batches, files, losses, models):
         result = doctest.testmod(module)
         assert result.attempted and not result.failed

@@ -87,8 +87,9 @@ class Logits(nn.Module):
         super().__init__()
         self.model, self.pick = model, pick
 
-    def forward(self, *args) -> Tensor:
-        return self.pick(self.model(*args))
+    # Not *args: what PyTorch 2.9 exports of a forward with dynamic shapes asks for them by another name than it has.
+    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+        return self.pick(self.model(x) if offsets is None else self.model(x, offsets))
 
 
 def accelerated() -> tuple[nn.Module, nn.Module]:

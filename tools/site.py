@@ -43,6 +43,12 @@ def on_files(files: Files, config) -> Files:
     return files
 
 
+def on_post_build(config) -> None:
+    """The index of the search as a script too: a page that was opened from the disk may load nothing else."""
+    search = Path(config.site_dir, "search")
+    (search / "search_index.js").write_text(f"var __index = {(search / 'search_index.json').read_text()}")
+
+
 def linked(text: str, source: str, pages: dict[str, str]) -> str:
     """``text`` with its links as they are on the site: to a page of it, or, for a file that is not there, none."""
 

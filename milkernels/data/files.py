@@ -1,12 +1,11 @@
 """Feature files, one for each slide, and a folder of them as a data set."""
 
 import functools
-import importlib
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,87 +13,67 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from milkernels.arguments import DTYPES, check_type
+from milkernels.arguments import DTYPES, check_type, required
 from milkernels.bags import collate_bags
 
-Path_ = str | os.PathLike
+_SUFFIXES = (".pt", ".pth", ".h5", ".hdf5", ".npy", ".npz", ".zarr")
 
 
 def _require(name: str):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"milkernels.data needs {name}: pip install milkernels[data]; got: {error}") from error
-
-
-# What lies in a file: arrays by name, whose shapes are known before they are read
-
-
-@contextmanager
-def _pt(path: Path, key: str) -> Iterator[Mapping[str, Any]]:
-    """Mapped, where it is of the format that PyTorch writes since 1.6."""
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    yield content if isinstance(content, Mapping) else {key: content}
-
-
-@contextmanager
-def _npy(path: Path, key: str) -> Iterator[Mapping[str, Any]]:
-    yield {key: _require("numpy").load(path, mmap_mode="c", allow_pickle=False)}
-
-
-@contextmanager
-def _npz(path: Path, key: str) -> Iterator[Mapping[str, Any]]:
-    with _require("numpy").load(path, allow_pickle=False) as archive:
-        yield {key: archive["arr_0"]} if archive.files == ["arr_0"] else dict(archive)
-
-
-@contextmanager
-def _h5(path: Path, key: str) -> Iterator[Mapping[str, Any]]:
-    h5py = _require("h5py")
-    with h5py.File(path, "r") as file:
-        yield {name: _mapped(path, item) for name, item in file.items() if isinstance(item, h5py.Dataset)}
-
-
-def _mapped(path: Path, dataset):
-    """A dataset that is neither cut into chunks nor compressed is a stretch of the file."""
-    offset = None if dataset.is_virtual or dataset.chunks or dataset.external else dataset.id.get_offset()
-    if not offset or not dataset.size or dataset.dtype.kind not in "fiu" or offset % dataset.dtype.itemsize:
-        return dataset
-    return _require("numpy").memmap(path, dataset.dtype, "c", offset, dataset.shape)
-
-
-@contextmanager
-def _zarr(path: Path, key: str) -> Iterator[Mapping[str, Any]]:
-    content = _require("zarr").open(str(path), mode="r")
-    yield dict(content.arrays()) if hasattr(content, "arrays") else {key: content}
-
-
-_FORMATS: dict[str, Callable] = {".pt": _pt, ".pth": _pt, ".h5": _h5, ".hdf5": _h5, ".npy": _npy, ".npz": _npz}
-_FORMATS[".zarr"] = _zarr
+    return required(name, "milkernels.data", "zarr" if name == "zarr" else "milkernels[data]")
 
 
 @contextmanager
 def _arrays(path: Path, key: str) -> Iterator[Mapping[str, Any]]:
-    """What ``path`` holds; whatever is wrong with it becomes an error that names it."""
-    if path.suffix.lower() not in _FORMATS:
-        raise ValueError(f"{path} must be one of {', '.join(_FORMATS)}; got {path.suffix or 'no suffix'!r}")
+    """What a file holds, by name, with shapes that are known before it is read.
+
+    Whatever is wrong with it, also what the block finds wrong, becomes an error that names the file.
+    """
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"{path} must be one of {', '.join(_SUFFIXES)}; got {path.suffix or 'no suffix'!r}")
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there")
     if path.is_file() and not path.stat().st_size:
         raise ValueError(f"{path} is empty: it has 0 bytes")
     try:
-        with _FORMATS[path.suffix.lower()](path, key) as arrays:
-            yield arrays
+        with ExitStack() as opened:
+            content = _content(path, opened)
+            yield content if isinstance(content, Mapping) else {key: content}
+    except ImportError:
+        raise
     except pickle.UnpicklingError as error:
         said = str(error).partition("\n")[0]
         raise ValueError(
             f"{path} holds more than tensors, or is damaged; other objects could run code, so they are not read "
             f"(weights_only=True): save the tensor itself. PyTorch says: {said}"
         ) from error
-    except ImportError:
-        raise
     except Exception as error:  # of any type, with damaged files
         raise ValueError(f"{path} cannot be read as a bag: {error}") from error
+
+
+def _content(path: Path, opened: ExitStack) -> Any:
+    """One array, or arrays by name; mapped where the format can."""
+    suffix = path.suffix.lower()
+    if suffix in (".pt", ".pth"):  # PyTorch writes archives since 1.6
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if suffix == ".npy":
+        return _require("numpy").load(path, mmap_mode="c", allow_pickle=False)
+    if suffix == ".npz":
+        archive = opened.enter_context(_require("numpy").load(path, allow_pickle=False))
+        return archive["arr_0"] if archive.files == ["arr_0"] else dict(archive)
+    if suffix == ".zarr":
+        content = _require("zarr").open(str(path), mode="r")
+        return dict(content.arrays()) if hasattr(content, "arrays") else content
+    file = opened.enter_context(_require("h5py").File(path, "r"))
+    return {name: _mapped(path, item) for name, item in file.items() if hasattr(item, "shape")}
+
+
+def _mapped(path: Path, dataset):
+    """An h5 dataset that is neither cut into chunks nor compressed is a stretch of the file."""
+    offset = None if dataset.is_virtual or dataset.chunks or dataset.external else dataset.id.get_offset()
+    if not offset or not dataset.size or dataset.dtype.kind not in "fiu" or offset % dataset.dtype.itemsize:
+        return dataset
+    return _require("numpy").memmap(path, dataset.dtype, "c", offset, dataset.shape)
 
 
 def _shape(arrays: Mapping[str, Any], key: str) -> tuple[int, ...]:
@@ -116,8 +95,7 @@ def _length(arrays: Mapping[str, Any], key: str) -> int:
 def _tensor(arrays: Mapping[str, Any], key: str) -> Tensor:
     shape, item = _shape(arrays, key), arrays[key]
     if not isinstance(item, Tensor):
-        numpy = _require("numpy")
-        array = numpy.asarray(item[...])
+        array = item[...]
         if array.dtype.kind not in "fiub":
             raise ValueError(f"{key!r} must hold numbers that PyTorch knows; got {array.dtype} (bfloat16 needs .pt)")
         item = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
@@ -126,12 +104,14 @@ def _tensor(arrays: Mapping[str, Any], key: str) -> Tensor:
     return item.detach().reshape(shape)
 
 
-def read_bag(path: Path_, *, features: str = "features", extras: Sequence[str] | None = None) -> dict[str, Tensor]:
+def read_bag(
+    path: str | os.PathLike, *, features: str = "features", extras: Sequence[str] | None = None
+) -> dict[str, Tensor]:
     """The bag in a feature file, ``{"features": [n, L], "coords": [n, 2]}``.
 
     Args:
-        path: ``.pt`` (a tensor, or a dict of them), ``.h5`` or ``.hdf5``, ``.npy``, ``.npz``, or ``.zarr`` with zarr
-            installed.  What the file has as ``[1, n, ...]``, as TRIDENT may, becomes ``[n, ...]``.
+        path: ``.pt`` (a tensor, or a dict of them), ``.h5``, ``.hdf5``, ``.npy``, ``.npz`` or ``.zarr``.  What the file
+            has as ``[1, n, ...]``, as TRIDENT may, becomes ``[n, ...]``.
         features: the name of the features in it; what has no names, a tensor or an ``.npy``, holds them alone.
         extras: names of what else has a row for each instance.  None reads "coords" where they are.
 
@@ -139,11 +119,9 @@ def read_bag(path: Path_, *, features: str = "features", extras: Sequence[str] |
     datasets are mapped, not read: memory fills as rows are used, and writing to the tensors does not change the file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ImportError: h5py or zarr is needed, and missing.
-        TypeError, ValueError: a file, which the message names, that is truncated, empty, of another format, without
-            instances, without an entry of that name, with other numbers of rows, or a ``.pt`` that holds more than
-            tensors: such files could run code, and are not read.
+        FileNotFoundError, ImportError: no such file; NumPy, h5py or zarr is needed, and missing.
+        ValueError: a file, which the message names, that is truncated, empty, of another format, without such features,
+            with other numbers of rows, or a ``.pt`` that holds more than tensors: it could run code, and is not read.
 
     >>> import tempfile, torch
     >>> from milkernels.data import read_bag
@@ -177,9 +155,7 @@ class FeatureFolder(Dataset):
             file must.
 
     ``folder[i]`` is a dict of ``features [n, L]``, the extras, ``label`` and ``name``, read when it is asked for.
-    ``folder.collate`` is the ``collate_fn``: it makes ``Bags`` of the features, with the extras in them.  Attributes:
-    ``names``, ``paths``, ``labels`` (None without), and what is found when it is asked for: ``extras``, ``width`` and
-    ``dtype``, by reading the first file, and ``lengths``, by reading the head of every file (all of an ``.npz``).
+    ``names``, ``paths`` and ``labels`` (None without) are lists of what was found.
 
     Raises:
         FileNotFoundError: no such folder, or no file of a slide that has a label.
@@ -187,18 +163,24 @@ class FeatureFolder(Dataset):
             another width or type than the first.
 
     >>> import tempfile, torch
-    >>> from milkernels.data import FeatureFolder
+    >>> from torch.utils.data import DataLoader
+    >>> from milkernels.data import BagBatchSampler, FeatureFolder
     >>> root = tempfile.mkdtemp()
-    >>> for name in "abc":
-    ...     torch.save(torch.randn(7, 16), f"{root}/{name}.pt")
-    >>> folder = FeatureFolder(root, labels={"c": 1, "a": 0})
-    >>> folder.names, folder.labels, folder.lengths, folder.width
-    (['c', 'a'], [1, 0], [7, 7], 16)
+    >>> for name, patches in (("first", 7), ("second", 4), ("third", 9)):
+    ...     file = {"features": torch.randn(patches, 16), "coords": torch.zeros(patches, 2)}
+    ...     torch.save(file, f"{root}/{name}.pt")
+    >>> folder = FeatureFolder(root, labels={"first": 0, "third": 1})
+    >>> sampler = BagBatchSampler(folder.lengths, max_instances=20)
+    >>> (batch,) = DataLoader(folder, batch_sampler=sampler, collate_fn=folder.collate)
+    >>> batch["features"]
+    Bags(2 bags, values=[16, 16] torch.float32 on cpu, extras=['coords'])
+    >>> sorted(zip(batch["name"], batch["label"].tolist()))
+    [('first', 0), ('third', 1)]
     """
 
     def __init__(
         self,
-        root: Path_,
+        root: str | os.PathLike,
         labels: Mapping[str, Any] | None = None,
         *,
         features: str = "features",
@@ -209,66 +191,65 @@ class FeatureFolder(Dataset):
             raise FileNotFoundError(f"root must be a folder; got {root}")
         files: dict[str, Path] = {}
         for path in sorted(self.root.iterdir()):
-            known = path.suffix.lower() in _FORMATS and not path.name.startswith(".")
+            known = path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
             if known and files.setdefault(path.stem, path) != path:
                 raise ValueError(f"root must have one file for each slide; got {files[path.stem].name} and {path.name}")
         if not files:
-            raise ValueError(f"{root} has no feature files ({', '.join(_FORMATS)})")
-        check_type("labels", {} if labels is None else labels, Mapping, "a mapping of slides to labels")
-        missing = [] if labels is None else [name for name in labels if name not in files]
-        if missing:
-            raise FileNotFoundError(f"{root} has no file of {len(missing)} slides: {', '.join(map(str, missing[:3]))}")
+            raise ValueError(f"{root} has no feature files ({', '.join(_SUFFIXES)})")
+        if labels is not None:
+            check_type("labels", labels, Mapping, "a mapping of slides to labels")
+            if not labels:
+                raise ValueError(f"labels must name at least one slide; got {labels}")
+            if missing := [str(name) for name in labels if name not in files]:
+                raise FileNotFoundError(f"{root} has no file of {len(missing)} slides: {', '.join(missing[:3])}")
         self.names = list(files if labels is None else labels)
         self.paths = [files[name] for name in self.names]
         self.labels = None if labels is None else list(labels.values())
-        if not self.names:
-            raise ValueError(f"labels must name at least one slide; got {labels}")
         self._extras = extras if extras is None else tuple(extras)
 
     @functools.cached_property
     def _first(self) -> tuple[tuple[str, ...], int, torch.dtype]:
-        """What the others have to be like: extras, width and type of the first bag."""
+        """What the others have to be like."""
         first = read_bag(self.paths[0], features=self.features, extras=self._extras)
         x = first.pop("features")
         return tuple(first), x.shape[1], x.dtype
 
     @property
     def extras(self) -> tuple[str, ...]:
-        """Names of what has a row for each instance."""
+        """Names of what has a row for each instance, those of the first file."""
         return self._first[0]
 
     @property
     def width(self) -> int:
-        """L, of all bags."""
+        """L, that of the first file."""
         return self._first[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of all features."""
+        """The type of features, that of the first file."""
         return self._first[2]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        path = self.paths[index]
-        bag = read_bag(path, features=self.features, extras=self.extras)
-        got, first = bag["features"], (self.width, self.dtype)
-        if (got.shape[1], got.dtype) != first:
-            other = f"{self.paths[0].name} has {first[0]}, {first[1]}"
-            raise ValueError(f"{path} has features of width {got.shape[1]}, {got.dtype}; {other}")
-        label = {} if self.labels is None else {"label": self.labels[index]}
-        return bag | label | {"name": self.names[index]}
 
     @functools.cached_property
     def lengths(self) -> list[int]:
-        """The number of instances of each bag."""
+        """The number of instances of each bag, by reading the head of every file (all of an ``.npz``)."""
         found = []
         for path in self.paths:
             with _arrays(path, self.features) as arrays:
                 found.append(_length(arrays, self.features))
         return found
 
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path, (extras, *first) = self.paths[index], self._first
+        bag = read_bag(path, features=self.features, extras=extras)
+        if (got := [bag["features"].shape[1], bag["features"].dtype]) != first:
+            other = f"{self.paths[0].name} has {first[0]}, {first[1]}"
+            raise ValueError(f"{path} has features of width {got[0]}, {got[1]}; {other}")
+        label = {} if self.labels is None else {"label": self.labels[index]}
+        return bag | label | {"name": self.names[index]}
+
     def collate(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """``{"features": Bags, "label": [B], "name": list of B}`` of samples."""
+        """``{"features": Bags, "label": [B], "name": list of B}`` of samples: a ``collate_fn``."""
         return collate_bags(batch, per_instance=self.extras)
