@@ -238,7 +238,7 @@ def _weighted_sums(weights: Node, rows: Node) -> tuple[Node | None, tuple[Node, 
     found, averages = [], []
     for user in dict.fromkeys(uses(weights)):
         if op(user) == "mean" and longer(user) == longer(rows)[:-1]:
-            averages += [node for node in dict.fromkeys(uses(user)) if _sums(node, user, rows)]
+            averages += [average for node in dict.fromkeys(uses(user)) for average in _sums(node, user, rows)]
         else:
             found += _sums(user, weights, rows)
     bag = found[0] if len(found) == 1 else None
@@ -251,8 +251,7 @@ def _sums(user: Node, weights: Node, rows: Node) -> list[Node | None]:
     if op(user) in _PRODUCTS:
         return [user if others == {root(rows)} else None]
     if op(user) == "mul" and others == {root(rows)}:
-        sums = dict.fromkeys(uses(user))
-        return [node if op(node) == "sum" and len(sums) == 1 else None for node in sums]
+        return [node if op(node) == "sum" else None for node in dict.fromkeys(uses(user))]
     return []
 
 
