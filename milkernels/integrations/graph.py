@@ -70,15 +70,20 @@ def is_off(node: Node) -> bool:
 def _is_view(node: Node) -> bool:
     if op(node) in ("expand", "select", "slice"):
         return longer(node) == longer(node.args[0])
-    if op(node) in ("clone", "contiguous") or op(node) in _VIEWS:
-        return True
-    return is_off(node)
+    if op(node) in ("stack", "cat"):
+        return len(node.args[0]) == 1
+    return op(node) in _VIEWS or is_off(node)
+
+
+def _viewed(node: Node) -> Node:
+    """What a view is of."""
+    return node.all_input_nodes[0]
 
 
 def root(node: Node) -> Node:
     """What it is a view of."""
     while _is_view(node):
-        node = node.args[0]
+        node = _viewed(node)
     return node
 
 
@@ -120,7 +125,8 @@ class Fold(NamedTuple):
 
 
 class Match(NamedTuple):
-    """One attention pooling.  Letters name the dimensions of its nodes: b bags, n instances, k heads, l features, 1."""
+    """One attention pooling.  Letters name the dimensions of its nodes: b bags, n instances, m instances of all bags, k
+    heads, l features, 1."""
 
     gate: Gate
     rows: Node  # [(b,) n, l]: what is scored and pooled
@@ -163,12 +169,13 @@ def _match(weights: Node) -> Match | None:
     if len(gates) != 1:
         return None
     (gate,) = gates
-    rows, width = gate.v.args[0], sizes(gate.v.args[0])[-1]
-    bag, averages = _weighted_sums(weights, rows)
-    if bag is None or not 2 <= len(longer(rows)) <= 3:
+    instances = sizes(weights)[weights.args[1]]
+    rows = _by_bags(gate.v.args[0], instances)
+    if rows is None or isinstance(instances, int):
         return None
-    instances = longer(rows)[-2]
-    if sizes(weights)[weights.args[1]] != instances or isinstance(instances, int):
+    bag, averages = _weighted_sums(weights, rows)
+    width = sizes(rows)[-1]
+    if bag is None:
         return None
     names = {instances: "n", width: "l"}
     names |= {longer(rows)[0]: "b"} if len(longer(rows)) == 3 else {}
@@ -176,15 +183,27 @@ def _match(weights: Node) -> Match | None:
     if heads in names or len(names) != len(longer(rows)):  # sizes that do not tell dimensions apart
         return None
     names |= {heads: "k"}
+    if "b" in names.values():
+        names |= {longer(rows)[0] * instances: "m"}  # instances of all bags
     if None in averages:
         return None
     want = {rows: "bnl", gate.w: "bnk", weights.args[0]: "bnk", weights: "bnk", bag: "bkl"}
     want |= dict.fromkeys(averages, "bl")
     letters = {node: "".join("1" if s == 1 else names.get(s, "?") for s in sizes(node)) for node in want}
     absent = {"1"} | ({"b"} - set(names.values())) | ({"k"} if heads == 1 else set())
-    if any(sorted(letters[n].replace("1", "")) != sorted(set(w) - absent) for n, w in want.items()):
+    known = {node: text.replace("1", "").replace("m", "bn") for node, text in letters.items()}
+    if any(sorted(known[node]) != sorted(set(w) - absent) for node, w in want.items()):
         return None
     return Match(gate, rows, weights.args[0], weights, bag, averages, letters)
+
+
+def _by_bags(rows: Node, instances: Any) -> Node | None:
+    """The rows that are scored, or what they are a view of, where their instances have a dimension of their own."""
+    while not (2 <= len(longer(rows)) <= 3 and longer(rows)[-2] == instances):
+        if not _is_view(rows):
+            return None
+        rows = _viewed(rows)
+    return rows
 
 
 def _sources(node: Node) -> Iterator[Node]:
@@ -368,10 +387,10 @@ def _front(match: Match) -> Front | None:
 
 
 def _between(last: Node, first: Node) -> Iterator[Node]:
-    """From a node back to what it was made of, both included, by first arguments."""
+    """From a node back to what it was made of, both included, by first inputs."""
     while last is not first:
         yield last
-        last = last.args[0]
+        last = _viewed(last)
     yield first
 
 
@@ -399,7 +418,7 @@ def without_writes(graph: fx.Graph, buffers: Collection[Node] = ()) -> set[Node]
             node.target = plain
             continue
         while _shares(target) or _is_view(target):
-            target = target.args[0]
+            target = _viewed(target)
         if target.op == "placeholder":
             refuse("its forward writes into what it is given, or a parameter")
         written |= {target, node}
