@@ -58,6 +58,12 @@ MUTANTS = {
         "    averages = tuple(filter(None, averages))\n",
         *(GRAPH, "matcher or look_alikes or share"),
     ),
+    "graph-any-head": Mutant(
+        "milkernels/integrations/graph.py",
+        "(each[i], head) for i, head in enumerate(heads)",
+        "(each[i], head) for i, head in enumerate(heads[::-1])",
+        *(GRAPH, "matcher or look_alikes or share"),
+    ),
     "graph-mean-for-sum": Mutant(
         "milkernels/integrations/graph.py",
         'node if op(node) == "sum" else None',
@@ -166,7 +172,7 @@ def copy() -> None:
         if source.is_file() and not (target.exists() and target.read_bytes() == source.read_bytes()):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(source.read_bytes())
-    for built in (ROOT / "milkernels").glob("_C_*.so"):  # that in the copy may be a mutant's
+    for built in filter(Path.exists, (ROOT / "milkernels").glob("_C_*.so")):  # that in the copy may be a mutant's
         shutil.copy2(built, COPY / "milkernels" / built.name)
 
 

@@ -424,6 +424,7 @@ KINDS = {
     "masked, without a mask": Kind(Masked, (3, 40, IN), EMBEDDED),
     "head by head": Kind(HeadByHead, (3, 40, IN), POOLING),
     "one stacked head": Kind(Stacked, (3, 40, IN), EMBEDDED),
+    "stacked heads": Kind(lambda: Stacked(4), (3, 40, IN), POOLING),
     "evidence": Kind(lambda: Evidence(0.25), (1, 40, IN), EMBEDDED),
     "flattened": Kind(lambda: Flattened(0.25), (3, 40, IN), EMBEDDED),
     "deep": Kind(Deep, (40, IN), EMBEDDED),

@@ -148,6 +148,7 @@ class Match(NamedTuple):
 def find(graph: fx.Graph, written: Collection[Node] = ()) -> list[Match]:
     """Every attention pooling in it whose parts nothing else interferes with, or writes into."""
     _merge_softmaxes(graph)
+    _part_heads(graph)
     matches = [match for node in graph.nodes if op(node) == "softmax" and (match := _match(node))]
     matches = [match for match in matches if not {root(node) for node in match.nodes} & set(written)]
     return [_folded(match, bool(written)) for match in matches]
@@ -162,6 +163,42 @@ def _merge_softmaxes(graph: fx.Graph) -> None:
             if first is not node:
                 node.replace_all_uses_with(first)
                 graph.erase_node(node)
+
+
+def _part_heads(graph: fx.Graph) -> None:
+    """``sum(rows * stack(weights of heads))`` as a stack of the sums of each head, where all of them are known.
+
+    The last dimension of rows ``[(B,) N, L, K]`` is that of heads: each scores ``rows[..., k]``.
+    """
+    for node in list(graph.nodes):
+        product = node.args[0] if op(node) == "sum" and len(node.args) == 2 else None
+        if not isinstance(product, Node) or op(product) != "mul" or len(product.users) != 1:
+            continue
+        for rows, stack in (product.args[:2], product.args[1::-1]):
+            if not isinstance(stack, Node) or not isinstance(rows, Node) or op(stack) != "stack":
+                continue
+            heads, last = stack.args[0], len(sizes(stack)) - 1
+            if len(heads) == 1 or stack.args[1:] not in ((-1,), (last,)) or sizes(rows)[-1:] != (len(heads),):
+                continue
+            each = {user.args[2]: user for user in rows.users if op(user) == "select" and user.args[1] in (-1, last)}
+            if len(sizes(rows)) == last + 1 and each.keys() == set(range(len(heads))) and node.args[1] in ([0], [1]):
+                _sum_each(graph, node, product.target, [(each[i], head) for i, head in enumerate(heads)])
+                break
+
+
+def _sum_each(graph: fx.Graph, node: Node, multiply: Callable, pairs: list[tuple[Node, Node]]) -> None:
+    def call(function: Callable, *args) -> Node:
+        made = graph.call_function(function, args)
+        with node.meta["val"].fake_mode:
+            made.meta["val"] = function(*fx.map_arg(args, lambda n: n.meta["val"]))
+        return made
+
+    with graph.inserting_before(node):
+        sums = [call(node.target, call(multiply, *pair), node.args[1]) for pair in pairs]
+        node.replace_all_uses_with(call(torch.ops.aten.stack.default, sums, -1))
+    product = node.args[0]
+    graph.erase_node(node)
+    graph.erase_node(product)
 
 
 def _match(weights: Node) -> Match | None:

@@ -89,11 +89,13 @@ def weights(attended: Attended) -> Tensor:
 
 
 def arrange(t: Tensor, have: str, want: str) -> Tensor:
-    """Other dimensions, each a letter: those that are absent have the size 1.  ``arrange(bag, "bkl", "kl")``; m is b and
-    n as one."""
+    """Other dimensions, each a letter: those that are absent have the size 1, and m is b and n as one.
+
+    ``arrange(bag, "bkl", "kl")``, ``arrange(scores, "bnk", "mk")``.
+    """
     if "m" in want and "m" not in have:
-        t = arrange(t, have, "bn" + "".join(letter for letter in have if letter not in "bn1")).flatten(0, 1)
-        have = "m" + "".join(letter for letter in have if letter not in "bn1")
+        others = "".join(letter for letter in have if letter not in "bn1")
+        t, have = arrange(t, have, "bn" + others).flatten(0, 1), "m" + others
     kept = [letter for letter in have if letter in want and letter != "1"]
     t = t.reshape([size for letter, size in zip(have, t.shape, strict=True) if letter in kept])
     t = t.permute([kept.index(letter) for letter in want if letter in kept])
