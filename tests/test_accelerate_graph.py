@@ -4,6 +4,7 @@ with the same gradients, that look-alikes are left alone, and when the module's 
 import copy
 import functools
 import io
+import itertools
 import pickle
 import random
 import re
@@ -544,6 +545,8 @@ def trained_on_a_rank(rank, how, name):
     else:
         from torch.distributed.fsdp import fully_shard
 
+        if how == "fsdp of layers":
+            fully_shard(model.feature)
         call = fully_shard(model.train())
     optimizer, counts = torch.optim.SGD(model.parameters(), 0.1), []
     with pytest.MonkeyPatch.context() as patch:
@@ -555,16 +558,18 @@ def trained_on_a_rank(rank, how, name):
             optimizer.step()
             counts.append(sum(op.endswith("pool") for op in calls))
             calls.clear()
-    parameters = [p.full_tensor() if how == "fsdp" else p for p in model.parameters()]
+    parameters = [p if how == "ddp" else p.full_tensor() for p in model.parameters()]
     return counts, [p.detach() for p in parameters]
 
 
 @processes.needs_gloo
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", ["plain", "survival", "nested"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [*itertools.product(["plain", "survival", "nested"], ["ddp", "fsdp"]), ("plain", "fsdp of layers")],
+)
 def test_over_ranks(name, how):
-    """What two ranks train is what one process trains on both bags, and FSDP's shards do not keep it from being fused:
-    its hooks are those of the whole model, which run around its forward."""
+    """What two ranks train is what one process trains on both bags.  A model that is sharded as a whole stays fused:
+    FSDP's hooks run around its forward; with those of layers inside of it, its own forward runs."""
     kind, model = KINDS[name], without_dropout(own(name)).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(3):
@@ -574,7 +579,7 @@ def test_over_ranks(name, how):
             (sum(t.square().sum() for t in out) / 2).backward()
         optimizer.step()
     for counts, parameters in processes.run(trained_on_a_rank, 2, how, name):
-        assert counts == [1, 1, 1]
+        assert counts == [int(how != "fsdp of layers")] * 3
         for got, expected in zip(parameters, model.parameters(), strict=True):
             torch.testing.assert_close(got, expected.detach(), rtol=1e-9, atol=1e-9)
 
