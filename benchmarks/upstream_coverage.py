@@ -1,9 +1,9 @@
 """How much of other models `milkernels.accelerate` fuses: ``python -m benchmarks.upstream --coverage DIR ...``.
 
 Every DIR is a checkout, known by the name of its folder.  Each model in it that the table names is built as its authors
-build it, and accelerated: what share is fused, whether outputs and all gradients are what they were, and what the
-largest number of bytes is that a training step allocates, gradients included, before and after; nothing is saved then
-that can be computed again.  Nothing of these projects is kept here.
+build it, and accelerated: what share is fused, whether outputs, all gradients and 20 training steps are what they were,
+and the most bytes that a training step allocates, gradients included: before, after, and after where ops save nothing
+that they can compute again.  Nothing of these projects is kept here.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import copy
 import importlib
 import importlib.machinery
 import importlib.util
+import math
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from milkernels.bench import memory
 from milkernels.integrations import Report
 
 _ROWS, _FEW = 8_000, 300  # instances of the step whose memory is measured, and of those that are compared
+_STEPS, _RATE = 20, 0.01  # of the training that is compared
 _TOLERANCE = 1e-6  # of float64: some models have constants in float32
 
 
@@ -54,8 +56,15 @@ def with_settings(*args: Any, **options: Any) -> Callable[[type], nn.Module]:
     return lambda cls: cls(settings, *args, **options)
 
 
+def of_heads(heads: int) -> Callable[[type], nn.Module]:
+    sizes = {"input_dim": 512, "hidden_dim": 512}
+    attention = {"model": "ABMIL", "params": sizes | {"n_heads": heads, "dropout": True}}
+    return lambda cls: cls(sizes, attention)
+
+
 BAG = (0, 1024)
 _IN, _MODULES = {"in_dim": 1024}, "MIL_BASELINE"
+_PROJECTED = {"dim_hid": 512, "use_feat_proj": "default", "edl_evidence_func": None, "ins_pred_from": "bag"}
 
 
 def survival(name: str, *omics: int) -> Callable[[Tensor], dict]:
@@ -81,7 +90,7 @@ MODELS = (
     Model("ACMIL", "architecture.attmil", "AttentionGated", of_sizes(input_dim=1024)),
     Model("AEM", "architecture.transformer", "ABMIL", with_settings()),
     Model("RRT-MIL", "modules.attmil", "DAttention", of_sizes(input_dim=1024, n_classes=2, dropout=0.25, act="relu")),
-    Model("RRT-MIL", "modules.attmil", "AttentionGated", of_sizes(input_dim=512), (1, 0, 512)),
+    Model("RRT-MIL", "modules.attmil", "AttentionGated", of_sizes(input_dim=512)),
     Model("RRT-MIL", "modules.datten", "DAttention", of_sizes(input_dim=1024)),
     Model("WSI-finetuning", "models.ABMIL", "ABMIL", of_sizes(input_size=1024), BAG),
     Model("WSI-finetuning", "models.model_clam", "CLAM_MB", of_sizes(n_classes=2), BAG),
@@ -95,14 +104,15 @@ MODELS = (
           of_sizes(omic_input_dim=80, fusion="concat"), BAG, survival("x_path", 80), True),
     Model("PORPOISE", "models.model_porpoise", "PorpoiseAMIL", of_sizes(), BAG, survival("x_path"), True),
     Model("SurvPath", "models.model_DeepMISL", "MIL_Attention_FC_surv", of_sizes(), BAG, survival("x_path"), True),
-    Model("MIREL", "model.deepmil", "DeepMIL", of_sizes(pooling="gated_attention")),
-    Model("MIREL", "model.deepmil", "DeepMIL", of_sizes(pooling="attention")),
+    Model("MIREL", "model.evmil", "ABMIL", of_sizes(pooling="attention", **_PROJECTED)),
+    Model("MIREL", "model.evmil", "ABMIL", of_sizes(pooling="gated_attention", **_PROJECTED)),
     Model("HistoSSLscaling", "rl_benchmarks.models.slide_models.abmil", "ABMIL",
           of_sizes(in_features=1024, tiles_mlp_hidden=[512], mlp_hidden=[64], metadata_cols=0), (2, 0, 1024)),
     Model("CLAM", "models.model_clam", "CLAM_SB", of_sizes(), BAG),
     Model("CLAM", "models.model_clam", "CLAM_MB", of_sizes(), BAG),
     Model("DTFD-MIL", "Model.Attention", "Attention_with_Classifier", of_sizes(L=1024), BAG),
-    Model("MADELEINE", "madeleine.models.Model", "ABMILEmbedder", lambda cls: cls(), (2, 0, 512)),
+    Model("MADELEINE", "madeleine.models.Model", "ABMILEmbedder", of_heads(1), (2, 0, 512)),
+    Model("MADELEINE", "madeleine.models.Model", "ABMILEmbedder", of_heads(4), (2, 0, 512)),
 )  # fmt: skip
 
 
@@ -147,6 +157,8 @@ def _importing(folder: str) -> Iterator[None]:
     modules, path, written = dict(sys.modules), list(sys.path), sys.dont_write_bytecode
     finder = _StandIns(folder)
     sys.path.insert(0, folder)
+    if (Path(folder) / "__init__.py").exists():  # it is a package, which may import itself
+        sys.path.append(str(Path(folder).parent))
     sys.meta_path.append(finder)
     sys.dont_write_bytecode = True
     try:
@@ -162,7 +174,7 @@ def _importing(folder: str) -> Iterator[None]:
 
 def _is_of(name: str, folder: str) -> bool:
     top = Path(folder) / name.partition(".")[0]
-    return top.exists() or top.with_suffix(".py").exists()
+    return top.exists() or top.with_suffix(".py").exists() or top.name == Path(folder).name
 
 
 def _built(model: Model, folder: str) -> nn.Module:
@@ -181,6 +193,7 @@ class Row(NamedTuple):
     equal: str
     before: float = 0.0  # MiB of a training step
     after: float = 0.0
+    least: float = 0.0  # with nothing saved
 
 
 def _bag(model: Model, rows: int, dtype: torch.dtype) -> Tensor:
@@ -202,19 +215,33 @@ def _step(model: Model, module: nn.Module, x: Tensor) -> list[Tensor]:
     return [*outputs, *(g for g in gradients if g is not None)]
 
 
+def _train(model: Model, module: nn.Module, x: Tensor) -> list[Tensor]:
+    """How far 20 training steps take each parameter."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.SGD(parameters, _RATE, momentum=0.9)
+    for _ in range(_STEPS):
+        optimizer.zero_grad()
+        sum(t.square().mean() for t in _run(model, module, x) if t.requires_grad).backward()
+        optimizer.step()
+    return [p.detach() - s for p, s in zip(parameters, start, strict=True)]
+
+
 def _differ(model: Model, before: nn.Module, after: nn.Module) -> float:
-    """The largest relative difference of an output or a gradient, in eval mode and in training without dropout."""
+    """The largest relative difference of an output, a gradient, or a parameter's way in training, without dropout."""
     worst, x = 0.0, _bag(model, _FEW, torch.float64)
-    for training in (False, True):
+    for training, run in ((False, _step), (True, _step), (True, _train)):
         found = []
         for module in (before, after):
             wide = copy.deepcopy(module).double().train(training)
             torch.manual_seed(0)
-            found.append(_step(model, wide, x))
+            found.append([t.detach() for t in run(model, wide, x)])
         if len(found[0]) != len(found[1]):
-            return float("inf")
-        pairs = [((a - b).norm(), a.norm()) for a, b in zip(*found, strict=True)]
-        worst = max([worst, *(float(d / n if n > 1e-9 else d) for d, n in pairs)])
+            return math.inf
+        for a, b in zip(*found, strict=True):
+            size, distance = float(a.norm()), float((a - b).norm())
+            relative = distance / size if size > 1e-9 else distance
+            worst = max(worst, relative if math.isfinite(relative) else math.inf)
     return worst
 
 
@@ -242,8 +269,9 @@ def measured(model: Model, folder: str) -> Row:
         milkernels.accelerate(exact, example=model.call(x) if model.example else None, min_instances=0)
         worst = _differ(model, before, exact)
     x = _bag(model, _ROWS // (model.shape[0] or 1), torch.float32)
-    with milkernels.saved_bytes(0):  # nothing is kept to save time
-        peaks = [memory.allocator_peak(lambda m=m: _step(model, m, x)) for m in (before.train(), after.train())]
+    peaks = [memory.allocator_peak(lambda m=m: _step(model, m, x)) for m in (before.train(), after.train())]
+    with milkernels.saved_bytes(0):
+        peaks.append(memory.allocator_peak(lambda: _step(model, after, x)))
     return Row(name, share, "yes" if worst <= _TOLERANCE else f"no: {worst:.1e}", *(p / 2**20 for p in peaks))
 
 
@@ -252,11 +280,12 @@ def show(folders: Sequence[str], console: Console) -> int:
     at_hand = {Path(folder).resolve().name.lower(): str(Path(folder).resolve()) for folder in folders}
     chosen = [model for model in MODELS if model.project.lower() in at_hand]
     rows = []
-    console.print(_line("model", "fused", "equal", "MiB before", "after", "of it"), highlight=False)
+    console.print(_line("model", "fused", "equal", "MiB before", "after", "nothing saved"), highlight=False)
     for model in chosen:
         row = measured(model, at_hand[model.project.lower()])
         rows.append(row)
-        sizes = [f"{row.before:.0f}", f"{row.after:.0f}", f"{row.after / row.before:.2f}"] if row.before else []
+        shares = [f"{peak:.0f} ({peak / row.before:.2f})" for peak in (row.after, row.least) if row.before]
+        sizes = [f"{row.before:.0f}", *shares] if row.before else []
         console.print(_line(row.model, row.share, row.equal, *sizes), highlight=False, markup=False)
     whole = sum(row.share.startswith("scores + softmax + sum") for row in rows)
     console.print(f"{whole} of {len(rows)} models have the whole pooling fused", highlight=False)
@@ -265,4 +294,4 @@ def show(folders: Sequence[str], console: Console) -> int:
 
 def _line(*cells: str) -> str:
     """Rows are printed as they come in, so widths are fixed."""
-    return " ".join(cell.ljust(width) for cell, width in zip(cells, (40, 40, 12, 10, 6, 6), strict=False)).rstrip()
+    return " ".join(cell.ljust(width) for cell, width in zip(cells, (40, 40, 12, 10, 10, 13), strict=False)).rstrip()

@@ -124,6 +124,25 @@ def two_sums_of_the_same(self, x):
     return self.out(weights.T @ h), weights.T @ h.flip(0)
 
 
+def mean_weights_pool_another(self, x):
+    h = self.rows(x)
+    weights = F.softmax(self.many(self.gate(h)), dim=0)
+    return weights.T @ h, weights.mean(1, keepdim=True).T @ torch.relu(self.other(x))
+
+
+def summands_by_mean_weights(self, x):
+    h = self.rows(x)
+    weights = F.softmax(self.many(self.gate(h)), dim=0)
+    weighted = weights.mean(1, keepdim=True) * h
+    return weights.T @ h, weighted.sum(0), weighted.amax(0)
+
+
+def weights_of_the_other_head(self, x):
+    both = torch.stack([self.rows(x), torch.relu(self.other(x))], -1)
+    weights = torch.stack([self.weights(both[..., 1]), self.weights(both[..., 0])], -1)
+    return (both * weights).sum(0)
+
+
 def weights_dropped(self, x):
     h = self.rows(x)
     return F.dropout(self.weights(h), 0.5, True).T @ h
@@ -338,7 +357,9 @@ IN_THE_GRAPH = (
     softmax_over_classes, softmax_over_features, softmax_over_all, sigmoid_weights, softmax_twice, log_softmax_weights,
     weights_normalised_again, another_tensor_is_pooled, the_input_is_pooled, a_function_of_the_rows_is_pooled,
     rows_in_another_order, rows_shifted, some_rows, detached_rows, detached_scores, scores_of_detached_rows,
-    weights_used_twice, two_sums_of_the_same, weights_dropped, noise_in_the_gate, noise_in_the_rows,
+    weights_used_twice, two_sums_of_the_same, mean_weights_pool_another, summands_by_mean_weights, weights_dropped,
+    weights_of_the_other_head,
+    noise_in_the_gate, noise_in_the_rows,
     gates_of_two_tensors, two_tanh, two_sigmoids, a_sum_of_gates, another_activation, approximate_gelu, no_hidden_units,
     normalised_hidden_units, a_maximum, a_mean, no_sum, a_sum_of_features, a_sum_of_some, a_sum_and_its_summands,
     weights_between_instances, weights_plus_one, weights_changed_in_place, rows_changed_in_place, a_window_of_memory,

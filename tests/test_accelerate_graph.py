@@ -4,6 +4,7 @@ with the same gradients, that look-alikes are left alone, and when the module's 
 import copy
 import functools
 import io
+import itertools
 import pickle
 import random
 import re
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import graph_lookalikes
+import processes
 import pytest
 import torch
 import upstream_graph as up
@@ -137,7 +139,7 @@ def test_training_steps(name):
         if name != "plain" and isinstance(engine.structure_of(model), Traced):
             milkernels.accelerate(model, example=kind.example and kind.example(draw(kind)), min_instances=0)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        for i in range(8):
+        for i in range(20):
             optimizer.zero_grad()
             sum(t.square().sum() for t in flat(kind.call(model, draw(kind, i))) if t.requires_grad).backward()
             optimizer.step()
@@ -528,6 +530,58 @@ def test_few_instances_take_the_own_forward(few, expected, monkeypatch):
     model = up.Plain().double()
     milkernels.accelerate(model)
     assert fused(model, KINDS["plain"], draw(KINDS["plain"], 0, few), monkeypatch) == expected
+
+
+# On several ranks
+
+
+def trained_on_a_rank(rank, how, name):
+    """Three steps of a model on a bag of this rank, and whether its poolings were fused in each."""
+    kind, model = KINDS[name], without_dropout(own(name))
+    x = draw(kind, rank, 40 + rank)
+    milkernels.accelerate(model, example=kind.example and kind.example(x), min_instances=0)
+    if how == "ddp":
+        call = nn.parallel.DistributedDataParallel(model.train())
+    else:
+        from torch.distributed.fsdp import fully_shard
+
+        if how == "fsdp of layers":
+            fully_shard(model.feature)
+        call = fully_shard(model.train())
+    optimizer, counts = torch.optim.SGD(model.parameters(), 0.1), []
+    with pytest.MonkeyPatch.context() as patch:
+        calls = counted(patch)
+        for _ in range(3):
+            optimizer.zero_grad()
+            out = [t for t in flat(kind.call(call, x)) if t.requires_grad]
+            sum(t.square().sum() for t in out).backward()
+            optimizer.step()
+            counts.append(sum(op.endswith("pool") for op in calls))
+            calls.clear()
+    parameters = [p if how == "ddp" else p.full_tensor() for p in model.parameters()]
+    return counts, [p.detach() for p in parameters]
+
+
+@processes.needs_gloo
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [*itertools.product(["plain", "survival", "nested"], ["ddp", "fsdp"]), ("plain", "fsdp of layers")],
+)
+def test_over_ranks(name, how):
+    """What two ranks train is what one process trains on both bags.  A model that is sharded as a whole stays fused:
+    FSDP's hooks run around its forward; with those of layers inside of it, its own forward runs."""
+    kind, model = KINDS[name], without_dropout(own(name)).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for rank in range(2):
+            out = [t for t in flat(kind.call(model, draw(kind, rank, 40 + rank))) if t.requires_grad]
+            (sum(t.square().sum() for t in out) / 2).backward()
+        optimizer.step()
+    for counts, parameters in processes.run(trained_on_a_rank, 2, how, name):
+        assert counts == [int(how != "fsdp of layers")] * 3
+        for got, expected in zip(parameters, model.parameters(), strict=True):
+            torch.testing.assert_close(got, expected.detach(), rtol=1e-9, atol=1e-9)
 
 
 # The report

@@ -296,6 +296,68 @@ class HeadByHead(nn.Module):
         return self.post(torch.cat(out, dim=-1)).squeeze(1)
 
 
+class Stacked(nn.Module):
+    """Rows with a last dimension of heads, whose weights are stacked as the rows are and summed outside of them."""
+
+    def __init__(self, heads=1):
+        super().__init__()
+        self.heads = heads
+        self.pre = nn.Sequential(nn.Linear(IN, E), nn.LayerNorm(E), nn.GELU(), nn.Linear(E, E * heads), nn.GELU())
+        self.nets = nn.ModuleList([AttnNetGated(E, D) for _ in range(heads)])
+
+    def forward(self, bags, return_attention=False):
+        h = self.pre(bags).unflatten(-1, (E, self.heads))
+        scores = [net(h[..., i])[0] for i, net in enumerate(self.nets)]
+        weights = torch.stack([F.softmax(s, dim=1) for s in scores], dim=-1)
+        out = torch.sum(h * weights, dim=1)
+        return (out, torch.stack(scores, dim=-1)) if return_attention else out
+
+
+class Evidence(nn.Module):
+    """A projection of ``[B * N, L]`` with dropout before its ReLU, and a scoring network that returns weights."""
+
+    class Weights(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = attention()
+
+        def forward(self, h):
+            return F.softmax(self.attention(h).transpose(2, 1), dim=2)
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        drop = nn.Dropout(dropout)
+        self.project = nn.Sequential(nn.Linear(IN, IN), drop, nn.ReLU(), nn.Linear(IN, E), drop, nn.ReLU())
+        self.instances, self.head = self.Weights(), nn.Linear(E, C)
+
+    def forward(self, x, return_instances=False):
+        h = self.project(x.flatten(0, 1)).reshape(x.shape[0], x.shape[1], -1)
+        bag = torch.matmul(self.instances(h), h).squeeze(1)
+        evidence = F.softplus(self.head(bag)) + 1
+        return (evidence, F.softmax(self.head(h), dim=-1)[:, :, 1]) if return_instances else evidence
+
+
+class Flattened(nn.Module):
+    """A batch that is flattened to be scored."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.feature = dense(IN, E, activation=nn.ReLU, dropout=dropout)
+        self.attention, self.classifier = attention(), nn.Linear(E, C)
+
+    def forward(self, x, return_attention=False, return_feature=False):
+        h = self.feature(x)
+        bags, n, width = h.shape
+        scores = self.attention(h.view(-1, width)).view(bags, n, 1)
+        bag = torch.bmm(F.softmax(torch.transpose(scores, -1, -2), dim=-1), h).view(bags, width)
+        out = {"logits": self.classifier(bag)}
+        if return_feature:
+            out["feature"] = bag
+        if return_attention:
+            out["attention"] = scores.transpose(-1, -2)
+        return out
+
+
 class Deep(nn.Module):
     """Two layers in front, BatchNorm between them, and a residual head."""
 
@@ -361,5 +423,9 @@ KINDS = {
     "masked": Kind(Masked, (3, 40, IN), EMBEDDED, lambda m, x: m(x, padding(x))),
     "masked, without a mask": Kind(Masked, (3, 40, IN), EMBEDDED),
     "head by head": Kind(HeadByHead, (3, 40, IN), POOLING),
+    "one stacked head": Kind(Stacked, (3, 40, IN), EMBEDDED),
+    "stacked heads": Kind(lambda: Stacked(4), (3, 40, IN), POOLING),
+    "evidence": Kind(lambda: Evidence(0.25), (1, 40, IN), EMBEDDED),
+    "flattened": Kind(lambda: Flattened(0.25), (3, 40, IN), EMBEDDED),
     "deep": Kind(Deep, (40, IN), EMBEDDED),
 }

@@ -70,15 +70,20 @@ def is_off(node: Node) -> bool:
 def _is_view(node: Node) -> bool:
     if op(node) in ("expand", "select", "slice"):
         return longer(node) == longer(node.args[0])
-    if op(node) in ("clone", "contiguous") or op(node) in _VIEWS:
-        return True
-    return is_off(node)
+    if op(node) in ("stack", "cat"):
+        return len(node.args[0]) == 1
+    return op(node) in _VIEWS or is_off(node)
+
+
+def _viewed(node: Node) -> Node:
+    """What a view is of."""
+    return node.all_input_nodes[0]
 
 
 def root(node: Node) -> Node:
     """What it is a view of."""
     while _is_view(node):
-        node = node.args[0]
+        node = _viewed(node)
     return node
 
 
@@ -120,7 +125,8 @@ class Fold(NamedTuple):
 
 
 class Match(NamedTuple):
-    """One attention pooling.  Letters name the dimensions of its nodes: b bags, n instances, k heads, l features, 1."""
+    """One attention pooling.  Letters name the dimensions of its nodes: b bags, n instances, m instances of all bags, k
+    heads, l features, 1."""
 
     gate: Gate
     rows: Node  # [(b,) n, l]: what is scored and pooled
@@ -142,6 +148,7 @@ class Match(NamedTuple):
 def find(graph: fx.Graph, written: Collection[Node] = ()) -> list[Match]:
     """Every attention pooling in it whose parts nothing else interferes with, or writes into."""
     _merge_softmaxes(graph)
+    _part_heads(graph)
     matches = [match for node in graph.nodes if op(node) == "softmax" and (match := _match(node))]
     matches = [match for match in matches if not {root(node) for node in match.nodes} & set(written)]
     return [_folded(match, bool(written)) for match in matches]
@@ -158,17 +165,54 @@ def _merge_softmaxes(graph: fx.Graph) -> None:
                 graph.erase_node(node)
 
 
+def _part_heads(graph: fx.Graph) -> None:
+    """``sum(rows * stack(weights of heads))`` as a stack of the sums of each head, where all of them are known.
+
+    The last dimension of rows ``[(B,) N, L, K]`` is that of heads: each scores ``rows[..., k]``.
+    """
+    for node in list(graph.nodes):
+        product = node.args[0] if op(node) == "sum" and len(node.args) == 2 else None
+        if not isinstance(product, Node) or op(product) != "mul" or len(product.users) != 1:
+            continue
+        for rows, stack in (product.args[:2], product.args[1::-1]):
+            if not isinstance(stack, Node) or not isinstance(rows, Node) or op(stack) != "stack":
+                continue
+            heads, last = stack.args[0], len(sizes(stack)) - 1
+            if len(heads) == 1 or stack.args[1:] not in ((-1,), (last,)) or sizes(rows)[-1:] != (len(heads),):
+                continue
+            each = {user.args[2]: user for user in rows.users if op(user) == "select" and user.args[1] in (-1, last)}
+            if len(sizes(rows)) == last + 1 and each.keys() == set(range(len(heads))) and node.args[1] in ([0], [1]):
+                _sum_each(graph, node, product.target, [(each[i], head) for i, head in enumerate(heads)])
+                break
+
+
+def _sum_each(graph: fx.Graph, node: Node, multiply: Callable, pairs: list[tuple[Node, Node]]) -> None:
+    def call(function: Callable, *args) -> Node:
+        made = graph.call_function(function, args)
+        with node.meta["val"].fake_mode:
+            made.meta["val"] = function(*fx.map_arg(args, lambda n: n.meta["val"]))
+        return made
+
+    with graph.inserting_before(node):
+        sums = [call(node.target, call(multiply, *pair), node.args[1]) for pair in pairs]
+        node.replace_all_uses_with(call(torch.ops.aten.stack.default, sums, -1))
+    product = node.args[0]
+    graph.erase_node(node)
+    graph.erase_node(product)
+
+
 def _match(weights: Node) -> Match | None:
     gates = [gate for node in _sources(weights.args[0]) if (gate := _gate(node))]
     if len(gates) != 1:
         return None
     (gate,) = gates
-    rows, width = gate.v.args[0], sizes(gate.v.args[0])[-1]
-    bag, averages = _weighted_sums(weights, rows)
-    if bag is None or not 2 <= len(longer(rows)) <= 3:
+    instances = sizes(weights)[weights.args[1]]
+    rows = _by_bags(gate.v.args[0], instances)
+    if rows is None or isinstance(instances, int):
         return None
-    instances = longer(rows)[-2]
-    if sizes(weights)[weights.args[1]] != instances or isinstance(instances, int):
+    bag, averages = _weighted_sums(weights, rows)
+    width = sizes(rows)[-1]
+    if bag is None:
         return None
     names = {instances: "n", width: "l"}
     names |= {longer(rows)[0]: "b"} if len(longer(rows)) == 3 else {}
@@ -176,15 +220,27 @@ def _match(weights: Node) -> Match | None:
     if heads in names or len(names) != len(longer(rows)):  # sizes that do not tell dimensions apart
         return None
     names |= {heads: "k"}
+    if "b" in names.values():
+        names |= {longer(rows)[0] * instances: "m"}  # instances of all bags
     if None in averages:
         return None
     want = {rows: "bnl", gate.w: "bnk", weights.args[0]: "bnk", weights: "bnk", bag: "bkl"}
     want |= dict.fromkeys(averages, "bl")
     letters = {node: "".join("1" if s == 1 else names.get(s, "?") for s in sizes(node)) for node in want}
     absent = {"1"} | ({"b"} - set(names.values())) | ({"k"} if heads == 1 else set())
-    if any(sorted(letters[n].replace("1", "")) != sorted(set(w) - absent) for n, w in want.items()):
+    known = {node: text.replace("1", "").replace("m", "bn") for node, text in letters.items()}
+    if any(sorted(known[node]) != sorted(set(w) - absent) for node, w in want.items()):
         return None
     return Match(gate, rows, weights.args[0], weights, bag, averages, letters)
+
+
+def _by_bags(rows: Node, instances: Any) -> Node | None:
+    """The rows that are scored, or what they are a view of, where their instances have a dimension of their own."""
+    while not (2 <= len(longer(rows)) <= 3 and longer(rows)[-2] == instances):
+        if not _is_view(rows):
+            return None
+        rows = _viewed(rows)
+    return rows
 
 
 def _sources(node: Node) -> Iterator[Node]:
@@ -238,7 +294,7 @@ def _weighted_sums(weights: Node, rows: Node) -> tuple[Node | None, tuple[Node, 
     found, averages = [], []
     for user in dict.fromkeys(uses(weights)):
         if op(user) == "mean" and longer(user) == longer(rows)[:-1]:
-            averages += [node for node in dict.fromkeys(uses(user)) if _sums(node, user, rows)]
+            averages += [average for node in dict.fromkeys(uses(user)) for average in _sums(node, user, rows)]
         else:
             found += _sums(user, weights, rows)
     bag = found[0] if len(found) == 1 else None
@@ -251,8 +307,7 @@ def _sums(user: Node, weights: Node, rows: Node) -> list[Node | None]:
     if op(user) in _PRODUCTS:
         return [user if others == {root(rows)} else None]
     if op(user) == "mul" and others == {root(rows)}:
-        sums = dict.fromkeys(uses(user))
-        return [node if op(node) == "sum" and len(sums) == 1 else None for node in sums]
+        return [node if op(node) == "sum" else None for node in dict.fromkeys(uses(user))]
     return []
 
 
@@ -369,10 +424,10 @@ def _front(match: Match) -> Front | None:
 
 
 def _between(last: Node, first: Node) -> Iterator[Node]:
-    """From a node back to what it was made of, both included, by first arguments."""
+    """From a node back to what it was made of, both included, by first inputs."""
     while last is not first:
         yield last
-        last = last.args[0]
+        last = _viewed(last)
     yield first
 
 
@@ -400,7 +455,7 @@ def without_writes(graph: fx.Graph, buffers: Collection[Node] = ()) -> set[Node]
             node.target = plain
             continue
         while _shares(target) or _is_view(target):
-            target = target.args[0]
+            target = _viewed(target)
         if target.op == "placeholder":
             refuse("its forward writes into what it is given, or a parameter")
         written |= {target, node}

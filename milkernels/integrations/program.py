@@ -89,7 +89,13 @@ def weights(attended: Attended) -> Tensor:
 
 
 def arrange(t: Tensor, have: str, want: str) -> Tensor:
-    """Other dimensions, each a letter: those that are absent have the size 1.  ``arrange(bag, "bkl", "kl")``."""
+    """Other dimensions, each a letter: those that are absent have the size 1, and m is b and n as one.
+
+    ``arrange(bag, "bkl", "kl")``, ``arrange(scores, "bnk", "mk")``.
+    """
+    if "m" in want and "m" not in have:
+        others = "".join(letter for letter in have if letter not in "bn1")
+        t, have = arrange(t, have, "bn" + others).flatten(0, 1), "m" + others
     kept = [letter for letter in have if letter in want and letter != "1"]
     t = t.reshape([size for letter, size in zip(have, t.shape, strict=True) if letter in kept])
     t = t.permute([kept.index(letter) for letter in want if letter in kept])
@@ -169,7 +175,8 @@ def _fuse(graph: fx.Graph, match: Match) -> None:
         scores = call(at, arrange, call(at, operator.getitem, done, 1), "bnk", letters[gate.w])
         gate.w.replace_all_uses_with(scores)
     else:
-        gate.w.replace_all_uses_with(call(gate.w, score, match.rows, layers, **options))
+        scores = call(gate.w, score, match.rows, layers, **options)
+        gate.w.replace_all_uses_with(call(gate.w, arrange, scores, letters[match.rows][:-1] + "k", letters[gate.w]))
         scores = call(match.weights, arrange, match.scored, letters[match.scored], "bnk")
         done = call(match.weights, pool, match.rows, scores, **batched)
     for node in match.averages:

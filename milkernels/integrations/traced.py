@@ -21,8 +21,14 @@ from milkernels.integrations.layers import original_class, refuse
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _DEPTH = 40
-# What every module has, and what torch.compile adds to it.
+# What every module has, and what torch.compile and fully_shard add to it.
 _STANDARD = frozenset(vars(nn.Module())) | {"_is_torch_compile", "_compiled_call_impl"}
+_STANDARD |= {"_is_fsdp_managed_module", "_fsdp_use_orig_params"}
+_SHARDED = "__composable_api_state_key_"  # with a number that differs between processes
+
+
+def _is_own(attribute: str) -> bool:
+    return attribute not in _STANDARD and not attribute.startswith(_SHARDED)
 
 
 # What a graph takes for granted
@@ -41,7 +47,7 @@ def state_of(module: nn.Module, tensors: bool = False, depth: int = 0) -> State:
     """``tensors``: which tensors there are among the attributes, and how often they were written to."""
     if depth > _DEPTH:
         refuse("its submodules contain each other")
-    own = {name: value for name, value in vars(module).items() if name not in _STANDARD}
+    own = {name: value for name, value in vars(module).items() if _is_own(name)}
     attributes = tuple((name, _frozen(name, value, tensors)) for name, value in own.items())
     parameters = tuple((name, tensor is None) for name, tensor in tensors_of(module).items())
     children = tuple(
@@ -88,7 +94,7 @@ def check_unchanged(name: str, module: nn.Module, state: State, training: bool) 
 
 def _check_attributes(name: str, module: nn.Module, state: State) -> None:
     own = module.__dict__
-    more = sum(attribute not in _STANDARD for attribute in own)
+    more = sum(map(_is_own, own))
     if more != len(state.attributes) or len(submodules(module)) != len(state.children):
         refuse(f"{name or 'it'} has other attributes than before")
     for attribute, value in state.attributes:
