@@ -85,7 +85,7 @@ class StreamedBag(Parts):
         device = None if device is None else _device(device)
         self.rows, self.prefetch, self.transform, self.device = rows, prefetch, transform, device
         self._reads = _Reads()
-        self._source = Source(as_source(source, rows), device, prefetch, (), (), self._reads.add)
+        self._source = Source(as_source(source, rows, prefetch), device, prefetch, (), (), self._reads.add)
         if transform is not None:
             modules = (transform,) if isinstance(transform, nn.Module) else ()
             self._source = self._with(_layer_of(transform), modules)
