@@ -215,7 +215,15 @@ MUTANTS = {
     ),
     "stream-sum-of-gradients-for-any": Mutant(
         *("milkernels/streaming/replay.py", "bool(p[i].any())", "bool(p[i].sum() != 0)"),
-        *(STREAM, "numbers_of_the_whole or models or reads"),
+        *(STREAM, "without_gradient"),
+    ),
+    "stream-norm-of-gradients-for-any": Mutant(
+        *("milkernels/streaming/replay.py", "bool(p[i].any())", "bool(p[i].norm() != 0)"),
+        *(STREAM, "without_gradient"),
+    ),
+    "stream-all-again": Mutant(
+        *("milkernels/streaming/replay.py", "bool(p[i].any())", "True"),
+        *(STREAM, "without_gradient"),
     ),
     "stream-pieces-drop-the-same": Mutant(
         "milkernels/streaming/replay.py",

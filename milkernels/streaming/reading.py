@@ -1,6 +1,7 @@
 """The reads of one call: the first says where the pieces are, and every other one has to give the same."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -242,8 +243,15 @@ def _mark(piece: Tensor) -> int | None:
         return None
     some = piece[:: max(1, piece.shape[0] // _SAMPLED_ROWS)].clone(memory_format=torch.contiguous_format)
     some = some.view(torch.uint8).flatten()
-    words = nn.functional.pad(some, (0, -len(some) % 8)).view(torch.int64)
-    return int((words * torch.arange(1, 2 * len(words) + 1, 2)).sum())  # int64 wraps around
+    if rest := len(some) % 8:
+        some = nn.functional.pad(some, (0, 8 - rest))
+    words = some.view(torch.int64)
+    return int(words @ _odd_numbers(len(words)))  # int64 wraps around
+
+
+@functools.lru_cache(4)
+def _odd_numbers(count: int) -> Tensor:
+    return torch.arange(1, 2 * count + 1, 2)
 
 
 def _checked_offsets(offsets: Tensor) -> Tensor:
