@@ -28,7 +28,7 @@ def run(function: Callable, ranks: int, *args, seconds: float = 120, timeout: fl
     Errors of ranks are raised here.  They are the same processes for every call, unless the last one failed;
     with a ``timeout``, that of the group, they are started for this call alone.
     """
-    group = _Group(ranks, timeout) if timeout else _groups.pop(ranks, None) or _Group(ranks, 60)
+    group = _Group(ranks, timeout) if timeout else _groups.pop(ranks, None) or _Group(ranks, 20)
     try:
         answers = group.call(function, args, time.monotonic() + seconds)
     except BaseException:
