@@ -21,7 +21,6 @@ from torch import Tensor
 
 from milkernels.arguments import check_dense, check_shape, check_tensor, check_type, readable
 from milkernels.dtypes import result_dtype
-from milkernels.ops.pooling import weighted_pool
 from milkernels.ops.scores import attention_weights
 from milkernels.ops.segments import Segments
 from milkernels.ragged import bag_index, check_offsets
@@ -157,7 +156,7 @@ def _lost(part, offsets: Tensor | None) -> Tensor:
     if part.scores.shape[0] == 0:
         return torch.ones_like(lse)
     weights = attention_weights(Pooled(part.bag, part.scores.detach().double(), lse), offsets)
-    sums = weighted_pool(weights, torch.ones_like(weights[:, :1]), offsets)[:, 0]
+    sums = Segments(offsets, weights).sum(weights)
     return torch.where(lse.isfinite(), sums, 1)
 
 

@@ -21,6 +21,10 @@ NATIVE = ("tests/test_numbers.py", "tests/test_native.py", "tests/test_attention
 EMULATED = ("tests/test_numbers.py", "tests/test_cuda.py", "--legs", "emulated")
 REFERENCE = ("tests/test_numbers.py", "tests/test_reference.py", "--legs", "reference")
 GRAPH = ("tests/test_accelerate_graph.py",)
+MERGE = ("tests/test_merge.py",)
+RANKS = ("tests/test_distributed.py",)
+STREAM = ("tests/test_streaming.py", "tests/test_streaming_sources.py")
+ENCODER = ("tests/test_encoding.py",)
 INTERPRETED = ("tests/test_numbers.py", "tests/test_triton.py", "--legs", "interpreted")
 
 
@@ -117,6 +121,194 @@ MUTANTS = {
         'if op(hidden) != "mul" or',
         'if op(hidden) not in ("mul", "add") or',
         *(GRAPH, "matcher or look_alikes or share"),
+    ),
+    "merge-share-without-the-whole": Mutant(
+        *("milkernels/merging.py", "    return part.sum / whole.sum * below", "    return part.sum * below"),
+        *(MERGE, "gradients_of_a_part"),
+    ),
+    "merge-mean-of-means": Mutant(
+        "milkernels/merging.py",
+        "    masses = share_of(sums, LogSum(segments.to_rows(top), torch.ones_like(sums.top)))",
+        "    masses = (sums.top > -_INF).double()",
+        *(MERGE, "promise or order_of_bags"),
+    ),
+    "merge-lost-digits": Mutant(
+        *(
+            "milkernels/merging.py",
+            "    return torch.where(lse.isfinite(), sums, 1)",
+            "    return torch.ones_like(sums)",
+        ),
+        *(MERGE, "promise"),
+    ),
+    "merge-lse-gradient-of-the-whole-alone": Mutant(
+        *("milkernels/merging.py", "(share * (direct + through))", "(share * (direct + 0 * through))"),
+        *(MERGE, "gradients_of_a_part"),
+    ),
+    "merge-parts-in-their-order": Mutant(
+        *(
+            "milkernels/merging.py",
+            "    if offsets[0] is None:\n        return None\n    rows =",
+            "    return None\n    rows =",
+        ),
+        *(MERGE, "order_of_bags or critical"),
+    ),
+    "merge-last-of-equals": Mutant(
+        "milkernels/merging.py",
+        "values.detach()).argmax(0)[None]",
+        "values.detach()).flip(0).argmax(0).sub(len(parts) - 1).neg()[None]",
+        *(MERGE, "critical"),
+    ),
+    "ranks-without-offsets": Mutant(
+        *("milkernels/distributed.py", "log_sum_of(part, offsets).sum", "log_sum_of(part, None).sum"),
+        *(RANKS, "exact or digits"),
+    ),
+    "ranks-digits-lost": Mutant(
+        *("milkernels/distributed.py", "    if offsets is None and num_bags != 1:", "    if num_bags != 0:"),
+        *(RANKS, "exact or digits"),
+    ),
+    "ranks-own-first": Mutant(
+        "milkernels/distributed.py",
+        "        whole, total = merge_bags([part[..., :-2] for part in parts], found)",
+        """        whole, total = merge_bags(
+            [part[..., :-2] for part in (*parts[ranks.rank :], *parts[: ranks.rank])],
+            [*found[ranks.rank :], *found[: ranks.rank]],
+        )""",
+        *(RANKS, "exact"),
+    ),
+    "ranks-gradient-of-the-first": Mutant(
+        "milkernels/distributed.py",
+        "share_of(found[ranks.rank], total))",
+        "share_of(found[0], total))",
+        *(RANKS, "exact"),
+    ),
+    "ranks-mean-of-means": Mutant(
+        *(
+            "milkernels/distributed.py",
+            "top[:, None], counts[:, None], ranks)",
+            "top[:, None], counts[:, None] * 0 + 1, ranks)",
+        ),
+        *(RANKS, "exact"),
+    ),
+    "ranks-highest-wins-a-tie": Mutant(
+        "milkernels/distributed.py",
+        "        rank = torch.where(best, order, ranks.size).amin(0)  # [B, C]",
+        "        rank = torch.where(best.any(0), torch.where(best, order, -1).amax(0), ranks.size)",
+        *(RANKS, "tie"),
+    ),
+    "ranks-one-rank-s-gradient": Mutant(
+        "milkernels/distributed.py",
+        "        g = _torch.all_gather(sent, ctx.ranks.size, ctx.ranks.name).double().sum(0)",
+        "        g = sent.double() * ctx.ranks.size",
+        *(RANKS, "exact"),
+    ),
+    "ranks-drop-the-same": Mutant(
+        "milkernels/distributed.py",
+        "    return seed_of_part(seed, ranks.rank << _ROWS)",
+        "    return seed",
+        *(RANKS, "drop"),
+    ),
+    "stream-mean-of-means": Mutant(
+        "milkernels/streaming/pooling.py",
+        '    whole, total = merge_ragged(bag, LogSum(lse.double(), results["lost"]), run.reading.partial_offsets())',
+        """    lse = lse.masked_fill(lse > -INF, 0)
+    whole, total = merge_ragged(bag, LogSum(lse.double(), results["lost"]), run.reading.partial_offsets())""",
+        *(STREAM, "numbers_of_the_whole and mean_pool"),
+    ),
+    "stream-lost-digits": Mutant(
+        *(
+            "milkernels/streaming/pooling.py",
+            "log_sum_of(pooled, piece.offsets).sum",
+            "log_sum_of(pooled, piece.offsets).sum * 0 + 1",
+        ),
+        *(STREAM, "large_lse"),
+    ),
+    "stream-rows-of-the-piece": Mutant(
+        *("milkernels/streaming/pooling.py", "torch.where(indices < 0, -1, indices + piece.start)", "indices"),
+        *(STREAM, "tie or numbers_of_the_whole"),
+    ),
+    "stream-sum-of-gradients-for-any": Mutant(
+        *("milkernels/streaming/replay.py", "bool(p[i].any())", "bool(p[i].sum() != 0)"),
+        *(STREAM, "without_gradient"),
+    ),
+    "stream-norm-of-gradients-for-any": Mutant(
+        *("milkernels/streaming/replay.py", "bool(p[i].any())", "bool(p[i].norm() != 0)"),
+        *(STREAM, "without_gradient"),
+    ),
+    "stream-all-again": Mutant(
+        *("milkernels/streaming/replay.py", "bool(p[i].any())", "True"),
+        *(STREAM, "without_gradient"),
+    ),
+    "stream-pieces-drop-the-same": Mutant(
+        "milkernels/streaming/replay.py",
+        "        return seed_of_part(self.seed, piece.start) if self.drops and valid else self.seed",
+        "        return self.seed",
+        *(STREAM, "drop"),
+    ),
+    "stream-random-numbers-not-repeated": Mutant(
+        *("milkernels/streaming/reading.py", "            torch.set_rng_state(state)\n", ""),
+        *(STREAM, "drop or encoder"),
+    ),
+    "stream-statistics-counted-twice": Mutant(
+        *("milkernels/streaming/reading.py", "with self._buffers_kept(), contextlib", "with contextlib"),
+        *(STREAM, "encoder"),
+    ),
+    "stream-rows-not-compared": Mutant(
+        *("milkernels/streaming/reading.py", " or mark != self._marks[i]:", ":"),
+        *(STREAM, "other_rows or changed"),
+    ),
+    "encoder-zero-by-norm": Mutant(
+        "milkernels/encoding.py",
+        "[(rows != 0).any() for rows in g.split(self.chunk)]",
+        "[rows.norm() != 0 for rows in g.split(self.chunk)]",
+        *(ENCODER, "zero"),
+    ),
+    "encoder-all-again": Mutant(
+        *("milkernels/encoding.py", "                if not alive:\n", "                if False:\n"),
+        *(ENCODER, "zero or without_gradient"),
+    ),
+    "encoder-random-numbers-not-repeated": Mutant(
+        "milkernels/encoding.py",
+        "                    _set_generator_states(self.devices, state)\n",
+        "",
+        *(ENCODER, "exact or augmentation"),
+    ),
+    "encoder-generators-not-left": Mutant(
+        *("milkernels/encoding.py", ", _kept_generators(self.devices):", ":"),
+        *(ENCODER, "exact or augmentation"),
+    ),
+    "encoder-statistics-counted-twice": Mutant(
+        *(
+            "milkernels/encoding.py",
+            "_torch.unsharded(self.encoder), _kept_buffers(self.encoder), ",
+            "_torch.unsharded(self.encoder), ",
+        ),
+        *(ENCODER, "exact"),
+    ),
+    "encoder-shared-casts": Mutant(
+        *("milkernels/encoding.py", "enabled=enabled, cache_enabled=False))", "enabled=enabled))"),
+        *(ENCODER, "autocast"),
+    ),
+    "encoder-half-sums": Mutant(
+        "milkernels/encoding.py",
+        "gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)",
+        "gradient.clone()",
+        *(ENCODER, "half_parameters"),
+    ),
+    "encoder-sums-into-a-gradient": Mutant(
+        *(
+            "milkernels/encoding.py",
+            "torch.promote_types(gradient.dtype, torch.float32), copy=True)",
+            "torch.promote_types(gradient.dtype, torch.float32))",
+        ),
+        *(ENCODER, "two_parameters"),
+    ),
+    "encoder-one-state-for-all": Mutant(
+        *("milkernels/encoding.py", "last is not None and all(map(torch.equal, state, last))", "last is not None"),
+        *(ENCODER, "exact or augmentation"),
+    ),
+    "encoder-other-patches": Mutant(
+        *("milkernels/encoding.py", "            if other and torch.stack(other).any():", "            if False:"),
+        *(ENCODER, "other_patches"),
     ),
     "reference-mask-missing": Mutant(
         "milkernels/ops/trilinear.py",

@@ -321,7 +321,8 @@ def wrapped(rank, ranks, how):
     x = whole()[0][rows]
     torch.manual_seed(1)
     group = dist.group.WORLD
-    if how == "mesh":
+    mesh = None
+    if how in ("mesh", "hsdp"):
         from torch.distributed.device_mesh import init_device_mesh
 
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "bags"))
@@ -331,17 +332,18 @@ def wrapped(rank, ranks, how):
     model = Model(group).double()
     if how in ("ddp", "mesh"):
         model = nn.parallel.DistributedDataParallel(model)
-    if how == "fsdp2":
+    if how in ("fsdp2", "hsdp"):
         from torch.distributed.fsdp import fully_shard
 
-        fully_shard(model.encoder)
-        fully_shard(model)
-    call = torch.compile(model, backend="aot_eager", fullgraph=True) if how == "compile" else model
+        fully_shard(model.encoder, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    compiled = how in ("aot_eager", "inductor")
+    call = torch.compile(model, backend=how, fullgraph=True) if compiled else model
     nn.functional.cross_entropy(call(x, offsets), labels()).backward()
     found = []
     for p in model.parameters():
-        g = p.grad.full_tensor() if how == "fsdp2" else p.grad
-        if how == "compile":
+        g = p.grad.full_tensor() if how in ("fsdp2", "hsdp") else p.grad
+        if compiled:
             dist.all_reduce(g)
             g /= ranks
         found.append(g)
@@ -349,20 +351,25 @@ def wrapped(rank, ranks, how):
 
 
 @pytest.mark.parametrize(
-    ("how", "ranks"), [("ddp", 3), ("fsdp2", 3), ("mesh", 4), pytest.param("compile", 2, marks=pytest.mark.slow)]
+    ("how", "ranks"),
+    [
+        *(("ddp", 3), ("fsdp2", 3), ("mesh", 4), ("hsdp", 4)),
+        *(pytest.param(backend, 2, marks=pytest.mark.slow) for backend in ("aot_eager", "inductor")),
+    ],
 )
 def test_gradients_as_they_come(how, ranks):
-    """What DDP and FSDP2 leave in ``grad`` is what one process has: of a mesh, two copies of two shares each."""
+    """What DDP and FSDP2 leave in ``grad`` is what one process has: of a mesh, two copies of two shares each, where
+    the second dimension has the bags and, under "hsdp", the shards of parameters too."""
     assert max(run(wrapped, ranks, ranks, how)) < 1e-14
 
 
-def compiled_ops(rank, ranks):
+def compiled_ops(rank, ranks, backend):
     """The functions themselves, inside of a compiled function, and DSMIL's two gathers."""
     rows, offsets = own(rank, ranks)
     x = whole()[0][rows]
     dsmil = made("dsmil", group=dist.group.WORLD)
 
-    @torch.compile(backend="aot_eager", fullgraph=True)
+    @torch.compile(backend=backend, fullgraph=True)
     def step(x, scores):
         return mk.all_merge(mk.softmax_pool(x, scores, offsets), offsets=offsets).bag, dsmil(x, offsets).bag
 
@@ -375,9 +382,32 @@ def compiled_ops(rank, ranks):
     return [error(a, b) for a, b in zip((*found, compiled), (*plain, scores.grad), strict=True)]
 
 
+def compiled_module(rank, ranks, name):
+    """The module by inductor, beside itself without a compiler."""
+    rows, offsets = own(rank, ranks)
+    found = []
+    for compiled in (True, False):
+        module = made(name, group=dist.group.WORLD)
+        call = torch.compile(module, fullgraph=True) if compiled else module
+        x = whole()[0][rows].requires_grad_()
+        out = call(x, offsets)
+        loss(out).backward()
+        found.append([*common(out).values(), x.grad, *(p.grad for p in module.parameters())])
+    torch._dynamo.reset()
+    return [error(*pair) for pair in zip(*found, strict=True)]
+
+
 @pytest.mark.slow
-def test_compiled_into_one_graph():
-    for errors in run(compiled_ops, 2, 2):
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_compiled_by_inductor(name):
+    for errors in run(compiled_module, 2, 2, name):
+        assert max(errors) < 1e-14, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_into_one_graph(backend):
+    for errors in run(compiled_ops, 2, 2, backend):
         assert max(errors) < 1e-14
 
 

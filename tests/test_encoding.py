@@ -168,6 +168,18 @@ def test_weights_cast_by_autocast_are_not_shared():
     assert all(p.grad is not None and p.grad.any() for p in enc[0].parameters())
 
 
+def test_weights_that_change_in_an_autocast_block_are_cast_again():
+    enc, x, found = encoder(dtype=torch.float32), images(dtype=torch.float32), []
+    with torch.autocast("cpu", torch.bfloat16):
+        in_chunks(enc, x).sum().backward()
+        with torch.no_grad():
+            enc[0].weight.mul_(-2)
+        found.append(in_chunks(enc, x))
+    with torch.autocast("cpu", torch.bfloat16):
+        found.append(in_chunks(enc, x))
+    assert torch.equal(*found)
+
+
 def test_grad_scaler():
     models, x = [encoder(dtype=torch.float32)], images(dtype=torch.float32)
     models.append(copy.deepcopy(models[0]))

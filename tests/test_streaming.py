@@ -173,6 +173,29 @@ def test_reads_of_dsmil(embed_dim):
     assert read == [0, 10, 20, 30] + (winners if embed_dim == (6, 5) else [])
 
 
+def test_pieces_without_gradient_are_not_read_again():
+    """No gradient is one of exactly 0: not a sum of 0, and not a norm of 0, which squares of small numbers have."""
+    x, read, g = torch.randn(40, 4), [], torch.zeros(40, 1)
+    g[12], g[17], g[33] = 1, -1, 1e-30
+
+    class Noted:
+        shape = x.shape
+
+        def __getitem__(self, rows):
+            read.append(rows.start)
+            return x[rows]
+
+    v, w = torch.randn(3, 4), torch.randn(1, 3)
+    found = []
+    for bag in (StreamedBag(Noted(), rows=10), x):
+        leaves = [t.clone().requires_grad_() for t in (v, w)]
+        scores = milkernels.attention_scores(bag, *leaves)
+        read.clear()
+        found.append(torch.autograd.grad(scores, leaves, g))
+        assert read == ([10, 30] if bag is not x else [])
+    torch.testing.assert_close(*found)
+
+
 # Modules and models
 
 WIDTH = 10

@@ -1,5 +1,6 @@
 """Where the pieces of a streamed bag come from: kinds of sources, transforms, memory, and what can go wrong."""
 
+import os
 import re
 import subprocess
 import sys
@@ -130,19 +131,45 @@ def test_bags_without_rows():
     assert not out.bag.any() and bool((out.critical == -1).all()) and out.scores.shape == (0, 2)
 
 
-def test_memory_of_pieces_is_used_again(tmp_path):
-    """New memory costs as much as reading does; but nothing is read over what somebody holds."""
-    held, places = [], set()
+def test_a_piece_of_a_file_may_be_kept_and_written_to(tmp_path, model):
+    """It is a map of its own: nothing is read over it, and nothing of it reaches the file or the next read."""
+    path, held = npy(tmp_path, X), []
 
     def transform(piece):
-        places.add(piece.data_ptr())
-        if len(places) == 1 and not held:
-            held.append(piece)
+        held.append(piece)
+        return piece.mul_(2)
+
+    torch.testing.assert_close(step(model, StreamedBag(path, 10, transform)), step(model, 2 * X))
+    assert torch.equal(torch.cat(held), torch.cat([2 * X, 2 * X])) and np.array_equal(np.load(path), X.numpy())
+
+
+THREADS = {"tensor": 0, "array": 0, "path of .npy": 0, "path of .pt": 1, "memory map": 1, "list": 0, "function": 1}
+
+
+@pytest.mark.parametrize("name", THREADS)
+def test_a_thread_where_it_is_of_use(name, tmp_path):
+    """Not for what is in memory, nor where the system reads ahead."""
+    seen = []
+
+    def transform(piece):
+        seen.append(sum(t.name == "milkernels-stream" for t in threading.enumerate()))
         return piece
 
-    x = torch.randn(400, L)
-    milkernels.mean_pool(StreamedBag(npy(tmp_path, x), 10, transform, prefetch=2))
-    assert len(places) <= 6 and torch.equal(held[0], x[:10])
+    milkernels.mean_pool(StreamedBag(SOURCES[name](tmp_path, X), 5, transform))
+    assert seen[0] == THREADS[name]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be told")
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_what_the_system_reads_ahead(prefetch, tmp_path, monkeypatch):
+    """Each row once, and ``prefetch`` pieces before it is needed."""
+    path, told, at = npy(tmp_path, X), [], []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, offset, size, _: told.append((offset, size)))
+    milkernels.mean_pool(StreamedBag(path, 10, lambda piece: at.append(len(told)) or piece, prefetch=prefetch))
+    assert at == [min(5, i + prefetch + 1) for i in range(5)]
+    row = L * X.itemsize
+    assert [size for _, size in told] == [10 * row] * 4 + [3 * row]
+    assert [offset - told[0][0] for offset, _ in told] == [10 * row * i for i in range(5)]
 
 
 # Transforms

@@ -3,12 +3,15 @@
 import contextlib
 import importlib.util
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from example_cases import ROOT
+from processes import needs_gloo
 
-PAGES = ("feature-files", "many-slides", "attention-maps", "survival")
+PAGES = ("feature-files", "many-slides", "attention-maps", "survival", "encoder")
 MAY_LACK = ("h5py", "matplotlib", "pytorch_lightning", "ray", "dask", "pyspark", "torchsurv")
 
 
@@ -34,6 +37,15 @@ def test_blocks(page, tmp_path, monkeypatch):
             exec(compile("\n" * line + source, f"{page}.md", "exec"), space)
             ran += 1
     assert ran >= len(blocks) - 3
+
+
+@needs_gloo
+def test_several_processes(tmp_path):
+    """The page is a program."""
+    path = tmp_path / "train.py"
+    path.write_text("\n\n".join(source for _, source in blocks_of("several-processes")))
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "weights of all ranks sum to 1.0000" in done.stdout, done.stderr
 
 
 def test_discrete_time_against_the_likelihood(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ class StreamedBag(Parts):
 
     Args:
         source: where rows ``[N, L]`` come from.  What slices: a tensor, a NumPy array or memory map, an h5 or zarr
-            dataset.  The path of a file: .npy, whose slices are read and never mapped; .pt, a tensor; .h5, its dataset
+            dataset.  The path of a file: .npy, whose pieces are mapped one at a time; .pt, a tensor; .h5, its dataset
             ``features``.  A list of these, one behind another.  Or a function that returns an iterator of pieces
             ``[n, L]``, a new one each time.  Every read has to give the same rows in the same order.
         rows: of a piece, at most.  A function's pieces are cut to it, and not joined.
@@ -43,7 +43,8 @@ class StreamedBag(Parts):
             an encoder.  It runs where and when the op does, on ``device``, at every read, with the same random numbers.
             The parameters of an ``nn.Module`` are trained; a function must have none.
         device: where pieces go; None leaves them where they are.
-        prefetch: how many pieces a thread reads ahead; 0: none, and there is no thread.
+        prefetch: how many pieces are read ahead: by the system from a .npy file; by a thread from all else that is not
+            in memory, and whatever the source, where ``device`` is a GPU.  0: none, and there is no thread.
 
     Attributes:
         reads: how often the source was read, in part or whole.
@@ -85,7 +86,7 @@ class StreamedBag(Parts):
         device = None if device is None else _device(device)
         self.rows, self.prefetch, self.transform, self.device = rows, prefetch, transform, device
         self._reads = _Reads()
-        self._source = Source(as_source(source, rows), device, prefetch, (), (), self._reads.add)
+        self._source = Source(as_source(source, rows, prefetch), device, prefetch, (), (), self._reads.add)
         if transform is not None:
             modules = (transform,) if isinstance(transform, nn.Module) else ()
             self._source = self._with(_layer_of(transform), modules)

@@ -1,6 +1,7 @@
 """The reads of one call: the first says where the pieces are, and every other one has to give the same."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -25,6 +26,11 @@ class Source(NamedTuple):
     layers: tuple[Layer, ...]  # what rows go through before an op sees them
     modules: tuple[nn.Module, ...]  # whose parameters these have
     count: Callable[[float], None]  # is told of every read, and how long it waited for pieces
+
+    @property
+    def pins(self) -> bool:
+        """Whether pieces are copied to where a GPU can fetch them."""
+        return self.device is not None and self.device.type == "cuda"
 
 
 class Piece(NamedTuple):
@@ -124,8 +130,9 @@ class Reading:
     def _read(self, places: Sequence | None) -> Iterator[tuple]:
         """``(place, rows, mark)``, made by another thread where pieces are read ahead."""
         waited, source = 0.0, self.source
-        made = _prepared(source.source.pieces(places), source.device)
-        pieces = Prefetched(made, source.prefetch) if source.prefetch else made
+        made = _prepared(source.source.pieces(places), source.pins)
+        ahead = 0 if source.source.at_hand and not source.pins else source.prefetch
+        pieces = Prefetched(made, ahead) if ahead else made
         try:
             while True:
                 before = time.perf_counter()
@@ -221,23 +228,30 @@ class Reading:
 _SAME = "source must give the same rows on every read"
 
 
-def _prepared(pieces: Iterator, device: torch.device | None) -> Iterator[tuple]:
+def _prepared(pieces: Iterator, pins: bool) -> Iterator[tuple]:
     """What can be done before a piece is needed."""
     with contextlib.closing(pieces):
         for place, piece in pieces:
             mark = _mark(piece)
-            pins = device is not None and device.type == "cuda" and piece.device.type == "cpu"
-            yield place, piece.pin_memory() if pins else piece, mark
+            yield place, piece.pin_memory() if pins and piece.device.type == "cpu" else piece, mark
             del piece
 
 
 def _mark(piece: Tensor) -> int | None:
     """A number by which some of its rows are known again; None on a GPU, where looking would wait for it."""
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(piece.dtype.itemsize)
-    if piece.device.type != "cpu" or bits is None or piece.is_complex():
+    if piece.device.type != "cpu":
         return None
-    some = piece[:: max(1, piece.shape[0] // _SAMPLED_ROWS)].contiguous().view(bits).flatten().to(torch.int64)
-    return int((some * (2 * torch.arange(len(some)) + 1)).sum())  # int64 wraps around
+    some = piece[:: max(1, piece.shape[0] // _SAMPLED_ROWS)].clone(memory_format=torch.contiguous_format)
+    some = some.view(torch.uint8).flatten()
+    if rest := len(some) % 8:
+        some = nn.functional.pad(some, (0, 8 - rest))
+    words = some.view(torch.int64)
+    return int(words @ _odd_numbers(len(words)))  # int64 wraps around
+
+
+@functools.lru_cache(4)
+def _odd_numbers(count: int) -> Tensor:
+    return torch.arange(1, 2 * count + 1, 2)
 
 
 def _checked_offsets(offsets: Tensor) -> Tensor:

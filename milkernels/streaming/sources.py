@@ -5,6 +5,8 @@ out; a function's iterator has to be gone through from its beginning.
 """
 
 import contextlib
+import errno
+import mmap
 import os
 import queue
 import sys
@@ -18,28 +20,29 @@ from torch import Tensor
 
 from milkernels.arguments import check_type, required
 
-_HELD_BY_US = 3  # references to memory: the list's, the loop's, and that of who counts them
+_POPULATE = 22  # MADV_POPULATE_READ of Linux 5.14, which Python has no name for
+_AT_ONCE = 4 << 20  # bytes, between which other threads of Python may run
 FORMATS = (
     "an array or tensor that slices, the path of a file (.npy, .pt, .h5), a list of these, or a function that returns "
     "an iterator of pieces [n, L]"
 )
 
 
-def as_source(source: Any, rows: int) -> "Sliced | Made":
-    """The source of pieces of at most so many rows.
+def as_source(source: Any, rows: int, ahead: int) -> "Sliced | Made":
+    """The source of pieces of at most so many rows; while one is computed, so many are read ahead.
 
     Raises:
         TypeError: what is none of these: an iterator, which could be read once, before all.
         ValueError: an array that is not ``[N, L]``, or a tensor that requires a gradient; an empty list.
     """
     if isinstance(source, Tensor | str | os.PathLike) or _slices(source):
-        return Sliced([source], rows)
+        return Sliced([source], rows, ahead)
     if callable(source):
         return Made(source, rows)
     if isinstance(source, list | tuple):
         if not source:
             raise ValueError("source must hold at least one array or path; got an empty list")
-        return Sliced(source, rows)
+        return Sliced(source, rows, ahead)
     hint = "; give a function that returns a new one" if isinstance(source, Iterator) else ""
     raise TypeError(f"source must be {FORMATS}; got {type(source).__name__}{hint}")
 
@@ -66,8 +69,8 @@ def _slices(source: Any) -> bool:
 class Sliced:
     """Arrays one behind another, each opened when it is reached if it is a file."""
 
-    def __init__(self, arrays: Sequence, rows: int):
-        self.arrays, self.rows = list(arrays), rows
+    def __init__(self, arrays: Sequence, rows: int, ahead: int = 0):
+        self.arrays, self.rows, self.ahead = list(arrays), rows, ahead
         for i, array in enumerate(self.arrays):
             name = _name(i, self.arrays)
             if isinstance(array, str | os.PathLike):
@@ -77,22 +80,32 @@ class Sliced:
             else:
                 _check_array(array, name)
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether no thread is of use: pieces are in memory, or the system reads them ahead."""
+        return all(
+            isinstance(array, Tensor)
+            or (isinstance(array, str | os.PathLike) and Path(array).suffix == ".npy")
+            or (type(array).__module__ == "numpy" and not _is_mapped(array))
+            for array in self.arrays
+        )
+
     def pieces(self, places: Sequence | None = None) -> Iterator[tuple[Any, Tensor]]:
         """``(place, piece)``: all of them, or those at these places."""
-        if places is None:
-            for i, array in self._opened():
-                for start in range(0, array.shape[0], self.rows):
-                    place = (i, start, min(start + self.rows, array.shape[0]))
-                    yield place, self._piece(array, place)
-                if len(self.arrays) == 1 and array.shape[0] == 0:
-                    yield (0, 0, 0), self._piece(array, (0, 0, 0))
-            return
-        wanted: dict[int, list] = {}
-        for place in places:
+        wanted: dict[int, list] | None = None if places is None else {}
+        for place in places or ():
             wanted.setdefault(place[0], []).append(place)
-        for i, array in self._opened(list(wanted)):
-            for place in wanted[i]:
+        for i, array in self._opened(None if wanted is None else list(wanted)):
+            here = self._places(i, array.shape[0]) if wanted is None else wanted[i]
+            for n, place in enumerate(here):
+                if isinstance(array, _Npy):
+                    array.will_need(here[n + self.ahead if n else 0 : n + self.ahead + 1])
                 yield place, self._piece(array, place)
+
+    def _places(self, i: int, length: int) -> list[tuple[int, int, int]]:
+        """Those of an array; a source without any row has one."""
+        starts = range(0, max(length, len(self.arrays) == 1), self.rows)
+        return [(i, start, min(start + self.rows, length)) for start in starts]
 
     def rows_at(self, rows: Sequence[int]) -> Tensor:
         """These rows, which rise; without those beyond the last one."""
@@ -100,7 +113,8 @@ class Sliced:
         with contextlib.closing(self._opened()) as opened:
             for i, array in opened:
                 here = [row - base for row in left if row < base + array.shape[0]]
-                found += [self._piece(array, (i, 0, 0)), *(self._piece(array, (i, row, row + 1)) for row in here)]
+                found += [self._piece(array, (i, row, row + 1)).clone() for row in here]
+                found.append(self._piece(array, (i, 0, 0)))
                 base, left = base + array.shape[0], left[len(here) :]
                 if not left:
                     break
@@ -134,6 +148,8 @@ class Sliced:
 
 class Made:
     """What a function's iterator gives; its place is how many came before."""
+
+    at_hand = False
 
     def __init__(self, make: Callable[[], Iterable], rows: int):
         self.make, self.rows = make, rows
@@ -199,11 +215,12 @@ def _opener(path: str | os.PathLike, name: str) -> Callable:
 
 
 class _Npy:
-    """A .npy file ``[N, L]``, of which slices are read: a memory map would count as memory, all of it."""
+    """A .npy file ``[N, L]``.  Slices are maps of their own, which are copied where something is written: one of the
+    whole file would count as memory, all of it."""
 
     def __init__(self, path: Path):
         np = required("numpy", "a .npy file", "numpy")
-        self._file, self._memory = path.open("rb"), []
+        self._file = path.open("rb")
         try:
             version = np.lib.format.read_magic(self._file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -218,30 +235,48 @@ class _Npy:
             raise
 
     def __getitem__(self, rows: slice) -> Any:
-
-        width = self.shape[1]
-        self._file.seek(self._start + rows.start * width * self.dtype.itemsize)
-        out = self._room((rows.stop - rows.start) * width).reshape(-1, width)
-        size, memory = self._file.readinto(out.data.cast("B") if out.size else bytearray()), out.nbytes
-        if size != memory:
-            raise EOFError(f"{self._file.name} ends before row {rows.stop} of the {self.shape[0]} that its header says")
-        return out
-
-    def _room(self, count: int) -> Any:
-        """For so many numbers: where pieces were that nobody holds any more, since new memory costs as much as the
-        reading."""
         np = required("numpy", "a .npy file", "numpy")
-        free = next((m for m in self._memory if m.size == count and sys.getrefcount(m) <= _HELD_BY_US), None)
-        if free is None:
-            free = np.empty(count, self.dtype)
-            self._memory.append(free)
-        return free
+        start, size = self._bytes(rows.start, rows.stop)
+        if size == 0:
+            return np.empty((0, self.shape[1]), self.dtype)
+        if start + size > os.fstat(self._file.fileno()).st_size:
+            raise EOFError(f"{self._file.name} ends before row {rows.stop} of the {self.shape[0]} that its header says")
+        before = start % mmap.ALLOCATIONGRANULARITY
+        pages = mmap.mmap(self._file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)
+        _read(pages)
+        return np.frombuffer(pages, self.dtype, offset=before).reshape(-1, self.shape[1])
+
+    def will_need(self, places: Sequence[tuple[int, int, int]]) -> None:
+        """The system begins to read these, where it can be told to."""
+        if hasattr(os, "posix_fadvise"):
+            for _, start, stop in places:
+                os.posix_fadvise(self._file.fileno(), *self._bytes(start, stop), os.POSIX_FADV_WILLNEED)
+
+    def _bytes(self, start: int, stop: int) -> tuple[int, int]:
+        """Where these rows begin in the file, and their size."""
+        row = self.shape[1] * self.dtype.itemsize
+        return self._start + start * row, (stop - start) * row
 
     def __enter__(self) -> "_Npy":
         return self
 
     def __exit__(self, *_) -> None:
         self._file.close()
+
+
+def _read(pages: mmap.mmap) -> None:
+    """Waits for the pages, all at once, so that who computes does not wait for one after another; what cannot be read
+    is an OSError here and would end the process there.  A system that cannot be asked reads them when they are looked
+    at."""
+    if sys.platform != "linux":
+        return
+    for start in range(0, len(pages), _AT_ONCE):
+        try:
+            pages.madvise(_POPULATE, start, min(_AT_ONCE, len(pages) - start))
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # an older Linux
+                return
+            raise
 
 
 @contextlib.contextmanager
