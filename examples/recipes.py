@@ -41,6 +41,7 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.999)
     cosine: bool = False  # the learning rate goes to 0 along half a cosine
     balanced: bool = False  # positive bags weigh as much as negative ones
+    shuffled: bool = True  # bags come in another order in every epoch
 
 
 @dataclass(frozen=True)
