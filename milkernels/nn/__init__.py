@@ -48,6 +48,7 @@ from milkernels.nn.models import (
     Prediction,
 )
 from milkernels.nn.pools import DSMIL, AttentionPool, LossAttention, MaxPool, MeanPool, SoftmaxPool
+from milkernels.nn.self_attention import SelfAttention
 
 __all__ = [
     "ABMIL",
@@ -65,5 +66,6 @@ __all__ = [
     "MaxPool",
     "MeanPool",
     "Prediction",
+    "SelfAttention",
     "SoftmaxPool",
 ]

@@ -130,7 +130,7 @@ def _through(
     """``(values behind the layers, mask)``; ``first`` is what takes them."""
     if isinstance(values, Parts):
         return values.through(lambda rows, mask: _through(layers, rows, mask, first)[0], layers), mask
-    _check_type(values, first)
+    check_feature_type(values, first)
     if layers:
         values, mask = _cleared(values, mask)
     for layer in layers:
@@ -138,7 +138,7 @@ def _through(
     return values, mask
 
 
-def _check_type(x: Tensor, layer: nn.Module) -> None:
+def check_feature_type(x: Tensor, layer: nn.Module) -> None:
     """A layer of PyTorch takes features of its own type, outside of autocast; a pool of the ops also narrower ones, and
     of wider ones makes what the classifier behind it does not take."""
     weight = next(layer.parameters(), x)
