@@ -176,6 +176,8 @@ MODULES = {
     nn.LossAttentionModel: {"num_classes": 2, "hidden_dims": (4,), "dropout": 0.5},
     nn.InstancePooling: {"num_classes": 2, "hidden_dims": (4,), "pooling": "log_sum_exp", "dropout": 0.5, "r": 2.0},
     nn.EmbeddingPooling: {"num_classes": 2, "hidden_dims": (4,), "pooling": "log_sum_exp", "dropout": 0.5, "r": 2.0},
+    nn.MINetDS: {"num_classes": 2, "hidden_dims": (4,), "pooling": "log_sum_exp", "dropout": 0.5, "r": 2.0},
+    nn.MINetRC: {"num_classes": 2, "hidden_dims": (4,), "pooling": "log_sum_exp", "dropout": 0.5, "r": 2.0},
 }
 for kind, options in MODULES.items():
     CALLS[kind.__name__] = kind, {"in_dim": L, **options}

@@ -45,7 +45,12 @@ from milkernels.nn.models import (
     InstancePooling,
     InstancePrediction,
     LossAttentionModel,
+    MINet,
+    MiNet,
+    MINetDS,
+    MINetRC,
     Prediction,
+    SidePrediction,
 )
 from milkernels.nn.pools import DSMIL, AttentionPool, LossAttention, MaxPool, MeanPool, SoftmaxPool
 from milkernels.nn.self_attention import SelfAttention
@@ -63,9 +68,14 @@ __all__ = [
     "InstancePrediction",
     "LossAttention",
     "LossAttentionModel",
+    "MINet",
+    "MINetDS",
+    "MINetRC",
     "MaxPool",
     "MeanPool",
+    "MiNet",
     "Prediction",
     "SelfAttention",
+    "SidePrediction",
     "SoftmaxPool",
 ]
