@@ -29,7 +29,6 @@ from examples import (  # noqa: E402
     training,
 )
 from examples.recipes import Batch, Settings  # noqa: E402
-from milkernels import Bags  # noqa: E402
 
 LENGTHS = (3, 1, 7, 4, 2, 9)
 
@@ -44,7 +43,9 @@ SMALL = {
     "loss-attention-mean": recipes.loss_attention((8, 6), 0.0, None, 0.3, instances="mean"),
     "loss-attention-consistent": recipes.loss_attention((8, 6), 0.0, None, 0.3, omega=2.0, ramp=2),
     **recipes.poolings((8, 6), 0.0),
+    **recipes.minets(0.0),
     "self-attention": recipes.self_attention((8, 6), 0.0),
+    "self-attention-gaussian": recipes.self_attention((8, 6), 0.0, "gaussian"),
 }
 EAGER = [name for name, recipe in SMALL.items() if recipe.eager]
 
@@ -238,21 +239,27 @@ def test_consistency_uses_targets_of_earlier_epochs():
     torch.testing.assert_close(fresh(changed, batch, 2), plain(changed, batch, 2))  # every training run its own
 
 
-def test_self_attention_is_its_formula():
+def test_self_attention_is_between_embedding_and_pooling():
     torch.manual_seed(0)
-    model, made = self_attention.SelfAttentionABMIL(WIDTH, 2, (8,), 5).double(), toy(5).bags.to(torch.float64)
+    model, made = self_attention.SelfAttentionABMIL(WIDTH, 2, (8,), 5, kernel="laplace").double(), toy(5).bags
+    made = made.to(torch.float64)
     torch.testing.assert_close(model(made).logits, model.abmil(made).logits)  # gamma begins at 0
-    model.gamma.data.fill_(0.7)
-    for b, x in enumerate(made):
-        h = model.abmil.embed(x)
-        weights = torch.softmax(model.query(h) @ model.key(h).T, dim=1)
-        h = h + 0.7 * weights @ model.value(h)
-        pool = model.abmil.attention
-        scores = F.linear(torch.tanh(F.linear(h, pool.v_weight, pool.v_bias)), pool.w_weight, pool.w_bias)
-        logits = model.abmil.classifier(torch.softmax(scores, 0).T @ h)[0]
-        torch.testing.assert_close(model(made).logits[b], logits)
-    empty = Bags.from_list([torch.zeros(0, WIDTH).double(), made[0]])
-    torch.testing.assert_close(model(empty).logits[1], model(made).logits[0])
+    model.compare.gamma.data.fill_(0.7)
+    h = model.compare(model.abmil.embed(made.values), made.offsets)
+    expected = model.abmil.classifier(model.abmil.attention(h).bag[:, 0])
+    torch.testing.assert_close(model(made).logits, expected)
+    assert not torch.allclose(expected, model.abmil(made).logits)
+
+
+def test_deep_supervision_is_trained_on_all_its_classifiers():
+    recipe, made = SMALL["MI-Net with DS"], toy(6)
+    torch.manual_seed(0)
+    model = recipe.model(WIDTH)
+    prediction, batch = model(made.bags), recipes.Batch(made.bags, made.labels, range(6))
+    ((_, loss),) = recipe.stages(model)
+    labels = made.labels.float()
+    alone = [F.binary_cross_entropy_with_logits(side[:, 0], labels) for side in prediction.side_logits.unbind(1)]
+    torch.testing.assert_close(loss(prediction, batch, 0), sum(alone))
 
 
 # Training
