@@ -28,6 +28,8 @@ from examples import (  # noqa: E402
     train_classic,
     train_encoder,
     train_mnist_bags,
+    train_published,
+    train_svm,
     training,
 )
 from examples.recipes import Settings  # noqa: E402
@@ -141,6 +143,13 @@ def test_side_by_side_compares_what_is_compared():
             setup = {w: side_by_side._setup(side_by_side.Task(part, model, w, 0), args) for w in training.WAYS}
             assert setup["ragged"] == setup["loop"] and setup["ragged"][0].eager is not None
             assert {settings.epochs for _, settings in setup.values()} == {20 if part == "tiger" else args.slide_epochs}
+
+
+@pytest.mark.parametrize(("name", "models"), [("train_published", 2), ("train_svm", 2)])
+def test_classic_sets_quick(name, models, classic_data, tmp_path):
+    command(name, "--quick", "--jobs", "1", "--data", classic_data, "--out", tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / f"{name}.json").read_text())["rows"]
+    assert len(rows) == models * 2 and len({row["model"] for row in rows}) == models
 
 
 def test_self_attention_quick(tmp_path):
@@ -261,7 +270,16 @@ def _square(task):
 # Results in the repository, and real data
 
 
-WITH_PAGES = (train_classic, train_encoder, train_mnist_bags, slide_bag, side_by_side, self_attention)
+WITH_PAGES = (
+    train_classic,
+    train_published,
+    train_svm,
+    train_encoder,
+    train_mnist_bags,
+    slide_bag,
+    side_by_side,
+    self_attention,
+)
 PAGES = {module.__name__.split(".")[1]: module for module in WITH_PAGES}
 
 

@@ -26,6 +26,8 @@ from examples import (  # noqa: E402
     train_classic,
     train_encoder,
     train_mnist_bags,
+    train_published,
+    train_svm,
     training,
 )
 from examples.recipes import Batch, Settings  # noqa: E402
@@ -359,7 +361,7 @@ def test_every_stage_takes_its_step():
 
 def test_dsmil_is_trained_as_published():
     settings = recipes.dsmil().settings
-    assert dataclasses.astuple(settings) == (2e-4, 5e-3, 40, 1, (0.5, 0.9), True, True)
+    assert dataclasses.astuple(settings) == (2e-4, 5e-3, 40, 1, (0.5, 0.9), True, True, True)
 
 
 def test_folds_are_stratified_and_disjoint():
@@ -563,3 +565,51 @@ def test_digits_train_the_encoder_through_chunks_as_in_one_graph():
     assert (found[0] - found[1]).norm() < 1e-5 * found[1].norm()
     frozen = train_encoder.OfDigits(True, 5)
     assert not any(p.requires_grad for p in frozen.encoder.parameters())
+
+
+# Support vector machines
+
+
+def planted(count=40, seed=0):
+    """Bags whose positive ones hold one instance that no negative one has."""
+    rng = torch.Generator().manual_seed(seed)
+    lengths, labels = torch.randint(2, 7, (count,), generator=rng).tolist(), torch.arange(count) % 2
+    bags = [torch.randn(n, 3, generator=rng) for n in lengths]
+    for bag, label in zip(bags, labels.tolist(), strict=True):
+        bag[-1, 0] += 8 * label
+    return [bag.numpy() for bag in bags], labels.numpy()
+
+
+@pytest.mark.parametrize("name", train_svm.MODELS)
+def test_support_vector_machines_find_the_instance(name):
+    (bags, labels), (others, truth) = planted(), planted(seed=1)
+    machine = train_svm.MODELS[name]("linear", 1.0).fit(bags, labels)
+    assert ((machine.scores(others) > 0) == truth).all()
+    # Told as bags are, the other instances of positive bags would move the border into the negative ones.
+    positive = [bag for bag, label in zip(others, truth, strict=True) if label]
+    assert all(machine.machine.decision_function(bag).argmax() == len(bag) - 1 for bag in positive)
+    assert sum((machine.machine.decision_function(bag[:-1]) > 0).sum() for bag in positive) <= 2
+
+
+# Published settings
+
+
+def test_published_runs_are_read_in_three_ways(tmp_path):
+    made = toy(24)
+    write_npz(tmp_path / "musk1.npz", made.bags, made.labels)
+    args = train_published.parse(["--data", str(tmp_path), "--folds", "3", "--epochs", "5", "--device", "cpu"])
+    row = train_published.run(train_published.Task("musk1", "dsmil", "as in the file", 0, 1), args)
+    accuracy = row["accuracy"]
+    assert row["bags"] == 8 and 0 <= accuracy["last"] <= accuracy["best"] <= accuracy["threshold"] <= 1
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")  # no step is taken
+def test_an_order_that_stays(monkeypatch):
+    """DSMIL's bags come in the same order in every epoch, the others' in another."""
+    made, seen = toy(6), []
+    monkeypatch.setattr(training._Optimiser, "ragged", lambda self, model, batch, epoch: seen.extend(batch.keys))
+    for name, same in (("dsmil", True), ("loss-attention", False)):
+        seen.clear()
+        settings = dataclasses.replace(train_published.RECIPES[name].settings, epochs=2)
+        training.fit(train_published.RECIPES[name], settings, made.bags, made.labels, 0)
+        assert sorted(seen[:6]) == list(range(6)) and (seen[:6] == seen[6:]) is same
