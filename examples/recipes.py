@@ -16,7 +16,7 @@ from examples import eager
 from examples.self_attention import SelfAttentionABMIL
 from milkernels import Bags, attention_weights
 from milkernels.losses import WeightEnsemble, dsmil_loss, loss_attention_loss, ramp_up
-from milkernels.nn import ABMIL, DSMILModel, EmbeddingPooling, InstancePooling, LossAttentionModel
+from milkernels.nn import ABMIL, DSMILModel, EmbeddingPooling, InstancePooling, LossAttentionModel, MINetDS, MINetRC
 
 
 class Batch(NamedTuple):
@@ -41,6 +41,7 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.999)
     cosine: bool = False  # the learning rate goes to 0 along half a cosine
     balanced: bool = False  # positive bags weigh as much as negative ones
+    shuffled: bool = True  # bags come in another order in every epoch
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,23 @@ def pooling(level: type, widths: Sequence[int] | None, dropout: float, name: str
     return Recipe("Wang et al. 2018", make, _at_once(_bce), {"": _bag})
 
 
-def self_attention(widths: Sequence[int] | None, dropout: float) -> Recipe:
+def multi_level(kind: type, widths: Sequence[int], dropout: float) -> Recipe:
+    """MI-Net with deep supervision, trained on the sum of its classifiers' losses, or with residual connections."""
+
+    def loss(prediction, batch: Batch, epoch: int) -> Tensor:
+        sides = prediction.side_logits[..., 0]
+        labels = batch.labels.to(sides.dtype)[:, None].expand_as(sides)
+        return F.binary_cross_entropy_with_logits(sides, labels, pos_weight=batch.pos_weight) * sides.shape[1]
+
     def make(width: int) -> nn.Module:
-        return SelfAttentionABMIL(width, 1, widths, dropout=dropout if widths else 0.0)
+        return kind(width, 1, widths, dropout=dropout)
+
+    return Recipe("Wang et al. 2018", make, _at_once(loss if kind is MINetDS else _bce), {"": _bag})
+
+
+def self_attention(widths: Sequence[int] | None, dropout: float, kernel: str = "dot") -> Recipe:
+    def make(width: int) -> nn.Module:
+        return SelfAttentionABMIL(width, 1, widths, dropout=dropout if widths else 0.0, kernel=kernel)
 
     return Recipe("Rymarczyk et al. 2021", make, _at_once(_bce), {"": _bag})
 
@@ -189,6 +204,15 @@ def loss_attention(
 
 
 # The tables
+
+
+def minets(dropout: float) -> dict[str, Recipe]:
+    """The widths of the paper."""
+    deep, residual = (256, 128, 64), (128, 128, 128)
+    return {
+        "MI-Net with DS": multi_level(MINetDS, deep, dropout),
+        "MI-Net with RC": multi_level(MINetRC, residual, dropout),
+    }
 
 
 _POOLINGS = ("max", "mean", "log_sum_exp", "generalized_mean", "noisy_or", "isr")

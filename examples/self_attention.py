@@ -1,9 +1,9 @@
-"""Self-attention before attention pooling: SA-AbMILP (Rymarczyk et al. 2021), and what it costs.
+"""Self-attention before attention pooling: SA-AbMILP and its kernels (Rymarczyk et al. 2021), and what they cost.
 
-Instances attend to each other inside their bag, by PyTorch's own attention, and are then pooled as in `ABMIL`.  Every
-instance is compared with every other, so time and memory grow with the square of the bag:
+Instances attend to each other inside their bag, by `milkernels.nn.SelfAttention`, and are then pooled as in `ABMIL`.
+Every instance is compared with every other, so time grows with the square of the bag; memory does not:
 
-    python -m examples.self_attention            # measures it beside attention pooling alone
+    python -m examples.self_attention            # measures both beside attention pooling alone
 """
 
 import argparse
@@ -14,22 +14,24 @@ from collections.abc import Sequence
 import torch
 from rich.progress import track
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from examples import report
 from milkernels import Bags
-from milkernels.nn import ABMIL, Prediction
+from milkernels.bench import memory
+from milkernels.nn import ABMIL, Prediction, SelfAttention
+
+ALONE = "attention pooling alone"
+NAMES = {"dot": "SA", "gaussian": "GSA", "inverse_quadratic": "IQSA", "laplace": "LSA"}  # the paper's
 
 
 class SelfAttentionABMIL(nn.Module):
-    """``h_i + gamma sum_j softmax_j(q(h_i) . k(h_j)) v(h_j)`` inside each bag, then attention pooling.
-
-    ``gamma`` begins at 0, as in self-attention GANs, so training begins with `ABMIL`.
+    """An embedding, `SelfAttention`, attention pooling and a classifier.
 
     Args:
         in_dim: features of an instance.
         num_classes: C.
         embed_dim, hidden_dim, dropout: as in `ABMIL`.
+        kernel: of the self-attention.
     """
 
     def __init__(
@@ -39,29 +41,16 @@ class SelfAttentionABMIL(nn.Module):
         embed_dim: int | Sequence[int] | None = (256, 128, 64),
         hidden_dim: int = 64,
         dropout: float = 0.0,
+        kernel: str = "dot",
     ):
         super().__init__()
         self.abmil = ABMIL(in_dim, num_classes, embed_dim, hidden_dim, gated=False, dropout=dropout)
         self.abmil.attention.dropout = 0.0
-        width = self.abmil.attention.in_dim
-        self.query, self.key = (nn.Linear(width, max(1, width // 8)) for _ in range(2))
-        self.value = nn.Linear(width, width)
-        self.gamma = nn.Parameter(torch.zeros(()))
+        self.compare = SelfAttention(self.abmil.attention.in_dim, kernel)
 
     def forward(self, x: Tensor | Bags, offsets: Tensor | None = None) -> Prediction:
         bags = x if isinstance(x, Bags) else Bags(x, offsets)
-        if bags.mask is not None:
-            raise ValueError("instances that are masked would be attended to; bags must come without a mask")
-        h = self.abmil.embed(bags.values)
-        q, k, v = self.query(h), self.key(h), self.value(h)
-        lengths = bags.lengths.tolist()
-        attended = [
-            F.scaled_dot_product_attention(*(t[None, None] for t in one), scale=1.0)[0, 0]
-            for one in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-            if len(one[0])
-        ]
-        h = h + self.gamma * torch.cat([v[:0], *attended])
-        pooled = self.abmil.attention(h, bags.offsets)
+        pooled = self.abmil.attention(self.compare(self.abmil.embed(bags.values), bags.offsets, bags.mask))
         return Prediction(self.abmil.classifier(pooled.bag.flatten(1)), pooled)
 
 
@@ -70,37 +59,63 @@ def _step(model: nn.Module, x: Tensor) -> None:
     model(x).logits.sum().backward()
 
 
+def _seconds(model: nn.Module, x: Tensor) -> float:
+    start = report.now(x)
+    _step(model, x)
+    return report.now(x) - start
+
+
 def measure(lengths: Sequence[int], width: int, rounds: int, device: str) -> list[dict]:
-    """Medians of interleaved training steps of one bag: seconds, with self-attention and without."""
-    models = {"self-attention": SelfAttentionABMIL(width, 1, None), "attention": ABMIL(width, 1, None, 64, gated=False)}
-    nn.init.ones_(models["self-attention"].gamma)
+    """Training steps of one bag, interleaved: seconds, medians, and bytes beyond what was held before, once each."""
+    models = {kernel: SelfAttentionABMIL(width, 1, None, kernel=kernel) for kernel in NAMES}
+    for model in models.values():
+        nn.init.ones_(model.compare.gamma)
+    models[ALONE] = ABMIL(width, 1, None, 64, gated=False)
     models = {name: model.to(device) for name, model in models.items()}
     rows = []
     for n in track(lengths, "self_attention"):
         x, seconds = torch.randn(n, width, device=device), {name: [] for name in models}
-        for i in range(rounds + 1):  # the first one warms up
+        extra: dict[str, int | None] = {}
+        for name, model in models.items():
+            _step(model, x[:10])
+            memory.release()
+            with memory.resident_peak() as peak:
+                _step(model, x)  # which warms up too
+            extra[name] = peak.extra
+        for _ in range(rounds):
             for name, model in models.items():
-                start = report.now(x)
-                _step(model, x)
-                if i:
-                    seconds[name].append(report.now(x) - start)
-        rows.append({"instances": n} | {name: statistics.median(taken) for name, taken in seconds.items()})
+                seconds[name].append(_seconds(model, x))
+        rows += [
+            {"instances": n, "model": name, "seconds": statistics.median(taken), "bytes": extra[name]}
+            for name, taken in seconds.items()
+        ]
     return rows
 
 
 def markdown(results: dict) -> str:
-    lines = [("instances", "self-attention, ms", "attention pooling alone, ms", "ratio")]
-    for row in results["rows"]:
-        taken, alone = row["self-attention"], row["attention"]
-        lines.append((f"{row['instances']:,}", f"{1e3 * taken:,.1f}", f"{1e3 * alone:,.2f}", f"{taken / alone:,.0f}"))
-    width = results["arguments"]["width"]
-    text = f"# What self-attention costs\n\nA training step of one bag, {width} features, float32; medians.\n\n"
-    return text + report.table(lines)
+    rows, (width, rounds) = results["rows"], (results["arguments"][key] for key in ("width", "rounds"))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = [("instances", *(f"{NAMES[m]}, {m}" if m in NAMES else m for m in models))]
+    for n in dict.fromkeys(row["instances"] for row in rows):
+        found = {row["model"]: row for row in rows if row["instances"] == n}
+        lines.append((f"{n:,}", *(_cell(found[model]) for model in models)))
+    return f"""# What self-attention costs
+
+A training step of one bag, {width} features, float32: the median of {rounds}, and memory beyond what was held before,
+gradients included.
+
+{report.table(lines)}
+"""
+
+
+def _cell(row: dict) -> str:
+    extra = "not measured" if row["bytes"] is None else f"{row['bytes'] / 1e6:,.0f} MB"
+    return f"{1e3 * row['seconds']:,.1f} ms, {extra}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.self_attention", description=__doc__.split("\n")[0])
-    parser.add_argument("--instances", type=report.at_least(1), nargs="+", default=[1000, 2000, 4000, 8000, 16000])
+    parser.add_argument("--instances", type=report.at_least(1), nargs="+", default=[1000, 4000, 20000])
     parser.add_argument("--width", type=report.at_least(1), default=512, help="features of an instance")
     parser.add_argument("--rounds", type=report.at_least(1), default=3)
     report.add_options(parser)

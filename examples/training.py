@@ -82,7 +82,8 @@ def fit(
     alone, size = list(bags), 1 if way == "upstream" else settings.bags  # views
     for epoch in range(settings.epochs if epochs is None else epochs):
         model.train()
-        order = torch.randperm(len(labels), generator=generator).tolist()
+        if settings.shuffled or epoch == 0:
+            order = torch.randperm(len(labels), generator=generator).tolist()
         for first in range(0, len(order), size):
             keys = order[first : first + size]
             if way == "ragged":

@@ -71,6 +71,11 @@ MAKERS |= {
     f"embedding-model-{pooling}": lambda pooling=pooling, **f: nn.EmbeddingPooling(L, C, (8, 7), pooling, **f)
     for pooling in nn.EmbeddingPooling.POOLINGS
 }
+MAKERS |= {
+    f"{name}-model-{pooling}": lambda kind=kind, pooling=pooling, **f: kind(L, C, (7, 7), pooling, **f)
+    for name, kind in (("deep-supervision", nn.MINetDS), ("residual", nn.MINetRC))
+    for pooling in ("max", "log_sum_exp")
+}
 LAYERS = [name for name in MAKERS if not any(word in name for word in ("model", "abmil", "clam"))]
 MODELS = [name for name in MAKERS if name not in LAYERS]
 every_module = pytest.mark.parametrize("name", MAKERS)
@@ -106,7 +111,8 @@ def forms(bags):
 
 FORMS = list(forms(make_bags()))
 # Fields with a row per instance, of what a model returns; of what a layer does, "scores" and "logits".
-PER_ROW = {"Prediction": (), "CLAMPrediction": (), "DSMILPrediction": (), "InstancePrediction": ("instance_logits",)}
+PER_ROW = {name: () for name in ("Prediction", "SidePrediction", "CLAMPrediction", "DSMILPrediction")}
+PER_ROW |= {"InstancePrediction": ("instance_logits",)}
 
 
 def fields(result, rows, prefix="") -> dict[str, torch.Tensor]:

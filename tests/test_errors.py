@@ -168,6 +168,7 @@ MODULES = {
     nn.AttentionPool: {"hidden_dim": 4, "heads": 2, "gated": True, "activation": "tanh", "dropout": 0.5, "bias": True},
     nn.DSMIL: {"num_classes": 2, "query_dim": 4, "value": "relu", "value_dim": 3, "value_dropout": 0.5, "scale": 0.5},
     nn.LossAttention: {"num_classes": 2, "bias": True},
+    nn.SelfAttention: {"kernel": "gaussian", "key_dim": 3},
     nn.ABMIL: {"num_classes": 2, "embed_dim": (4,), "hidden_dim": 3, "heads": 2, "activation": "tanh", "dropout": 0.5},
     nn.CLAM: {"num_classes": 2, "embed_dim": (4,), "hidden_dim": 3, "multi_branch": True, "gated": True, "k": 2}
     | {"dropout": 0.5},
@@ -175,6 +176,8 @@ MODULES = {
     nn.LossAttentionModel: {"num_classes": 2, "hidden_dims": (4,), "dropout": 0.5},
     nn.InstancePooling: {"num_classes": 2, "hidden_dims": (4,), "pooling": "log_sum_exp", "dropout": 0.5, "r": 2.0},
     nn.EmbeddingPooling: {"num_classes": 2, "hidden_dims": (4,), "pooling": "log_sum_exp", "dropout": 0.5, "r": 2.0},
+    nn.MINetDS: {"num_classes": 2, "hidden_dims": (4,), "pooling": "log_sum_exp", "dropout": 0.5, "r": 2.0},
+    nn.MINetRC: {"num_classes": 2, "hidden_dims": (4,), "pooling": "log_sum_exp", "dropout": 0.5, "r": 2.0},
 }
 for kind, options in MODULES.items():
     CALLS[kind.__name__] = kind, {"in_dim": L, **options}

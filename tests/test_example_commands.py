@@ -28,6 +28,8 @@ from examples import (  # noqa: E402
     train_classic,
     train_encoder,
     train_mnist_bags,
+    train_published,
+    train_svm,
     training,
 )
 from examples.recipes import Settings  # noqa: E402
@@ -143,10 +145,18 @@ def test_side_by_side_compares_what_is_compared():
             assert {settings.epochs for _, settings in setup.values()} == {20 if part == "tiger" else args.slide_epochs}
 
 
+@pytest.mark.parametrize(("name", "models"), [("train_published", 2), ("train_svm", 2)])
+def test_classic_sets_quick(name, models, classic_data, tmp_path):
+    command(name, "--quick", "--jobs", "1", "--data", classic_data, "--out", tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / f"{name}.json").read_text())["rows"]
+    assert len(rows) == models * 2 and len({row["model"] for row in rows}) == models
+
+
 def test_self_attention_quick(tmp_path):
     command("self_attention", "--quick", "--out", tmp_path)
     rows = json.loads((tmp_path / "self_attention.json").read_text())["rows"]
-    assert [row["instances"] for row in rows] == [200, 800] and all(row["attention"] > 0 for row in rows)
+    assert [row["instances"] for row in rows[::5]] == [200, 800] and len({row["model"] for row in rows}) == 5
+    assert all(row["seconds"] > 0 for row in rows)
 
 
 def test_cuda_graphs_quick(tmp_path):
@@ -260,7 +270,16 @@ def _square(task):
 # Results in the repository, and real data
 
 
-WITH_PAGES = (train_classic, train_encoder, train_mnist_bags, slide_bag, side_by_side, self_attention)
+WITH_PAGES = (
+    train_classic,
+    train_published,
+    train_svm,
+    train_encoder,
+    train_mnist_bags,
+    slide_bag,
+    side_by_side,
+    self_attention,
+)
 PAGES = {module.__name__.split(".")[1]: module for module in WITH_PAGES}
 
 

@@ -26,10 +26,11 @@ from examples import (  # noqa: E402
     train_classic,
     train_encoder,
     train_mnist_bags,
+    train_published,
+    train_svm,
     training,
 )
 from examples.recipes import Batch, Settings  # noqa: E402
-from milkernels import Bags  # noqa: E402
 
 LENGTHS = (3, 1, 7, 4, 2, 9)
 
@@ -44,7 +45,9 @@ SMALL = {
     "loss-attention-mean": recipes.loss_attention((8, 6), 0.0, None, 0.3, instances="mean"),
     "loss-attention-consistent": recipes.loss_attention((8, 6), 0.0, None, 0.3, omega=2.0, ramp=2),
     **recipes.poolings((8, 6), 0.0),
+    **recipes.minets(0.0),
     "self-attention": recipes.self_attention((8, 6), 0.0),
+    "self-attention-gaussian": recipes.self_attention((8, 6), 0.0, "gaussian"),
 }
 EAGER = [name for name, recipe in SMALL.items() if recipe.eager]
 
@@ -238,21 +241,27 @@ def test_consistency_uses_targets_of_earlier_epochs():
     torch.testing.assert_close(fresh(changed, batch, 2), plain(changed, batch, 2))  # every training run its own
 
 
-def test_self_attention_is_its_formula():
+def test_self_attention_is_between_embedding_and_pooling():
     torch.manual_seed(0)
-    model, made = self_attention.SelfAttentionABMIL(WIDTH, 2, (8,), 5).double(), toy(5).bags.to(torch.float64)
+    model, made = self_attention.SelfAttentionABMIL(WIDTH, 2, (8,), 5, kernel="laplace").double(), toy(5).bags
+    made = made.to(torch.float64)
     torch.testing.assert_close(model(made).logits, model.abmil(made).logits)  # gamma begins at 0
-    model.gamma.data.fill_(0.7)
-    for b, x in enumerate(made):
-        h = model.abmil.embed(x)
-        weights = torch.softmax(model.query(h) @ model.key(h).T, dim=1)
-        h = h + 0.7 * weights @ model.value(h)
-        pool = model.abmil.attention
-        scores = F.linear(torch.tanh(F.linear(h, pool.v_weight, pool.v_bias)), pool.w_weight, pool.w_bias)
-        logits = model.abmil.classifier(torch.softmax(scores, 0).T @ h)[0]
-        torch.testing.assert_close(model(made).logits[b], logits)
-    empty = Bags.from_list([torch.zeros(0, WIDTH).double(), made[0]])
-    torch.testing.assert_close(model(empty).logits[1], model(made).logits[0])
+    model.compare.gamma.data.fill_(0.7)
+    h = model.compare(model.abmil.embed(made.values), made.offsets)
+    expected = model.abmil.classifier(model.abmil.attention(h).bag[:, 0])
+    torch.testing.assert_close(model(made).logits, expected)
+    assert not torch.allclose(expected, model.abmil(made).logits)
+
+
+def test_deep_supervision_is_trained_on_all_its_classifiers():
+    recipe, made = SMALL["MI-Net with DS"], toy(6)
+    torch.manual_seed(0)
+    model = recipe.model(WIDTH)
+    prediction, batch = model(made.bags), recipes.Batch(made.bags, made.labels, range(6))
+    ((_, loss),) = recipe.stages(model)
+    labels = made.labels.float()
+    alone = [F.binary_cross_entropy_with_logits(side[:, 0], labels) for side in prediction.side_logits.unbind(1)]
+    torch.testing.assert_close(loss(prediction, batch, 0), sum(alone))
 
 
 # Training
@@ -352,7 +361,7 @@ def test_every_stage_takes_its_step():
 
 def test_dsmil_is_trained_as_published():
     settings = recipes.dsmil().settings
-    assert dataclasses.astuple(settings) == (2e-4, 5e-3, 40, 1, (0.5, 0.9), True, True)
+    assert dataclasses.astuple(settings) == (2e-4, 5e-3, 40, 1, (0.5, 0.9), True, True, True)
 
 
 def test_folds_are_stratified_and_disjoint():
@@ -556,3 +565,51 @@ def test_digits_train_the_encoder_through_chunks_as_in_one_graph():
     assert (found[0] - found[1]).norm() < 1e-5 * found[1].norm()
     frozen = train_encoder.OfDigits(True, 5)
     assert not any(p.requires_grad for p in frozen.encoder.parameters())
+
+
+# Support vector machines
+
+
+def planted(count=40, seed=0):
+    """Bags whose positive ones hold one instance that no negative one has."""
+    rng = torch.Generator().manual_seed(seed)
+    lengths, labels = torch.randint(2, 7, (count,), generator=rng).tolist(), torch.arange(count) % 2
+    bags = [torch.randn(n, 3, generator=rng) for n in lengths]
+    for bag, label in zip(bags, labels.tolist(), strict=True):
+        bag[-1, 0] += 8 * label
+    return [bag.numpy() for bag in bags], labels.numpy()
+
+
+@pytest.mark.parametrize("name", train_svm.MODELS)
+def test_support_vector_machines_find_the_instance(name):
+    (bags, labels), (others, truth) = planted(), planted(seed=1)
+    machine = train_svm.MODELS[name]("linear", 1.0).fit(bags, labels)
+    assert ((machine.scores(others) > 0) == truth).all()
+    # Told as bags are, the other instances of positive bags would move the border into the negative ones.
+    positive = [bag for bag, label in zip(others, truth, strict=True) if label]
+    assert all(machine.machine.decision_function(bag).argmax() == len(bag) - 1 for bag in positive)
+    assert sum((machine.machine.decision_function(bag[:-1]) > 0).sum() for bag in positive) <= 2
+
+
+# Published settings
+
+
+def test_published_runs_are_read_in_three_ways(tmp_path):
+    made = toy(24)
+    write_npz(tmp_path / "musk1.npz", made.bags, made.labels)
+    args = train_published.parse(["--data", str(tmp_path), "--folds", "3", "--epochs", "5", "--device", "cpu"])
+    row = train_published.run(train_published.Task("musk1", "dsmil", "as in the file", 0, 1), args)
+    accuracy = row["accuracy"]
+    assert row["bags"] == 8 and 0 <= accuracy["last"] <= accuracy["best"] <= accuracy["threshold"] <= 1
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")  # no step is taken
+def test_an_order_that_stays(monkeypatch):
+    """DSMIL's bags come in the same order in every epoch, the others' in another."""
+    made, seen = toy(6), []
+    monkeypatch.setattr(training._Optimiser, "ragged", lambda self, model, batch, epoch: seen.extend(batch.keys))
+    for name, same in (("dsmil", True), ("loss-attention", False)):
+        seen.clear()
+        settings = dataclasses.replace(train_published.RECIPES[name].settings, epochs=2)
+        training.fit(train_published.RECIPES[name], settings, made.bags, made.labels, 0)
+        assert sorted(seen[:6]) == list(range(6)) and (seen[:6] == seen[6:]) is same

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 import pickle
 
@@ -138,7 +139,30 @@ def embedding_model(m, x, offsets):
     return nn.Prediction(pooled @ m.classifier.weight.T + m.classifier.bias, pooled)
 
 
+def levels_of(model, x, offsets):
+    """The bags behind each layer of the embedding, an empty one as zeros."""
+    levels = []
+    for first in range(0, len(model.embed), 3):
+        x = model.embed[first : first + 3](x)
+        bags = [x[a:b] for a, b in itertools.pairwise(offsets.tolist())]
+        pool = (lambda bag: bag.amax(0)) if model.pooling == "max" else lambda bag: bag.exp().mean(0).log()
+        levels.append(torch.stack([pool(bag) if len(bag) else x.new_zeros(x.shape[1]) for bag in bags]))
+    return levels
+
+
+def deep_supervision(m, x, offsets):
+    sides = [classify(bags) for classify, bags in zip(m.classifier, levels_of(m, x, offsets), strict=True)]
+    return nn.SidePrediction(torch.stack(sides).sigmoid().mean(0).logit(), torch.stack(sides, 1))
+
+
+def residual(m, x, offsets):
+    pooled = sum(levels_of(m, x, offsets))
+    return nn.Prediction(m.classifier(pooled), pooled)
+
+
 EXPECTED = {
+    "deep-supervision": deep_supervision,
+    "residual": residual,
     "attention": attention,
     "softmax": softmax,
     "dsmil": dsmil,
@@ -225,11 +249,14 @@ def test_an_empty_bag_has_finite_logits_and_gradients(name):
     for args, _ in forms(make_bags()).values():
         module.zero_grad()
         prediction = module(*args)
-        expected = module.classifier.bias if hasattr(module, "classifier") else module.attention.bias
+        if isinstance(module, nn.MINetDS):
+            expected = torch.stack([layer.bias for layer in module.classifier]).sigmoid().mean(0).logit()
+        else:
+            expected = module.classifier.bias if hasattr(module, "classifier") else module.attention.bias
         if isinstance(module, nn.InstancePooling):  # no instance, none is positive
             eps = torch.finfo(expected.dtype).eps
             expected = torch.full_like(expected, math.log(eps / (1 - eps)))
-        torch.testing.assert_close(prediction.logits[EMPTY], expected, rtol=1e-14, atol=0)
+        torch.testing.assert_close(prediction.logits[EMPTY], expected, rtol=1e-13, atol=0)
         prediction.logits.sum().backward()
         assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
 
@@ -459,3 +486,31 @@ def test_repr_is_the_call_that_makes_the_module(module, text):
 def test_repr_of_models():
     text = repr(nn.DSMILModel(L, C, lambda_=0.25))
     assert "lambda_=0.25" in text and "(streams): DSMIL(in_dim=6, num_classes=3" in text
+
+
+# MI-Net behind each layer of its embedding
+
+
+def test_multi_level_models_by_hand():
+    bags = make_bags((4, 1, 7))
+    model = nn.MINetDS(L, C, (5, 4, 3)).double()
+    sides = model(bags).side_logits
+    assert sides.shape == (3, 3, C)
+    torch.testing.assert_close(sides[:, 2], _last(model)(bags).logits)
+    with torch.no_grad():
+        for classifier in model.classifier:
+            classifier.bias.fill_(1e4)
+    assert model(bags).logits.isfinite().all(), "no probability is rounded to 1"
+    with pytest.raises(ValueError, match=r"hidden_dims must all be the same.*got \(5, 4\)"):
+        nn.MINetRC(L, C, (5, 4))
+    for kind in (nn.MINetDS, nn.MINetRC):
+        with pytest.raises(ValueError, match=r"hidden_dims must have a layer.*got \(\)"):
+            kind(L, C, ())
+    assert nn.MiNet is nn.InstancePooling and nn.MINet is nn.EmbeddingPooling
+
+
+def _last(model):
+    """MI-Net with the last classifier of three."""
+    one = nn.EmbeddingPooling(L, C, (5, 4, 3)).double()
+    one.embed, one.classifier = model.embed, model.classifier[2]
+    return one

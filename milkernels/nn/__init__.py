@@ -45,9 +45,15 @@ from milkernels.nn.models import (
     InstancePooling,
     InstancePrediction,
     LossAttentionModel,
+    MINet,
+    MiNet,
+    MINetDS,
+    MINetRC,
     Prediction,
+    SidePrediction,
 )
 from milkernels.nn.pools import DSMIL, AttentionPool, LossAttention, MaxPool, MeanPool, SoftmaxPool
+from milkernels.nn.self_attention import SelfAttention
 
 __all__ = [
     "ABMIL",
@@ -62,8 +68,14 @@ __all__ = [
     "InstancePrediction",
     "LossAttention",
     "LossAttentionModel",
+    "MINet",
+    "MINetDS",
+    "MINetRC",
     "MaxPool",
     "MeanPool",
+    "MiNet",
     "Prediction",
+    "SelfAttention",
+    "SidePrediction",
     "SoftmaxPool",
 ]

@@ -45,6 +45,18 @@ class InstancePrediction(NamedTuple):
     instance_logits: Tensor
 
 
+class SidePrediction(NamedTuple):
+    """What `MINetDS` returns.
+
+    Attributes:
+        logits: ``[B, C]``.
+        side_logits: ``[B, layers, C]``, of the bag as each layer of the embedding has it.
+    """
+
+    logits: Tensor
+    side_logits: Tensor
+
+
 class CLAMPrediction(NamedTuple):
     """What `CLAM` returns; K is 1, or C with a branch for each class.
 
@@ -130,7 +142,7 @@ def _through(
     """``(values behind the layers, mask)``; ``first`` is what takes them."""
     if isinstance(values, Parts):
         return values.through(lambda rows, mask: _through(layers, rows, mask, first)[0], layers), mask
-    _check_type(values, first)
+    check_feature_type(values, first)
     if layers:
         values, mask = _cleared(values, mask)
     for layer in layers:
@@ -138,7 +150,7 @@ def _through(
     return values, mask
 
 
-def _check_type(x: Tensor, layer: nn.Module) -> None:
+def check_feature_type(x: Tensor, layer: nn.Module) -> None:
     """A layer of PyTorch takes features of its own type, outside of autocast; a pool of the ops also narrower ones, and
     of wider ones makes what the classifier behind it does not take."""
     weight = next(layer.parameters(), x)
@@ -588,4 +600,83 @@ class EmbeddingPooling(_Pooling):
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> Prediction:
         values, offsets, mask = _embed(self.embed, x, offsets, mask, self.in_dim, self.classifier)
         pooled = _pool(self.pooling, values, (offsets, mask), self.r)
+        return Prediction(self.classifier(pooled), pooled)
+
+
+MiNet, MINet = InstancePooling, EmbeddingPooling  # as Wang et al. call them: mi-Net and MI-Net
+
+
+class _MultiLevel(EmbeddingPooling):
+    """MI-Net that pools behind each layer of the embedding."""
+
+    def _levels(self, x: Instances, offsets: Tensor | None, mask: Tensor | None) -> list[Tensor]:
+        """The bags as each layer has them: ``[B, width]``."""
+        values, offsets, mask = ragged(x, offsets, mask, self.in_dim)
+        pooled = []
+        for first in range(0, len(self.embed), 3):  # Linear, ReLU, Dropout
+            values, mask = _through(list(self.embed[first : first + 3]), values, mask, self.embed[first])
+            pooled.append(_pool(self.pooling, values, (offsets, mask), self.r))
+        return pooled
+
+
+class MINetDS(_MultiLevel):
+    """MI-Net with deep supervision (Wang et al. 2018, section 3.4): the instances are pooled behind each layer of the
+    embedding, and each time the bag is classified.
+
+    Train on the sum of the losses of ``side_logits``; ``logits`` are those of the mean of their probabilities.
+
+    Args:
+        in_dim, num_classes, pooling, options: as in `EmbeddingPooling`; dropout and r by name.
+        hidden_dims: of the embedding, as many as there are classifiers: at least one.
+
+    ``forward`` returns ``SidePrediction(logits [B, C], side_logits [B, len(hidden_dims), C])``.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_classes: int = 1,
+        hidden_dims: Sequence[int] = (256, 128, 64),
+        pooling: str = "max",
+        **options: Any,
+    ):
+        super().__init__(in_dim, num_classes, hidden_dims, pooling, **options)
+        if not hidden_dims:
+            raise ValueError(f"hidden_dims must have a layer to pool behind; got {hidden_dims}")
+        factory = {name: options[name] for name in ("device", "dtype") if name in options}
+        self.classifier = nn.ModuleList(nn.Linear(dim, num_classes, **factory) for dim in hidden_dims)
+
+    def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> SidePrediction:
+        levels = self._levels(x, offsets, mask)
+        sides = torch.stack([classify(bag) for classify, bag in zip(self.classifier, levels, strict=True)], 1)
+        return SidePrediction(F.logsigmoid(sides).logsumexp(1) - F.logsigmoid(-sides).logsumexp(1), sides)
+
+
+class MINetRC(_MultiLevel):
+    """MI-Net with residual connections (Wang et al. 2018, section 3.5): the instances are pooled behind each layer of
+    the embedding, and the sum of the bag vectors is classified.
+
+    Args:
+        in_dim, num_classes, pooling, options: as in `EmbeddingPooling`; dropout and r by name.
+        hidden_dims: of the embedding, at least one, and all the same.
+
+    ``forward`` returns ``Prediction(logits [B, C], pooled [B, L])``.  An empty bag is a bag vector of 0.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_classes: int = 1,
+        hidden_dims: Sequence[int] = (128, 128, 128),
+        pooling: str = "max",
+        **options: Any,
+    ):
+        super().__init__(in_dim, num_classes, hidden_dims, pooling, **options)
+        if not hidden_dims:
+            raise ValueError(f"hidden_dims must have a layer to pool behind; got {hidden_dims}")
+        if len(set(hidden_dims)) > 1:
+            raise ValueError(f"hidden_dims must all be the same, their bag vectors are added; got {hidden_dims}")
+
+    def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> Prediction:
+        pooled = torch.stack(self._levels(x, offsets, mask)).sum(0)
         return Prediction(self.classifier(pooled), pooled)
