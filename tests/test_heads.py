@@ -199,3 +199,23 @@ def test_heads_of_a_case():
     # Not of the lse, six numbers for each head.
     assert case.heads(results) == {"output 0": 1, "output 1": 1, "gradient of w_weight": 0}
     assert CASES["mean_pool"].heads({"output 0": None}) == {}
+
+
+@pytest.mark.parametrize("case", op_cases.PLAIN.values(), ids=op_cases.PLAIN)
+@every_backend
+def test_without_instances_gradients_are_zero_and_not_absent(backend, case):
+    """Processes that share a bag wait for each other's gradients, also for those of one that has none of its rows."""
+
+    def reached(lengths) -> dict[tuple[int, str], float]:
+        """The largest gradient that each output has to each tensor."""
+        tensors, found = case.make(lengths, torch.float32, **SIZES), {}
+        leaves = {name: t for name, t in tensors.items() if t.requires_grad}
+        for i, output in enumerate(case.ours(backend)(tensors, offsets_of(lengths), None)):
+            if not output.requires_grad:
+                continue
+            total = output.masked_fill(output.isinf(), 0).sum()
+            gradients = torch.autograd.grad(total, leaves.values(), retain_graph=True, allow_unused=True)
+            found |= {(i, n): g.abs().sum().item() for n, g in zip(leaves, gradients, strict=True) if g is not None}
+        return found
+
+    assert reached((0, 0)) == dict.fromkeys(reached((4, 3)), 0)

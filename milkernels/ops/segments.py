@@ -111,14 +111,14 @@ class Segments:
 def gather(rows: Tensor, indices: Tensor, none: float) -> Tensor:
     """``rows[indices[j, c], c]``, and ``none`` where the index is -1."""
     if rows.shape[0] == 0:
-        return rows.new_full(indices.shape, none)
+        rows = rows.sum(0, keepdim=True)  # the result still depends on them: what they are made of has a gradient of 0
     return rows.gather(0, indices.clamp(min=0)).masked_fill(indices < 0, none)
 
 
 def rows_at(x: Tensor, indices: Tensor) -> Tensor:
     """``x[indices]``, 0 for an index of -1: [B, C, L]."""
     if x.shape[0] == 0:
-        return x.new_zeros((*indices.shape, x.shape[1]))
+        x = x.sum(0, keepdim=True)  # as above
     rows = take(x, indices.clamp(min=0).flatten()).unflatten(0, indices.shape)
     return rows.masked_fill((indices < 0)[:, :, None], 0)
 
