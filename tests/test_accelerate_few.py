@@ -30,7 +30,7 @@ def gate(**options):
     return model
 
 
-@pytest.mark.parametrize("grad, few", [(False, 1000), (True, 200)])
+@pytest.mark.parametrize("grad, few", [(False, 200), (True, 400)])
 def test_fewer_than_the_structure_says(grad, few, monkeypatch):
     model, calls = gate(), counted(monkeypatch)
     assert not fused(model, calls, torch.randn(few - 1, WIDTH), grad=grad)
@@ -38,13 +38,15 @@ def test_fewer_than_the_structure_says(grad, few, monkeypatch):
     assert fused(model, calls, torch.randn(few // 2, 2, WIDTH), grad=grad)  # instances, not bags
 
 
-@pytest.mark.parametrize("grad, few", [(False, 200), (True, 1000)])
-def test_the_streams_of_dsmil_gain_earlier(grad, few, monkeypatch):
-    model = up.MILNet(up.FCLayer(WIDTH, 2), up.BClassifier(WIDTH, 2, units=4))
-    assert len(milkernels.accelerate(model).changed) == 2
-    calls = counted(monkeypatch)
-    assert not fused(model, calls, torch.randn(few - 1, WIDTH), grad=grad)
-    assert fused(model, calls, torch.randn(few, WIDTH), grad=grad)
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_pools_gains_earlier(grad, monkeypatch):
+    dsmil = up.MILNet(up.FCLayer(WIDTH, 2), up.BClassifier(WIDTH, 2, units=4))
+    for model, few in ((dsmil, 200), (up.Attention(M=8, L=4, channels=3), 100)):
+        assert milkernels.accelerate(model).changed
+        calls = counted(monkeypatch)
+        rows = torch.randn(few, WIDTH) if model is dsmil else torch.randn(1, few, 1, 10, 10)
+        assert not fused(model, calls, rows[:-1] if model is dsmil else rows[:, :-1], grad=grad)
+        assert fused(model, calls, rows, grad=grad)
 
 
 def test_images_are_counted_not_their_pixels(monkeypatch):

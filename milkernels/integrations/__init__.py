@@ -32,8 +32,8 @@ def accelerate(model: nn.Module, *, example: Any = None, min_instances: int | No
         example: the arguments of one call of the model, of any size: a tensor, a tuple, or a dict by name.  Without it
             bags ``[N, D]``, ``[1, N, D]`` and ``[B, N, D]`` are tried, which models of several inputs do not take.
         min_instances: calls with fewer, and no mask, take the module's own methods, which are faster for a few
-            instances on a CPU.  None: 1000, and 200 where gradients are recorded (DSMIL and Loss-Attention: 200 and
-            1000); 0 always takes the fused ones, as other devices and masked batches do.
+            instances on a CPU.  None: 100 (DSMIL and Loss-Attention: 200; attention networks that only score: 200, and
+            400 where gradients are recorded); 0 always takes the fused ones, as other devices and masked batches do.
 
     Returns:
         `Report`: what was changed and what share of its pooling is fused, what waits for lazily built parameters, what

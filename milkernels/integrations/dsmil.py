@@ -26,7 +26,7 @@ from milkernels.integrations.layers import original_class as class_of
 from milkernels.integrations.proof import Example, Inputs
 from milkernels.results import DSMILOutput, DSMILPooled
 
-MIN_INSTANCES = (200, 1000)  # linear queries gain from a few hundred on, MLP queries with gradients from some thousands
+MIN_INSTANCES = (200, 200)
 PADDING = "padding can no longer be the critical instance, as it can in the original"
 
 

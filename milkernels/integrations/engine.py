@@ -41,7 +41,7 @@ class Structure:
     pools: ClassVar[bool] = True  # whether it sums the instances; a model around others sums them itself
     note: ClassVar[str] = ""  # where what is returned differs from the original on purpose
     # Below so many instances eager is faster: in a forward alone, and where gradients are recorded.
-    min_instances: ClassVar[tuple[int, int]] = (1000, 200)
+    min_instances: ClassVar[tuple[int, int]] = (100, 100)
 
     def looks_like(self, module: nn.Module) -> bool:
         """Whether attributes and types suggest this structure; proven nothing yet."""

@@ -37,7 +37,7 @@ class LossAttention(Structure):
 
     name = "Loss-Attention"
     methods = {"forward": ("x", "flag")}
-    min_instances = (200, 1000)
+    min_instances = (200, 200)
     opaque = ("feature_extractor_part1",)
 
     def instances(self, x: Tensor) -> int:

@@ -32,6 +32,7 @@ class ScoreNetwork(Structure):
     """A module that maps instances ``x [..., L]`` to scores ``[..., K]``, and may return ``x`` beside them."""
 
     pools = False
+    min_instances = (200, 400)
 
     def __init__(
         self, name: str, looks: Callable[[nn.Module], bool], read: Callable, returns_x: bool, takes: str = "x"
