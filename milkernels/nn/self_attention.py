@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from milkernels import _torch
 from milkernels.arguments import check_choice, check_count
 from milkernels.bags import Bags, Parts
 from milkernels.dtypes import without_autocast
@@ -87,7 +88,6 @@ class SelfAttention(nn.Module):
         return f"in_dim={self.in_dim}, kernel={self.kernel!r}"
 
 
-@torch.compiler.disable
 @without_autocast
 def attend(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor | None, kernel: str, offsets: Tensor) -> Tensor:
     """``[N, L]``, of the type of v: the values of each bag, weighted for each of its queries.
@@ -97,6 +97,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor | None, kernel: str, o
     wide = torch.promote_types(v.dtype, torch.float32)
     alpha = alpha if alpha is None else alpha.to(wide)
     return _Attend.apply(q.to(wide), k.to(wide), v.to(wide), alpha, kernel, offsets.tolist()).to(v.dtype)
+
+
+_torch.run_by_python(attend)
 
 
 def _chunks(bounds: list[int]) -> Iterator[tuple[slice, slice]]:
