@@ -484,7 +484,7 @@ def test_best_threshold_on_the_test_fold():
 
 
 def test_cells_of_the_table():
-    cell = train_classic._cell
+    cell = train_classic.cell
     assert cell([0.8, 0.9, 1.0], None, 3) == "0.900 ± 0.100"
     assert cell([0.8, 0.9, 1.0], "0.950 ± 0.010", 3) == "0.900 ± 0.100 (0.950 ± 0.010)"
     assert cell([0.8, 0.9, 1.0], "1.000", 3) == "0.900 ± 0.100 (1.000)"
