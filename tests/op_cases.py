@@ -48,6 +48,7 @@ class Case:
     bags: bool = True  # takes offsets
     edit: Callable[[dict[str, Tensor]], None] | None = None  # writes what random numbers do not have
     embed: dict | None = None  # of tensors e_weight and e_bias: activation and dropout_p
+    lead: float = 6  # by which the logit of a class's winner is raised where features have a mean
 
     @property
     def kernel(self) -> str:
@@ -91,7 +92,7 @@ class Case:
         if self.op in ("instance_max", "dsmil") and relu:  # a clear winner for each bag and class
             for start, end in itertools.pairwise(offsets_of(lengths).tolist()):
                 for c, w in enumerate(self._class_vectors(made).to(dtype) if start < end else ()):
-                    made["x"][min(start + c, end - 1)] += 6 * w / (w @ w)
+                    made["x"][min(start + c, end - 1)] += self.lead * w / (w @ w)
         if self.edit is not None:
             self.edit(made)
         return {name: t.requires_grad_(name in self.tensors) for name, t in made.items()}

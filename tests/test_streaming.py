@@ -90,9 +90,8 @@ PROMISED = [name for name in ONE_OF_EACH if name in STREAMED]
     ids=["float32", "bfloat16-float32", "float16-float32", "bfloat16"],
 )
 def test_the_promise(case, types):
-    kept = op_cases.promise(
-        dataclasses.replace(case, rows=48), None, *types, lengths=(90, 0, 70), seeds=4, L=40, D=24, K=2
-    )
+    case = dataclasses.replace(case, rows=48, lead=15)  # wide embeddings spread the logits
+    kept = op_cases.promise(case, None, *types, lengths=(90, 0, 70), seeds=4, L=40, D=24, K=2)
     assert kept.ok, kept.broken()
 
 
