@@ -609,6 +609,11 @@ MiNet, MINet = InstancePooling, EmbeddingPooling  # as Wang et al. call them: mi
 class _MultiLevel(EmbeddingPooling):
     """MI-Net that pools behind each layer of the embedding."""
 
+    def __init__(self, in_dim: int, num_classes: int, hidden_dims: Sequence[int], pooling: str, **options: Any):
+        super().__init__(in_dim, num_classes, hidden_dims, pooling, **options)
+        if not hidden_dims:
+            raise ValueError(f"hidden_dims must have a layer to pool behind; got {hidden_dims}")
+
     def _levels(self, x: Instances, offsets: Tensor | None, mask: Tensor | None) -> list[Tensor]:
         """The bags as each layer has them: ``[B, width]``."""
         values, offsets, mask = ragged(x, offsets, mask, self.in_dim)
@@ -641,8 +646,6 @@ class MINetDS(_MultiLevel):
         **options: Any,
     ):
         super().__init__(in_dim, num_classes, hidden_dims, pooling, **options)
-        if not hidden_dims:
-            raise ValueError(f"hidden_dims must have a layer to pool behind; got {hidden_dims}")
         factory = {name: options[name] for name in ("device", "dtype") if name in options}
         self.classifier = nn.ModuleList(nn.Linear(dim, num_classes, **factory) for dim in hidden_dims)
 
@@ -672,8 +675,6 @@ class MINetRC(_MultiLevel):
         **options: Any,
     ):
         super().__init__(in_dim, num_classes, hidden_dims, pooling, **options)
-        if not hidden_dims:
-            raise ValueError(f"hidden_dims must have a layer to pool behind; got {hidden_dims}")
         if len(set(hidden_dims)) > 1:
             raise ValueError(f"hidden_dims must all be the same, their bag vectors are added; got {hidden_dims}")
 
