@@ -8,6 +8,7 @@
 #include <map>
 #include <string>
 
+#include "autograd.h"
 #include "cpu/cpu.h"
 
 #define MILKERNELS_STRING_(x) #x
@@ -33,4 +34,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("release_workspace", &milkernels::release_workspace, "Frees the workspace that this thread keeps.");
   m.def("emulate_matrix_units", &milkernels::emulate_matrix_units, pybind11::arg("on"),
         "For tests: run half types in the layouts of the matrix units on machines that have none (slowly).");
+  milkernels::bind_autograd(m);
 }

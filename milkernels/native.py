@@ -13,6 +13,7 @@ that of the running PyTorch is looked for.
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -96,6 +97,7 @@ def _load_cuda() -> tuple[ModuleType | None, str | None]:
 
 _loaded = {"cpu": _load_cpu(), "cuda": _load_cuda()}  # device type: the module or None, and why not
 _extension = _loaded["cpu"][0]
+_any = next((module for module, _ in _loaded.values() if module is not None), None)
 
 
 def load_error(device: str = "cpu") -> str | None:
@@ -124,6 +126,17 @@ def build_info(device: str = "cpu") -> dict[str, str]:
     """What the loaded module for that device says of itself; empty where there is none."""
     module = _loaded[device][0]
     return {} if module is None else {"module": module.__name__, **module.build_info()}
+
+
+def differentiable_call(**plan) -> Callable | None:
+    """A function that calls a raw op without Python between its kernels, differentiably; None without an extension.
+    It reaches kernels through the dispatcher, so any module's serves every backend."""
+    return None if _any is None else _any.differentiable_call(**plan)
+
+
+def raw_call(name: str, backend: str) -> Callable | None:
+    """A shorter way to a raw op, which takes arguments in their order; None without an extension."""
+    return None if _any is None else _any.raw_call(f"milkernels::{name}", backend)
 
 
 def release_workspace() -> None:

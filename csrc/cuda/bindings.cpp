@@ -7,6 +7,7 @@
 #include <map>
 #include <string>
 
+#include "autograd.h"
 #include "call.h"
 
 namespace {
@@ -28,6 +29,7 @@ std::map<std::string, std::string> build_info() {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "What this build is, as a dict of strings.");
+  milkernels::bind_autograd(m);
 #ifdef MILKERNELS_EMULATED
   m.def("set_workspace", [](int64_t bytes) { milkernels::workspace = bytes; }, "Bytes of slices of rows.");
   m.def("launch_count", &milkernels::emulator::launch_count, "Kernels launched so far.");

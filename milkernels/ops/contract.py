@@ -26,7 +26,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from milkernels import _torch, backends, saving
+from milkernels import _torch, backends, native, saving
 from milkernels import triton as adapter
 from milkernels.dtypes import accumulation_dtype
 
@@ -55,6 +55,7 @@ class Arguments:
     def __init__(self, declarations: Sequence[str]):
         schema, self.names, self._lists = [], [], []
         self.tensors = []  # the places of tensors among flat arguments
+        self.floats = []  # the names of floats
         for place, declaration in enumerate(declarations):
             if found := re.fullmatch(r"(\w+)(\??)\[(.*)\]", declaration):
                 name, optional, elements = found[1], bool(found[2]), found[3].split()
@@ -66,9 +67,16 @@ class Arguments:
             else:
                 if declaration.startswith("Tensor"):
                     self.tensors.append(len(self.names))
+                if declaration.startswith("float"):
+                    self.floats.append(declaration.split()[-1])
                 self.names.append(declaration.split()[-1])
                 schema.append(declaration)
         self.schema = ", ".join(schema)
+
+    @property
+    def lists(self) -> list[tuple[int, int, bool]]:
+        """The lists among flat arguments: where they begin and end, and whether they may be empty."""
+        return [(first, last, optional) for _, optional, _, first, last in self._lists]
 
     def grouped(self, flat: Sequence) -> Sequence:
         if not self._lists:
@@ -266,24 +274,54 @@ def _requires_grad(inputs, tensors: Sequence[int]) -> bool:
     return False
 
 
-def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function]:
+class _Plan:
+    """What the backward of an op takes from its forward, as places among the flat inputs, or inputs and then outputs;
+    None for what this op of several does not have."""
+
+    def __init__(self, op: Forward):
+        backward, names, outputs = op.backward, op.arguments.names, op.outputs.split()
+        values = [*names, *outputs]
+        self.saved = [
+            len(names) + outputs.index(name) if name in outputs else values.index(name) if name in values else None
+            for name in backward.saved
+        ]
+        self.options = [names.index(option.split()[-1]) for option in backward.options]
+        self.gradients = [outputs.index(name) if name in outputs else None for name in backward.outputs.split()]
+        self.has_gradient = [name in backward.outputs.split() for name in outputs]
+        # An input of another name than its saved form is the output of that name: the scores of softmax_pool.
+        self.differentiable = [names.index(name if name in names else "given") for name in backward.inputs.split()]
+
+
+def _without_python(op: Forward, backend: str, plan: _Plan) -> Callable | None:
+    """The function below and the way to it, in C++."""
+
+    def numbers(places: list[int | None]) -> list[int]:
+        return [-1 if place is None else place for place in places]
+
+    return native.differentiable_call(
+        backend=backend,
+        forward=f"milkernels::{op.full_name}",
+        forward_lists=op.arguments.lists,
+        backward=f"milkernels::{op.backward.full_name}",
+        backward_lists=op.backward.arguments.lists,
+        is_float=[name in op.arguments.floats for name in op.arguments.names],
+        saved=numbers(plan.saved),
+        options=plan.options,
+        gradients=numbers(plan.gradients),
+        has_gradient=plan.has_gradient,
+        differentiable=plan.differentiable,
+        keeps=op.backward.keeps,
+    )
+
+
+def _forward_function(op: Forward, backend: str, plan: _Plan) -> type[torch.autograd.Function]:
     """The forward as a function whose backward is an op of its own, so that a compiler sees one node."""
-    backward, names, outputs = op.backward, op.arguments.names, op.outputs.split()
+    backward, names = op.backward, op.arguments.names
     forward_op = _torch.direct(_entry(op.full_name, backend))
     backward_op = _entry(backward.full_name, backend)  # not shorter: compiled autograd traces it
     recorded_backward_op = _overload(backward.full_name, backend)
     grouped, grouped_saves = op.arguments.grouped, backward.arguments.grouped
-    options = [names.index(option.split()[-1]) for option in backward.options]
-    grad_outputs = [outputs.index(name) if name in outputs else None for name in backward.outputs.split()]
-    non_differentiable = [i for i, name in enumerate(outputs) if name not in backward.outputs.split()]
-    # An input of another name than its saved form is the output of that name: the scores of softmax_pool.
-    differentiable = [names.index(name if name in names else "given") for name in backward.inputs.split()]
-    # Where what is saved comes from, as places in (inputs, outputs); None for what this op of several does not have.
-    values = [*names, *outputs]
-    saved_sources = [
-        len(names) + outputs.index(name) if name in outputs else values.index(name) if name in values else None
-        for name in backward.saved
-    ]
+    non_differentiable = [i for i, has in enumerate(plan.has_gradient) if not has]
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -296,23 +334,23 @@ def _forward_function(op: Forward, backend: str) -> type[torch.autograd.Function
             results = result if isinstance(result, tuple) else (result,)
             known = (*inputs, *results)
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*[None if i is None else known[i] for i in saved_sources])
+            ctx.save_for_backward(*[None if i is None else known[i] for i in plan.saved])
             if non_differentiable:
                 ctx.mark_non_differentiable(*[results[i] for i in non_differentiable])
-            ctx.options = [inputs[i] for i in options]
+            ctx.options = [inputs[i] for i in plan.options]
             return result
 
         @staticmethod
         def backward(ctx, *grads):
             found = [None] * len(names)
-            grads = [None if i is None else grads[i] for i in grad_outputs]
+            grads = [None if i is None else grads[i] for i in plan.gradients]
             if any(g is not None for g in grads):
                 wanted = ctx.needs_input_grad
-                needs = [wanted[i] for i in differentiable]
+                needs = [wanted[i] for i in plan.differentiable]
                 op = recorded_backward_op if torch.is_grad_enabled() else backward_op
                 results = op(*grouped_saves((*ctx.saved_tensors, *ctx.options, *grads, needs)))
                 results = (results,) if isinstance(results, Tensor) else results
-                for i, gradient, need in zip(differentiable, results, needs, strict=True):
+                for i, gradient, need in zip(plan.differentiable, results, needs, strict=True):
                     found[i] = gradient if need else None
             return tuple(found)
 
@@ -380,11 +418,14 @@ def declare(*ops: Forward, triton: str | None = None, composed: ModuleType | Non
             _compose(op, composed)
     for backend in backends.KERNELS:
         for op in ops:
-            function = _forward_function(op, backend)
+            plan = _Plan(op)
+            function = _forward_function(op, backend, plan)
             _implement(op, backend, _forward_fake(op), function)
             overload = _overload(op.full_name, backend)
             entry = _torch.direct(_entry(op.full_name, backend))
             _CALLS[op.name, backend] = overload, entry, _torch.direct_apply(function), op.arguments
+            if composed is None and (short := _without_python(op, backend, plan)):
+                _SHORT[op.name, backend] = short
         for op in backwards:
             _implement(op, backend, _backward_fake(op), _backward_function(op, backend))
 
@@ -399,13 +440,13 @@ def declare_part(name: str, schema: str, triton: str) -> None:
 
 
 class _Parts:
-    """The raw ops of a backend, by name."""
+    """The raw ops of a backend, by name; ``short`` where nobody looks on."""
 
-    def __init__(self, backend: str):
-        self._backend = backend
+    def __init__(self, backend: str, short: bool = False):
+        self._backend, self._short = backend, short
 
-    def __getattr__(self, name: str) -> _torch.OpOverload:
-        op = _overload(name, self._backend)
+    def __getattr__(self, name: str) -> Callable:
+        op = (native.raw_call(name, self._backend) if self._short else None) or _overload(name, self._backend)
         setattr(self, name, op)
         return op
 
@@ -436,7 +477,7 @@ def _entry(name: str, backend: str) -> Callable:
     overload = _overload(name, backend)
     if name not in COMPOSED:
         return overload
-    function, parts = COMPOSED[name][0], _Parts(backend)
+    function, parts = COMPOSED[name][0], _Parts(backend, short=True)
 
     def enter(x: Tensor, *others):
         if not _torch.unobserved(x):
@@ -449,6 +490,7 @@ def _entry(name: str, backend: str) -> Callable:
 
 # By (op, backend): the forward, shorter ways to it and to its autograd function, its arguments.
 _CALLS: dict[tuple[str, str], tuple] = {}
+_SHORT: dict[tuple[str, str], Callable] = {}  # both, without Python, for tensors that nobody looks into
 
 
 def _overload(name: str, backend: str) -> _torch.OpOverload:
@@ -490,6 +532,8 @@ def call(op: str, backend: str, *inputs, embed: tuple = NO_EMBEDDING):
         inputs = (*inputs, *embed)
     if _here.forwards is not None:
         return _here.forwards.call(op, backend, inputs)
+    if _torch.unobserved(inputs[0]) and (short := _SHORT.get((op, backend))):
+        return short(*inputs, saving.limit_of(inputs[0])) if op in KEEPING else short(*inputs)
     differentiated = torch.is_grad_enabled() and _requires_grad(inputs, declared.tensors)
     if keeps := op in KEEPING:
         inputs = (*inputs, saving.limit_of(inputs[0]) if differentiated and not torch.compiler.is_exporting() else 0)
