@@ -40,7 +40,8 @@ def eager() -> bool:
 def unobserved(tensor: Tensor) -> bool:
     """Whether a call with this tensor is eager, and no mode and no subclass of tensors would see the ops in it."""
     plain = eager() and tensor.__class__ in _PLAIN  # in this order: a compiler knows the first
-    return plain and torch._C._len_torch_dispatch_stack() == 0 and not batching_gradients()
+    modes = plain and torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    return plain and not modes and not batching_gradients()
 
 
 def transforming() -> bool:

@@ -8,6 +8,7 @@ import torch
 from legs import ONE_OF_EACH, VARIANTS, at, by_leg
 from op_cases import cotangents, every_kernel, needs_extension, offsets_of, same_bits, step
 from torch._dynamo import compiled_autograd
+from torch.overrides import TorchFunctionMode
 
 from milkernels import _torch, attention_pool, max_pool, saved_bytes, softmax_pool
 from milkernels.ops import contract
@@ -142,6 +143,19 @@ def test_gradients_for_several_cotangents_at_once(observed):
     (batched,) = torch.autograd.grad(out, x, several, is_grads_batched=True, retain_graph=True)
     one_by_one = [torch.autograd.grad(out, x, g, retain_graph=True)[0] for g in several]
     torch.testing.assert_close(batched, torch.stack(one_by_one))
+
+
+def test_modes_see_the_raw_ops():
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            names.append(getattr(function, "__name__", str(function)))
+            return function(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    x, v, w = _bag()
+    with Seen():
+        attention_pool(x, v, w)
+    assert any("attention_pool_fwd" in name for name in names), names
 
 
 def test_other_counts_of_arguments_are_refused():
