@@ -52,7 +52,7 @@ LONGEST = (
     "attention",
     "scores",
 )  # to compile: they are started first
-EMULATED_SOURCES = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp") + ["csrc/autograd.cpp"])
+EMULATED_SOURCES = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp") + glob("csrc/autograd.cpp"))
 CUDA_SOURCES = [path for path in EMULATED_SOURCES if os.path.basename(path) != "emulator.cpp"]
 # What the module is compiled for where TORCH_CUDA_ARCH_LIST says nothing, as far as the compiler knows them: 9.0a is
 # Hopper with its matrix units, which PTX for later ones does without.
