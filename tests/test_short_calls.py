@@ -136,7 +136,7 @@ def test_compiled_autograd_records_it(backend):
         torch.testing.assert_close(leaf.grad, gradient)
 
 
-def test_gradients_for_several_cotangents_at_once(observed):
+def test_gradients_for_several_cotangents_at_once():
     x, v, w = _bag()
     out = attention_pool(x, v, w).bag
     several = torch.stack(cotangents([out] * 3, seed=2))
