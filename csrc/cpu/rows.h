@@ -153,6 +153,10 @@ struct Pair {
   }
 };
 
+// Behind a lambda's parameters: it is inlined, whatever the compiler thinks of its size. In a call of its own, arrays
+// that it takes by reference lie in memory, not in registers.
+#define MILKERNELS_INLINE __attribute__((always_inline))
+
 // Calls f(offset, step) over [0, n) in whole steps of WIDTH and one of the elements left over. A step is a type where
 // it is whole, so that load_pair and store_pair know it when they are compiled.
 struct WholeStep {};
