@@ -185,7 +185,6 @@ class FeatureMax {
   }
   // values and indices [bags, width]; an empty bag has 0 and -1.
   void finish(T* values, int64_t* indices) const {
-    constexpr int64_t kColumns = 64;
     const int64_t width = in_.width, blocks = ceil_div(width, kColumns);
     at::parallel_for(0, in_.bags() * blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -196,7 +195,7 @@ class FeatureMax {
   }
 
  private:
-  static constexpr int64_t kTogether = 16;
+  static constexpr int64_t kTogether = 16, kColumns = 64;
 
   void raise(A* largest, const T* row) const {
     for_steps<Pair<T>::width>(in_.width, [&](int64_t l, auto step) {
@@ -221,13 +220,15 @@ class FeatureMax {
       store(V::blendv(load(place), V(here), wins), place);
     });
   }
+  // Of a bag and at most kColumns columns: where the maxima are, asked for all at once, and then which rows have them.
   void finish(int64_t b, int64_t first, int64_t last, T* values, int64_t* indices) const {
     const int64_t from = in_.offsets[b], to = in_.offsets[b + 1];
     values += b * in_.width, indices += b * in_.width;
+    A maxima[kColumns];
     for (int64_t l = first; l < last; ++l) {
-      values[l] = T(0), indices[l] = -1;
-      A best{};
-      int64_t row = -1;
+      A& best = maxima[l - first] = A(0);
+      int64_t& row = indices[l];
+      row = -1;
       for (int64_t slot = in_.slot_of(from, b); from < to && slot <= in_.slot_of(to - 1, b); ++slot) {
         if (rows_[slot] < 0) continue;
         const A value = values_.get()[slot * in_.width + l];
@@ -235,6 +236,14 @@ class FeatureMax {
         best = value;
         row = rows_[slot] + static_cast<int64_t>(places_.get()[slot * in_.width + l]);
       }
+      for (int64_t r = row; row >= 0 && r < std::min(row + kTogether, to); ++r) {
+        __builtin_prefetch(in_.x + r * in_.ld + l);
+      }
+    }
+    for (int64_t l = first; l < last; ++l) {
+      const A best = maxima[l - first];
+      int64_t& row = indices[l];
+      values[l] = T(0);
       if (row < 0) continue;
       const auto has_it = [&] {
         const A value = static_cast<A>(in_.x[row * in_.ld + l]);
@@ -242,7 +251,6 @@ class FeatureMax {
       };
       while (!has_it()) ++row;
       values[l] = in_.x[row * in_.ld + l];
-      indices[l] = row;
     }
   }
 

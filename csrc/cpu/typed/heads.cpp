@@ -74,8 +74,8 @@ template <typename T, int R, int H, bool CENTRED>
     if constexpr (std::is_same_v<T, at::BFloat16>) return Pair<A>::load(p);
     else return load_pair(p, step);
   };
-  // Few sums would wait for themselves: where rows come one by one, they have two parts.
-  constexpr int kParts = kManyRegisters ? 1 : 2;
+  // Few sums would wait for themselves, and have two parts.
+  constexpr int kParts = kManyRegisters && H > 2 ? 1 : 2;
   V sum[kParts][R][H];
   const T* row[R];
   unroll<R>([&](auto i) {
