@@ -1,6 +1,7 @@
 """Results as JSON and Markdown, options that all examples have, and a progress bar."""
 
 import argparse
+import ast
 import dataclasses
 import hashlib
 import json
@@ -8,7 +9,7 @@ import multiprocessing
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import date
 from functools import partial
@@ -84,10 +85,27 @@ def page(results: dict, markdown: Callable[[dict], str]) -> str:
     return f"{markdown(results).rstrip()}\n\n{about}. The commands:\n\n{commands}\n"
 
 
-def _digest() -> str:
-    """Of these examples; what of milkernels they ran says the commit."""
+def _sources(name: str) -> Iterator[Path]:
+    """The files of an example: its own, and what it imports of the others."""
+    left, found = [name], set()
+    while left:
+        one = left.pop()
+        path = Path(__file__).with_name(f"{one}.py")
+        if one in found or not path.is_file():
+            continue
+        found.add(one)
+        yield path
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.ImportFrom) and node.module == "examples":
+                left += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("examples."):
+                left.append(node.module.partition(".")[2])
+
+
+def _digest(name: str) -> str:
+    """Of the example's sources; what of milkernels it ran says the commit."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(_sources(name)):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -130,7 +148,7 @@ class Report:
             "machine": _machine(args.device),
             "commit": machines.commit(),
             "date": date.today().isoformat(),
-            "sources": _digest(),
+            "sources": _digest(name),
         }
 
     def run(

@@ -198,11 +198,16 @@ def test_rows_of_other_code_or_arguments_are_done_again(tmp_path, monkeypatch):
     assert [row["square"] for row in other.results["rows"]] == [1, 4]
     assert put_aside() == again.results["rows"], "nothing is lost"
     other.save([{"value": 1, "square": "kept"}])
-    monkeypatch.setattr(report, "_digest", lambda: "other code")
+    monkeypatch.setattr(report, "_digest", lambda name: "other code")
     changed = results(seed=1)
     changed.run(tasks, _square, 1, ("seed",))
     assert [row["square"] for row in changed.results["rows"]] == [1, 4]
     assert put_aside() == [{"value": 1, "square": "kept"}]
+
+
+def test_results_are_of_the_example_and_of_what_it_imports():
+    assert {path.stem for path in report._sources("self_attention")} == {"self_attention", "report"}
+    assert {path.stem for path in report._sources("train_slides")} >= {"slide_bag", "recipes", "eager"}
 
 
 def _no_three(task):
