@@ -113,6 +113,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.quick and None in (args.checkpoint, args.features, args.out):
         parser.error("--checkpoint, --features and --out are needed, or --quick, which simulates slides")
+    if args.quick and (args.checkpoint or args.features):
+        parser.error("--quick simulates slides; leave out --checkpoint and --features, or --quick")
     return args
 
 

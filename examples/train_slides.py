@@ -251,6 +251,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.quick and (args.features is None or args.labels is None):
         parser.error("--features and --labels are needed, or --quick, which simulates slides")
+    if args.quick and (args.features or args.labels):
+        parser.error("--quick simulates slides; leave out --features and --labels, or --quick")
     if args.quick:
         args.epochs, args.lr, args.max_instances = 6, 2e-3, 2048
     elif args.out is None:

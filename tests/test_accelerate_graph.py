@@ -10,6 +10,7 @@ import random
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import graph_lookalikes
@@ -619,3 +620,23 @@ def test_the_tutorial(capsys):
         printed = capsys.readouterr().out
         if after == "text" and "print(report)" in code:
             assert printed == expected
+
+
+class Branches(nn.Module):
+    """An ``if`` on a value, behind what warns for bags that have one dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.scores = nn.Linear(16, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        scores = self.scores(torch.tanh(self.hidden(x)))
+        return torch.softmax(scores + 1 if scores.max() > 0 else scores, 0).T @ x
+
+
+def test_what_cannot_be_traced_says_so_and_no_more(capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = str(milkernels.accelerate(Branches()))
+    assert "left alone" in report and "depends on the numbers in its tensors" in report
+    assert capfd.readouterr() == ("", "")

@@ -275,6 +275,13 @@ def test_features_beside_a_model_of_another_type(model, dtype):
     assert model.to(dtype)(X.to(dtype), OFFSETS).logits.isfinite().all()
 
 
+def test_weights_of_several_bags_need_their_offsets():
+    offsets = torch.tensor([0, 2, 4])
+    pooled = mk.softmax_pool(torch.randn(4, 3), torch.zeros(4, 1), offsets)
+    with pytest.raises(ValueError, match="offsets of the call must be given where pooled is of 2 bags; got None"):
+        mk.attention_weights(pooled)
+
+
 def test_weights_of_several_heads_are_shown_how_to_be_one():
     coords = torch.arange(2 * N).view(N, 2)
     with pytest.raises(ValueError, match=r"those of one head, as weights\[:, 0\]; got shape \(9, 1\)"):

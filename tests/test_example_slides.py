@@ -221,6 +221,13 @@ def test_what_is_needed(example, capsys):
     assert "or --quick, which simulates slides" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("example", [train_slides, predict_folder])
+def test_quick_does_not_leave_out_what_was_given(example, capsys):
+    with pytest.raises(SystemExit):
+        example.main(["--quick", "--features", "features"])
+    assert "--quick simulates slides; leave out" in capsys.readouterr().err
+
+
 def test_imports_are_checked_first():
     script = """
 import importlib.util, sys

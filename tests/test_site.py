@@ -79,7 +79,7 @@ def workplace(tmp_path, monkeypatch):
 def make_slides(folder: Path) -> None:
     h5py = pytest.importorskip("h5py")
     (folder / "features").mkdir()
-    lines = ["slide,label"]
+    lines = ["slide_id,label"]
     for i, count in enumerate((30, 7, 1, 12)):
         with h5py.File(folder / "features" / f"slide_{i}.h5", "w") as file:
             file["features"] = torch.randn(count, 1024).numpy()

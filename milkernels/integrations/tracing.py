@@ -53,11 +53,11 @@ def exported(module: nn.Module, example: Call) -> torch.export.ExportedProgram:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what export says of a graph that it cannot make: the report says it."""
+    """Without what is logged and printed of calls and graphs that cannot be made: the report says it."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -263,7 +263,7 @@ def _accepted(own: nn.Module, guesses: Iterable[list[Call]]) -> list[Call]:
             taken, softmax = [], _Softmax()
             for call in found:
                 try:
-                    with softmax:
+                    with _quiet(), softmax:
                         own(**call)
                     taken.append(call)
                 except Exception as raised:

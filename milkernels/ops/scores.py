@@ -77,6 +77,8 @@ def attention_weights(
         raise TypeError(f"pooled must be what a pooling op returned; got {type(pooled).__name__}")
     scores, lse = pooled.scores, pooled.lse
     mask = _checked(scores, offsets, mask)
+    if offsets is None and lse.ndim == 2 and lse.shape[0] != 1:
+        raise ValueError(f"offsets of the call must be given where pooled is of {lse.shape[0]} bags; got None")
     check_shape("pooled.lse", lse, (num_bags(offsets), scores.shape[1]), scores)
     backend = backends.choose("attention_weights", scores, (lse,), backend)
     if backend == "reference":
