@@ -124,7 +124,7 @@ def test_bad_arguments_of_arrays():
         ((pooled.scores,), None, TypeError, "pooled must be what a pooling op returned; got Tensor"),
         ((pooled, "bags"), None, TypeError, "bags_or_offsets must be Bags, a tensor or None; got str"),
         ((pooled, bags.offsets[:-1]), None, ValueError, "offsets must end at the number of instances, 12; got 5"),
-        ((pooled,), None, ValueError, r"pooled.lse must be \[1, 2\]; got shape \(4, 2\)"),
+        ((pooled,), None, ValueError, "offsets of the call must be given where pooled is of 4 bags; got None"),
         ((pooled, bags), torch.zeros(N, 3), ValueError, r"coords must be \[12, 2\]; got shape \(12, 3\)"),
         ((pooled, bags), torch.zeros(1, 2), ValueError, r"coords must be \[12, 2\]; got shape \(1, 2\)"),
         ((pooled, bags), "xy", TypeError, "coords must be a tensor or array of numbers; got str"),
