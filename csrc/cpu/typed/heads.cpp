@@ -172,7 +172,7 @@ void weighted_sums(const T* x, int64_t ld, const int32_t* index, int64_t n, cons
       const auto add = [&](int64_t r, auto rows) {
         for_blocks<kSumHeads>(some, [&](int64_t h, auto block_heads) {
           constexpr int R = decltype(rows)::value, H = decltype(block_heads)::value;
-          if constexpr (R * H <= kWeightRegisters) {
+          if constexpr (R * H <= kWeightRegisters) {  // so many rows go with so few heads only, see below
             const auto block = r == 0 ? sum_block<T, R, H, true> : sum_block<T, R, H, false>;
             block(x + l, ld, index + r, weight + r * heads + k + h, heads, wide, sums + h * kSumLd<A>,
                   streamed && h == 0);
