@@ -207,7 +207,7 @@ void combine(const acc_t<T>* coefficient, const acc_t<T>* const* vector, int64_t
   for_blocks<4>(n, [&](int64_t r, auto rows) {
     constexpr int R = decltype(rows)::value;
     const A* const c = coefficient + r * terms;
-    for_steps<Pair<T>::width>(width, [&](int64_t l, auto step) {
+    for_steps<Pair<T>::width>(width, [&](int64_t l, auto step) MILKERNELS_INLINE {
       Pair<T> sum[R];
       unroll<R>([&](auto i) { sum[i] = {V(A(0)), V(A(0))}; });
       for (int64_t j = 0; j < terms; ++j) {
