@@ -16,6 +16,7 @@ namespace milkernels {
 
 constexpr int64_t kBlock = 64;  // columns of a packed block, and rows of a tile
 constexpr int64_t kDeepest = 2048;  // terms of a float32 sum that are added one behind another
+constexpr int64_t kDeepestOfFew = 64;  // where a library would add in the lanes of a vector, for the columns are few
 constexpr int64_t kRowMultiple = 8;  // rows of a product: few distinct shapes, each costs about 0.1 ms when first met
 
 // A matrix by rows; plane p of a split number is plane_stride further on. For the right operand of a BFloat16 product
@@ -118,17 +119,17 @@ inline void vector_product(int64_t M, int64_t N, int64_t K, Matrix<A> a, Matrix<
   });
 }
 
-// c = a b, or c += a b; c is [M, N] in the accumulation type.
+// c = a b, or c += a b; c is [M, N] in the accumulation type. At most `deepest` float32 terms are added one behind another.
 template <typename E>
 inline void product(int64_t M, int64_t N, int64_t K, Matrix<E> a, Matrix<E> b, int planes, acc_t<E>* c, int64_t ldc,
-                    bool add) {
+                    bool add, int64_t deepest = kDeepest) {
   if constexpr (std::is_same_v<E, double>) {
     vector_product<double>(M, N, K, a, b, c, ldc, add);
   } else if constexpr (std::is_same_v<E, float>) {
     const bool library = has_micro_kernels();
     int64_t k = 0;
     do {  // one part after another, for the rounding of a sum grows with its number of terms
-      const int64_t terms = std::min(kDeepest, K - k);
+      const int64_t terms = std::min(deepest, K - k);
       const Matrix<float> left{a.data + k, a.ld}, right{b.data + k * b.ld, b.ld};
       if (library) {
         at::native::cpublas::brgemm(M, N, terms, left.ld, right.ld, ldc, add, left.data, right.data, c,
@@ -137,7 +138,7 @@ inline void product(int64_t M, int64_t N, int64_t K, Matrix<E> a, Matrix<E> b, i
         vector_product<float>(M, N, terms, left, right, c, ldc, add);
       }
       add = true;
-    } while ((k += kDeepest) < K);
+    } while ((k += deepest) < K);
   } else {
     for (int order = planes - 1; order >= 0; --order) {  // small terms first
       for (int p = 0; p <= order; ++p, add = true) {

@@ -32,6 +32,9 @@ class Projection {
     if (few_)
       for (int64_t c = 0; c < columns; ++c) rows_.push_back(row(c));
     else packed_.emplace(Packed<E>::from_columns(width, columns, planes, row));
+    int64_t real = 0;
+    for (int64_t c = 0; c < columns; ++c) real += row(c) != nullptr;
+    if (real <= kFewColumns) deepest_ = kDeepestOfFew;
   }
 
   // Numbers that a thread needs for products of so many rows.
@@ -51,18 +54,21 @@ class Projection {
         for_runs(rows_, column, column + kBlock, width_, [&](int64_t c, int64_t columns, const A* weights) {
           A* const to = scratch + (c - column) * kBlock;
           if (weights == nullptr) std::fill_n(to, columns * kBlock, A(0));
-          else product<E>(columns, count, width_, {weights, width_}, {right, kBlock}, 1, to, kBlock, false);
+          else product<E>(columns, count, width_, {weights, width_}, {right, kBlock}, 1, to, kBlock, false, deepest_);
         });
         transpose(scratch, kBlock, kBlock, count, out, ld);
         return;
       }
     }
     product<E>(count, kBlock, Packed<E>::depth_of(width_), x.rows_from(first), packed_->block(column / kBlock), planes_,
-               out, ld, false);
+               out, ld, false, deepest_);
   }
 
  private:
+  static constexpr int64_t kFewColumns = 16;  // of weights, also of two matrices of them
+
   int64_t width_;
+  int64_t deepest_ = kDeepest;
   int planes_;
   bool few_;
   std::vector<const A*> rows_;
