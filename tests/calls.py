@@ -197,13 +197,21 @@ def runs_of(call: Call, backend: str, seed: int):
         if call.threads > 1:
             with threads(call.threads):
                 same_bits(step(ours(call, backend), tensors, offsets, mask, wanted), got)
-        if call.saved_bytes != 64 << 20 and call.type in (torch.float32, torch.float64) and not call.autocast:
+        if call.saved_bytes != 64 << 20 and _keeps_bits(call):
             with milkernels.saved_bytes(0):
                 same_bits(step(ours(call, backend), tensors, offsets, mask, wanted), got)
     for name, t in tensors.items():
         if t.requires_grad and case.has_rows(name):
             assert not got[f"gradient of {name}"][~real].any(), f"gradient of {name}: a masked row has one"
     return got, eager, exact, (exact_tensors, offsets, mask)
+
+
+def _keeps_bits(call: Call) -> bool:
+    """Whether what is saved may not change them. A library's products, which serve the emulated device, round by where
+    the rows lie."""
+    if call.layout == "shifted" and leg() == "emulated":
+        return False
+    return call.type in (torch.float32, torch.float64) and not call.autocast
 
 
 def _half(call: Call) -> torch.dtype:
@@ -283,7 +291,8 @@ def check(call: Call, backend: str = "native") -> str:
         return "kept"
     if not call.has_relu():  # whose kink rounding crosses in single draws
         seen = verdict(call, backend, [call.seed])
-        wrong = [v for v in seen.verdicts if v.reason or not v.ours <= _FAR * v.bound]
+        rounding = torch.finfo(call.type).eps  # of inputs: where rows take few values, eager may meet the exact ones
+        wrong = [v for v in seen.verdicts if v.reason or not v.ours <= max(_FAR * v.bound, rounding * v.size)]
         assert not wrong, seen.broken()
     first = call.seed + 1
     for draws in _DRAWS:
