@@ -80,9 +80,21 @@ def _machine(device: str) -> dict[str, object]:
 
 def page(results: dict, markdown: Callable[[dict], str]) -> str:
     """The whole Markdown page of a results file."""
-    about = f"{machines.title(results['machine'])}, {results['date']}"
-    commands = "\n".join(f"    {command}" for command in results["commands"])
-    return f"{markdown(results).rstrip()}\n\n{about}. The commands:\n\n{commands}\n"
+    return "\n\n".join([markdown(results).rstrip(), *_runs(results)]) + "\n"
+
+
+def _runs(results: dict) -> Iterator[str]:
+    """What ran where, and which rows are of it where there are others."""
+    earlier = results.get("earlier", [])
+    rows_of = [[row for row in results["rows"] if row.get("earlier") == i] for i in (None, *range(len(earlier)))]
+    for run, rows in zip([results, *earlier], rows_of, strict=True):
+        if not rows and earlier:
+            continue
+        about = f"{machines.title(run['machine'])}, {run['date']}"
+        if len(rows) < len(results["rows"]):
+            about += ", " + ", ".join(dict.fromkeys(row["model"] for row in rows))
+        yield f"{about}. The commands:"
+        yield "\n".join(f"    {command}" for command in run["commands"])
 
 
 def _sources(name: str) -> Iterator[Path]:
@@ -138,10 +150,20 @@ class Report:
         name: of the example.
         markdown: the page's middle, of the results.
         args, argv: parsed, and as they came.
+        stay: rows of other code or another machine stay, marked, until they are done again: for what is no time and no
+            memory. Rows then have a ``model``.
     """
 
-    def __init__(self, name: str, markdown: Callable[[dict], str], args: argparse.Namespace, argv: Sequence[str]):
-        self.name, self.markdown, self.folder = name, markdown, folder(args)
+    def __init__(
+        self,
+        name: str,
+        markdown: Callable[[dict], str],
+        args: argparse.Namespace,
+        argv: Sequence[str],
+        *,
+        stay: bool = False,
+    ):
+        self.name, self.markdown, self.folder, self.stay = name, markdown, folder(args), stay
         self.results = {
             "commands": [_command(name, argv)],
             "arguments": {key: _shown(value) for key, value in vars(args).items()},
@@ -163,7 +185,7 @@ class Report:
         kind = type(tasks[0])
         names = [f.name for f in dataclasses.fields(kind)]
         rows = {kind(*(row[name] for name in names)): row for row in self._earlier_rows(same)}
-        left = [task for task in tasks if task not in rows]
+        left = [task for task in tasks if "earlier" in rows.get(task, ("earlier",))]
         order = [*(task for task in rows if task not in set(tasks)), *tasks]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([work.func.__module__ if isinstance(work, partial) else work.__module__])
@@ -191,9 +213,17 @@ class Report:
             return []
         earlier, ours = json.loads(path.read_text()), self.results
         alike = all(earlier.get(key) == ours[key] for key in ("sources", "machine"))
-        if alike and all(earlier["arguments"].get(key) == ours["arguments"].get(key) for key in same):
-            ours["commands"] = list(dict.fromkeys([*earlier["commands"], *ours["commands"]]))
-            return earlier["rows"]
+        if all(earlier["arguments"].get(key) == ours["arguments"].get(key) for key in same):
+            rows, runs = earlier.pop("rows"), earlier.pop("earlier", [])
+            if alike:
+                ours["commands"] = list(dict.fromkeys([*earlier["commands"], *ours["commands"]]))
+            elif self.stay:
+                rows = [{**row, "earlier": row.get("earlier", -1) + 1} for row in rows]
+                runs = [earlier, *runs]
+            if alike or self.stay:
+                if runs:
+                    ours["earlier"] = runs
+                return rows
         aside = path.replace(path.with_suffix(".json.old"))
         print(f"{path.name} is of other code, another machine or other arguments: it is {aside.name} now")
         return []

@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks = [
         Task(s, m, r, k) for m in args.models for s in args.sets for r in range(repeats[m]) for k in range(args.folds)
     ]
-    results = report.Report("train_classic", markdown, args, argv)
+    results = report.Report("train_classic", markdown, args, argv, stay=True)
     results.run(tasks, partial(run, args=args), args.jobs, _SAME)
     results.show()
     return 0

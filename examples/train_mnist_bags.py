@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data.mnist(args.data, part)  # before any work
     grid = [(model, mean) for mean in args.means for model in args.models]
     tasks = [Task(model, mean, count, r) for model, mean in grid for count in args.train for r in range(args.repeats)]
-    results = report.Report("train_mnist_bags", markdown, args, argv)
+    results = report.Report("train_mnist_bags", markdown, args, argv, stay=True)
     results.run(tasks, partial(run, args=args), args.jobs, _SAME)
     results.show()
     return 0

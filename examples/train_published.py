@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells += [(s, m, FEATURES[1]) for s, m, _ in cells if m == "dsmil" and not s.startswith("musk")]
     # A whole cross-validation of everything first, then the next one: what is cut short has a figure for each cell.
     tasks = [Task(*cell, r, k) for r in range(args.repeats) for cell in cells for k in range(args.folds)]
-    results = report.Report("train_published", markdown, args, argv)
+    results = report.Report("train_published", markdown, args, argv, stay=True)
     results.run(tasks, partial(run, args=args), args.jobs, _SAME)
     results.show()
     return 0

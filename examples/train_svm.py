@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.sets:
         data.classic(args.data, name)  # before any work
     grid = itertools.product(range(args.repeats), args.sets, args.models, range(args.folds))
-    results = report.Report("train_svm", markdown, args, argv)
+    results = report.Report("train_svm", markdown, args, argv, stay=True)
     results.run([Task(s, m, r, k) for r, s, m, k in grid], partial(run, args=args), args.jobs, _SAME)
     results.show()
     return 0

@@ -205,6 +205,40 @@ def test_rows_of_other_code_or_arguments_are_done_again(tmp_path, monkeypatch):
     assert put_aside() == [{"value": 1, "square": "kept"}]
 
 
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    model: str
+    value: int
+
+
+@pytest.mark.slow
+def test_rows_of_other_code_stay_where_they_may(tmp_path, monkeypatch):
+    def results(argv, seed=0):
+        args = report.argparse.Namespace(out=tmp_path, quick=False, seed=seed, device="cpu")
+        return report.Report("numbers", lambda results: "# Numbers", args, argv, stay=True)
+
+    def run(code, argv, tasks, seed=0):
+        monkeypatch.setattr(report, "_digest", lambda name: code)
+        one = results(argv, seed)
+        one.run(tasks, _square, 1, ("seed",))
+        return [(row["model"], row["value"], row.get("earlier")) for row in one.results["rows"]]
+
+    def of_runs():
+        return re.findall("^(?!#|    ).*(?=[.] The commands)", (tmp_path / "numbers.md").read_text(), re.MULTILINE)
+
+    assert run("first", ["--a"], [Fold("a", 1), Fold("b", 2)]) == [("a", 1, None), ("b", 2, None)]
+    assert len(of_runs()) == 1 and not of_runs()[0].endswith("a, b")
+    assert run("second", ["--b"], [Fold("c", 3)]) == [("a", 1, 0), ("b", 2, 0), ("c", 3, None)]
+    assert [text.rpartition("20")[2].partition(", ")[2] for text in of_runs()] == ["c", "a, b"]
+    assert run("second", ["--b"], [Fold("c", 3)])[:2] == [("a", 1, 0), ("b", 2, 0)]
+    third = run("third", ["--c"], [Fold("a", 1), Fold("d", 4)])
+    assert sorted(third) == [("a", 1, None), ("b", 2, 1), ("c", 3, 0), ("d", 4, None)]
+    page = (tmp_path / "numbers.md").read_text()
+    assert [text.rpartition("20")[2].partition(", ")[2] for text in of_runs()] == ["a, d", "c", "b"]
+    assert re.findall("--[abc]", page) == ["--c", "--b", "--a"]
+    assert run("third", ["--c"], [Fold("a", 1)], seed=1) == [("a", 1, None)], "other arguments make other numbers"
+
+
 def test_results_are_of_the_example_and_of_what_it_imports():
     assert {path.stem for path in report._sources("self_attention")} == {"self_attention", "report"}
     assert {path.stem for path in report._sources("train_slides")} >= {"slide_bag", "recipes", "eager"}
