@@ -307,9 +307,9 @@ def check(call: Call, backend: str = "native") -> str:
     alone = [v for one in alone if one is not None for v in one.verdicts]
     broken = collections.Counter(v.name for v in alone if not v.ok)
     lucky = collections.Counter(v.name for v in alone if v.eager > 2 * v.ours)
-    if all(often <= max(_DRAWS[-1] // 8, lucky[name]) for name, often in broken.items()):
-        if not any(v.reason for v in alone):
-            return "broken by few draws"
+    by_luck = all(often <= max(_DRAWS[-1] // 8, lucky[name]) for name, often in broken.items())
+    if by_luck and not any(v.reason for v in alone):
+        return "broken by few draws"
     raise AssertionError(seen.broken())
 
 
