@@ -147,8 +147,8 @@ Tensor mean_pool_bwd(const Tensor& x, const OptionalTensor& offsets, const Optio
 // --- max_pool
 
 // The maximum of each feature over a segment, and its row: the first of equal ones, NaN before any number. Rows are taken
-// some at a time. Which of these had a maximum is remembered, and which row of them it was is looked up in the end: in a
-// segment of 256 rows and 32 columns a new maximum is nothing rare.
+// some at a time, and the next are asked for. Which of these had a maximum is remembered, and which row of them it was is
+// looked up in the end: in a segment of 256 rows and 32 columns a new maximum is nothing rare.
 template <typename T>
 class FeatureMax {
  public:
@@ -158,30 +158,20 @@ class FeatureMax {
   explicit FeatureMax(const Ragged<T>& in)
       : in_(in), rows_(in.slots(), -1), values_(in.slots() * in.width), places_(in.slots() * in.width) {}
 
-  struct Worker {
-    Selection<A> selected;
-    std::vector<A> largest;  // of some rows, [width]
-  };
-  Worker worker() const { return {{}, std::vector<A>(in_.width)}; }
+  using Worker = Selection<A>;
 
   // Rows of a segment come in order; places are counted from the first row of its chunk, exact in every type.
-  void add(const Tile<T>& rows, int64_t slot, Worker& w) {
-    w.selected.select(rows.mask, rows.rows);
+  void add(const Tile<T>& rows, int64_t slot, Worker& selected) {
+    selected.select(rows.mask, rows.rows);
     const int64_t width = in_.width, chunk = rows.first / in_.chunk() * in_.chunk();
-    const auto row = [&](int64_t i) { return rows.x + w.selected.index[i] * rows.ld; };
     A *const best = values_.get() + slot * width, *const place = places_.get() + slot * width;
-    A* const largest = w.largest.data();
-    for (int64_t i = 0; i < w.selected.count; i += kTogether) {
-      convert_row(row(i), largest, width);
-      for (int64_t r = i + 1; r < std::min(i + kTogether, w.selected.count); ++r) raise(largest, row(r));
-      const A here = static_cast<A>(rows.first + w.selected.index[i] - chunk);
-      if (std::exchange(rows_[slot], chunk) < 0) {
-        std::copy_n(largest, width, best);
-        std::fill_n(place, width, here);
-      } else {
-        offer(largest, here, best, place);
-      }
-    }
+    for_blocks<kTogether>(selected.count, [&](int64_t i, auto some) {
+      const int32_t* const index = selected.index + i;
+      const A here = static_cast<A>(rows.first + index[0] - chunk);
+      if (std::exchange(rows_[slot], chunk) < 0)
+        offer<decltype(some)::value, true>(rows.x, rows.ld, index, here, best, place);
+      else offer<decltype(some)::value, false>(rows.x, rows.ld, index, here, best, place);
+    });
   }
   // values and indices [bags, width]; an empty bag has 0 and -1.
   void finish(T* values, int64_t* indices) const {
@@ -195,29 +185,31 @@ class FeatureMax {
   }
 
  private:
-  static constexpr int64_t kTogether = 16, kColumns = 64;
+  static constexpr int64_t kTogether = 8, kColumns = 64;
 
-  void raise(A* largest, const T* row) const {
-    for_steps<Pair<T>::width>(in_.width, [&](int64_t l, auto step) {
-      const auto a = load_pair(largest + l, step);
-      const auto b = load_pair(row + l, step);
-      store_pair(Pair<A>{at::vec::maximum(a.lo, b.lo), at::vec::maximum(a.hi, b.hi)}, largest + l, step);
-    });
-  }
-  void offer(const A* largest, A here, A* best, A* place) const {
-    for_steps<V::size()>(in_.width, [&](int64_t l, auto step) {
-      constexpr bool kWhole = std::is_same_v<decltype(step), WholeStep>;
-      const auto load = [&](const A* p) {
-        if constexpr (kWhole) return V::loadu(p + l);
-        else return V::loadu(p + l, step);
-      };
-      const auto store = [&](const V& v, A* p) {
-        if constexpr (kWhole) v.store(p + l);
-        else v.store(p + l, step);
-      };
-      const V value = load(largest), old = load(best), wins = (value > old) | ((value != value) & (old == old));
-      store(V::blendv(old, value, wins), best);
-      store(V::blendv(load(place), V(here), wins), place);
+  // The maxima of R rows, of which the first is `here`, where they are larger; FIRST: whatever they are.
+  template <int R, bool FIRST>
+  [[gnu::noinline]] void offer(const T* x, int64_t ld, const int32_t* index, A here, A* best, A* place) const {
+    const T* row[R];
+    unroll<R>([&](auto i) { row[i] = x + index[i] * ld; });
+    for_steps<Pair<T>::width>(in_.width, [&](int64_t l, auto step) MILKERNELS_INLINE {
+      unroll<R>([&](auto i) { prefetch_pair(row[i] + kTogether * ld + l); });
+      auto v = load_pair(row[0] + l, step);
+      unroll<R>([&](auto i) {
+        if constexpr (i == 0) return;
+        const auto other = load_pair(row[i] + l, step);
+        v = {at::vec::maximum(v.lo, other.lo), at::vec::maximum(v.hi, other.hi)};
+      });
+      if constexpr (FIRST) {
+        store_pair(Pair<A>{v.lo, v.hi}, best + l, step);
+        store_pair(Pair<A>{V(here), V(here)}, place + l, step);
+      } else {
+        const auto old = load_pair(best + l, step), where = load_pair(place + l, step);
+        const auto wins = [](const V& a, const V& b) { return (a > b) | ((a != a) & (b == b)); };
+        const V lo = wins(v.lo, old.lo), hi = wins(v.hi, old.hi);
+        store_pair(Pair<A>{V::blendv(old.lo, v.lo, lo), V::blendv(old.hi, v.hi, hi)}, best + l, step);
+        store_pair(Pair<A>{V::blendv(where.lo, V(here), lo), V::blendv(where.hi, V(here), hi)}, place + l, step);
+      }
     });
   }
   // Of a bag and at most kColumns columns: where the maxima are, asked for all at once, and then which rows have them.
@@ -267,7 +259,7 @@ std::tuple<Tensor, Tensor> max_pool_fwd(const Tensor& x, const OptionalTensor& o
     const auto in = call.ragged<T>();
     FeatureMax<T> best(in);
     for_tiles(
-        in, [&] { return best.worker(); },
+        in, [] { return typename FeatureMax<T>::Worker(); },
         [&](const Tile<T>& tile, auto& worker) {
           in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) {
             best.add(tile.part(from - tile.first, to - from), in.slot_of(from, b), worker);

@@ -182,6 +182,14 @@ inline void for_blocks(int64_t n, const F& f) {
   }
 }
 
+// Asks for the elements of a pair before they are wanted; they may lie past the end of anything.
+template <typename T>
+inline void prefetch_pair(const T* p) {
+  constexpr int64_t kLine = 64;
+  for (int64_t i = 0; i < Pair<T>::width * int64_t(sizeof(T)); i += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + i, 0, 2);
+  }
+}
 template <typename T>
 inline Pair<T> load_pair(const T* p, WholeStep) {
   return Pair<T>::load(p);

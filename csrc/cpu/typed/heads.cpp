@@ -22,14 +22,6 @@ constexpr int64_t kDotsOneByOne = kGuessed<T> ? 4 : 2;
 template <typename T>
 constexpr int64_t kSumsOneByOne = kGuessed<T> ? 1 : 0;
 
-template <typename T>
-inline void prefetch(const T* pair) {
-  constexpr int64_t kLine = 64;
-  for (int64_t i = 0; i < Pair<T>::width * int64_t(sizeof(T)); i += kLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(pair) + i, 0, 2);
-  }
-}
-
 // Two vectors from 2 * size() elements in the order that costs least: bfloat16 numbers are the upper halves of float32
 // ones, so those at even places are a shift away, those at odd places a mask. in_order puts a pair back.
 template <typename T, typename Step>
@@ -87,7 +79,7 @@ template <typename T, int R, int H, bool CENTRED>
     unroll<H>([&](auto h) { w[h] = load_vector(v + h * ld_v + l, step); });
     if constexpr (CENTRED) c = load_vector(centre + l, step);
     unroll<R>([&](auto i) {
-      if constexpr (R > 1 || !kGuessed<T>) prefetch<T>(row[i] + kAhead * ld + l);
+      if constexpr (R > 1 || !kGuessed<T>) prefetch_pair(row[i] + kAhead * ld + l);
       auto p = load_quick(row[i] + l, step);
       if constexpr (CENTRED) p.lo = p.lo - c.lo, p.hi = p.hi - c.hi;
       unroll<H>([&](auto h) {
@@ -119,7 +111,7 @@ template <typename T, int R, int H, bool FIRST>
     Pair<A> sum[H];
     unroll<H>([&](auto h) { sum[h] = FIRST ? Pair<A>{V(A(0)), V(A(0))} : Pair<A>::load(sums + h * kSumLd<A> + at); });
     unroll<R>([&](auto i) {
-      if (!kGuessed<T> && streamed) prefetch<T>(row[i] + R * ld + at);
+      if (!kGuessed<T> && streamed) prefetch_pair(row[i] + R * ld + at);
       const auto v = load_quick(row[i] + at, step);
       unroll<H>([&](auto h) { sum[h] = {fmadd(w[i][h], v.lo, sum[h].lo), fmadd(w[i][h], v.hi, sum[h].hi)}; });
     });
