@@ -243,7 +243,7 @@ def unclear(call: Call, exact) -> bool:
 
 def overflowed(eager, exact) -> bool:
     """Whether eager PyTorch, in half types, leaves their range and says nothing."""
-    return any((eager[name].isnan() & ~t.isnan()).any() for name, t in exact.items())
+    return any((~eager[name].isfinite() & t.isfinite()).any() for name, t in exact.items())
 
 
 def cancelled(call: Call, tensors, offsets, mask) -> dict[str, float]:
