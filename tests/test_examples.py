@@ -587,8 +587,8 @@ def test_support_vector_machines_find_the_instance(name):
     assert ((machine.scores(others) > 0) == truth).all()
     # Told as bags are, the other instances of positive bags would move the border into the negative ones.
     positive = [bag for bag, label in zip(others, truth, strict=True) if label]
-    assert all(machine.machine.decision_function(bag).argmax() == len(bag) - 1 for bag in positive)
-    assert sum((machine.machine.decision_function(bag[:-1]) > 0).sum() for bag in positive) <= 2
+    assert all(machine.decide(bag).argmax() == len(bag) - 1 for bag in positive)
+    assert sum((machine.decide(bag[:-1]) > 0).sum() for bag in positive) <= 2
 
 
 # Published settings
