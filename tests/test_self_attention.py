@@ -257,6 +257,11 @@ def test_errors(call, error, words):
         call()
 
 
+def test_a_trace_would_be_of_one_size_and_is_refused():
+    with pytest.raises(RuntimeError, match="a trace would keep the sizes"):
+        torch.jit.trace(lambda x: SelfAttention(6)(x).values, torch.randn(9, 6))
+
+
 def test_training_on_a_bag_whose_rows_are_many():
     """It learns what a pooling alone cannot see: whether a bag holds two instances that are the same."""
     generator = torch.Generator().manual_seed(0)

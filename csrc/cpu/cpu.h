@@ -14,8 +14,8 @@ std::vector<int64_t> checked_offsets(const std::optional<at::Tensor>& offsets, i
 
 // In what the products run: 0 for the accumulation type, else the number of bfloat16 planes of each factor. Half types
 // and, where the user allows it, float32 take the matrix units if the machine has them: bfloat16 one plane, float16 two
-// (exact), float32 one at precision "medium", two at "high". AVX-512's instructions for bfloat16 are taken for one plane:
-// three products of planes would be slower than one of float32.
+// (exact), float32 one at precision "medium", two at "high". AVX-512's instructions for bfloat16 are taken for one
+// plane: three products of planes would be slower than one of float32.
 int bf16_planes(at::ScalarType x, std::optional<at::ScalarType> compute);
 
 // The rate (FLOP/s) at which the micro-kernels multiply float32 tiles that lie in cache, on all threads: what a kernel

@@ -1,10 +1,11 @@
 // Rows of a tile against the vectors of several heads: dot products, weighted sums, and rows made of vectors. A row is
 // read once for a block of heads. T: in what rows are stored.
 //
-// Several rows are read at once, and what they share is read once for them. Where rows come from memory (`streamed`) and
-// few heads are wanted, they are read one after another: processors guess what is wanted next where one address follows
-// another, and there is little to share. With more heads, and where numbers are converted, the work that several rows
-// share counts for more (measured: 10 to 40 % of the time), if there are registers for it. The numbers are the same.
+// Several rows are read at once, and what they share is read once for them. Where rows come from memory (`streamed`)
+// and few heads are wanted, they are read one after another: processors guess what is wanted next where one address
+// follows another, and there is little to share. With more heads, and where numbers are converted, the work that
+// several rows share counts for more (measured: 10 to 40 % of the time), if there are registers for it. The numbers are
+// the same.
 #pragma once
 
 #include "rows.h"

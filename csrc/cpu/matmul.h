@@ -2,9 +2,9 @@
 // laid out for it, and the call. Three kinds of element:
 //   float     brgemm in float32, PyTorch's micro-kernels of oneDNN; half types are converted tile by tile
 //   double    for float64, the vectors of this page
-//   BFloat16  brgemm on the matrix units (AMX), or with AVX-512's instructions for bfloat16, which multiply twice as many
-//             numbers as those for float32. A number is the sum of `planes` bfloat16 numbers: one plane is bfloat16
-//             itself, two hold a float16 exactly, and hi*hi + hi*lo + lo*hi is then the float16 product.
+//   BFloat16  brgemm on the matrix units (AMX), or with AVX-512's instructions for bfloat16, which multiply twice as
+//             many numbers as those for float32. A number is the sum of `planes` bfloat16 numbers: one plane is
+//             bfloat16 itself, two hold a float16 exactly, and hi*hi + hi*lo + lo*hi is then the float16 product.
 #pragma once
 
 #include <ATen/Context.h>
@@ -119,7 +119,8 @@ inline void vector_product(int64_t M, int64_t N, int64_t K, Matrix<A> a, Matrix<
   });
 }
 
-// c = a b, or c += a b; c is [M, N] in the accumulation type. At most `deepest` float32 terms are added one behind another.
+// c = a b, or c += a b; c is [M, N] in the accumulation type. At most `deepest` float32 terms are added one behind
+// another.
 template <typename E>
 inline void product(int64_t M, int64_t N, int64_t K, Matrix<E> a, Matrix<E> b, int planes, acc_t<E>* c, int64_t ldc,
                     bool add, int64_t deepest = kDeepest) {

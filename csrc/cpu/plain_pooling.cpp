@@ -146,9 +146,9 @@ Tensor mean_pool_bwd(const Tensor& x, const OptionalTensor& offsets, const Optio
 
 // --- max_pool
 
-// The maximum of each feature over a segment, and its row: the first of equal ones, NaN before any number. Rows are taken
-// some at a time, and the next are asked for. Which of these had a maximum is remembered, and which row of them it was is
-// looked up in the end: in a segment of 256 rows and 32 columns a new maximum is nothing rare.
+// The maximum of each feature over a segment, and its row: the first of equal ones, NaN before any number. Rows are
+// taken some at a time, and the next are asked for. Which of these had a maximum is remembered, and which row of them
+// it was is looked up in the end: in a segment of 256 rows and 32 columns a new maximum is nothing rare.
 template <typename T>
 class FeatureMax {
  public:

@@ -1,5 +1,5 @@
-// Products of rows with weights [columns, width], x W^T, and their way back, z W. Weights are packed once for a call, but
-// for few rows, whose products would cost less than that: then the rows are transposed instead, tile by tile.
+// Products of rows with weights [columns, width], x W^T, and their way back, z W. Weights are packed once for a call,
+// but for few rows, whose products would cost less than that: then the rows are transposed instead, tile by tile.
 #pragma once
 
 #include "pool.h"

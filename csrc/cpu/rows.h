@@ -30,9 +30,9 @@ using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
-// Memory that a thread keeps from one call to the next, up to kMost bytes. Given back to the C library, what lies at the
-// end of the heap goes back to the system, and every 4 KB of it cost the next call a page fault: a step of ten rows,
-// whose sums need 4 MB, took twice as long.
+// Memory that a thread keeps from one call to the next, up to kMost bytes. Given back to the C library, what lies at
+// the end of the heap goes back to the system, and every 4 KB of it cost the next call a page fault: a step of ten
+// rows, whose sums need 4 MB, took twice as long.
 class Workspace {
  public:
   struct Block {

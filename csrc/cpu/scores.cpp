@@ -160,8 +160,8 @@ Tensor segment_softmax_bwd(const Tensor& scores, const OptionalTensor& offsets, 
     const A* const from_grad = g.const_data_ptr<A>();
     std::vector<double> sums(in.slots() * heads, 0.), total(in.bags() * heads, 0.);
     A* const out = grad.mutable_data_ptr<A>();
-    // A weight of 0 hides whatever came back for it. What it leaves is written first and added up then: in one loop GCC 12
-    // turns selecting and adding into a masked addition that loses sums of float64.
+    // A weight of 0 hides whatever came back for it. What it leaves is written first and added up then: in one loop GCC
+    // 12 turns selecting and adding into a masked addition that loses sums of float64.
     for_slots(in, [&](int64_t, int64_t from, int64_t to, int64_t slot) {
       const A *const w = in.x + from * heads, *const dw = from_grad + from * heads;
       A* const seen = out + from * heads;
@@ -244,8 +244,8 @@ class BestRows {
     rows_.push_back(row);
     if (static_cast<int64_t>(rows_.size()) >= 2 * k_ + kSpare) keep_best();
   }
-  // Rows [from, to) that count. Most are worse than what was found before: of one head, of which scores lie together, it
-  // is found out for many at once.
+  // Rows [from, to) that count. Most are worse than what was found before: of one head, of which scores lie together,
+  // it is found out for many at once.
   void offer(int64_t from, int64_t to, const bool* mask) {
     constexpr int64_t kMany = 64;
     for (int64_t first = from; first < to; first += kMany) {

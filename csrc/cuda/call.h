@@ -55,8 +55,8 @@ constexpr int kMostChunks = 1 << 14;   // partial results of one bag are put tog
 constexpr int64_t kWholeRows = 16384;  // up to so many rows in all, and kWholeBag in a bag on average, a bag is one
 constexpr int64_t kWholeBag = 1024;    // block's: one launch for all of them
 
-// A slice of rows between two kernels has at least so many rows, that products fill the chip, or bytes; and no more than
-// the workspace.
+// A slice of rows between two kernels has at least so many rows, that products fill the chip, or bytes; and no more
+// than the workspace.
 constexpr int64_t kSliceRows = 32768, kSliceBytes = 32 << 20;
 inline int64_t workspace = 256 << 20;  // tests make it small
 

@@ -18,7 +18,8 @@ Tensor gather_rows(const Call& call, const Tensor& indices);
 // ValueError unless these are gradients that more may be added to: of x, or empty where it needs none.
 void check_written(const Call& call, const Tensor& grad_x, const Tensor& grad_e_weight, const Tensor& grad_e_bias);
 
-// out[indices[b, c]] += vectors[b, c], of vectors [bags, C, L], or [bags C, L], in the accumulation type and out like x.
+// out[indices[b, c]] += vectors[b, c], of vectors [bags, C, L], or [bags C, L], in the accumulation type and out like
+// x.
 void add_to_rows(const Call& call, const Tensor& indices, const Tensor& vectors, const Tensor& out);
 
 }  // namespace milkernels

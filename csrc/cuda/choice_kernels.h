@@ -28,8 +28,8 @@ struct FirstMax {
 template <typename T>
 void first_max(const FirstMax<T>& p, cudaStream_t stream);
 
-// Finds the largest of the logits  W x + b  [rows, classes], which are -inf where masked and never chosen there, in one read of
-// the rows.
+// Finds the largest of the logits  W x + b  [rows, classes], which are -inf where masked and never chosen there, in one
+// read of the rows.
 template <typename T>
 struct ClassMax {
   using A = acc_t<T>;

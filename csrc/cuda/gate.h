@@ -36,8 +36,9 @@ void gate_scores(const GateRows<E>& p, acc_t<E>* scores, cudaStream_t stream);
 
 constexpr int kSummedRows = 64;  // by one block of the backward
 
-// The gradients of the products, times `scale` (one number, or null); and what blocks of kSummedRows add to the gradients of w and of the biases of V and U, into sums [blocks, heads + 2, hidden]. `ds` are
-// the gradients of the scores [all rows, heads].
+// The gradients of the products, times `scale` (one number, or null); and what blocks of kSummedRows add to the
+// gradients of w and of the biases of V and U, into sums [blocks, heads + 2, hidden]. `ds` are the gradients of the
+// scores [all rows, heads].
 template <typename E>
 void gate_backward(const GateRows<E>& p, const acc_t<E>* ds, const acc_t<E>* scale, acc_t<E>* sums,
                    cudaStream_t stream);

@@ -47,7 +47,7 @@ class SelfAttention(nn.Module):
     ``forward(x, offsets=None, mask=None)`` takes bags in any form but a `StreamedBag`, and returns them as `Bags` of
     ``values [N, L]``, with the same offsets, mask and extras.  Masked rows are not compared with any, and are 0.
     Results are those of the linear layers' type; scores and sums are float32 at least.  It cannot be differentiated
-    twice, and ``torch.compile`` breaks its graph here.
+    twice. ``torch.compile`` breaks its graph here; ``torch.export`` and ``torch.jit.trace`` refuse it.
 
     >>> import torch
     >>> from milkernels import Bags
@@ -73,6 +73,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Instances, offsets: Tensor | None = None, mask: Tensor | None = None) -> Bags:
         if isinstance(x, Parts):
             raise TypeError(f"x must have all instances at hand, each is compared with all; got {type(x).__name__}")
+        if torch.jit.is_tracing():
+            raise RuntimeError("SelfAttention takes bag after bag in Python: a trace would keep the sizes of this one")
         extras = x.extras if isinstance(x, Bags) else None
         bags = Bags(*ragged(x, offsets, mask, self.in_dim), extras)
         check_feature_type(bags.values, self.query)
