@@ -259,7 +259,7 @@ def test_errors(call, error, words):
 
 def test_a_trace_would_be_of_one_size_and_is_refused():
     with pytest.raises(RuntimeError, match="a trace would keep the sizes"):
-        torch.jit.trace(lambda x: SelfAttention(6)(x).values, torch.randn(9, 6))
+        torch.jit.trace(lambda x: nn.SelfAttention(6)(x).values, torch.randn(9, 6))
 
 
 def test_training_on_a_bag_whose_rows_are_many():
