@@ -33,8 +33,8 @@ _SAME = ("data", "folds", "inner", "seed")
 
 
 class _MISVM:
-    """Trained over and over on the same instances, whose kernel matrix is computed once: ``fit`` is given bags, and
-    after them the mean of each, as rows."""
+    """Trained over and over on some of the same rows, whose kernel matrix is computed once: the instances of all bags,
+    and behind them the mean of each bag."""
 
     def __init__(self, kernel: str, cost: float):
         self.kernel, self.cost = kernel, cost
