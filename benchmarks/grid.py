@@ -18,9 +18,9 @@ from milkernels.bench import cli, report
 from milkernels.bench.workload import fast_dtypes
 
 
-def measure(path: Path, units: list[Unit], command: str, *, fresh: bool = False) -> int:
-    """Measures what the file lacks; 1 if one of ours failed."""
-    evidence = results.Evidence(path, units, report.machine(), command)
+def measure(path: Path, units: list[Unit], command: str, *, fresh: bool = False, part: bool = False) -> int:
+    """Measures what the file lacks; 1 if one of ours failed.  ``part``: the units are not the whole grid."""
+    evidence = results.Evidence(path, units, report.machine(), command, part=part)
     if not fresh and (count := evidence.resume([path])):
         runner.say(f"goes on with an earlier run of the same kernels on such a machine: {count} rows")
     worker = runner.Worker()
@@ -37,7 +37,8 @@ def measure(path: Path, units: list[Unit], command: str, *, fresh: bool = False)
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m benchmarks.grid", description=__doc__.partition("\n")[0])
-    p.add_argument("--only", type=re.compile, default=re.compile(""), metavar="REGEX", help="of the units' names")
+    what = "of the units' names; the others stay as they are"
+    p.add_argument("--only", type=re.compile, default=re.compile(""), metavar="REGEX", help=what)
     p.add_argument("--list", action="store_true", help="their names")
     p.add_argument("--out", type=Path, default=results.FOLDER, metavar="DIR")
     p.add_argument("--fresh", action="store_true", help="measure everything again")
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = p.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    units = [u for u in cpu_grid.grid(fast_dtypes(), torch.get_num_threads()) if arguments.only.search(u.name)]
+    whole = list(cpu_grid.grid(fast_dtypes(), torch.get_num_threads()))
+    units = [u for u in whole if arguments.only.search(u.name)]
     if arguments.list:
         print(*(unit.name for unit in units), sep="\n")
         return 0
@@ -53,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         units = [replace(unit, threads=unit.threads or arguments.threads) for unit in units]
     words = [Path(word).name for word in (sys.argv[1:] if argv is None else argv)]
     path = arguments.out.resolve() / f"{results.device_slug()}.json"
-    status = measure(path, units, " ".join(["python -m benchmarks.grid", *words]), fresh=arguments.fresh)
+    command = " ".join(["python -m benchmarks.grid", *words])
+    status = measure(path, units, command, fresh=arguments.fresh, part=len(units) < len(whole))
     for made in pages.write(path) if results.read(path)["units"] else ():
         runner.say(str(made))
     return status

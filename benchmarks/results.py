@@ -70,7 +70,17 @@ def merge(path: Path, machine: dict, units: Iterable[dict]) -> None:
 class Evidence:
     """What a grid has measured on this device, of this code."""
 
-    def __init__(self, path: Path, units: list[Unit], machine: dict, command: str, commit: str | None = None):
+    def __init__(
+        self,
+        path: Path,
+        units: list[Unit],
+        machine: dict,
+        command: str,
+        commit: str | None = None,
+        *,
+        part: bool = False,
+    ):
+        """``part``: the units are some of the grid's, and what the file has of the others stays."""
         self.path, self.units, self.machine = path, units, machine
         self.about = report.provenance(command) | {"sources": source_digest(gpu="gpu" in machine)}
         if commit:  # of this tree, where git cannot tell
@@ -79,7 +89,10 @@ class Evidence:
         self.rows: dict[str, dict[Key, dict]] = {unit.name: {} for unit in units}
         self.stages: dict[str, dict] = {}
         self.retried: set[str] = set()  # units of which something failed in an earlier run
-        self.foreign = [unit for unit in (read(path) or {"units": []})["units"] if unit["kind"] in FOREIGN]
+        before = read(path) or {"units": []}
+        self.others = [u for u in before["units"] if u["kind"] in FOREIGN or (part and u["name"] not in self.rows)]
+        left = before.get("not_measured", {}).items() if part else ()
+        self.left = {name: modes for name, modes in left if name not in self.rows}
 
     def resume(self, paths: Iterable[Path]) -> int:
         """Takes over what the first of these files of the same kernels and device holds; returns how many rows.
@@ -122,7 +135,7 @@ class Evidence:
         return set(self.rows[unit.name])
 
     def not_measured(self) -> dict[str, list[str]]:
-        left = {}
+        left = dict(self.left)
         for unit in self.units:
             missing = [key for key in unit.pairs() if key not in self.rows[unit.name]]
             if missing:
@@ -145,7 +158,7 @@ class Evidence:
         return [target for unit in self.units for target in targets.of(unit, self.rows[unit.name])]
 
     def save(self) -> None:
-        units = [self._unit(unit) for unit in self.units if self.rows[unit.name]] + self.foreign
+        units = [self._unit(unit) for unit in self.units if self.rows[unit.name]] + self.others
         content = {"schema": report.SCHEMA, "machine": self.machine, "not_measured": self.not_measured()}
         if "gpu" in self.machine:
             content |= {"stages": self.stages, "targets": self.targets()}

@@ -2,7 +2,7 @@
 
 Nothing of these projects is kept here.  Their files are loaded from checkouts that the user names, or from installed
 packages, as they are; what is written here is how to construct a model with the sizes its authors use, what it takes,
-and the loss it is trained with.  A new model is one more entry of ``MODELS``.
+and the loss it is trained with.  A new model is one more entry of ``MODELS``, or of `upstream_published`.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,10 +24,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import milkernels
+from benchmarks.upstream_published import PUBLISHED, Published, built
+from milkernels._torch import pytree
 from milkernels.bench import report
 from milkernels.testing import skewed_lengths
 
 _IMAGE = (1, 28, 28)
+_FEW = 300  # instances of an example
 _IMAGES = 50  # instances per image: a convolutional network takes so much longer for each of them
 _FACTORS = (1.0, 1.25, 1.5, 2.0, 4.0)  # by which an extreme instance may be made more so
 _MARGIN = 0.5  # standard deviations of the scores that it should stand out by; much more would saturate a softmax
@@ -60,6 +64,11 @@ PROJECTS = {
         Project("mil-lab", "MIL-Lab"),
         Project("trident", "TRIDENT"),
         Project("slideflow", "slideflow"),
+        Project("mil-baseline", "MIL_BASELINE"),
+        Project("mcat", "MCAT"),
+        Project("porpoise", "PORPOISE"),
+        Project("survpath", "SurvPath"),
+        Project("hector", "HECTOR"),
         Project("pyg", "PyTorch Geometric", package="torch_geometric", checkout=False),
     )
 }
@@ -281,9 +290,9 @@ def _extremes(choice: Choice, model: nn.Module, data: Data, scores: Tensor, colu
 # The models
 
 
-def accelerate(model: nn.Module) -> tuple[bool, list[str]]:
+def accelerate(model: nn.Module, example: tuple | dict | None = None) -> tuple[bool, list[str]]:
     """Whether `milkernels.accelerate` changed anything in the model, and the lines of its report."""
-    done = milkernels.accelerate(model)
+    done = milkernels.accelerate(model, example=example)
     lines = [f"changed: {entry}" for entry in done.changed]
     return bool(done.changed), lines + [f"left alone: {entry}" for entry in done.left]
 
@@ -556,6 +565,38 @@ _PYG = Model(
     workloads=("ragged",),
 )
 
+
+def _published(project: Project, known: Published) -> Model:
+    """A model of a checkout, with a loss of its first output: logits, or hazards."""
+    batched = len(known.shape) == 3
+
+    def forward(model: nn.Module, data: Data) -> Any:
+        given = known.call(data.x if batched else _one(data))
+        return model(**given) if isinstance(given, dict) else model(*given)
+
+    def loss(model: nn.Module, data: Data) -> Tensor:
+        outputs = pytree.tree_leaves(forward(model, data))
+        return next(t for t in outputs if isinstance(t, Tensor) and t.requires_grad).square().mean()
+
+    example = known.call(torch.ones([size or _FEW for size in known.shape])) if known.example else None
+    return Model(
+        project.option,
+        known.name,
+        lambda source: built(known, source.path),
+        forward,
+        loss,
+        dim=known.shape[-1],
+        accelerate=partial(accelerate, example=example),
+    )
+
+
+_PUBLISHED = [
+    _published(project, known)
+    for project in PROJECTS.values()
+    for known in PUBLISHED
+    if known.project == project.title and known.timed
+]
+
 MODELS = (
     *_CLAM,
     _attention_mil("Attention"),
@@ -569,4 +610,5 @@ MODELS = (
     _SLIDE_ENCODER,
     _SLIDEFLOW,
     _PYG,
+    *_PUBLISHED,
 )

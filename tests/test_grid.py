@@ -290,6 +290,24 @@ def test_a_failure_of_ours_is_the_commands(tiny, tmp_path, monkeypatch):
     assert "WRONG: off" in next(tmp_path.glob("*.md")).read_text()
 
 
+def test_measuring_a_part_leaves_the_rest(tiny, tmp_path, monkeypatch):
+    def good(self, one, emit, deadline):
+        emit({"rows": [row_of(one, mode, contender) for mode, contender in one.pairs()]})
+
+    monkeypatch.setattr(InProcess, "run", good)
+    monkeypatch.setattr(pages, "write", lambda path: [])
+    assert grid.main(["--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps(before | {"not_measured": {tiny[1].name: ["step"]}}))
+    monkeypatch.setattr(results, "source_digest", lambda gpu=False: "of other kernels")
+    assert grid.main(["--out", str(tmp_path), "--only", re.escape(tiny[0].name)]) == 0
+    after = json.loads(path.read_text())
+    sources = {unit["name"]: unit["sources"] for unit in after["units"]}
+    assert sources == {tiny[0].name: "of other kernels", tiny[1].name: before["units"][1]["sources"]}
+    assert before["units"][1] in after["units"] and after["not_measured"] == {tiny[1].name: ["step"]}
+
+
 def test_source_digest_follows_contents(tmp_path):
     assert results.source_digest(tmp_path) is None
     for folder in ("csrc", "milkernels"):

@@ -22,33 +22,6 @@ class ScoresCall : public Call {
   }
 };
 
-// f(bag, first row, rows, heads' values of the bag): weights[i, k] = f's, 0 where a score does not count.
-template <typename A, typename F>
-void for_segments(const Ragged<A>& in, const F& f) {
-  for_tiles(
-      in, [] { return 0; },
-      [&](const Tile<A>& tile, int) {
-        in.for_bags(tile.first, tile.first + tile.rows, [&](int64_t b, int64_t from, int64_t to) { f(b, from, to); });
-      });
-}
-
-// out = exp(scores - shift[bag]) * scale[bag] (null: 1).
-template <typename A>
-void weights(const Ragged<A>& in, const A* shift, const A* scale, A* out) {
-  const int64_t heads = in.width;
-  for_segments(in, [&](int64_t b, int64_t from, int64_t to) {
-    const A *const s = in.x + from * heads, *const top = shift + b * heads;
-    A* const w = out + from * heads;
-    const int64_t n = (to - from) * heads;
-    std::copy_n(s, n, w);
-    exp_minus(w, n, top, heads);
-    for (int64_t i = 0; i < n; ++i) {
-      if (s[i] == kDead<A> || !is_real(in.mask, from + i / heads)) w[i] = A(0);
-      else if (scale != nullptr) w[i] *= scale[b * heads + i % heads];
-    }
-  });
-}
-
 // f(bag, first row, rows end, slot) for every segment: what a chunk and a bag share.
 template <typename A, typename F>
 void for_slots(const Ragged<A>& in, const F& f) {
@@ -82,6 +55,20 @@ void reduce_by_head(int64_t n, int64_t heads, R neutral, R* result, const X& x, 
   }
   for (; i < n; ++i) result[0] = update(result[0], x(i));
   for (const R lane : lanes) result[0] = join(result[0], lane);
+}
+
+// The sums of bags, by head, of those of their slots.
+template <typename A>
+std::vector<double> of_bags(const Ragged<A>& in, const std::vector<double>& sums) {
+  const int64_t heads = in.width;
+  std::vector<double> total(in.bags() * heads, 0.);
+  for (int64_t b = 0; b < in.bags(); ++b) {
+    const int64_t from = in.offsets[b], to = in.offsets[b + 1];
+    for (int64_t slot = in.slot_of(from, b); from < to && slot <= in.slot_of(to - 1, b); ++slot) {
+      for (int64_t k = 0; k < heads; ++k) total[b * heads + k] += sums[slot * heads + k];
+    }
+  }
+  return total;
 }
 
 // out = exp(scores - max) of n rows, 0 where a score does not count; what they sum to, by head.
@@ -158,7 +145,7 @@ Tensor segment_softmax_bwd(const Tensor& scores, const OptionalTensor& offsets, 
     const auto in = call.ragged<A>();
     const int64_t heads = in.width;
     const A* const from_grad = g.const_data_ptr<A>();
-    std::vector<double> sums(in.slots() * heads, 0.), total(in.bags() * heads, 0.);
+    std::vector<double> sums(in.slots() * heads, 0.);
     A* const out = grad.mutable_data_ptr<A>();
     // A weight of 0 hides whatever came back for it. What it leaves is written first and added up then: in one loop GCC
     // 12 turns selecting and adding into a masked addition that loses sums of float64.
@@ -170,12 +157,7 @@ Tensor segment_softmax_bwd(const Tensor& scores, const OptionalTensor& offsets, 
       reduce_by_head(
           to - from, heads, 0., &sums[slot * heads], [&](int64_t i) { return double(w[i]) * seen[i]; }, plus, plus);
     });
-    for (int64_t b = 0; b < in.bags(); ++b) {
-      const int64_t from = in.offsets[b], to = in.offsets[b + 1];
-      for (int64_t slot = in.slot_of(from, b); from < to && slot <= in.slot_of(to - 1, b); ++slot) {
-        for (int64_t k = 0; k < heads; ++k) total[b * heads + k] += sums[slot * heads + k];
-      }
-    }
+    const std::vector<double> total = of_bags(in, sums);
     for_slots(in, [&](int64_t b, int64_t from, int64_t to, int64_t) {
       for (int64_t i = from * heads; i < to * heads; i += heads) {
         for (int64_t k = 0; k < heads; ++k) {
@@ -188,13 +170,32 @@ Tensor segment_softmax_bwd(const Tensor& scores, const OptionalTensor& offsets, 
   return grad.to(scores.scalar_type());
 }
 
+// out = exp(scores - lse) of n rows, 0 where a score does not count.
+template <typename A>
+void weights_of_segment(const A* scores, const bool* mask, int64_t n, int64_t heads, const A* lse, A* out) {
+  std::copy_n(scores, n * heads, out);
+  exp_minus(out, n * heads, lse, heads);
+  for (int64_t i = 0; i < n * heads; ++i) out[i] = scores[i] == kDead<A> ? A(0) : out[i];
+  for (int64_t r = 0; mask != nullptr && r < n; ++r) {
+    if (!mask[r]) std::fill_n(out + r * heads, heads, A(0));
+  }
+}
+
 Tensor attention_weights_fwd(const Tensor& scores, const Tensor& lse, const OptionalTensor& offsets,
                              const OptionalTensor& mask) {
   const ScoresCall call(scores, offsets, mask);
   const Tensor l = call.take(lse, "lse", {call.bags, call.width});
   Tensor out = call.empty({call.rows, call.width});
-  call.dispatch(
-      [&]<typename A>() { weights<A>(call.ragged<A>(), l.const_data_ptr<A>(), nullptr, out.mutable_data_ptr<A>()); });
+  call.dispatch([&]<typename A>() {
+    const auto in = call.ragged<A>();
+    const int64_t heads = in.width;
+    const A* const shift = l.const_data_ptr<A>();
+    A* const w = out.mutable_data_ptr<A>();
+    for_slots(in, [&](int64_t b, int64_t from, int64_t to, int64_t) {
+      weights_of_segment(in.x + from * heads, in.mask ? in.mask + from : nullptr, to - from, heads, shift + b * heads,
+                         w + from * heads);
+    });
+  });
   return out;
 }
 
@@ -210,16 +211,17 @@ std::tuple<Tensor, Tensor> attention_weights_bwd(const Tensor& scores, const Ten
     const int64_t heads = in.width;
     const A* const from_grad = g.const_data_ptr<A>();
     A *const out = grad_scores.mutable_data_ptr<A>(), *const out_lse = grad_lse.mutable_data_ptr<A>();
-    at::parallel_for(0, in.bags(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        std::vector<double> sum(heads, 0.);
-        for (int64_t i = in.offsets[b] * heads; i < in.offsets[b + 1] * heads; ++i) {
-          out[i] = in.x[i] == A(0) ? A(0) : in.x[i] * from_grad[i];
-          sum[i % heads] += out[i];
-        }
-        for (int64_t k = 0; k < heads; ++k) out_lse[b * heads + k] = static_cast<A>(-sum[k]);
-      }
+    std::vector<double> sums(in.slots() * heads, 0.);
+    for_slots(in, [&](int64_t, int64_t from, int64_t to, int64_t slot) {
+      const A *const w = in.x + from * heads, *const dw = from_grad + from * heads;
+      A* const mine = out + from * heads;
+      // A weight of 0 hides whatever came back for it.
+      for (int64_t i = 0; i < (to - from) * heads; ++i) mine[i] = w[i] != A(0) ? w[i] * dw[i] : A(0);
+      const auto plus = [](double a, double b) { return a + b; };
+      reduce_by_head(to - from, heads, 0., &sums[slot * heads], [&](int64_t i) { return double(mine[i]); }, plus, plus);
     });
+    const std::vector<double> total = of_bags(in, sums);
+    for (int64_t i = 0; i < in.bags() * heads; ++i) out_lse[i] = static_cast<A>(-total[i]);
   });
   const auto given = [&](int i, const Tensor& t, const Tensor& like) {
     return needs[i] ? t.to(like.scalar_type()) : at::empty({0}, like.options());
