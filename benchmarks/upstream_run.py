@@ -302,6 +302,9 @@ def _measure_time(rows: list[Row], case: Case, budget: float, say: Callable[[str
     before, data = case.build()
     after = copy.deepcopy(before)
     changed, lines = case.model.accelerate(after)
+    compared = copy.deepcopy(before)
+    with without_dropout(compared):  # what is fused by its graph serves no other dropout than it had then
+        case.model.accelerate(compared)
     for row in rows:
         row.report = lines
         if not changed:
@@ -310,11 +313,11 @@ def _measure_time(rows: list[Row], case: Case, budget: float, say: Callable[[str
         say(row.mode)
         pair = {"before": Run(case.model, before, data, row.mode), "after": Run(case.model, after, data, row.mode)}
         try:
-            _time(row, pair, budget)
+            _time(row, pair, Run(case.model, compared, data, row.mode), budget)
         except Exception as error:  # as above, of this mode
             _failed(row, error)
-        for run in pair.values():
-            run.module.zero_grad(set_to_none=True)
+        for module in (before, after, compared):
+            module.zero_grad(set_to_none=True)
 
 
 def _failed(row: Row, error: Exception) -> Row:
@@ -327,8 +330,8 @@ def _anonymous(text: str) -> str:
     return re.sub(r"(?<![\w.])/(?:[^\s/:'\"]+/)*([^\s/:'\"]+)", r"\1", text)
 
 
-def _time(row: Row, pair: dict[str, Run], budget: float) -> None:
-    row.errors = compare(pair["before"], pair["after"])
+def _time(row: Row, pair: dict[str, Run], compared: Run, budget: float) -> None:
+    row.errors = compare(pair["before"], compared)
     row.reason = broken(row.errors)
     if row.reason:
         row.status = FAIL

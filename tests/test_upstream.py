@@ -92,7 +92,7 @@ def accelerate(monkeypatch):
     """Has `accelerate` do something to a model, and report ``changed``."""
 
     def have(does=lambda model: None, changed=("the whole of it",)):
-        def stand_in(model, min_instances=None):
+        def stand_in(model, min_instances=None, example=None):
             does(model)
             return SimpleNamespace(changed=list(changed), left=["attention: a hook"])
 
@@ -178,6 +178,19 @@ def test_a_wrong_gradient_fails_the_step_alone(tmp_path, clam, accelerate):
     _, result = run(tmp_path, "--clam", str(clam), "--models", "CLAM_SB bag", "--no-memory")
     fwd, step = rows_of(result)
     assert fwd["status"] == "ok" and step["status"] == "FAIL" and "classifiers.weight" in step["reason"]
+
+
+def test_what_serves_one_dropout_only_is_compared_with_its_own(tmp_path, clam, accelerate):
+    """As what is fused by its graph does: another dropout takes the model's own forward, which is right."""
+
+    def spoil(model):
+        own, dropout = model.forward, model.attention_net[2]
+        p = dropout.p
+        model.forward = lambda h, **k: own(1.01 * h if dropout.p == p else h, **k)
+
+    accelerate(spoil)
+    _, result = run(tmp_path, "--clam", str(clam), "--models", "CLAM_SB bag", "--no-memory")
+    assert {row["status"] for row in rows_of(result)} == {"FAIL"}
 
 
 def test_an_unchanged_model_is_not_timed(tmp_path, clam, accelerate):
@@ -409,7 +422,7 @@ def test_rows_on_the_page_of_the_machine(tmp_path, clam, accelerate):
 def test_the_outermost_constructor_accelerates(monkeypatch):
     seen = []
 
-    def stand_in(model, min_instances=None):
+    def stand_in(model, min_instances=None, example=None):
         seen.append((type(model).__name__, hasattr(model, "ready")))
         return SimpleNamespace(changed=["it"], waiting=[], left=[])
 
