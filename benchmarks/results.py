@@ -90,7 +90,8 @@ class Evidence:
         self.stages: dict[str, dict] = {}
         self.retried: set[str] = set()  # units of which something failed in an earlier run
         before = read(path) or {"units": []}
-        self.others = [u for u in before["units"] if u["kind"] in FOREIGN or (part and u["name"] not in self.rows)]
+        self.part = part
+        self.before = [unit for unit in before["units"] if part or unit["kind"] in FOREIGN]
         left = before.get("not_measured", {}).items() if part else ()
         self.left = {name: modes for name, modes in left if name not in self.rows}
 
@@ -158,7 +159,9 @@ class Evidence:
         return [target for unit in self.units for target in targets.of(unit, self.rows[unit.name])]
 
     def save(self) -> None:
-        units = [self._unit(unit) for unit in self.units if self.rows[unit.name]] + self.others
+        own = {unit.name: self._unit(unit) for unit in self.units if self.rows[unit.name]}
+        before = {unit["name"]: unit for unit in self.before}
+        units = list((before | own if self.part else own | before).values())  # each where it stood
         content = {"schema": report.SCHEMA, "machine": self.machine, "not_measured": self.not_measured()}
         if "gpu" in self.machine:
             content |= {"stages": self.stages, "targets": self.targets()}
