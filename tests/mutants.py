@@ -40,8 +40,8 @@ class Mutant:
 MUTANTS = {
     "graph-any-dimension": Mutant(
         "milkernels/integrations/graph.py",
-        "if sizes(weights)[weights.args[1]] != instances or isinstance(instances, int):",
-        "if isinstance(instances, int):",
+        "while not (2 <= len(longer(rows)) <= 3 and longer(rows)[-2] == instances):",
+        "while not 2 <= len(longer(rows)) <= 3:",
         *(GRAPH, "matcher or look_alikes or share"),
     ),
     "graph-other-rows": Mutant(
@@ -329,13 +329,13 @@ MUTANTS = {
         *('factor = tl.where(part_top == float("-inf"), 0.0, 1.0)', INTERPRETED, "softmax_pool"),
     ),
     "cpu-sign": Mutant(
-        *("csrc/cpu/scores.cpp", "static_cast<A>(-sum[k])", "static_cast<A>(sum[k])", NATIVE, "attention_weights"),
+        *("csrc/cpu/scores.cpp", "static_cast<A>(-total[i])", "static_cast<A>(total[i])", NATIVE, "attention_weights"),
     ),
     "cpu-last-of-equals": Mutant(
-        *("csrc/cpu/plain_pooling.cpp", "(value > best) |", "(value >= best) |", NATIVE, "max_pool"),
+        *("csrc/cpu/plain_pooling.cpp", "(a > b) | ((a != a)", "(a >= b) | ((a != a)", NATIVE, "max_pool"),
     ),
     "cpu-bias-gradient-dropped": Mutant(
-        *("csrc/cpu/attention_score.h", "out.bias[g * kBlock + j] += bias_sum[j];", "(void)bias_sum;"),
+        *("csrc/cpu/attention_score.h", "out.bias[first[b] + j] += bias_sum[b][j];", "(void)bias_sum;"),
         *(NATIVE, "attention and not loss and not weights"),
     ),
     "cpu-dropout-unscaled": Mutant(
