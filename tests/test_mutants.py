@@ -1,7 +1,6 @@
 """Every mutant is of the sources as they are; what notices it, ``python tests/mutants.py`` says."""
 
 import pytest
-
 from mutants import MUTANTS, ROOT
 
 
