@@ -14,7 +14,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -578,7 +577,10 @@ def _published(project: Project, known: Published) -> Model:
         outputs = pytree.tree_leaves(forward(model, data))
         return next(t for t in outputs if isinstance(t, Tensor) and t.requires_grad).square().mean()
 
-    example = known.call(torch.ones([size or _FEW for size in known.shape])) if known.example else None
+    def fuse(model: nn.Module) -> tuple[bool, list[str]]:
+        x = torch.ones([size or _FEW for size in known.shape]).to(next(model.parameters()))
+        return accelerate(model, known.call(x) if known.example else None)
+
     return Model(
         project.option,
         known.name,
@@ -586,7 +588,7 @@ def _published(project: Project, known: Published) -> Model:
         forward,
         loss,
         dim=known.shape[-1],
-        accelerate=partial(accelerate, example=example),
+        accelerate=fuse,
     )
 
 

@@ -54,10 +54,6 @@ def survival(name: str, *omics: int) -> Callable[[Tensor], dict]:
     return lambda x: {name: x} | ({"x_omic": torch.linspace(-1, 1, omics[0]).to(x)} if omics else {})
 
 
-def coattention(x: Tensor) -> dict:
-    return {"x_path": x} | {f"x_omic{i + 1}": torch.linspace(-1, 1, 100 * (i + 1)).to(x) for i in range(6)}
-
-
 PUBLISHED = (
     Published(_MODULES, "modules.AB_MIL.ab_mil", "AB_MIL", of_sizes(**_IN, dropout=0.25), timed=True),
     Published(_MODULES, "modules.GATE_AB_MIL.gate_ab_mil", "GATE_AB_MIL", of_sizes(**_IN, dropout=0.25), timed=True),
